@@ -1,0 +1,1 @@
+"""The engine. One call flows: decorator -> signature -> call -> function -> torch -> rule -> contract -> gradients."""

@@ -1,0 +1,77 @@
+"""What surrounds a call and must surround its backward too: the autocast state, and for a replay the random state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from gradoverride._core.private import any_autocast
+
+__all__ = ["Autocast", "RandomState"]
+
+_NOTHING = contextlib.nullcontext()
+
+
+class Autocast:
+    """The autocast state of a forward, for its rule to run under.
+
+    torch restores none: a rule would meet a half-precision gradient and full-precision saved tensors.
+    """
+
+    __slots__ = ("states",)
+
+    def __init__(self) -> None:
+        self.states: list[tuple[str, torch.dtype]] = []
+        if any_autocast():
+            self.states = [
+                (kind, torch.get_autocast_dtype(kind)) for kind in _device_types() if torch.is_autocast_enabled(kind)
+            ]
+
+    def restored(self) -> contextlib.AbstractContextManager[Any]:
+        """A context with this state."""
+        if not self.states and not any_autocast():
+            return _NOTHING
+        stack = contextlib.ExitStack()
+        wanted = dict(self.states)
+        for kind in _device_types():
+            if kind in wanted:
+                stack.enter_context(torch.autocast(kind, dtype=wanted[kind]))
+            elif torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        return stack
+
+
+def _device_types() -> tuple[str, ...]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None or accelerator.type == "cpu" else ("cpu", accelerator.type)
+
+
+class RandomState:
+    """The state of torch's generators, to replay a forward with the numbers it drew."""
+
+    __slots__ = ("cpu", "devices")
+
+    def __init__(self) -> None:
+        self.cpu = torch.get_rng_state()
+        initialized = torch.cuda.is_available() and torch.cuda.is_initialized()
+        self.devices = torch.cuda.get_rng_state_all() if initialized else []
+
+    def differs(self) -> bool:
+        """Whether numbers were drawn since."""
+        now = RandomState()
+        same = torch.equal(now.cpu, self.cpu) and all(
+            torch.equal(a, b) for a, b in zip(now.devices, self.devices, strict=True)
+        )
+        return not same
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        """A context in which the same numbers are drawn again; the generators go on afterwards as if nothing was."""
+        with torch.random.fork_rng(devices=range(len(self.devices))):
+            torch.set_rng_state(self.cpu)
+            if self.devices:
+                torch.cuda.set_rng_state_all(self.devices)
+            yield

@@ -1,0 +1,232 @@
+"""What a rule returned against what was required: every wrong answer is an error here, by the argument's name.
+
+torch sums a gradient of a wrong shape, casts a wrong dtype and drops an imaginary part without a word, so all of
+it is checked first. Pure: it looks at one answer and one call, and changes neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import Tensor
+
+from gradoverride._core.private import fail
+from gradoverride._core.structure import LEAF, Node, describe, has_leaf
+from gradoverride.errors import RuleResultError
+
+if TYPE_CHECKING:
+    from gradoverride._core.call import Call
+
+__all__ = ["conform", "read_answer", "read_params"]
+
+
+def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str, Any]]:
+    """The gradient of each differentiable tensor among the arguments, in order, and what a dict said of parameters."""
+    if isinstance(answer, dict) and not dataclasses.is_dataclass(answer):
+        return _by_name(call, answer)
+    names, specs = call.names, call.specs
+    if call.single is not None and not (isinstance(answer, (tuple, list)) and specs[call.single] is LEAF):
+        return _entry(call, names[call.single], specs[call.single], answer), {}
+    if not isinstance(answer, (tuple, list)):
+        _refuse(
+            call,
+            f"must return one gradient for each argument ({', '.join(names)}), as a tuple in this order or as a "
+            f"dict by name; it returned {_what(answer)}. Use None for an argument without a gradient",
+        )
+    if len(answer) > len(names):
+        _refuse(
+            call,
+            f"must return at most {len(names)} gradients, one for each argument ({', '.join(names)}); "
+            f"it returned {len(answer)}",
+        )
+    grads: list[Tensor | None] = []
+    for index, (name, spec) in enumerate(zip(names, specs, strict=True)):
+        if index < len(answer):
+            grads += _entry(call, name, spec, answer[index])
+        elif has_leaf(spec) and call.wants(index):
+            _refuse(
+                call,
+                f"must return one gradient for each argument ({', '.join(names)}); it returned {len(answer)}, "
+                f"and '{name}' holds a tensor that wants a gradient. Return None in its place to stop it",
+            )
+        else:
+            grads += _nothing(spec)
+    return grads, {}
+
+
+def read_params(call: Call, answers: dict[str, Any], asked: bool) -> dict[str, Tensor | None]:
+    """The gradients that were answered for parameters, checked; each one asked for must be among them."""
+    checked: dict[str, Tensor | None] = {}
+    for param in call.params:
+        if param.name in answers:
+            value = answers[param.name]
+            checked[param.name] = None if value is None else conform(call, param.name, value, param.meta)
+        elif asked and param.asked and param.trainable:
+            _refuse(
+                call,
+                f"asks for the parameter '{param.name}' and must answer for its gradient: return a dict with "
+                f"'{param.name}' in it (None stops the gradient). To read the value alone ask for 'module' and use "
+                f"module.{param.name}; for autograd's own gradient return vjp.by_name(grad_output)['{param.name}']",
+            )
+    return checked
+
+
+def conform(call: Call, name: str, value: Any, meta: Meta) -> Tensor:
+    """`value` as the gradient of a tensor with this shape, dtype and device, or an error."""
+    if not isinstance(value, Tensor):
+        _refuse(call, f"must return a tensor of shape {meta.text} as the gradient of '{name}'; it returned {_what(value)}")
+    if value.shape != meta.shape:
+        _refuse(
+            call,
+            f"must return a gradient of shape {meta.text} for '{name}', the shape of '{name}' itself; "
+            f"it returned {_what(value)}. Reduce or expand it: torch would do so silently",
+        )
+    if value.device != meta.device:
+        _refuse(
+            call,
+            f"must return a gradient on {meta.device} for '{name}', where '{name}' is; it returned one on "
+            f"{value.device}. Move it with .to('{meta.device}')",
+        )
+    if value.dtype == meta.dtype:
+        return value
+    if value.is_complex() and not meta.dtype.is_complex:
+        _refuse(
+            call,
+            f"must return a real gradient for '{name}', which is {meta.dtype}; it returned {value.dtype}. "
+            f"Take its .real part",
+        )
+    if not (value.is_floating_point() or value.is_complex()):
+        _refuse(
+            call,
+            f"must return a floating gradient for '{name}', which is {meta.dtype}; it returned {value.dtype}",
+        )
+    return value.to(meta.dtype)
+
+
+class Meta:
+    """What a gradient must look like."""
+
+    __slots__ = ("device", "dtype", "shape")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape = tensor.shape
+        self.dtype = tensor.dtype
+        self.device = tensor.device
+
+    @property
+    def text(self) -> str:
+        return shape_text(self.shape)
+
+
+def shape_text(shape: Any) -> str:
+    """A shape as `(3,)`."""
+    return str(tuple(shape))
+
+
+def _by_name(call: Call, answer: dict[str, Any]) -> tuple[list[Tensor | None], dict[str, Any]]:
+    known = call.groups
+    params = {param.name for param in call.params}
+    for key in answer:
+        if key not in known and key not in params and key not in call.frozen:
+            names = [*known, *(param.name for param in call.params)]
+            close = difflib.get_close_matches(str(key), names, n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            _refuse(
+                call,
+                f"must return a dict by the names of arguments and parameters "
+                f"({', '.join(names) or 'there are none'}); it has {key!r}.{hint}",
+            )
+    grads: list[Tensor | None] = []
+    for name, indices in known.items():
+        entry = answer.get(name)
+        if call.variadic == name:  # the entry of *args is a tuple, one for each
+            entries = _variadic_entries(call, name, entry, len(indices))
+        else:
+            entries = [entry]
+        for index, part in zip(indices, entries, strict=True):
+            grads += _entry(call, call.names[index], call.specs[index], part)
+    return grads, {key: value for key, value in answer.items() if key in params}
+
+
+def _variadic_entries(call: Call, name: str, entry: Any, count: int) -> list[Any]:
+    if entry is None:
+        return [None] * count
+    if not isinstance(entry, (tuple, list)) or len(entry) != count:
+        _refuse(call, f"must return a tuple of {count} gradients for '*{name}'; it returned {_what(entry)}")
+    return list(entry)
+
+
+def _entry(call: Call, name: str, spec: Any, entry: Any) -> list[Tensor | None]:
+    """The gradients of one argument, which mirror its structure."""
+    metas = call.metas_of(name)
+    grads: list[Tensor | None] = []
+    _match(call, name, name, spec, entry, metas, grads)
+    return grads
+
+
+def _match(
+    call: Call, name: str, path: str, spec: Any, entry: Any, metas: list[Meta], grads: list[Tensor | None]
+) -> None:
+    if entry is None:
+        grads += _nothing(spec)
+    elif spec is LEAF:
+        grads.append(conform(call, path, entry, metas[len(grads)]))
+    elif not isinstance(spec, Node) or not has_leaf(spec):
+        if isinstance(spec, Node) and not _holds_tensor(entry):
+            return
+        _refuse(call, f"must return None for '{path}', which holds no floating tensor; it returned {_what(entry)}")
+    else:
+        for key, part, value in _parts(call, path, spec, entry):
+            _match(call, name, f"{path}{key}", part, value, metas, grads)
+
+
+def _parts(call: Call, path: str, spec: Node, entry: Any) -> list[tuple[str, Any, Any]]:
+    if spec.keys is None:
+        if isinstance(entry, (tuple, list)) and len(entry) == len(spec.parts):
+            return [(f"[{i}]", part, value) for i, (part, value) in enumerate(zip(spec.parts, entry, strict=True))]
+    elif isinstance(entry, dict):
+        if set(entry) == set(spec.keys):
+            return [(f"[{k!r}]", part, entry[k]) for k, part in zip(spec.keys, spec.parts, strict=True)]
+    elif isinstance(entry, spec.kind):
+        return [(f".{k}", part, getattr(entry, k)) for k, part in zip(spec.keys, spec.parts, strict=True)]
+    _refuse(
+        call,
+        f"must return a gradient that mirrors the structure of '{path}', {describe(spec)}; "
+        f"it returned {_what(entry)}",
+    )
+
+
+def _nothing(spec: Any) -> list[Tensor | None]:
+    if spec is LEAF:
+        return [None]
+    return [none for part in spec.parts for none in _nothing(part)] if isinstance(spec, Node) else []
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_tensor(part) for part in value.values())
+    if isinstance(value, (tuple, list)):
+        return any(_holds_tensor(part) for part in value)
+    return isinstance(value, Tensor)
+
+
+def _what(value: Any) -> str:
+    """What came, in a few words; never a tensor's repr."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {shape_text(value.shape)}"
+    if value is None:
+        return "None"
+    if isinstance(value, (tuple, list)):
+        inside = ", ".join(_what(part) for part in value[:4]) + (", ..." if len(value) > 4 else "")
+        return f"a {type(value).__name__} of {len(value)} ({inside})" if len(value) else f"an empty {type(value).__name__}"
+    if isinstance(value, dict):
+        return f"a {type(value).__name__} with the keys {', '.join(map(repr, value)) or '(none)'}"
+    if isinstance(value, (int, float, complex, str, bool)):
+        return f"{value!r}, a {type(value).__name__}"
+    return f"a {type(value).__name__}"
+
+
+def _refuse(call: Call, text: str) -> NoReturn:
+    fail(RuleResultError, f"rule {call.plan.rule.who} of {call.plan.forward.who} {text}.")

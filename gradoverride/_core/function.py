@@ -1,0 +1,164 @@
+"""The only file that subclasses `autograd.Function`.
+
+A forward runs before and outside of the Function, on aliases that are cut off from the graph; the Function only
+ties the result to the inputs, with the rule as its gradient. So one mechanism serves plain autograd, `torch.func`
+and `torch.compile`, and what the forward does (vmap, submodules, parameters left to autograd) is traced as ever.
+
+    Decorated     plain tensors in, one tensor out: what most calls need, and nothing that costs time
+    General       everything else; `setup_context` and a generated vmap rule make it fit for torch.func
+    Transformed   the same with forward mode (Dynamo breaks its graph on a class that has `jvp`)
+    Cut           aliases that the kept graph behind `vjp` starts from: gradients end there
+    Tail          where the kept graph ends: a tensor of no bytes, which the engine frees like any saved one
+    Lifted        a derivative computed in the kept graph, tied to the outer tensors again, for second derivatives
+    Refused       the identity, whose own derivative raises: it is not known
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from gradoverride._core.private import fail
+from gradoverride.errors import UnsupportedError
+
+__all__ = ["Cut", "General", "Lifted", "Refused", "Tail", "Transformed", "fresh", "named"]
+
+
+def named(base: type[Function], name: str) -> type[Function]:
+    """A subclass of `base` whose node in the graph is called `<name>Backward`."""
+    return type(base)(name, (base,), {})
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """A new tensor object with the storage of `tensor`: torch would make `tensor` itself a node's output, and turn a
+    parameter or a cached buffer that a forward returns into a non-leaf.
+    """
+    alias = tensor.detach()
+    # A view stays one, so that torch refuses to write into it in place (it could not tell its base).
+    return alias.view_as(alias) if tensor._is_view() else alias
+
+
+class General(Function):
+    """One call, described by a `Call`; its tensors are inputs in the order that the `Call` says."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: Any, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # torch's is untyped
+        return call.results(tensors)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call = inputs[0]
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        if call.dirty:
+            ctx.mark_dirty(*[inputs[1 + index] for index in call.dirty])
+        ctx.save_for_backward(*call.tensors_to_save(inputs, output))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, *ctx.call.backward(ctx, grad_outputs))
+
+
+class Transformed(General):
+    """The same under `torch.func` and forward-mode AD, where the tangent comes from the rule transposed."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        General.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[0].tensors_to_save(inputs, output))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return ctx.call.jvp(ctx, tangents[1:])  # type: ignore[no-any-return]
+
+
+class Cut(Function):
+    """For each tensor an alias that starts a graph of its own, and a carrier.
+
+    No gradient goes from an alias to its tensor: the kept graph is asked for it. The carrier has the shape of the
+    tensor and the bytes of one element, and its gradient goes to the tensor: second derivatives need that way, and
+    keeping the tensor itself would keep its memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, carried: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.carried = carried
+        ctx.set_materialize_grads(False)
+        # .data has a version counter of its own: a forward that writes in place spares the outer graph.
+        aliases = [tensor.data for tensor in tensors]
+        carriers = [t.new_empty(()).expand(t.shape) for t, wanted in zip(tensors, carried, strict=True) if wanted]
+        return (*aliases, *carriers)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        carriers = iter(grads[len(ctx.carried) :])
+        return (None, None, *[next(carriers) if wanted else None for wanted in ctx.carried])
+
+
+class TracedCut(Function):
+    """`Cut` under Dynamo: real copies (a compiler removes them), and no second derivatives, so no carriers."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(tensor.clone() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        return (None,) * (len(grads) + 1)
+
+
+class Tail(Function):
+    """Ties the ends of a kept graph to a tensor of no bytes.
+
+    Saved for backward, it keeps the graph as long as the engine keeps saved tensors, and
+    `grad_fn.next_functions` gives the ends again. Keeping the results themselves would keep their memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *ends: Tensor) -> Tensor:  # type: ignore[override]
+        return ends[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise AssertionError("a kept graph is asked for its gradients, never run through its tail")
+
+
+class Lifted(Function):
+    """Derivatives that were computed in a kept graph, as functions of the outer tensors.
+
+    `graph` is asked for the derivative with respect to its aliases; what else the derivatives depend on (the
+    gradient that came in, parameters left to autograd) gets its share by torch's own graph.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, graph: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.graph, ctx.count = graph, count
+        ctx.set_materialize_grads(False)
+        return tuple(fresh(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        below = ctx.graph.pull_from(ctx.next_functions[: ctx.count], grads)
+        return (None, None, *grads, *below)
+
+
+class Refused(Function):
+    """The identity. A second derivative through it is not known, and raises `text`."""
+
+    @staticmethod
+    def forward(ctx: Any, text: str, tensor: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.text = text
+        return fresh(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        fail(UnsupportedError, ctx.text)
+
+
+# Every Cut has an input that requires grad, so that its aliases do, whatever the caller's tensors want.
+TOKEN = torch.zeros((), requires_grad=True)

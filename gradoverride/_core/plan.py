@@ -1,0 +1,96 @@
+"""What is known of a decorated callable before it is ever called: its forward, its rule, and what they need.
+
+Everything that can be decided once is decided here, so that a call decides little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gradoverride._core import scan
+from gradoverride._core.function import General, Transformed, named
+from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
+from gradoverride._core.signature import Forward, Rule, resolve
+
+__all__ = ["Layout", "Plan"]
+
+
+class Layout:
+    """How the values of one call stand for the parameters of the forward: static but for `*args` and `**kwargs`."""
+
+    __slots__ = ("groups", "keywords", "names", "positional", "variadic")
+
+    def __init__(self, names: Sequence[str], keywords: Sequence[str], variadic: str | None, extra: int) -> None:
+        self.positional = len(names) + extra
+        self.keywords = tuple(keywords)
+        self.variadic = variadic
+        self.names = (*names, *(f"{variadic}[{i}]" for i in range(extra)), *keywords)
+        # By parameter name, the indices of its values: all of `*args` belong to one name.
+        self.groups: dict[str, tuple[int, ...]] = {name: (index,) for index, name in enumerate(self.names)}
+        if variadic is not None:
+            for i in range(extra):
+                del self.groups[f"{variadic}[{i}]"]
+            self.groups[variadic] = tuple(range(len(names), self.positional))
+
+
+class Plan:
+    """A forward and its rule."""
+
+    def __init__(self, forward: Forward, rule: Rule, *, class_form: bool = False) -> None:
+        self.forward = forward
+        self.rule = rule
+        self.fn: Callable[..., Any] = forward.fn
+        self.takes_receiver = forward.is_method
+        self.class_form = class_form  # the rule is a method called `backward`, whose self is a stand-in
+        self.hands_over = scan.calls(self.fn, save_for_backward)
+        self.sources = resolve(rule, forward, may_defer=forward.is_method or self.hands_over)
+        reserved = {name for name, source in self.sources.items() if source == "reserved"}
+        self.asks_vjp = "vjp" in reserved
+        self.asks_params = "params" in reserved
+        self.asks_module = bool(reserved & {"module", "forward"}) or class_form
+        self.forward_writes = scan.writes(self.fn)
+        self.rule_writes = scan.writes(rule.fn)
+        # A rule that mentions these may answer for parameters that it does not ask for.
+        self.may_answer = scan.strings(rule.fn)
+        self.names_all = scan.mentions(rule.fn, "by_name")
+        self.general = named(General, forward.name)
+        self.transformed = named(Transformed, forward.name)
+        self._layouts: dict[Any, Layout] = {}
+
+    def layout(self, extra: int, keywords: tuple[str, ...]) -> Layout:
+        """The layout of a call with this many values for `*args` and these names."""
+        key = (extra, keywords)
+        found = self._layouts.get(key)
+        if found is None:
+            parameters = self.forward.parameters
+            names: list[str] = []
+            variadic = None
+            if parameters is None:
+                variadic = "args"
+            else:
+                for parameter in parameters:
+                    if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                        names.append(parameter.name)
+                    elif parameter.kind is parameter.VAR_POSITIONAL:
+                        variadic = parameter.name
+            found = self._layouts[key] = Layout(names, keywords, variadic, extra)
+        return found
+
+    def invoke(self, layout: Layout, receiver: Any, values: Sequence[Any]) -> Any:
+        """The undecorated forward on these values."""
+        positional = values[: layout.positional]
+        keywords = dict(zip(layout.keywords, values[layout.positional :], strict=True))
+        if self.takes_receiver:
+            return self.fn(receiver, *positional, **keywords)
+        return self.fn(*positional, **keywords)
+
+    def undecorated(self, layout: Layout, receiver: Any, values: Sequence[Any]) -> Any:
+        """A call where no gradient is wanted: the original, and nothing else happens."""
+        if not self.hands_over:
+            return self.invoke(layout, receiver, values)
+        open_frame()  # or what it hands over would go to a decorated call around this one
+        try:
+            return self.invoke(layout, receiver, values)
+        finally:
+            close_frame()

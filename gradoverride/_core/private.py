@@ -1,0 +1,104 @@
+"""Every private name of torch that the engine uses, with the reason and the public way that stands in for it.
+
+Private names move between releases, so they are named here and nowhere else, and each has a fallback that is
+right, only slower. `tests/core/test_private.py` runs the engine on the fallbacks too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch.autograd import Function, forward_ad
+
+__all__ = [
+    "any_autocast",
+    "fail",
+    "fast_apply",
+    "in_forward_ad",
+    "in_functorch",
+    "is_tracked",
+    "trace_gradients",
+    "unwrapped",
+]
+
+
+def fast_apply(function: type[Function]) -> Callable[..., Any]:
+    """`function.apply` without its Python layer.
+
+    `Function.apply` runs `inspect.signature` on each call of a Function with `setup_context` (10 us), to bind
+    defaults that ours do not have, and asks for functorch, which our callers have already done.
+    """
+    return getattr(super(Function, function), "apply", function.apply)
+
+
+# True inside vmap, grad, jvp ... Without it every call takes the path for transforms: right anywhere, slower.
+in_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def in_forward_ad() -> bool:
+    """Whether a dual level is entered outside functorch: tensors may then carry tangents without `requires_grad`."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+# One query for all devices; the public one must be asked for each device type.
+any_autocast: Callable[[], bool] = getattr(
+    torch._C,
+    "_is_any_autocast_enabled",
+    lambda: any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
+)
+
+
+def is_tracked(tensor: torch.Tensor) -> bool:
+    """Whether a transform tracks this tensor. `requires_grad` does not tell: it is False in forward mode."""
+    functorch = getattr(torch._C, "_functorch", None)
+    if in_forward_ad() and forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    if functorch is None:
+        return True  # a tensor too many among the inputs costs time, one too few its gradient
+    return bool(functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor under all transforms: to look at values, which vmap forbids."""
+    functorch = getattr(torch._C, "_functorch", None)
+    while functorch is not None and functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+@torch.compiler.assume_constant_result
+def _raise_while_tracing(kind: type[Exception], text: str) -> None:
+    raise kind(text)
+
+
+def fail(kind: type[Exception], text: str) -> NoReturn:
+    """Raise `kind(text)`. Under Dynamo a plain raise loses its text ("Observed exception"); a call that it
+    evaluates while tracing keeps it.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        _raise_while_tracing(kind, text)
+    raise kind(text)
+
+
+@torch.compiler.assume_constant_result
+def _set_trace_gradients(value: bool) -> bool:
+    from torch._dynamo import config  # costs 0.5 s, and only a program that compiles gets here
+
+    before: bool = config.trace_autograd_ops
+    config.trace_autograd_ops = value
+    return before
+
+
+def trace_gradients(outputs: Any, inputs: Any, grad_outputs: Any) -> Any:
+    """`torch.autograd.grad` as part of a traced graph. Dynamo breaks the graph there unless told otherwise; there
+    is no public switch, so the switch is set around this one call.
+    """
+    before = _set_trace_gradients(True)
+    try:
+        return torch.autograd.grad(
+            outputs, inputs, grad_outputs, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+    finally:
+        _set_trace_gradients(before)

@@ -1,0 +1,125 @@
+"""What can be told of a Python function from its code alone: which names it mentions, whether it may write.
+
+Read once, at decoration. It only chooses between two right ways (a copy or the gradient itself; one error sooner
+or later): nothing is silently wrong when a function hides what it does, only slower or reported later.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+__all__ = ["calls", "mentions", "strings", "writes"]
+
+
+def python_function(fn: Any) -> FunctionType | None:
+    """The Python function that runs when `fn` is called, if one can be found."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    if isinstance(fn, (MethodType, staticmethod, classmethod)):
+        fn = fn.__func__
+    if isinstance(fn, FunctionType):
+        return fn
+    method = getattr(type(fn), "__call__", None)
+    return method if isinstance(method, FunctionType) else None
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _reachable(fn: Any, seen: set[CodeType] | None = None) -> Iterator[tuple[FunctionType, CodeType]]:
+    """The code of `fn`, what is nested in it, and the functions of the same module that it names."""
+    seen = set() if seen is None else seen
+    function = python_function(fn)
+    if function is None or function.__code__ in seen:
+        return
+    seen.add(function.__code__)
+    for code in _codes(function.__code__):
+        yield function, code
+    for value in _named_values(function):
+        helper = python_function(value) if isinstance(value, (FunctionType, functools.partial)) else None
+        if helper is not None and helper.__module__ == function.__module__:
+            yield from _reachable(helper, seen)
+
+
+def _named_values(function: FunctionType) -> Iterator[Any]:
+    """What the function's free and global names stand for now."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a name that its enclosing function has not assigned yet
+            continue
+    for code in _codes(function.__code__):
+        for name in code.co_names:
+            if name in function.__globals__:
+                yield function.__globals__[name]
+
+
+def mentions(fn: Any, name: str) -> bool:
+    """Whether the code of `fn` has this name (of a global, an attribute, a method)."""
+    return any(name in code.co_names for _, code in _reachable(fn))
+
+
+def calls(fn: Any, target: Callable[..., Any]) -> bool:
+    """Whether the code of `fn` names `target`, under its own name or another."""
+    if mentions(fn, target.__name__):
+        return True
+    return any(value is target for function, _ in _reachable(fn) for value in _named_values(function))
+
+
+def strings(fn: Any) -> frozenset[str]:
+    """All string constants in the code of `fn`."""
+    found: set[str] = set()
+    for _, code in _reachable(fn):
+        for constant in code.co_consts:
+            if isinstance(constant, str):
+                found.add(constant)
+            elif isinstance(constant, tuple):
+                found.update(part for part in constant if isinstance(part, str))
+    return frozenset(found)
+
+
+def writes(fn: Any) -> bool:
+    """Whether the code of `fn` may write into a tensor: `t[...] =`, `t += `, `t.mul_()`, `out=`."""
+    for _, code in _reachable(fn):
+        if any(_is_inplace_name(name) for name in code.co_names):
+            return True
+        if any("out" == c or (isinstance(c, tuple) and "out" in c) for c in code.co_consts):
+            return True
+        if any(_is_write(instruction) for instruction in dis.get_instructions(code)):
+            return True
+    return False
+
+
+def _is_inplace_name(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__") and not name.startswith("_")) or name in {
+        "__setitem__",
+        "data",
+        "numpy",
+        "copyto",
+        "set_data",
+    }
+
+
+def _is_write(instruction: dis.Instruction) -> bool:
+    name = instruction.opname
+    if name in {"STORE_SUBSCR", "STORE_SLICE", "DELETE_SUBSCR"} or name.startswith("INPLACE_"):
+        return True
+    return name == "BINARY_OP" and instruction.argrepr.endswith("=")
+
+
+def location(fn: Any) -> str:
+    """`file.py:12` of the code of `fn`, or how it is known if it has none."""
+    function = python_function(inspect.unwrap(fn) if callable(fn) else fn)
+    if function is None:
+        return "built in"
+    code = function.__code__
+    return f"{code.co_filename}:{code.co_firstlineno}"

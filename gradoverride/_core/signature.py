@@ -1,0 +1,196 @@
+"""What a forward offers and what a rule asks for. Read once, when a rule is attached.
+
+A rule is a plain function: its first parameter is the gradient with respect to the forward's result, each other one
+asks for a value by name. This file turns that into two values, `Forward` and `Rule`, and into one error that lists
+what exists. It imports no torch: a second framework reads rules the same way.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from gradoverride._core import scan
+from gradoverride.errors import RuleSignatureError
+
+__all__ = ["RESERVED", "Forward", "Rule", "name_of", "resolve", "unknown_name"]
+
+RESERVED = ("input", "output", "vjp", "needs", "params", "module", "forward")
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_RECEIVERS = ("self", "cls", "mcs")
+
+
+def name_of(fn: Any) -> str:
+    """The user's name for a callable, for messages and for the node in the graph."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    name = getattr(fn, "__name__", None) or getattr(fn, "name", None)
+    return name if isinstance(name, str) else type(fn).__name__
+
+
+class Forward:
+    """A callable as its rule sees it: name, place, parameters, and whether a receiver (`self`) comes first.
+
+    `parameters` leaves the receiver out. It is None for a builtin without a signature, which offers no names.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        *,
+        name: str | None = None,
+        receiver: Any = None,
+        signature: inspect.Signature | None = None,
+        place: str | None = None,
+    ) -> None:
+        self.fn = fn
+        self.name = name or _node_name(fn)
+        self.place = place or scan.location(fn)
+        self.signature = signature or _signature(fn)
+        self.receiver = receiver  # the object that a bound method is bound to
+        parameters = None if self.signature is None else list(self.signature.parameters.values())
+        self.takes_self = receiver is None and bool(parameters) and parameters[0].name in _RECEIVERS
+        if self.takes_self:
+            parameters = parameters[1:]
+        self.parameters = parameters
+        self.is_method = self.takes_self or receiver is not None
+
+    @property
+    def names(self) -> list[str]:
+        return [] if self.parameters is None else [p.name for p in self.parameters]
+
+    @property
+    def who(self) -> str:
+        """`'scale' (file.py:3)`: how messages begin."""
+        return f"'{self.name}' ({self.place})"
+
+
+class Rule:
+    """A rule as its forward sees it: the names it asks for, and whether it may do without each."""
+
+    def __init__(self, fn: Callable[..., Any], *, method: bool = False) -> None:
+        if isinstance(fn, type) or not callable(fn):
+            raise RuleSignatureError(
+                f"a rule is a function of the gradient, `rule(grad_output, ...)`; got {_kind(fn)}"
+            )
+        self.fn = fn
+        self.name = name_of(fn)
+        self.place = scan.location(fn)
+        self.asks: dict[str, bool] = {}  # name -> whether it must exist
+        signature = _signature(fn)
+        if signature is None:
+            return  # a builtin such as torch.neg: a rule of the gradient alone
+        parameters = list(signature.parameters.values())[1 if method else 0 :]
+        if not parameters or parameters[0].kind not in _POSITIONAL:
+            raise RuleSignatureError(
+                f"rule {self.who} must take the gradient as its first positional parameter, "
+                f"`def {_printable(self.name)}(grad_output, ...)`; it takes ({', '.join(map(str, parameters))})"
+            )
+        bound = _bound_by_partial(fn)
+        for parameter in parameters[1:]:
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD or parameter.name in bound:
+                continue
+            if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+                raise RuleSignatureError(
+                    f"rule {self.who} must ask for each value by a name that can be passed as a keyword; "
+                    f"'{parameter}' cannot be. Name the values it needs"
+                )
+            self.asks[parameter.name] = parameter.default is inspect.Parameter.empty
+
+    @property
+    def who(self) -> str:
+        return f"'{self.name}' ({self.place})"
+
+
+def resolve(rule: Rule, forward: Forward, *, may_defer: bool) -> dict[str, str]:
+    """For each name that the rule asks for, where it comes from: "argument", "reserved" or "deferred".
+
+    A deferred name may be a residual or a parameter of the module, which are known when the forward has run.
+    A name with a default that matches nothing here is "deferred" if it may yet match, and left out otherwise.
+    """
+    sources: dict[str, str] = {}
+    for name, required in rule.asks.items():
+        if name in forward.names:
+            if name in RESERVED and not (name == "input" and forward.names[0] == "input"):
+                raise RuleSignatureError(
+                    f"rule {rule.who} asks for '{name}', which is a parameter of {forward.who} and also a name "
+                    f"that gradoverride reserves ({_meaning(name)}). Rename the parameter of the forward, or wrap "
+                    f"the forward in a function with another name for it"
+                )
+            sources[name] = "argument"
+        elif name in RESERVED:
+            sources[name] = "reserved"
+        elif may_defer:
+            sources[name] = "deferred"
+        elif required:
+            raise unknown_name(rule, forward, name, ())
+    return sources
+
+
+def unknown_name(rule: Rule, forward: Forward, name: str, more: Iterable[str]) -> RuleSignatureError:
+    """The error for a name that nothing supplies; `more` are the names that a module or residuals add."""
+    offered: Sequence[str] = [*forward.names, *more]
+    known = [*offered, *RESERVED]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    if forward.parameters is None:
+        own = f"{forward.who} has no signature and offers no names of its own"
+    else:
+        own = f"{forward.who} offers {_listed(offered)}"
+    return RuleSignatureError(
+        f"rule {rule.who} asks for '{name}', which does not exist. {own}; "
+        f"always there are {_listed(RESERVED)}.{hint}"
+    )
+
+
+def _meaning(name: str) -> str:
+    return {
+        "input": "the first differentiable argument",
+        "output": "the forward's result",
+        "vjp": "the gradient without the rule",
+        "needs": "which gradients are wanted",
+        "params": "the module's trainable parameters",
+        "module": "the module",
+        "forward": "the undecorated forward",
+    }[name]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names) if names else "no names"
+
+
+def _signature(fn: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(fn)
+    except (ValueError, TypeError):  # builtins such as torch.round have none
+        return None
+
+
+def _bound_by_partial(fn: Any) -> set[str]:
+    bound: set[str] = set()
+    while isinstance(fn, functools.partial):
+        bound.update(fn.keywords)
+        fn = fn.func
+    return bound
+
+
+def _node_name(fn: Any) -> str:
+    """The name that the graph shows: a method called `forward` is known by its class."""
+    name = name_of(fn)
+    qualname = getattr(fn, "__qualname__", name)
+    owner = qualname.rpartition(".")[0].rpartition(".")[2]
+    if name == "forward" and owner and owner != "<locals>":
+        return str(owner)
+    return name
+
+
+def _printable(name: str) -> str:
+    return name if name.isidentifier() else "rule"
+
+
+def _kind(value: Any) -> str:
+    return f"the class '{value.__name__}'" if isinstance(value, type) else f"a {type(value).__name__}"

@@ -1,0 +1,151 @@
+"""A stand-in for a module: the same class, attributes and buffers, but other tensors for some parameters.
+
+Forwards reach parameters through `self`. To give a rule the say over their gradients, the forward must meet aliases
+of them, and the live module must not be touched: another thread may be in it. So the forward gets a stand-in, made
+without `__init__`; `super()`, `isinstance`, hooks and submodules work on it. What the forward assigns to plain
+attributes and buffers is written back. Only modules on the way to a replaced parameter are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Collector", "stand_in", "write_back"]
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+_RNN_WEIGHTS = "_flat_weights"  # nn.RNNBase keeps its weights in this list besides, and its forward reads it
+
+
+class _Given(nn.Module):
+    """Stands in for a `ParametrizationList`: gives the value that was computed once."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+def stand_in(module: nn.Module, tensors: Mapping[str, Tensor], copy_buffers: bool = False) -> nn.Module:
+    """A stand-in for `module` with `tensors`, by dotted name, in place of its parameters and buffers."""
+    return _stand_in(module, tensors, "", copy_buffers)
+
+
+def _stand_in(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, copy_buffers: bool) -> nn.Module:
+    clone: nn.Module = object.__new__(type(module))
+    state = dict(module.__dict__)
+    parameters = state["_parameters"]
+    swapped = {name: tensors.get(prefix + name, value) for name, value in parameters.items()}
+    state["_parameters"] = swapped
+    buffers = {name: tensors.get(prefix + name, value) for name, value in state["_buffers"].items()}
+    if copy_buffers:
+        buffers = {name: None if value is None else value.clone() for name, value in buffers.items()}
+    state["_buffers"] = buffers
+    children = {}
+    for name, child in state["_modules"].items():
+        path = f"{prefix}{name}."
+        if child is None:
+            children[name] = None
+        elif name == "parametrizations":
+            children[name] = _parametrizations(child, tensors, prefix, path, copy_buffers)
+        elif copy_buffers or any(key.startswith(path) for key in tensors):
+            children[name] = _stand_in(child, tensors, path, copy_buffers)
+        else:
+            children[name] = child
+    state["_modules"] = children
+    if _RNN_WEIGHTS in state:
+        state[_RNN_WEIGHTS] = [_counterpart(item, parameters, swapped) for item in state[_RNN_WEIGHTS]]
+    clone.__dict__.update(state)
+    return clone
+
+
+def _parametrizations(
+    child: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: str, copy_buffers: bool
+) -> nn.Module:
+    """The table of parametrizations, where a value given under a plain name is not computed again."""
+    clone = _stand_in(child, tensors, path, copy_buffers)
+    for name in child._modules:
+        if prefix + name in tensors:
+            clone._modules[name] = _Given(tensors[prefix + name])
+    return clone
+
+
+def _counterpart(item: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> Any:
+    for name, value in before.items():
+        if value is item:
+            return after[name]
+    return item
+
+
+def write_back(clone: nn.Module, module: nn.Module) -> None:
+    """Give `module` the plain attributes and buffers that a forward assigned on its stand-in."""
+    if clone is module:
+        return
+    own, theirs = clone.__dict__, module.__dict__
+    for name, value in own.items():
+        if name in _TABLES or name == _RNN_WEIGHTS or theirs.get(name, _MISSING) is value:
+            continue
+        theirs[name] = value
+    for name in [name for name in theirs if name not in own]:
+        del theirs[name]
+    for name, buffer in own["_buffers"].items():
+        if theirs["_buffers"].get(name) is not buffer:
+            theirs["_buffers"][name] = buffer.detach() if isinstance(buffer, torch.Tensor) else buffer
+    for name, child in own["_modules"].items():
+        if child is not None and name in theirs["_modules"] and name != "parametrizations":
+            write_back(child, theirs["_modules"][name])
+
+
+_MISSING = object()
+
+
+class _Collected(Tensor):
+    """A parameter on the stand-in of a `backward`: what is assigned to its `grad` is collected, and nothing else."""
+
+    # As for nn.Parameter: results of operations are plain tensors, and nothing is dispatched.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property  # type: ignore[override]  # torch's is an attribute
+    def grad(self) -> Any:
+        return self.__dict__.get("collected")
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        self.__dict__["collected"] = value
+
+
+class Collector:
+    """The `self` of a `backward(self, grad_output)`, and what it assigned to the `grad` of its parameters.
+
+    A live `self.weight.grad = ...` overwrites what was accumulated, skips hooks, is out of reach of
+    `autograd.grad`, and two threads meet in it. Collected, it is a gradient like any other.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        others: Mapping[str, Tensor],
+        params: Mapping[str, tuple[list[str], Tensor]],
+        *,
+        traced: bool,
+    ) -> None:
+        self.traced = traced
+        if traced:
+            self.params = {name: tensor.detach() for name, (_, tensor) in params.items()}
+        else:
+            self.params = {name: tensor.view_as(tensor).as_subclass(_Collected) for name, (_, tensor) in params.items()}
+        tensors = dict(others)
+        for name, (names, _) in params.items():
+            tensors.update(dict.fromkeys(names, self.params[name]))
+        self.stand_in = stand_in(module, tensors)
+
+    def collected(self) -> dict[str, Any]:
+        """By name, the gradients that were assigned."""
+        if self.traced:
+            return {name: param.grad for name, param in self.params.items() if param.grad is not None}
+        return {name: param.__dict__["collected"] for name, param in self.params.items() if "collected" in param.__dict__}

@@ -1,0 +1,141 @@
+"""Containers taken apart and put together again: what a forward is given and returns, and what a rule answers.
+
+torch's pytree takes 7 us for a tuple of two tensors and does not know dataclasses; this walks tuples, lists, dicts,
+their subclasses (namedtuples, Hugging Face's `ModelOutput`) and dataclasses, and gives each back in its own type.
+It knows no tensors: what a leaf is, the caller says.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+__all__ = ["LEAF", "Node", "flatten", "is_container", "unflatten"]
+
+
+class _Leaf:
+    """The place of one leaf. A single object, so that `spec is LEAF` tells."""
+
+    def __repr__(self) -> str:
+        return "*"
+
+
+LEAF = _Leaf()
+
+
+class Node:
+    """A container: its type, an example to be copied (dataclasses only), its keys, and the specs of its parts."""
+
+    __slots__ = ("example", "keys", "kind", "parts")
+
+    def __init__(self, kind: type, keys: tuple[Any, ...] | None, parts: list[Any], example: Any) -> None:
+        self.kind = kind
+        self.keys = keys
+        self.parts = parts
+        self.example = example
+
+
+class Constant:
+    """A value that is no leaf."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def is_container(value: Any) -> bool:
+    """Whether `flatten` looks inside."""
+    return isinstance(value, (tuple, list, dict)) or (
+        dataclasses.is_dataclass(value) and not isinstance(value, type)
+    )
+
+
+def flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any]) -> Any:
+    """The spec of `value`; its leaves are appended to `leaves` in order."""
+    if is_leaf(value):
+        leaves.append(value)
+        return LEAF
+    if not is_container(value):
+        return Constant(value)
+    kind = type(value)
+    if isinstance(value, dict):
+        keys = tuple(value.keys())
+        parts = [flatten(value[key], is_leaf, leaves) for key in keys]
+        return Node(kind, keys, parts, None if kind is dict else value)
+    if isinstance(value, (tuple, list)):
+        return Node(kind, None, [flatten(part, is_leaf, leaves) for part in value], None)
+    keys = tuple(field.name for field in dataclasses.fields(value) if hasattr(value, field.name))
+    parts = [flatten(getattr(value, key), is_leaf, leaves) for key in keys]
+    return Node(kind, keys, parts, value)
+
+
+def unflatten(spec: Any, leaves: Iterator[Any], constants: bool = True) -> Any:
+    """The value of `spec` with these leaves; what is no leaf is kept, or None if `constants` is False."""
+    if spec is LEAF:
+        return next(leaves)
+    if isinstance(spec, Constant):
+        return spec.value if constants else None
+    parts = [unflatten(part, leaves, constants) for part in spec.parts]
+    kind = spec.kind
+    if kind is tuple:
+        return tuple(parts)
+    if kind is list:
+        return parts
+    if kind is dict:
+        return dict(zip(spec.keys, parts, strict=True))
+    if issubclass(kind, tuple):
+        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+    if issubclass(kind, list):
+        return kind(parts)
+    # A copy keeps what a constructor would not (default factories, fields without init, checks in __post_init__).
+    result = copy.copy(spec.example)
+    for key, part in zip(spec.keys, parts, strict=True):
+        if isinstance(result, dict):
+            result[key] = part
+        else:
+            object.__setattr__(result, key, part)  # a frozen dataclass too
+    return result
+
+
+def skeleton(spec: Any) -> Any:
+    """The spec without its constants and examples of them: for what is kept until the backward."""
+    if spec is LEAF:
+        return LEAF
+    if isinstance(spec, Constant):
+        return Constant(None)
+    example = spec.example
+    if example is not None:
+        example = copy.copy(example)
+        for key in spec.keys:
+            if isinstance(example, dict):
+                example[key] = None
+            else:
+                object.__setattr__(example, key, None)
+    return Node(spec.kind, spec.keys, [skeleton(part) for part in spec.parts], example)
+
+
+def has_leaf(spec: Any) -> bool:
+    """Whether there is a leaf anywhere in it."""
+    if spec is LEAF:
+        return True
+    return isinstance(spec, Node) and any(has_leaf(part) for part in spec.parts)
+
+
+def describe(spec: Any) -> str:
+    """The structure in words, for messages: `(*, [*, None])`."""
+    if spec is LEAF:
+        return "*"
+    if isinstance(spec, Constant):
+        return "None"
+    inner: Sequence[str] = [describe(part) for part in spec.parts]
+    if spec.keys is not None:
+        inside = ", ".join(f"{key}: {part}" for key, part in zip(spec.keys, inner, strict=True))
+        return "{" + inside + "}" if spec.kind is dict else f"{spec.kind.__name__}({inside})"
+    inside = ", ".join(inner)
+    if spec.kind is list:
+        return f"[{inside}]"
+    name = "" if spec.kind is tuple else spec.kind.__name__
+    return f"{name}({inside})"

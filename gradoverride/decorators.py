@@ -1,0 +1,180 @@
+"""`custom_backward` and `straight_through`: start here.
+
+A decorated callable is a plain function (`_core/wrapper.py`). It carries a `Plan` (`_core/plan.py`), which is what
+its forward offers and its rule asks for (`_core/signature.py`). A call goes through `_core/dispatch.py` to
+`_core/call.py`, which runs the forward and ties its result to the rule by a Function (`_core/function.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+from torch import nn
+
+from gradoverride._core.dispatch import make_dispatch
+from gradoverride._core.plan import Plan
+from gradoverride._core.scan import location
+from gradoverride._core.signature import Forward, Rule
+from gradoverride._core.surrogate import surrogate_rule
+from gradoverride._core.wrapper import make_wrapper
+from gradoverride.errors import DecorationError
+
+__all__ = ["custom_backward", "straight_through"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+C = TypeVar("C", bound=type)
+
+
+@overload
+def custom_backward(rule: C, /) -> C: ...
+@overload
+def custom_backward(rule: Callable[..., Any], /) -> Callable[[F], F]: ...
+def custom_backward(rule: Any, /) -> Any:
+    """Give a function, a method or a module the backward that `rule` says.
+
+    A rule is a plain function. Its first parameter is the gradient with respect to the result; every other one asks
+    for a value by name: an argument of the forward, a parameter or buffer of its module, a value that the forward
+    handed over (`save_for_backward`), or `input`, `output`, `vjp`, `needs`, `params`, `module`, `forward`. Only what
+    it asks for is kept. It returns one gradient for each argument, or a dict by name.
+
+    >>> import torch, gradoverride as go
+    >>> def scale_backward(grad_output, x, weight):
+    ...     return grad_output * weight, grad_output * x
+    >>> @go.custom_backward(scale_backward)
+    ... def scale(x, weight):
+    ...     return x * weight
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> y = scale(x, torch.tensor(3.0).expand(2))
+    >>> y.sum().backward()
+    >>> x.grad
+    tensor([3., 3.])
+
+    On a class, `rule` is for its `forward`. Bare, on a module class that defines `backward(self, grad_output, ...)`,
+    that method is the rule: it returns the gradient of the input and assigns `self.<parameter>.grad`.
+
+    Shapes and dtypes: a gradient has the shape and device of what it belongs to; a differing floating dtype is cast.
+
+    Raises `RuleSignatureError` for a name that does not exist, `RuleResultError` for a wrong answer,
+    `CapturedTensorError` for a tensor that the forward reaches by a closure, `DecorationError` for what cannot be
+    decorated.
+    """
+    if isinstance(rule, type):
+        return _with_own_backward(rule)
+    read = Rule(rule)
+    return functools.partial(_attach, read)
+
+
+@overload
+def straight_through(fn: F, /, *, surrogate: Callable[..., Any] | None = None) -> F: ...
+@overload
+def straight_through(*, surrogate: Callable[..., Any] | None = None) -> Callable[[F], F]: ...
+def straight_through(fn: Any = None, /, *, surrogate: Callable[..., Any] | None = None) -> Any:
+    """Let the gradient through a function that has none, as if it were the identity, or as that of `surrogate`.
+
+    The value is exactly that of `fn`, in every dtype. With several arguments the gradient goes to the first that is
+    differentiable; its shape must be the result's.
+
+    >>> import torch, gradoverride as go
+    >>> round_ste = go.straight_through(torch.round)
+    >>> x = torch.tensor([0.4, 1.6], requires_grad=True)
+    >>> y = round_ste(x)
+    >>> y.sum().backward()
+    >>> y.tolist(), x.grad.tolist()
+    ([0.0, 2.0], [1.0, 1.0])
+    >>> step = go.straight_through(torch.sign, surrogate=torch.tanh)
+
+    `surrogate` is a differentiable function of one tensor, with a result of its shape; its derivative at the input is
+    used. Raises `SurrogateError` if the shapes differ.
+
+    Source: Bengio, Leonard, Courville, "Estimating or propagating gradients through stochastic neurons" (2013).
+    """
+    if surrogate is not None and not callable(surrogate):
+        raise DecorationError(
+            f"straight_through: 'surrogate' must be a function of one tensor, such as torch.tanh; "
+            f"got a {type(surrogate).__name__}"
+        )
+    if fn is None:
+        return functools.partial(_straight_through, surrogate)
+    return _straight_through(surrogate, fn)
+
+
+def _straight_through(surrogate: Callable[..., Any] | None, fn: Any) -> Any:
+    if isinstance(fn, type) and not issubclass(fn, nn.Module):
+        raise DecorationError(f"straight_through: a function is needed; '{fn.__name__}' is a class")
+    return _attach(Rule(surrogate_rule(fn, surrogate)), fn)
+
+
+def _attach(rule: Rule, target: Any) -> Any:
+    """`target` with `rule` as its backward."""
+    if isinstance(target, (staticmethod, classmethod)):
+        return type(target)(_attach(rule, target.__func__))
+    if isinstance(target, type):
+        _decorate_forward(target, rule)
+        return target
+    if not callable(target):
+        raise DecorationError(
+            f"custom_backward: a function, a method or a class with a 'forward' is needed; "
+            f"got a {type(target).__name__}"
+        )
+    return _decorated(_forward_of(target), rule, target)
+
+
+def _forward_of(target: Any) -> Forward:
+    """How a callable is called: a bound method or an object by its function and its receiver."""
+    bound_to = getattr(target, "__self__", None)
+    function = getattr(target, "__func__", None)
+    if function is not None and bound_to is not None:
+        return Forward(function, receiver=bound_to, signature=Forward(target).signature, name=Forward(function).name)
+    if isinstance(target, nn.Module):
+        return Forward(
+            type(target).__call__,
+            receiver=target,
+            signature=Forward(target.forward).signature,
+            name=type(target).__name__,
+            place=location(type(target).forward),
+        )
+    return Forward(target)
+
+
+def _decorated(forward: Forward, rule: Rule, original: Any, *, class_form: bool = False) -> Any:
+    plan = Plan(forward, rule, class_form=class_form)
+    return make_wrapper(plan, original, make_dispatch(plan))
+
+
+def _decorate_forward(cls: type, rule: Rule) -> None:
+    if not callable(getattr(cls, "forward", None)) or cls.__dict__.get("forward", None) is nn.Module.forward:
+        raise DecorationError(
+            f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must have a 'forward' for rule {rule.who}"
+        )
+    forward = Forward(cls.forward, name=cls.__name__)
+    cls.forward = _decorated(forward, rule, cls.forward)
+
+
+def _with_own_backward(cls: type) -> type:
+    missing = [name for name in ("forward", "backward") if not callable(getattr(cls, name, None))]
+    if missing:
+        raise DecorationError(
+            f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must define both 'forward(self, ...)' and "
+            f"'backward(self, grad_output, ...)'; it has no '{missing[0]}'. Define it, or give a rule: "
+            "@custom_backward(rule)"
+        )
+    if not issubclass(cls, nn.Module):
+        raise DecorationError(
+            f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must be an nn.Module to be decorated bare, for "
+            "its 'backward' to find parameters; give a rule instead: @custom_backward(rule)"
+        )
+    rule = Rule(cls.backward, method=True)
+    forward = Forward(cls.forward, name=cls.__name__)
+    cls.forward = _decorated(forward, rule, cls.forward, class_form=True)  # type: ignore[method-assign]
+    return cls
+
+
+def _place(cls: type) -> str:
+    for name in ("forward", "backward", "__init__"):
+        if name in cls.__dict__:
+            return location(cls.__dict__[name])
+    return cls.__module__
+
+

@@ -1,0 +1,54 @@
+"""Every error that gradoverride raises. Each derives from `GradOverrideError` and from the builtin that fits.
+
+A message says, in this order: who (the user's name, file:line), what was required, what came, and the remedy.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "GradOverrideError",
+    "DecorationError",
+    "RuleSignatureError",
+    "RuleResultError",
+    "ForwardResultError",
+    "CapturedTensorError",
+    "SurrogateError",
+    "UnsupportedError",
+    "TargetNotFoundError",
+]
+
+
+class GradOverrideError(Exception):
+    """The base of all errors of this library: `except GradOverrideError` catches any of them."""
+
+
+class DecorationError(GradOverrideError, TypeError):
+    """What was decorated cannot be: it is not callable, or a class without the methods that are needed."""
+
+
+class RuleSignatureError(GradOverrideError, TypeError):
+    """A rule asks for a name that does not exist, or that means two things."""
+
+
+class RuleResultError(GradOverrideError, ValueError):
+    """A rule returned a wrong count, structure, shape, device or kind of gradient."""
+
+
+class ForwardResultError(GradOverrideError, TypeError):
+    """A forward returned nothing that a gradient could belong to."""
+
+
+class CapturedTensorError(GradOverrideError, RuntimeError):
+    """A forward reached a tensor that requires grad by a closure or a global: its gradient would be lost."""
+
+
+class SurrogateError(GradOverrideError, ValueError):
+    """A surrogate's shape is not the shape of the result it stands for."""
+
+
+class UnsupportedError(GradOverrideError, NotImplementedError):
+    """Refused: torch gives no way to have the right gradient here, so there is none rather than a wrong one."""
+
+
+class TargetNotFoundError(GradOverrideError, LookupError):
+    """No module, function or path matches a target."""
