@@ -29,7 +29,7 @@ from gradoverride._core.private import fail, fast_apply, in_forward_ad, in_funct
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import Collector, stand_in, write_back
-from gradoverride._core.structure import LEAF, flatten, has_leaf, skeleton, unflatten
+from gradoverride._core.structure import LEAF, Constant, flatten, has_leaf, skeleton, unflatten
 from gradoverride._core.vjp import Vjp
 from gradoverride.errors import ForwardResultError, RuleResultError, UnsupportedError
 
@@ -149,6 +149,16 @@ class Call:
         self.wanted = [self.mode == TRANSFORMED or leaf.requires_grad for leaf in leaves]
         return leaves
 
+    def describe_plain(self, places: Sequence[int], metas: list[Meta], wanted: Sequence[bool]) -> None:
+        """As `take_apart`, for a call whose arguments at `places` were tensors and the others scalars."""
+        self.specs = [LEAF if index in places else Constant(None) for index in range(len(self.names))]
+        self.ends = [sum(place <= index for place in places) for index in range(len(self.names))]
+        self.holders = list(places)
+        self.single = places[0] if len(places) == 1 else None
+        self.n_leaves = len(places)
+        self.metas = metas
+        self.wanted = list(wanted)
+
     def find_params(self, module: nn.Module) -> None:
         """Sort the trainable parameters of `module` into those the rule answers for and those left to autograd."""
         plan = self.plan
@@ -210,13 +220,27 @@ class Call:
             aliases = [self._alias(tensor) for tensor in sources]
         state = self._snapshot_buffers(module) if replay is not None else None
         result, residuals = self._forward(module, receiver, aliases)
+        return self.finish(module, receiver, leaves, values, aliases, result, residuals, state)
+
+    def finish(
+        self,
+        module: nn.Module | None,
+        receiver: Any,
+        leaves: list[Tensor],
+        values: Sequence[Any],
+        aliases: list[Tensor],
+        result: Any,
+        residuals: dict[str, Any],
+        buffers_before: dict[str, Any] | None = None,
+    ) -> Any:
+        """The forward has run on `aliases` and gave `result`: look at it, and tie it to the rule."""
         outs: list[Tensor] = []
         self.result = flatten(result, is_differentiable, outs)
         if not outs:
             return self._without_gradient(result)
         self._refuse_captured(outs)
         self._find_inputs_in(outs, leaves, aliases)
-        return self._tie(module, receiver, leaves, values, aliases, outs, residuals, state)
+        return self._tie(module, receiver, leaves, values, aliases, outs, residuals, buffers_before)
 
     def _alias(self, tensor: Tensor) -> Tensor:
         if self.mode == EAGER:
@@ -228,7 +252,6 @@ class Call:
         plan, layout = self.plan, self.layout
         given = iter(aliases)
         arguments = [unflatten(spec, given) for spec in self.specs]
-        self.specs = [skeleton(spec) for spec in self.specs]
         inner = receiver
         if self.aliased and module is not None:
             tensors = {name: alias for param, alias in zip(self.aliased, given, strict=True) for name in param.names}
@@ -329,6 +352,7 @@ class Call:
         buffers_before: dict[str, Any] | None,
     ) -> Any:
         mode = self.mode
+        self.specs = [skeleton(spec) for spec in self.specs]
         inputs: list[Tensor] = [*leaves, *(param.tensor for param in self.params)]
         if mode == TRACED:
             inputs = [_distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
@@ -482,7 +506,7 @@ class Call:
         versions = [grad._version for grad in handed] if self.mode == EAGER else []
         answer, collected = self._ask_rule(grad_output, supplied, saved)
         if versions and versions != [grad._version for grad in handed]:
-            self._refuse_written()
+            self.refuse_written()
         leaf_grads, named = read_answer(self, answer)
         answered = read_params(self, {**named, **collected}, asked=True)
         return self._complete(ctx, saved, grads, leaf_grads, answered)
@@ -536,7 +560,7 @@ class Call:
             try:
                 return rule(grad_output, **supplied), {}
             except Exception as error:
-                self._note(error)
+                self.note(error)
                 raise
         collector = Collector(
             self.module,
@@ -549,7 +573,7 @@ class Call:
         try:
             answer = rule(collector.stand_in, grad_output, **supplied)
         except Exception as error:
-            self._note(error)
+            self.note(error)
             raise
         return answer, self._collected(collector)
 
@@ -565,14 +589,14 @@ class Call:
                 )
         return collected
 
-    def _note(self, error: Exception) -> None:
+    def note(self, error: Exception) -> None:
         note = f"in the rule {self.plan.rule.who} of {self.plan.forward.who}"
         if hasattr(error, "add_note"):
             error.add_note(note)
         else:  # Python 3.10
             error.__notes__ = [*getattr(error, "__notes__", []), note]
 
-    def _refuse_written(self) -> None:
+    def refuse_written(self) -> None:
         fail(
             RuleResultError,
             f"rule {self.plan.rule.who} of {self.plan.forward.who} must not write into the gradient it is given, "
@@ -836,7 +860,8 @@ class _Saver:
         for index, alias in enumerate(self.aliases):
             if alias is tensor:
                 return index
-        if is_differentiable(tensor):
+        # As an output of its own it is known to second derivatives, which compiled code has not.
+        if is_differentiable(tensor) and self.call.mode != TRACED:
             for index, known in enumerate(self.floating):
                 if known is tensor:
                     return ~(len(self.outs) + index)

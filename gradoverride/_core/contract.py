@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from gradoverride._core.private import fail
@@ -114,6 +115,12 @@ class Meta:
         self.shape = tensor.shape
         self.dtype = tensor.dtype
         self.device = tensor.device
+
+    @staticmethod
+    def of(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Meta:
+        meta = Meta.__new__(Meta)
+        meta.shape, meta.dtype, meta.device = shape, dtype, device
+        return meta
 
     @property
     def text(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gradoverride._core.call import differentiate
+from gradoverride._core.fast import fast_dispatch, is_plain
 from gradoverride._core.plan import Plan
 
 __all__ = ["make_dispatch"]
@@ -22,6 +23,8 @@ def make_dispatch(plan: Plan) -> Callable[..., Any]:
 
         return variadic
     layout = plan.layout(0, tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))
+    if is_plain(plan):
+        return fast_dispatch(plan, layout)
 
     def fixed(receiver: Any, *values: Any) -> Any:
         return differentiate(plan, layout, receiver, values)

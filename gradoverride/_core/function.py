@@ -24,7 +24,7 @@ from torch.autograd import Function
 from gradoverride._core.private import fail
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["Cut", "General", "Lifted", "Refused", "Tail", "Transformed", "fresh", "named"]
+__all__ = ["Cut", "Decorated", "General", "Lifted", "Refused", "Tail", "Transformed", "fresh", "named"]
 
 
 def named(base: type[Function], name: str) -> type[Function]:
@@ -39,6 +39,24 @@ def fresh(tensor: Tensor) -> Tensor:
     alias = tensor.detach()
     # A view stays one, so that torch refuses to write into it in place (it could not tell its base).
     return alias.view_as(alias) if tensor._is_view() else alias
+
+
+class Decorated(Function):
+    """A call of plain tensors with one tensor as its result. `recipe` knows the rest (`fast.py`)."""
+
+    @staticmethod
+    def forward(ctx: Any, recipe: Any, constants: Any, result: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.recipe = recipe
+        ctx.constants = constants
+        ctx.metas = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        output = result.detach()
+        if recipe.saves:
+            ctx.save_for_backward(*recipe.pick(tensors, output))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        return ctx.recipe.backward(ctx, grad_output)  # type: ignore[no-any-return]
 
 
 class General(Function):
