@@ -13,7 +13,6 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from gradoverride._core.dispatch import make_dispatch
 from gradoverride._core.plan import Plan
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, Rule
@@ -139,8 +138,7 @@ def _forward_of(target: Any) -> Forward:
 
 
 def _decorated(forward: Forward, rule: Rule, original: Any, *, class_form: bool = False) -> Any:
-    plan = Plan(forward, rule, class_form=class_form)
-    return make_wrapper(plan, original, make_dispatch(plan))
+    return make_wrapper(Plan(forward, rule, class_form=class_form), original)
 
 
 def _decorate_forward(cls: type, rule: Rule) -> None:

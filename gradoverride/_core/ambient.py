@@ -30,6 +30,13 @@ class Autocast:
                 (kind, torch.get_autocast_dtype(kind)) for kind in _device_types() if torch.is_autocast_enabled(kind)
             ]
 
+    @classmethod
+    def none(cls) -> Autocast:
+        """The state without autocast."""
+        state = cls.__new__(cls)
+        state.states = []
+        return state
+
     def restored(self) -> contextlib.AbstractContextManager[Any]:
         """A context with this state."""
         if not self.states and not any_autocast():

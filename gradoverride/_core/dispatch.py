@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from gradoverride._core.call import differentiate
-from gradoverride._core.fast import fast_dispatch, is_plain
+from gradoverride._core.fast import Runs, is_plain
 from gradoverride._core.plan import Plan
 
 __all__ = ["make_dispatch"]
 
 
-def make_dispatch(plan: Plan) -> Callable[..., Any]:
-    """The function that the wrapper of `plan` calls."""
+def make_dispatch(plan: Plan) -> tuple[Callable[..., Any], Runs | None]:
+    """The general path of `plan`, as the wrapper calls it, and the short one if its calls can take it."""
     parameters = plan.forward.parameters
     if parameters is None or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
 
@@ -21,12 +21,10 @@ def make_dispatch(plan: Plan) -> Callable[..., Any]:
             layout = plan.layout(len(star), tuple(named))
             return differentiate(plan, layout, receiver, (*positional, *star, *named.values()))
 
-        return variadic
+        return variadic, None
     layout = plan.layout(0, tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))
-    if is_plain(plan):
-        return fast_dispatch(plan, layout)
 
     def fixed(receiver: Any, *values: Any) -> Any:
         return differentiate(plan, layout, receiver, values)
 
-    return fixed
+    return fixed, Runs(plan, layout) if is_plain(plan) else None

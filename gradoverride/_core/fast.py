@@ -1,13 +1,15 @@
 """The short path: plain tensors and scalars in, one new tensor out, a rule of arguments and output.
 
-Most calls are such, and an overhead of some microseconds would be most of their cost. The path does what the general
-one (`call.py`) does, without what such a call does not need: no structures, no parameters, no object for each call.
-Whatever it meets that is not plain goes to the general path, after the forward too, which is never run twice.
+Most calls are such, and some microseconds of overhead would be most of their cost. So the code for them is generated,
+as an expert would write it by hand for this signature and this rule: no loops, no structures, no object for each call.
+It does all that the general path (`call.py`) does; what it meets that is not plain goes there, after the forward too,
+which never runs twice. To read it, print `run_source(...)` and `backward_source(...)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,164 +19,248 @@ from torch.autograd import forward_ad
 from gradoverride._core.ambient import Autocast
 from gradoverride._core.call import EAGER, Call, differentiate
 from gradoverride._core.contract import Meta, read_answer
+from gradoverride._core.function import plain_function
 from gradoverride._core.plan import Layout, Plan
-from gradoverride._core.private import any_autocast, fast_apply, in_functorch
+from gradoverride._core.private import any_autocast, fast_apply, in_functorch, use_count
 
-__all__ = ["fast_dispatch", "is_plain"]
+__all__ = ["Runs", "is_plain"]
 
 _SCALARS = frozenset({int, float, bool, complex, str, type(None), torch.dtype, torch.device})
-_FLOATING = frozenset(
-    {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128}
-)
+_FLOATING = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128})
 
 
 def is_plain(plan: Plan) -> bool:
     """Whether calls of `plan` can take the short path at all."""
-    sources = plan.sources.items()
+    forward = plan.forward
     return (
-        not plan.takes_receiver
+        forward.parameters is not None
+        and bool(forward.parameters)
+        and all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in forward.parameters)
+        and not plan.takes_receiver
         and not plan.hands_over
-        and all(source == "argument" or name in ("input", "output") for name, source in sources)
+        and all(source == "argument" or name in ("input", "output") for name, source in plan.sources.items())
     )
 
 
-def fast_dispatch(plan: Plan, layout: Layout) -> Callable[..., Any]:
-    """The function that the wrapper of `plan` calls."""
-    fn = _positional(plan.fn, layout)
-    apply = fast_apply(plan.fast)
-    recipes: dict[int, Recipe] = {}
-    compiling, grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
+class Runs(dict[tuple[type, ...], Callable[..., Any]]):
+    """By the types of the arguments, the code for such a call. It is made when they are first met."""
 
-    def call(receiver: Any, *values: Any) -> Any:
-        if compiling() or in_functorch() or forward_ad._current_level >= 0 or any_autocast():
-            return differentiate(plan, layout, receiver, values)
-        if not grad_enabled():
-            return fn(*values)
-        wanted = False
-        kinds, bit = 0, 1
-        tensors, aliases = [], []
-        for value in values:
-            kind = type(value)
-            if kind is Tensor or kind is nn.Parameter:
-                tensors.append(value)
-                kinds += bit
-                if value.requires_grad:
-                    wanted = True
-                    value = value.data  # its version counter is its own, and shows a forward that writes in place
-                elif value.dtype not in _FLOATING:
-                    return differentiate(plan, layout, receiver, values)
-            elif kind not in _SCALARS:
-                return differentiate(plan, layout, receiver, values)
-            aliases.append(value)
-            bit += bit
-        if not wanted:
-            return fn(*values)
-        result = fn(*aliases)
-        recipe = recipes.get(kinds)
-        if recipe is None:
-            recipe = recipes[kinds] = Recipe(plan, layout, kinds)
-        if type(result) is not Tensor or result.requires_grad or result._is_view() or result.dtype not in _FLOATING:
-            return _finish(plan, layout, values, aliases, result)
-        for alias in aliases:
-            if alias is result or (type(alias) is Tensor and not alias.requires_grad and alias._version):
-                return _finish(plan, layout, values, aliases, result)
-        return apply(recipe, values if recipe.constants else None, result, *tensors)
-
-    return call
-
-
-def _positional(fn: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
-    """`fn` with its keyword-only parameters taken by position."""
-    if not layout.keywords:
-        return fn
-    names = [f"_{index}" for index in range(layout.positional)]
-    passed = [*names, *(f"{keyword}={keyword}" for keyword in layout.keywords)]
-    source = f"lambda {', '.join([*names, *layout.keywords])}: fn({', '.join(passed)})"
-    return eval(source, {"fn": fn})  # type: ignore[no-any-return]  # a lambda over these names
-
-
-def _finish(plan: Plan, layout: Layout, values: tuple[Any, ...], aliases: list[Any], result: Any) -> Any:
-    """The general path, for a forward that has run."""
-    call = Call(plan, layout, EAGER)
-    leaves = call.take_apart(values)
-    tensors = [alias for alias in aliases if isinstance(alias, Tensor)]
-    return call.finish(None, None, leaves, values, tensors, result, {})
-
-
-class Recipe:
-    """What is the same for all calls of a plan whose tensors stand at the same places."""
-
-    def __init__(self, plan: Plan, layout: Layout, kinds: int) -> None:
+    def __init__(self, plan: Plan, layout: Layout) -> None:
         self.plan = plan
         self.layout = layout
-        self.rule = plan.rule.fn
-        self.places = [index for index in range(len(layout.names)) if kinds >> index & 1]
-        self.single = len(self.places) == 1
-        self.count = len(layout.names)
-        self.writes = plan.rule_writes
-        self.saves: list[int] = []  # indices among the tensors; -1 is the output
-        self.constants = False
-        passed = []
+
+    def __missing__(self, kinds: tuple[type, ...]) -> Callable[..., Any]:
+        places = [index for index, kind in enumerate(kinds) if kind is Tensor or kind is nn.Parameter]
+        others = [kind for index, kind in enumerate(kinds) if index not in places]
+        if places and all(kind in _SCALARS for kind in others):
+            run = _Short(self.plan, self.layout, places).run()
+        else:
+            run = self._general
+        self[kinds] = run
+        return run
+
+    def _general(self, *values: Any) -> Any:
+        return differentiate(self.plan, self.layout, None, values)
+
+
+class _Short:
+    """The code for calls of a plan whose tensors stand at `places`."""
+
+    def __init__(self, plan: Plan, layout: Layout, places: list[int]) -> None:
+        self.plan = plan
+        self.layout = layout
+        self.places = places
+        self.names = [f"x{index}" for index in range(len(layout.names))]
+        self.tensors = [self.names[place] for place in places]
+        self.saves: list[str] = []  # names of tensors, in the order in which they are saved
+        self.asks: list[str] = []  # the keywords that the rule is called with
+        self.constants: list[str] = []
         for name, source in plan.sources.items():
-            place = layout.names.index(name) if source == "argument" else self.places[0]
-            if name == "output" and source == "reserved":
-                passed.append(f"{name}=saved[{self._saved(-1)}]")
-            elif place in self.places:
-                passed.append(f"{name}=saved[{self._saved(self.places.index(place))}]")
+            place = layout.names.index(name) if source == "argument" else places[0]
+            value = "result" if source == "reserved" and name == "output" else self.names[place]
+            if value == "result" or place in places:
+                if value not in self.saves:
+                    self.saves.append(value)
+                self.asks.append(f"{name}=saved[{self.saves.index(value)}]")
             else:
-                self.constants = True
-                passed.append(f"{name}=constants[{place}]")
-        source = f"lambda rule, grad_output, saved, constants: rule({', '.join(['grad_output', *passed])})"
-        self.ask: Callable[..., Any] = eval(source, {})  # keywords without a dict for each call
+                self.constants.append(value)
+                self.asks.append(f"{name}=ctx.constants[{len(self.constants) - 1}]")
+        self.metas = [name for name in self.tensors if name not in self.saves]
 
-    def _saved(self, index: int) -> int:
-        if index not in self.saves:
-            self.saves.append(index)
-        return self.saves.index(index)
+    def run(self) -> Callable[..., Any]:
+        shared = {
+            "Tensor": Tensor,
+            "any_autocast": any_autocast,
+            "check": self.check,
+            "finish": self.finish,
+            "fn": self.plan.fn,
+            "FLOATING": _FLOATING,
+            "forward_ad": forward_ad,
+            "general": lambda *values: differentiate(self.plan, self.layout, None, values),
+            "getrefcount": sys.getrefcount,
+            "in_functorch": in_functorch,
+            "note": self.note,
+            "rule": self.plan.rule.fn,
+            "SOLE": _SOLE,
+            "under_autocast": self.under_autocast,
+            "use_count": use_count,
+            "written": self.written,
+        }
+        names = _compiled(self.forward_source() + self.backward_source() + self.run_source(), shared, self.plan)
+        function = plain_function(self.plan.forward.name, names["forward"], names["backward"])
+        names["apply"] = fast_apply(function)
+        return names["run"]  # type: ignore[no-any-return]
 
-    def pick(self, tensors: tuple[Tensor, ...], output: Tensor) -> list[Tensor]:
-        """The tensors that the rule asks for."""
-        return [output if index < 0 else tensors[index] for index in self.saves]
+    def run_source(self) -> str:
+        names, tensors = ", ".join(self.names), self.tensors
+        aliased = [f"{name}_alias" if name in tensors else name for name in self.names]
+        lines = [
+            f"def run({names}):",
+            "    if in_functorch() or forward_ad._current_level >= 0 or any_autocast():",
+            f"        return general({names})",
+            f"    if not ({' or '.join(f'{name}.requires_grad' for name in tensors)}):",
+            f"        return {self._call(self.names)}",
+        ]
+        for name in tensors:
+            if len(tensors) == 1:
+                lines.append(f"    {name}_alias = {name}.data")
+                continue
+            lines += [
+                f"    if {name}.requires_grad:",
+                f"        {name}_alias = {name}.data",  # its own version counter shows writes in place
+                f"    elif {name}.dtype in FLOATING:",
+                f"        {name}_alias = {name}",
+                "    else:",
+                f"        return general({names})",
+            ]
+        unusual = ["type(result) is not Tensor", "result.requires_grad", "result._is_view()"]
+        for name in tensors:
+            unusual += [f"result is {name}_alias", f"{name}_alias._version and {name}_alias is not {name}"]
+        aliases = ", ".join(f"{name}_alias" for name in tensors)
+        lines += [
+            f"    result = {self._call(aliased)}",
+            f"    if {' or '.join(unusual)}:",
+            f"        return finish(({names},), [{aliases}], result)",
+            # Somebody else may hold the result (a cached buffer), and would find it turned into an output.
+            "    if getrefcount(result) != SOLE or use_count(result) != 1:",
+            "        result = result.detach()",
+            f"    return apply(({', '.join(['result', *self.constants])},), {', '.join(tensors)})",
+        ]
+        return "\n".join(lines) + "\n"
 
-    def backward(self, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        """The gradients of a call: for the recipe, the constants and the result None, then for each tensor."""
-        if any_autocast():  # there was none in the forward, or it would have gone the general way
-            with _NO_AUTOCAST.restored():
-                return self._backward(ctx, grad_output)
-        return self._backward(ctx, grad_output)
+    def forward_source(self) -> str:
+        lines = [f"def forward(ctx, box, {', '.join(self.tensors)}):", "    result = box[0]"]
+        if self.constants:
+            lines.append("    ctx.constants = box[1:]")
+        if self.saves:
+            lines.append(f"    ctx.save_for_backward({', '.join(self.saves)})")
+        if self.metas:
+            metas = ", ".join(f"{name}.shape, {name}.dtype, {name}.device" for name in self.metas)
+            lines.append(f"    ctx.metas = ({metas},)")
+        return "\n".join([*lines, "    return result"]) + "\n"
 
-    def _backward(self, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        handed = grad_output.clone() if self.writes else grad_output
-        version = handed._version
-        try:
-            answer = self.ask(self.rule, handed, ctx.saved_tensors if self.saves else (), ctx.constants)
-        except Exception as error:
-            self._call(ctx).note(error)
-            raise
-        if handed._version != version and not self.writes:
-            self._call(ctx).refuse_written()
-        if self.single:
-            if type(answer) is Tensor:
-                shape, dtype, device = ctx.metas[0]
-                if answer.dtype is dtype and answer.shape == shape and answer.device == device:
-                    return None, None, None, answer
-        elif type(answer) is tuple and len(answer) == self.count == len(self.places):
-            for grad, (shape, dtype, device) in zip(answer, ctx.metas, strict=True):
-                if grad is not None and not (
-                    type(grad) is Tensor and grad.dtype is dtype and grad.shape == shape and grad.device == device
-                ):
-                    break
-            else:
-                return None, None, None, *answer
-        grads, _ = read_answer(self._call(ctx), answer)
-        return None, None, None, *grads
+    def backward_source(self) -> str:
+        asks, tensors = self.asks, self.tensors
+        lines = [
+            "def backward(ctx, grad_output):",
+            "    if any_autocast():",
+            "        return under_autocast(backward, ctx, grad_output)",
+        ]
+        if self.saves:
+            lines.append("    saved = ctx.saved_tensors")
+        handed = "grad_output"
+        if self.plan.rule_writes:
+            lines.append("    handed = grad_output.clone()")
+            handed = "handed"
+        lines += [
+            "    version = grad_output._version",
+            "    try:",
+            f"        answer = rule({', '.join([handed, *asks])})",
+            "    except Exception as error:",
+            "        note(error)",
+            "        raise",
+            "    if grad_output._version != version:",
+            "        written()",
+        ]
+        if self.metas:
+            metas = ", ".join(f"{name}_shape, {name}_dtype, {name}_device" for name in self.metas)
+            lines.append(f"    {metas}, = ctx.metas" if len(self.metas) > 1 else f"    {metas} = ctx.metas")
+        if len(tensors) == 1:
+            lines += [
+                f"    if type(answer) is Tensor and {self._conforms('answer', tensors[0])}:",
+                "        return None, answer",
+            ]
+        elif len(tensors) == len(self.names):
+            grads = [f"grad_{name}" for name in tensors]
+            fitting = [
+                f"(grad_{name} is None or type(grad_{name}) is Tensor and {self._conforms(f'grad_{name}', name)})"
+                for name in tensors
+            ]
+            lines += [
+                f"    if type(answer) is tuple and len(answer) == {len(tensors)}:",
+                f"        {', '.join(grads)} = answer",
+                f"        if {' and '.join(fitting)}:",
+                f"            return None, {', '.join(grads)}",
+            ]
+        known = [
+            f"saved[{self.saves.index(name)}].shape, saved[{self.saves.index(name)}].dtype, "
+            f"saved[{self.saves.index(name)}].device"
+            if name in self.saves
+            else f"{name}_shape, {name}_dtype, {name}_device"
+            for name in tensors
+        ]
+        lines.append(f"    return check(ctx, answer, [{', '.join(f'({meta})' for meta in known)}])")
+        return "\n".join(lines) + "\n"
 
-    def _call(self, ctx: Any) -> Call:
-        """The call as the general path sees it, for what is checked in full there."""
+    def _conforms(self, grad: str, name: str) -> str:
+        if name in self.saves:
+            known = [f"saved[{self.saves.index(name)}].{attribute}" for attribute in ("shape", "dtype", "device")]
+        else:
+            known = [f"{name}_{attribute}" for attribute in ("shape", "dtype", "device")]
+        return f"{grad}.shape == {known[0]} and {grad}.dtype is {known[1]} and {grad}.device == {known[2]}"
+
+    def _call(self, names: Sequence[str]) -> str:
+        positional = names[: self.layout.positional]
+        keywords = zip(self.layout.keywords, names[self.layout.positional :], strict=True)
+        return f"fn({', '.join([*positional, *(f'{keyword}={name}' for keyword, name in keywords)])})"
+
+    # --- what the generated code calls when something is not plain ---
+
+    def finish(self, values: tuple[Any, ...], aliases: list[Tensor], result: Any) -> Any:
+        """The general path, for a forward that has run."""
         call = Call(self.plan, self.layout, EAGER)
-        call.describe_plain(self.places, [Meta.of(*meta) for meta in ctx.metas], ctx.needs_input_grad[3:])
-        return call
+        leaves = call.take_apart(values)
+        return call.finish(None, None, leaves, values, aliases, result, {})
+
+    def check(self, ctx: Any, answer: Any, metas: list[Any]) -> tuple[Any, ...]:
+        """Read an answer that is not the usual one: a dict, a list, another dtype, or an error."""
+        call = Call(self.plan, self.layout, EAGER)
+        call.describe_plain(self.places, [Meta.of(*meta) for meta in metas], ctx.needs_input_grad[1:])
+        grads, _ = read_answer(call, answer)
+        return None, *grads
+
+    def note(self, error: Exception) -> None:
+        Call(self.plan, self.layout, EAGER).note(error)
+
+    def written(self) -> None:
+        Call(self.plan, self.layout, EAGER).refuse_written()
+
+    def under_autocast(self, backward: Callable[..., Any], ctx: Any, grad_output: Tensor) -> Any:
+        """There was no autocast in the forward, or the call would have gone the general way."""
+        with _NO_AUTOCAST.restored():
+            return backward(ctx, grad_output)
 
 
-_NO_AUTOCAST = Autocast.__new__(Autocast)
-_NO_AUTOCAST.states = []
+def _compiled(source: str, shared: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    exec(compile(source, f"<gradoverride short path of {plan.forward.name}>", "exec"), shared)
+    return shared
+
+
+def _sole() -> int:
+    """What `getrefcount` says of an object that one local variable holds: it differs between versions of Python."""
+    result = object()
+    return sys.getrefcount(result)
+
+
+_SOLE = _sole()
+_NO_AUTOCAST = Autocast.none()

@@ -4,7 +4,7 @@ A forward runs before and outside of the Function, on aliases that are cut off f
 ties the result to the inputs, with the rule as its gradient. So one mechanism serves plain autograd, `torch.func`
 and `torch.compile`, and what the forward does (vmap, submodules, parameters left to autograd) is traced as ever.
 
-    Decorated     plain tensors in, one tensor out: what most calls need, and nothing that costs time
+    plain_function   plain tensors in, one tensor out: what most calls need (`fast.py` writes its code)
     General       everything else; `setup_context` and a generated vmap rule make it fit for torch.func
     Transformed   the same with forward mode (Dynamo breaks its graph on a class that has `jvp`)
     Cut           aliases that the kept graph behind `vjp` starts from: gradients end there
@@ -15,21 +15,29 @@ and `torch.compile`, and what the forward does (vmap, submodules, parameters lef
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gradoverride._core.private import fail
+from gradoverride._core.private import call_directly, fail
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["Cut", "Decorated", "General", "Lifted", "Refused", "Tail", "Transformed", "fresh", "named"]
+__all__ = ["Cut", "General", "Lifted", "Refused", "Tail", "Transformed", "fresh", "named", "plain_function"]
 
 
 def named(base: type[Function], name: str) -> type[Function]:
     """A subclass of `base` whose node in the graph is called `<name>Backward`."""
     return type(base)(name, (base,), {})
+
+
+def plain_function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> type[Function]:
+    """A Function of these two functions, which its node in the graph calls without torch's layer in between."""
+    function = type(Function)(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    call_directly(function, backward)
+    return function
 
 
 def fresh(tensor: Tensor) -> Tensor:
@@ -39,24 +47,6 @@ def fresh(tensor: Tensor) -> Tensor:
     alias = tensor.detach()
     # A view stays one, so that torch refuses to write into it in place (it could not tell its base).
     return alias.view_as(alias) if tensor._is_view() else alias
-
-
-class Decorated(Function):
-    """A call of plain tensors with one tensor as its result. `recipe` knows the rest (`fast.py`)."""
-
-    @staticmethod
-    def forward(ctx: Any, recipe: Any, constants: Any, result: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.recipe = recipe
-        ctx.constants = constants
-        ctx.metas = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-        output = result.detach()
-        if recipe.saves:
-            ctx.save_for_backward(*recipe.pick(tensors, output))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        return ctx.recipe.backward(ctx, grad_output)  # type: ignore[no-any-return]
 
 
 class General(Function):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gradoverride._core import scan
-from gradoverride._core.function import Decorated, General, Transformed, named
+from gradoverride._core.function import General, Transformed, named
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.signature import Forward, Rule, resolve
 
@@ -54,7 +54,6 @@ class Plan:
         # A rule that mentions these may answer for parameters that it does not ask for.
         self.may_answer = scan.strings(rule.fn)
         self.names_all = scan.mentions(rule.fn, "by_name")
-        self.fast = named(Decorated, forward.name)
         self.general = named(General, forward.name)
         self.transformed = named(Transformed, forward.name)
         self._layouts: dict[Any, Layout] = {}

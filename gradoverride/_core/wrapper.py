@@ -2,79 +2,113 @@
 
 It is generated with the user's own parameter list, so that Python binds keywords and defaults (`inspect` would take
 10 us), and Dynamo sees a plain function with a code object of its own (it counts recompilations by code object).
+For `def scale(x, weight=1.0)` it reads
+
+    def wrapper(x, weight=_go_default_1):
+        if not grad_enabled() and not in_functorch() and forward_ad._current_level < 0:
+            return fn(x, weight)
+        if compiling():
+            return general(None, x, weight)
+        return runs[type(x), type(weight)](x, weight)
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch
+from torch.autograd import forward_ad
+
+from gradoverride._core.dispatch import make_dispatch
 from gradoverride._core.plan import Plan
+from gradoverride._core.private import in_functorch
 
 __all__ = ["make_wrapper"]
 
-Dispatch = Callable[..., Any]
 
-
-def make_wrapper(plan: Plan, original: Any, dispatch: Dispatch) -> FunctionType:
-    """A function with the name, signature and docstring of `original` that calls `dispatch(receiver, *values)`."""
-    forward = plan.forward
-    signature = forward.signature
-    fixed: dict[str, Any] = {"_go_call": dispatch, "_go_receiver": forward.receiver}
-    if signature is None:
-        source = "def wrapper(*args, **kwargs):\n    return _go_call(None, (), args, kwargs)"
-    else:
-        source = _source(plan, list(signature.parameters.values()), fixed)
-    exec(compile(source, f"<gradoverride wrapper of {forward.name}>", "exec"), fixed)
-    wrapper: FunctionType = fixed["wrapper"]
+def make_wrapper(plan: Plan, original: Any) -> FunctionType:
+    """A function with the name, signature and docstring of `original` that calls it under the rule of `plan`."""
+    general, runs = make_dispatch(plan)
+    names: dict[str, Any] = {
+        "_go_compiling": torch.compiler.is_dynamo_compiling,
+        "_go_fn": plan.fn,
+        "_go_forward_ad": forward_ad,
+        "_go_general": general,
+        "_go_grad_enabled": torch.is_grad_enabled,
+        "_go_in_functorch": in_functorch,
+        "_go_receiver": plan.forward.receiver,
+        "_go_runs": runs,
+    }
+    source = _source(plan, names, short=runs is not None)
+    exec(compile(source, f"<gradoverride wrapper of {plan.forward.name}>", "exec"), names)
+    wrapper: FunctionType = names["wrapper"]
     # Not `functools.wraps`: it copies __dict__, and with it the mark by which Dynamo knows compiled functions.
     functools.update_wrapper(wrapper, original, updated=())
-    for key, value in getattr(original, "__dict__", {}).items():
-        if isinstance(original, FunctionType) and not key.startswith(("_torchdynamo", "__")):
-            wrapper.__dict__[key] = value
+    if isinstance(original, FunctionType):
+        kept = {key: value for key, value in vars(original).items() if not key.startswith(("_torchdynamo", "__"))}
+        wrapper.__dict__.update(kept)
     if not isinstance(getattr(original, "__name__", None), str):
-        wrapper.__name__ = wrapper.__qualname__ = forward.name
+        wrapper.__name__ = wrapper.__qualname__ = plan.forward.name
     return wrapper
 
 
-def _source(plan: Plan, parameters: list[inspect.Parameter], fixed: dict[str, Any]) -> str:
-    declared: list[str] = []
-    positional: list[str] = []
-    keywords: list[str] = []
-    star = "()"
-    rest = ""
-    slash = any(p.kind is p.POSITIONAL_ONLY for p in parameters)
-    starred = False
-    for index, parameter in enumerate(parameters):
-        if slash and parameter.kind is not parameter.POSITIONAL_ONLY:
-            declared.append("/")
-            slash = False
-        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
-            declared.append("*")
-            starred = True
-        text = parameter.name
-        if parameter.default is not parameter.empty:
-            fixed[f"_go_default_{index}"] = parameter.default
-            text += f"=_go_default_{index}"
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            text, star, starred = f"*{parameter.name}", parameter.name, True
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            text, rest = f"**{parameter.name}", f", **{parameter.name}"
-        elif parameter.kind is parameter.KEYWORD_ONLY:
-            keywords.append(parameter.name)
-        else:
-            positional.append(parameter.name)
-        declared.append(text)
-    if slash:
-        declared.append("/")
+def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
+    signature = plan.forward.signature
+    if signature is None:
+        return "def wrapper(*args, **kwargs):\n    return _go_general(None, (), args, kwargs)\n"
+    parameters = list(signature.parameters.values())
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    star = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    rest = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
     receiver = "_go_receiver"
     if plan.forward.takes_self:
         receiver, positional = positional[0], positional[1:]
-    head = f"def wrapper({', '.join(declared)}):\n    return _go_call("
-    if star == "()" and not rest:
-        return head + ", ".join([receiver, *positional, *keywords]) + ")"
-    named = ", ".join(f"{name!r}: {name}" for name in keywords)
-    return head + f"{receiver}, ({''.join(name + ', ' for name in positional)}), {star}, {{{named}{rest}}})"
+    head = [f"def wrapper({_declared(parameters, names)}):"]
+    if not plan.hands_over:
+        first = [receiver] if plan.takes_receiver else []
+        stars = ([f"*{star}"] if star else []) + [f"{name}={name}" for name in keywords]
+        passed = [*first, *positional, *stars, *([f"**{rest}"] if rest else [])]
+        head += [
+            "    if not _go_grad_enabled() and not _go_in_functorch() and _go_forward_ad._current_level < 0:",
+            f"        return _go_fn({', '.join(passed)})",
+        ]
+    if star or rest:
+        pairs = [*(f"{name!r}: {name}" for name in keywords), *([f"**{rest}"] if rest else [])]
+        values = f"({''.join(name + ', ' for name in positional)}), {star or '()'}, {{{', '.join(pairs)}}}"
+        return "\n".join([*head, f"    return _go_general({receiver}, {values})\n"])
+    values = ", ".join([*positional, *keywords])
+    if not short:
+        return "\n".join([*head, f"    return _go_general({receiver}, {values})\n"])
+    kinds = ", ".join(f"type({name})" for name in [*positional, *keywords])
+    return "\n".join(
+        [
+            *head,
+            "    if _go_compiling():",
+            f"        return _go_general(None, {values})",
+            f"    return _go_runs[{kinds},]({values})\n",
+        ]
+    )
+
+
+def _declared(parameters: list[inspect.Parameter], names: dict[str, Any]) -> str:
+    """The parameter list, with the user's own default values."""
+    declared: list[str] = []
+    before: Any = None
+    for index, parameter in enumerate(parameters):
+        if before is parameter.POSITIONAL_ONLY and parameter.kind is not before:
+            declared.append("/")
+        if parameter.kind is parameter.KEYWORD_ONLY and before not in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL):
+            declared.append("*")
+        text = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "") + parameter.name
+        if parameter.default is not parameter.empty:
+            names[f"_go_default_{index}"] = parameter.default
+            text += f"=_go_default_{index}"
+        declared.append(text)
+        before = parameter.kind
+    if before is inspect.Parameter.POSITIONAL_ONLY:
+        declared.append("/")
+    return ", ".join(declared)
