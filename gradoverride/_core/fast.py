@@ -81,7 +81,7 @@ class _Short:
             if value == "result" or place in places:
                 if value not in self.saves:
                     self.saves.append(value)
-                self.asks.append(f"{name}=saved[{self.saves.index(value)}]")
+                self.asks.append(f"{name}=saved_{value}")
             else:
                 self.constants.append(value)
                 self.asks.append(f"{name}=ctx.constants[{len(self.constants) - 1}]")
@@ -114,11 +114,13 @@ class _Short:
     def run_source(self) -> str:
         names, tensors = ", ".join(self.names), self.tensors
         aliased = [f"{name}_alias" if name in tensors else name for name in self.names]
+        ambient = "" if self.plan.rule_is_arithmetic else " or any_autocast()"
         lines = [
             f"def run({names}):",
-            "    if in_functorch() or forward_ad._current_level >= 0 or any_autocast():",
+            f"    if in_functorch() or forward_ad._current_level >= 0{ambient}:",
             f"        return general({names})",
-            f"    if not ({' or '.join(f'{name}.requires_grad' for name in tensors)}):",
+            *([f"    {name}_wants = {name}.requires_grad" for name in tensors]),
+            f"    if not ({' or '.join(f'{name}_wants' for name in tensors)}):",
             f"        return {self._call(self.names)}",
         ]
         for name in tensors:
@@ -126,7 +128,7 @@ class _Short:
                 lines.append(f"    {name}_alias = {name}.data")
                 continue
             lines += [
-                f"    if {name}.requires_grad:",
+                f"    if {name}_wants:",
                 f"        {name}_alias = {name}.data",  # its own version counter shows writes in place
                 f"    elif {name}.dtype in FLOATING:",
                 f"        {name}_alias = {name}",
@@ -135,7 +137,8 @@ class _Short:
             ]
         unusual = ["type(result) is not Tensor", "result.requires_grad", "result._is_view()"]
         for name in tensors:
-            unusual += [f"result is {name}_alias", f"{name}_alias._version and {name}_alias is not {name}"]
+            unusual.append(f"result is {name}_alias")
+            unusual.append(f"{name}_alias._version" + (f" and {name}_wants" if len(tensors) > 1 else ""))
         aliases = ", ".join(f"{name}_alias" for name in tensors)
         lines += [
             f"    result = {self._call(aliased)}",
@@ -161,27 +164,27 @@ class _Short:
 
     def backward_source(self) -> str:
         asks, tensors = self.asks, self.tensors
-        lines = [
-            "def backward(ctx, grad_output):",
-            "    if any_autocast():",
-            "        return under_autocast(backward, ctx, grad_output)",
-        ]
+        lines = ["def backward(ctx, grad_output):"]
+        if not self.plan.rule_is_arithmetic:
+            lines += ["    if any_autocast():", "        return under_autocast(backward, ctx, grad_output)"]
         if self.saves:
-            lines.append("    saved = ctx.saved_tensors")
+            lines.append(f"    {', '.join(f'saved_{name}' for name in self.saves)}, = ctx.saved_tensors")
         handed = "grad_output"
         if self.plan.rule_writes:
             lines.append("    handed = grad_output.clone()")
             handed = "handed"
+        watched = not (self.plan.rule_is_arithmetic or self.plan.rule_writes)
+        if watched:
+            lines.append("    version = grad_output._version")
         lines += [
-            "    version = grad_output._version",
             "    try:",
             f"        answer = rule({', '.join([handed, *asks])})",
             "    except Exception as error:",
             "        note(error)",
             "        raise",
-            "    if grad_output._version != version:",
-            "        written()",
         ]
+        if watched:
+            lines += ["    if grad_output._version != version:", "        written()"]
         if self.metas:
             metas = ", ".join(f"{name}_shape, {name}_dtype, {name}_device" for name in self.metas)
             lines.append(f"    {metas}, = ctx.metas" if len(self.metas) > 1 else f"    {metas} = ctx.metas")
@@ -202,22 +205,21 @@ class _Short:
                 f"        if {' and '.join(fitting)}:",
                 f"            return None, {', '.join(grads)}",
             ]
-        known = [
-            f"saved[{self.saves.index(name)}].shape, saved[{self.saves.index(name)}].dtype, "
-            f"saved[{self.saves.index(name)}].device"
-            if name in self.saves
-            else f"{name}_shape, {name}_dtype, {name}_device"
-            for name in tensors
-        ]
-        lines.append(f"    return check(ctx, answer, [{', '.join(f'({meta})' for meta in known)}])")
+        metas = ", ".join(f"({', '.join(self._known(name))})" for name in tensors)
+        lines.append(f"    return check(ctx, answer, [{metas}])")
         return "\n".join(lines) + "\n"
 
+    def _known(self, name: str) -> tuple[str, str, str]:
+        """Shape, dtype and device of the tensor `name`: of the saved one, or as noted in the forward."""
+        dot = f"saved_{name}." if name in self.saves else f"{name}_"
+        return f"{dot}shape", f"{dot}dtype", f"{dot}device"
+
     def _conforms(self, grad: str, name: str) -> str:
-        if name in self.saves:
-            known = [f"saved[{self.saves.index(name)}].{attribute}" for attribute in ("shape", "dtype", "device")]
-        else:
-            known = [f"{name}_{attribute}" for attribute in ("shape", "dtype", "device")]
-        return f"{grad}.shape == {known[0]} and {grad}.dtype is {known[1]} and {grad}.device == {known[2]}"
+        shape, dtype, device = self._known(name)
+        if name in self.saves:  # cheaper than two devices or two shapes
+            device = f"{grad}.device == {device}"
+            return f"{grad}.is_same_size(saved_{name}) and {grad}.dtype is {dtype} and ({grad}.is_cpu and saved_{name}.is_cpu or {device})"
+        return f"{grad}.shape == {shape} and {grad}.dtype is {dtype} and {grad}.device == {device}"
 
     def _call(self, names: Sequence[str]) -> str:
         positional = names[: self.layout.positional]

@@ -51,6 +51,7 @@ class Plan:
         self.asks_module = bool(reserved & {"module", "forward"}) or class_form
         self.forward_writes = scan.writes(self.fn)
         self.rule_writes = scan.writes(rule.fn)
+        self.rule_is_arithmetic = scan.is_arithmetic(rule.fn)
         # A rule that mentions these may answer for parameters that it does not ask for.
         self.may_answer = scan.strings(rule.fn)
         self.names_all = scan.mentions(rule.fn, "by_name")

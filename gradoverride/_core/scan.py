@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
-__all__ = ["calls", "mentions", "strings", "writes"]
+__all__ = ["calls", "is_arithmetic", "mentions", "strings", "writes"]
 
 
 def python_function(fn: Any) -> FunctionType | None:
@@ -97,6 +97,33 @@ def writes(fn: Any) -> bool:
         if any(_is_write(instruction) for instruction in dis.get_instructions(code)):
             return True
     return False
+
+
+def is_arithmetic(fn: Any) -> bool:
+    """Whether `fn` is an expression of its own arguments and constants in +, -, *, / and comparisons alone.
+
+    Such a function writes nowhere, reaches nothing else, and means the same under autocast.
+    """
+    function = fn if isinstance(fn, FunctionType) else None
+    return (
+        function is not None
+        and not function.__closure__
+        and all(
+            instruction.opname in _ARITHMETIC
+            or (instruction.opname == "BINARY_OP" and instruction.argrepr in {"+", "-", "*", "/"})
+            for instruction in dis.get_instructions(function.__code__)
+        )
+    )
+
+
+_ARITHMETIC = frozenset(
+    {
+        *("RESUME", "CACHE", "EXTENDED_ARG", "NOP", "PRECALL", "COMPARE_OP", "RETURN_VALUE", "RETURN_CONST"),
+        *("LOAD_FAST", "LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_BORROW_LOAD_FAST_BORROW"),
+        *("LOAD_CONST", "LOAD_SMALL_INT", "STORE_FAST", "BUILD_TUPLE", "UNARY_NEGATIVE"),
+        *("BINARY_ADD", "BINARY_SUBTRACT", "BINARY_MULTIPLY", "BINARY_TRUE_DIVIDE"),  # Python 3.10
+    }
+)
 
 
 def _is_inplace_name(name: str) -> bool:
