@@ -3,7 +3,7 @@
 Most calls are such, and some microseconds of overhead would be most of their cost. So the code for them is generated,
 as an expert would write it by hand for this signature and this rule: no loops, no structures, no object for each call.
 It does all that the general path (`call.py`) does; what it meets that is not plain goes there, after the forward too,
-which never runs twice. To read it, print `run_source(...)` and `backward_source(...)`.
+which never runs twice. To read it, print what `ShortPath.body`, `forward_source` and `backward_source` give.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from gradoverride._core.call import EAGER, Call, differentiate
 from gradoverride._core.contract import Meta, read_answer
 from gradoverride._core.function import plain_function
 from gradoverride._core.plan import Layout, Plan
-from gradoverride._core.private import any_autocast, fast_apply, in_functorch, use_count
+from gradoverride._core.private import any_autocast, can_call_directly, fast_apply, in_functorch, use_count
 
-__all__ = ["Runs", "is_plain"]
+__all__ = ["SCALARS", "Runs", "ShortPath", "guessed_places", "is_plain"]
 
-_SCALARS = frozenset({int, float, bool, complex, str, type(None), torch.dtype, torch.device})
+SCALARS = frozenset({int, float, bool, complex, str, type(None), torch.dtype, torch.device})
 _FLOATING = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128})
 
 
@@ -38,8 +38,15 @@ def is_plain(plan: Plan) -> bool:
         and all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in forward.parameters)
         and not plan.takes_receiver
         and not plan.hands_over
+        and can_call_directly()
         and all(source == "argument" or name in ("input", "output") for name, source in plan.sources.items())
     )
+
+
+def guessed_places(plan: Plan) -> list[int]:
+    """Where tensors are expected: parameters without a default, or with one that is no scalar."""
+    parameters = plan.forward.parameters or []
+    return [index for index, p in enumerate(parameters) if p.default is p.empty or type(p.default) not in SCALARS]
 
 
 class Runs(dict[tuple[type, ...], Callable[..., Any]]):
@@ -52,8 +59,8 @@ class Runs(dict[tuple[type, ...], Callable[..., Any]]):
     def __missing__(self, kinds: tuple[type, ...]) -> Callable[..., Any]:
         places = [index for index, kind in enumerate(kinds) if kind is Tensor or kind is nn.Parameter]
         others = [kind for index, kind in enumerate(kinds) if index not in places]
-        if places and all(kind in _SCALARS for kind in others):
-            run = _Short(self.plan, self.layout, places).run()
+        if places and all(kind in SCALARS for kind in others):
+            run = ShortPath(self.plan, self.layout, places).run()
         else:
             run = self._general
         self[kinds] = run
@@ -63,8 +70,8 @@ class Runs(dict[tuple[type, ...], Callable[..., Any]]):
         return differentiate(self.plan, self.layout, None, values)
 
 
-class _Short:
-    """The code for calls of a plan whose tensors stand at `places`."""
+class ShortPath:
+    """The code for calls of a plan whose tensors stand at `places`. Its own names begin with `_go_`."""
 
     def __init__(self, plan: Plan, layout: Layout, places: list[int]) -> None:
         self.plan = plan
@@ -74,7 +81,7 @@ class _Short:
         self.tensors = [self.names[place] for place in places]
         self.saves: list[str] = []  # names of tensors, in the order in which they are saved
         self.asks: list[str] = []  # the keywords that the rule is called with
-        self.constants: list[str] = []
+        self.constants: list[int] = []
         for name, source in plan.sources.items():
             place = layout.names.index(name) if source == "argument" else places[0]
             value = "result" if source == "reserved" and name == "output" else self.names[place]
@@ -83,73 +90,84 @@ class _Short:
                     self.saves.append(value)
                 self.asks.append(f"{name}=saved_{value}")
             else:
-                self.constants.append(value)
+                self.constants.append(place)
                 self.asks.append(f"{name}=ctx.constants[{len(self.constants) - 1}]")
-        self.metas = [name for name in self.tensors if name not in self.saves]
+        self.unsaved = [name for name in self.tensors if name not in self.saves]
 
-    def run(self) -> Callable[..., Any]:
+    def globals(self) -> dict[str, Any]:
+        """The names that the code of a call refers to, with a new Function."""
         shared = {
-            "Tensor": Tensor,
-            "any_autocast": any_autocast,
             "check": self.check,
-            "finish": self.finish,
-            "fn": self.plan.fn,
-            "FLOATING": _FLOATING,
-            "forward_ad": forward_ad,
-            "general": lambda *values: differentiate(self.plan, self.layout, None, values),
-            "getrefcount": sys.getrefcount,
-            "in_functorch": in_functorch,
             "note": self.note,
+            "any_autocast": any_autocast,
             "rule": self.plan.rule.fn,
-            "SOLE": _SOLE,
+            "Tensor": Tensor,
             "under_autocast": self.under_autocast,
-            "use_count": use_count,
             "written": self.written,
         }
-        names = _compiled(self.forward_source() + self.backward_source() + self.run_source(), shared, self.plan)
+        names = _compiled(self.forward_source() + self.backward_source(), shared, self.plan)
         function = plain_function(self.plan.forward.name, names["forward"], names["backward"])
-        names["apply"] = fast_apply(function)
-        return names["run"]  # type: ignore[no-any-return]
+        return {
+            "_go_apply": fast_apply(function),
+            "_go_any_autocast": any_autocast,
+            "_go_finish": self.finish,
+            "_go_FLOATING": _FLOATING,
+            "_go_fn": self.plan.fn,
+            "_go_forward_ad": forward_ad,
+            "_go_general": lambda _, *values: differentiate(self.plan, self.layout, None, values),
+            "_go_getrefcount": sys.getrefcount,
+            "_go_in_functorch": in_functorch,
+            "_go_SOLE": _SOLE,
+            "_go_Tensor": Tensor,
+            "_go_use_count": use_count,
+        }
 
-    def run_source(self) -> str:
-        names, tensors = ", ".join(self.names), self.tensors
-        aliased = [f"{name}_alias" if name in tensors else name for name in self.names]
-        ambient = "" if self.plan.rule_is_arithmetic else " or any_autocast()"
+    def run(self) -> Callable[..., Any]:
+        """The code as a function of its own."""
+        source = "\n".join([f"def run({', '.join(self.names)}):", *self.body(self.names)]) + "\n"
+        return _compiled(source, self.globals(), self.plan)["run"]  # type: ignore[no-any-return]
+
+    def body(self, arguments: Sequence[str]) -> list[str]:
+        """The code of a call in which grad mode is on, with these names for the arguments."""
+        values = ", ".join(arguments)
+        tensors = [arguments[place] for place in self.places]
+        alias = {name: f"_go_{name}_alias" for name in tensors}
+        wants = {name: f"_go_{name}_wants" for name in tensors}
+        ambient = "" if self.plan.rule_is_arithmetic else " or _go_any_autocast()"
         lines = [
-            f"def run({names}):",
-            f"    if in_functorch() or forward_ad._current_level >= 0{ambient}:",
-            f"        return general({names})",
-            *([f"    {name}_wants = {name}.requires_grad" for name in tensors]),
-            f"    if not ({' or '.join(f'{name}_wants' for name in tensors)}):",
-            f"        return {self._call(self.names)}",
+            f"    if _go_in_functorch() or _go_forward_ad._current_level >= 0{ambient}:",
+            f"        return _go_general(None, {values})",
+            *(f"    {wants[name]} = {name}.requires_grad" for name in tensors),
+            f"    if not ({' or '.join(wants.values())}):",
+            f"        return {self._call(arguments)}",
         ]
         for name in tensors:
             if len(tensors) == 1:
-                lines.append(f"    {name}_alias = {name}.data")
+                lines.append(f"    {alias[name]} = {name}.data")
                 continue
             lines += [
-                f"    if {name}_wants:",
-                f"        {name}_alias = {name}.data",  # its own version counter shows writes in place
-                f"    elif {name}.dtype in FLOATING:",
-                f"        {name}_alias = {name}",
+                f"    if {wants[name]}:",
+                f"        {alias[name]} = {name}.data",  # its own version counter shows writes in place
+                f"    elif {name}.dtype in _go_FLOATING:",
+                f"        {alias[name]} = {name}",
                 "    else:",
-                f"        return general({names})",
+                f"        return _go_general(None, {values})",
             ]
-        unusual = ["type(result) is not Tensor", "result.requires_grad", "result._is_view()"]
+        unusual = ["type(_go_result) is not _go_Tensor", "_go_result.requires_grad", "_go_result._is_view()"]
         for name in tensors:
-            unusual.append(f"result is {name}_alias")
-            unusual.append(f"{name}_alias._version" + (f" and {name}_wants" if len(tensors) > 1 else ""))
-        aliases = ", ".join(f"{name}_alias" for name in tensors)
-        lines += [
-            f"    result = {self._call(aliased)}",
+            unusual.append(f"_go_result is {alias[name]}")
+            unusual.append(f"{alias[name]}._version" + (f" and {wants[name]}" if len(tensors) > 1 else ""))
+        boxed = ", ".join(["_go_result", *(arguments[place] for place in self.constants)])
+        return [
+            *lines,
+            f"    _go_result = {self._call([alias.get(name, name) for name in arguments])}",
             f"    if {' or '.join(unusual)}:",
-            f"        return finish(({names},), [{aliases}], result)",
+            f"        return _go_finish(({values},), [{', '.join(alias.values())}], _go_result)",
             # Somebody else may hold the result (a cached buffer), and would find it turned into an output.
-            "    if getrefcount(result) != SOLE or use_count(result) != 1:",
-            "        result = result.detach()",
-            f"    return apply(({', '.join(['result', *self.constants])},), {', '.join(tensors)})",
+            "    if _go_getrefcount(_go_result) != _go_SOLE or _go_use_count(_go_result) != 1:",
+            "        _go_result = _go_result.detach()",
+            f"    return _go_apply(({boxed},), {', '.join(tensors)})",
         ]
-        return "\n".join(lines) + "\n"
 
     def forward_source(self) -> str:
         lines = [f"def forward(ctx, box, {', '.join(self.tensors)}):", "    result = box[0]"]
@@ -157,13 +175,16 @@ class _Short:
             lines.append("    ctx.constants = box[1:]")
         if self.saves:
             lines.append(f"    ctx.save_for_backward({', '.join(self.saves)})")
-        if self.metas:
-            metas = ", ".join(f"{name}.shape, {name}.dtype, {name}.device" for name in self.metas)
-            lines.append(f"    ctx.metas = ({metas},)")
+        if self.unsaved:
+            # A gradient is checked against what it belongs to: mostly that is like the result, and so like
+            # grad_output, which is at hand in the backward; else it is noted here.
+            alike = " and ".join(self._alike("result", name) for name in self.unsaved)
+            metas = ", ".join(f"({name}.shape, {name}.dtype, {name}.device)" for name in self.unsaved)
+            lines += [f"    if not ({alike}):", f"        ctx.metas = ({metas},)"]
         return "\n".join([*lines, "    return result"]) + "\n"
 
     def backward_source(self) -> str:
-        asks, tensors = self.asks, self.tensors
+        tensors = self.tensors
         lines = ["def backward(ctx, grad_output):"]
         if not self.plan.rule_is_arithmetic:
             lines += ["    if any_autocast():", "        return under_autocast(backward, ctx, grad_output)"]
@@ -178,53 +199,49 @@ class _Short:
             lines.append("    version = grad_output._version")
         lines += [
             "    try:",
-            f"        answer = rule({', '.join([handed, *asks])})",
+            f"        answer = rule({', '.join([handed, *self.asks])})",
             "    except Exception as error:",
             "        note(error)",
             "        raise",
         ]
         if watched:
             lines += ["    if grad_output._version != version:", "        written()"]
-        if self.metas:
-            metas = ", ".join(f"{name}_shape, {name}_dtype, {name}_device" for name in self.metas)
-            lines.append(f"    {metas}, = ctx.metas" if len(self.metas) > 1 else f"    {metas} = ctx.metas")
+        alike = "ctx.metas is None and " if self.unsaved else ""
         if len(tensors) == 1:
-            lines += [
-                f"    if type(answer) is Tensor and {self._conforms('answer', tensors[0])}:",
-                "        return None, answer",
-            ]
+            fits = self._alike("answer", self._known(tensors[0]))
+            same = "answer is grad_output or " if self.unsaved else ""
+            lines += [f"    if {alike}({same}type(answer) is Tensor and {fits}):", "        return None, answer"]
         elif len(tensors) == len(self.names):
             grads = [f"grad_{name}" for name in tensors]
-            fitting = [
-                f"(grad_{name} is None or type(grad_{name}) is Tensor and {self._conforms(f'grad_{name}', name)})"
+            fits = " and ".join(
+                f"(grad_{name} is None or type(grad_{name}) is Tensor"
+                f" and {self._alike(f'grad_{name}', self._known(name))})"
                 for name in tensors
-            ]
+            )
             lines += [
-                f"    if type(answer) is tuple and len(answer) == {len(tensors)}:",
+                f"    if {alike}type(answer) is tuple and len(answer) == {len(tensors)}:",
                 f"        {', '.join(grads)} = answer",
-                f"        if {' and '.join(fitting)}:",
+                f"        if {fits}:",
                 f"            return None, {', '.join(grads)}",
             ]
-        metas = ", ".join(f"({', '.join(self._known(name))})" for name in tensors)
-        lines.append(f"    return check(ctx, answer, [{metas}])")
+        known = ", ".join(self._known(name) for name in tensors)
+        lines.append(f"    return check(ctx, answer, [{known}])")
         return "\n".join(lines) + "\n"
 
-    def _known(self, name: str) -> tuple[str, str, str]:
-        """Shape, dtype and device of the tensor `name`: of the saved one, or as noted in the forward."""
-        dot = f"saved_{name}." if name in self.saves else f"{name}_"
-        return f"{dot}shape", f"{dot}dtype", f"{dot}device"
+    def _known(self, name: str) -> str:
+        """What the gradient of the tensor `name` must be like."""
+        return f"saved_{name}" if name in self.saves else "grad_output"
 
-    def _conforms(self, grad: str, name: str) -> str:
-        shape, dtype, device = self._known(name)
-        if name in self.saves:  # cheaper than two devices or two shapes
-            device = f"{grad}.device == {device}"
-            return f"{grad}.is_same_size(saved_{name}) and {grad}.dtype is {dtype} and ({grad}.is_cpu and saved_{name}.is_cpu or {device})"
-        return f"{grad}.shape == {shape} and {grad}.dtype is {dtype} and {grad}.device == {device}"
+    @staticmethod
+    def _alike(one: str, other: str) -> str:
+        """Code that compares shape, dtype and device. (Two devices take longer to compare than two `is_cpu`.)"""
+        same_device = f"({one}.is_cpu and {other}.is_cpu or {one}.device == {other}.device)"
+        return f"{one}.is_same_size({other}) and {one}.dtype is {other}.dtype and {same_device}"
 
     def _call(self, names: Sequence[str]) -> str:
         positional = names[: self.layout.positional]
         keywords = zip(self.layout.keywords, names[self.layout.positional :], strict=True)
-        return f"fn({', '.join([*positional, *(f'{keyword}={name}' for keyword, name in keywords)])})"
+        return f"_go_fn({', '.join([*positional, *(f'{keyword}={name}' for keyword, name in keywords)])})"
 
     # --- what the generated code calls when something is not plain ---
 
@@ -234,10 +251,14 @@ class _Short:
         leaves = call.take_apart(values)
         return call.finish(None, None, leaves, values, aliases, result, {})
 
-    def check(self, ctx: Any, answer: Any, metas: list[Any]) -> tuple[Any, ...]:
+    def check(self, ctx: Any, answer: Any, like: list[Tensor]) -> tuple[Any, ...]:
         """Read an answer that is not the usual one: a dict, a list, another dtype, or an error."""
         call = Call(self.plan, self.layout, EAGER)
-        call.describe_plain(self.places, [Meta.of(*meta) for meta in metas], ctx.needs_input_grad[1:])
+        metas = [Meta(tensor) for tensor in like]
+        if self.unsaved and ctx.metas is not None:
+            for name, meta in zip(self.unsaved, ctx.metas, strict=True):
+                metas[self.tensors.index(name)] = Meta.of(*meta)
+        call.describe_plain(self.places, metas, ctx.needs_input_grad[1:])
         grads, _ = read_answer(call, answer)
         return None, *grads
 

@@ -14,6 +14,7 @@ from torch.autograd import Function, forward_ad
 
 __all__ = [
     "any_autocast",
+    "can_call_directly",
     "call_directly",
     "fail",
     "fast_apply",
@@ -38,11 +39,17 @@ def fast_apply(function: type[Function]) -> Callable[..., Any]:
 def call_directly(function: type[Function], backward: Callable[..., Any]) -> None:
     """Let the engine call `backward(ctx, *grads)` itself.
 
-    torch puts a method between that looks the function up for each call (0.4 us). Without the private name it stays.
+    torch puts a method between that looks the function up for each call (0.4 us). `ctx.metas` is None unless the
+    forward sets it.
     """
-    node = getattr(function, "_backward_cls", None)
-    if node is not None:
-        node.apply = backward
+    node = function._backward_cls  # type: ignore[attr-defined]  # torch's metaclass makes it
+    node.apply = backward
+    node.metas = None
+
+
+def can_call_directly() -> bool:
+    """Whether `call_directly` works here. Where it does not, every call takes the general path."""
+    return hasattr(Function, "_backward_cls")
 
 
 # How many C++ owners a tensor has. Without it a result is taken for shared, and detached.

@@ -9,7 +9,11 @@ For `def scale(x, weight=1.0)` it reads
             return fn(x, weight)
         if compiling():
             return general(None, x, weight)
-        return runs[type(x), type(weight)](x, weight)
+        if type(x) is not Tensor or type(weight) not in SCALARS:
+            return runs[type(x), type(weight)](x, weight)
+        ...
+
+and then the code of the short path (`fast.py`) for the types that the signature suggests.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import torch
 from torch.autograd import forward_ad
 
 from gradoverride._core.dispatch import make_dispatch
+from gradoverride._core.fast import SCALARS, ShortPath, guessed_places
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import in_functorch
 
@@ -41,6 +46,7 @@ def make_wrapper(plan: Plan, original: Any) -> FunctionType:
         "_go_in_functorch": in_functorch,
         "_go_receiver": plan.forward.receiver,
         "_go_runs": runs,
+        "_go_SCALARS": SCALARS,
     }
     source = _source(plan, names, short=runs is not None)
     exec(compile(source, f"<gradoverride wrapper of {plan.forward.name}>", "exec"), names)
@@ -83,15 +89,23 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
     values = ", ".join([*positional, *keywords])
     if not short:
         return "\n".join([*head, f"    return _go_general({receiver}, {values})\n"])
-    kinds = ", ".join(f"type({name})" for name in [*positional, *keywords])
-    return "\n".join(
-        [
-            *head,
-            "    if _go_compiling():",
-            f"        return _go_general(None, {values})",
-            f"    return _go_runs[{kinds},]({values})\n",
-        ]
-    )
+    arguments = [*positional, *keywords]
+    kinds = ", ".join(f"type({name})" for name in arguments)
+    head += [
+        "    if _go_compiling():",
+        f"        return _go_general(None, {values})",
+    ]
+    places = guessed_places(plan)
+    if not places:
+        return "\n".join([*head, f"    return _go_runs[{kinds},]({values})\n"])
+    path = ShortPath(plan, names["_go_runs"].layout, places)
+    names.update({**path.globals(), **names})
+    others = [
+        f"type({name}) is not _go_Tensor" if index in places else f"type({name}) not in _go_SCALARS"
+        for index, name in enumerate(arguments)
+    ]
+    head += [f"    if {' or '.join(others)}:", f"        return _go_runs[{kinds},]({values})"]
+    return "\n".join([*head, *path.body(arguments)]) + "\n"
 
 
 def _declared(parameters: list[inspect.Parameter], names: dict[str, Any]) -> str:
