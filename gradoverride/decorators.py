@@ -13,9 +13,10 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
+from gradoverride._core.contract import what
 from gradoverride._core.plan import Plan
 from gradoverride._core.scan import location
-from gradoverride._core.signature import Forward, Rule
+from gradoverride._core.signature import Forward, Rule, name_of
 from gradoverride._core.surrogate import surrogate_rule
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import DecorationError
@@ -92,7 +93,7 @@ def straight_through(fn: Any = None, /, *, surrogate: Callable[..., Any] | None 
     if surrogate is not None and not callable(surrogate):
         raise DecorationError(
             f"straight_through: 'surrogate' must be a function of one tensor, such as torch.tanh; "
-            f"got a {type(surrogate).__name__}"
+            f"got {what(surrogate)}"
         )
     if fn is None:
         return functools.partial(_straight_through, surrogate)
@@ -102,22 +103,25 @@ def straight_through(fn: Any = None, /, *, surrogate: Callable[..., Any] | None 
 def _straight_through(surrogate: Callable[..., Any] | None, fn: Any) -> Any:
     if isinstance(fn, type) and not issubclass(fn, nn.Module):
         raise DecorationError(f"straight_through: a function is needed; '{fn.__name__}' is a class")
-    return _attach(Rule(surrogate_rule(fn, surrogate)), fn)
+    inner = fn.__func__ if isinstance(fn, (staticmethod, classmethod)) else fn
+    name = "straight_through" if surrogate is None else f"straight_through(surrogate={name_of(surrogate)})"
+    rule = Rule(surrogate_rule(inner, surrogate), name=name, place=location(surrogate or inner))
+    return _attach(rule, fn, straight_through=True)
 
 
-def _attach(rule: Rule, target: Any) -> Any:
+def _attach(rule: Rule, target: Any, *, straight_through: bool = False) -> Any:
     """`target` with `rule` as its backward."""
     if isinstance(target, (staticmethod, classmethod)):
-        return type(target)(_attach(rule, target.__func__))
+        return type(target)(_attach(rule, target.__func__, straight_through=straight_through))
     if isinstance(target, type):
-        _decorate_forward(target, rule)
+        _decorate_forward(target, rule, straight_through=straight_through)
         return target
     if not callable(target):
         raise DecorationError(
             f"custom_backward: a function, a method or a class with a 'forward' is needed; "
-            f"got a {type(target).__name__}"
+            f"got {what(target)}"
         )
-    return _decorated(_forward_of(target), rule, target)
+    return make_wrapper(Plan(_forward_of(target), rule, straight_through=straight_through), target)
 
 
 def _forward_of(target: Any) -> Forward:
@@ -137,17 +141,13 @@ def _forward_of(target: Any) -> Forward:
     return Forward(target)
 
 
-def _decorated(forward: Forward, rule: Rule, original: Any, *, class_form: bool = False) -> Any:
-    return make_wrapper(Plan(forward, rule, class_form=class_form), original)
-
-
-def _decorate_forward(cls: type, rule: Rule) -> None:
+def _decorate_forward(cls: type, rule: Rule, *, straight_through: bool) -> None:
     if not callable(getattr(cls, "forward", None)) or cls.__dict__.get("forward", None) is nn.Module.forward:
         raise DecorationError(
             f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must have a 'forward' for rule {rule.who}"
         )
     forward = Forward(cls.forward, name=cls.__name__)
-    cls.forward = _decorated(forward, rule, cls.forward)
+    cls.forward = make_wrapper(Plan(forward, rule, straight_through=straight_through), cls.forward)
 
 
 def _with_own_backward(cls: type) -> type:
@@ -165,7 +165,7 @@ def _with_own_backward(cls: type) -> type:
         )
     rule = Rule(cls.backward, method=True)
     forward = Forward(cls.forward, name=cls.__name__)
-    cls.forward = _decorated(forward, rule, cls.forward, class_form=True)  # type: ignore[method-assign]
+    cls.forward = make_wrapper(Plan(forward, rule, class_form=True), cls.forward)  # type: ignore[method-assign]
     return cls
 
 

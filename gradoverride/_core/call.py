@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gradoverride._core import captured
 from gradoverride._core.ambient import Autocast
-from gradoverride._core.contract import Meta, conform, read_answer, read_params, shape_text
+from gradoverride._core.contract import Meta, conform, read_answer, read_params, shape_text, what
 from gradoverride._core.forward_mode import transpose
 from gradoverride._core.function import Refused, fresh
 from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph
@@ -78,6 +78,8 @@ class Asked:
 
 def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[Any]) -> Any:
     """Call the forward of `plan` with its rule in force, if a gradient is wanted at all."""
+    if plan.class_form:
+        plan = plan.of_class(type(receiver))
     transformed = in_functorch() or in_forward_ad()
     if not transformed and not torch.is_grad_enabled():
         return plan.undecorated(layout, receiver, values)
@@ -238,6 +240,8 @@ class Call:
         self.result = flatten(result, is_differentiable, outs)
         if not outs:
             return self._without_gradient(result)
+        if self.plan.straight_through and self.plan.rule.asks == {}:
+            self.check_straight_through(leaves[0].shape, outs[0].shape)
         self._refuse_captured(outs)
         self._find_inputs_in(outs, leaves, aliases)
         return self._tie(module, receiver, leaves, values, aliases, outs, residuals, buffers_before)
@@ -272,13 +276,29 @@ class Call:
     def _without_gradient(self, result: Any) -> Any:
         tensors: list[Tensor] = []
         flatten(result, is_tensor, tensors)
+        if self.plan.straight_through:
+            fail(
+                ForwardResultError,
+                f"{self.plan.forward.who} must return a floating tensor for a gradient to pass straight through it; "
+                f"it returned {what(result)}",
+            )
         if not tensors:
             fail(
                 ForwardResultError,
                 f"{self.plan.forward.who} must return at least one tensor, for its rule {self.plan.rule.who} to get "
-                f"a gradient; it returned a {type(result).__name__}. Return the tensor that the rule is about",
+                f"a gradient; it returned {what(result)}. Return the tensor that the rule is about",
             )
         return result
+
+    def check_straight_through(self, argument: Any, result: Any) -> None:
+        """The identity as a gradient needs a result of the shape of the argument."""
+        if argument != result:
+            fail(
+                ForwardResultError,
+                f"{self.plan.forward.who} must return a tensor of shape {shape_text(argument)}, the shape of its first "
+                f"differentiable argument, for the gradient to pass straight through; it returned one of shape "
+                f"{shape_text(result)}. Give a surrogate with that result: straight_through(surrogate=...)",
+            )
 
     def _refuse_captured(self, outs: list[Tensor]) -> None:
         tracked = [out for out in outs if out.requires_grad]

@@ -20,11 +20,15 @@ from gradoverride.errors import RuleResultError
 if TYPE_CHECKING:
     from gradoverride._core.call import Call
 
-__all__ = ["conform", "read_answer", "read_params"]
+__all__ = ["Meta", "conform", "read_answer", "read_params", "shape_text", "what"]
 
 
 def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str, Any]]:
     """The gradient of each differentiable tensor among the arguments, in order, and what a dict said of parameters."""
+    if call.plan.straight_through:
+        first = call.holders[0]
+        entry = _entry(call, call.names[first], call.specs[first], answer)
+        return [*entry, *[None] * (call.n_leaves - len(entry))], {}
     if isinstance(answer, dict) and not dataclasses.is_dataclass(answer):
         return _by_name(call, answer)
     names, specs = call.names, call.specs
@@ -34,7 +38,7 @@ def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str,
         _refuse(
             call,
             f"must return one gradient for each argument ({', '.join(names)}), as a tuple in this order or as a "
-            f"dict by name; it returned {_what(answer)}. Use None for an argument without a gradient",
+            f"dict by name; it returned {what(answer)}. Use None for an argument without a gradient",
         )
     if len(answer) > len(names):
         _refuse(
@@ -77,12 +81,12 @@ def read_params(call: Call, answers: dict[str, Any], asked: bool) -> dict[str, T
 def conform(call: Call, name: str, value: Any, meta: Meta) -> Tensor:
     """`value` as the gradient of a tensor with this shape, dtype and device, or an error."""
     if not isinstance(value, Tensor):
-        _refuse(call, f"must return a tensor of shape {meta.text} as the gradient of '{name}'; it returned {_what(value)}")
+        _refuse(call, f"must return a tensor of shape {meta.text} as the gradient of '{name}'; it returned {what(value)}")
     if value.shape != meta.shape:
         _refuse(
             call,
             f"must return a gradient of shape {meta.text} for '{name}', the shape of '{name}' itself; "
-            f"it returned {_what(value)}. Reduce or expand it: torch would do so silently",
+            f"it returned {what(value)}. Reduce or expand it: torch would do so silently",
         )
     if value.device != meta.device:
         _refuse(
@@ -161,7 +165,7 @@ def _variadic_entries(call: Call, name: str, entry: Any, count: int) -> list[Any
     if entry is None:
         return [None] * count
     if not isinstance(entry, (tuple, list)) or len(entry) != count:
-        _refuse(call, f"must return a tuple of {count} gradients for '*{name}'; it returned {_what(entry)}")
+        _refuse(call, f"must return a tuple of {count} gradients for '*{name}'; it returned {what(entry)}")
     return list(entry)
 
 
@@ -183,7 +187,7 @@ def _match(
     elif not isinstance(spec, Node) or not has_leaf(spec):
         if isinstance(spec, Node) and not _holds_tensor(entry):
             return
-        _refuse(call, f"must return None for '{path}', which holds no floating tensor; it returned {_what(entry)}")
+        _refuse(call, f"must return None for '{path}', which holds no floating tensor; it returned {what(entry)}")
     else:
         for key, part, value in _parts(call, path, spec, entry):
             _match(call, name, f"{path}{key}", part, value, metas, grads)
@@ -201,7 +205,7 @@ def _parts(call: Call, path: str, spec: Node, entry: Any) -> list[tuple[str, Any
     _refuse(
         call,
         f"must return a gradient that mirrors the structure of '{path}', {describe(spec)}; "
-        f"it returned {_what(entry)}",
+        f"it returned {what(entry)}",
     )
 
 
@@ -219,21 +223,26 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _what(value: Any) -> str:
+def what(value: Any) -> str:
     """What came, in a few words; never a tensor's repr."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {shape_text(value.shape)}"
     if value is None:
         return "None"
     if isinstance(value, (tuple, list)):
-        inside = ", ".join(_what(part) for part in value[:4]) + (", ..." if len(value) > 4 else "")
-        return f"a {type(value).__name__} of {len(value)} ({inside})" if len(value) else f"an empty {type(value).__name__}"
+        inside = ", ".join(what(part) for part in value[:4]) + (", ..." if len(value) > 4 else "")
+        kind = type(value).__name__
+        return f"{_a(kind)} of {len(value)} ({inside})" if len(value) else f"an empty {kind}"
     if isinstance(value, dict):
         return f"a {type(value).__name__} with the keys {', '.join(map(repr, value)) or '(none)'}"
     if isinstance(value, (int, float, complex, str, bool)):
-        return f"{value!r}, a {type(value).__name__}"
-    return f"a {type(value).__name__}"
+        return f"{value!r}, {_a(type(value).__name__)}"
+    return _a(type(value).__name__)
+
+
+def _a(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _refuse(call: Call, text: str) -> NoReturn:
-    fail(RuleResultError, f"rule {call.plan.rule.who} of {call.plan.forward.who} {text}.")
+    fail(RuleResultError, f"rule {call.plan.rule.who} of {call.plan.forward.who} {text}")

@@ -98,6 +98,7 @@ class ShortPath:
         """The names that the code of a call refers to, with a new Function."""
         shared = {
             "check": self.check,
+            "check_straight_through": Call(self.plan, self.layout, EAGER).check_straight_through,
             "note": self.note,
             "any_autocast": any_autocast,
             "rule": self.plan.rule.fn,
@@ -181,6 +182,8 @@ class ShortPath:
             alike = " and ".join(self._alike("result", name) for name in self.unsaved)
             metas = ", ".join(f"({name}.shape, {name}.dtype, {name}.device)" for name in self.unsaved)
             lines += [f"    if not ({alike}):", f"        ctx.metas = ({metas},)"]
+            if self.plan.straight_through and not self.saves:
+                lines.append(f"        check_straight_through({self.tensors[0]}.shape, result.shape)")
         return "\n".join([*lines, "    return result"]) + "\n"
 
     def backward_source(self) -> str:
@@ -211,7 +214,7 @@ class ShortPath:
             fits = self._alike("answer", self._known(tensors[0]))
             same = "answer is grad_output or " if self.unsaved else ""
             lines += [f"    if {alike}({same}type(answer) is Tensor and {fits}):", "        return None, answer"]
-        elif len(tensors) == len(self.names):
+        elif len(tensors) == len(self.names) and not self.plan.straight_through:
             grads = [f"grad_{name}" for name in tensors]
             fits = " and ".join(
                 f"(grad_{name} is None or type(grad_{name}) is Tensor"

@@ -37,12 +37,15 @@ class Layout:
 class Plan:
     """A forward and its rule."""
 
-    def __init__(self, forward: Forward, rule: Rule, *, class_form: bool = False) -> None:
+    def __init__(
+        self, forward: Forward, rule: Rule, *, class_form: bool = False, straight_through: bool = False
+    ) -> None:
         self.forward = forward
         self.rule = rule
         self.fn: Callable[..., Any] = forward.fn
         self.takes_receiver = forward.is_method
         self.class_form = class_form  # the rule is a method called `backward`, whose self is a stand-in
+        self.straight_through = straight_through  # the rule answers for the first differentiable argument alone
         self.hands_over = scan.calls(self.fn, save_for_backward)
         self.sources = resolve(rule, forward, may_defer=forward.is_method or self.hands_over)
         reserved = {name for name, source in self.sources.items() if source == "reserved"}
@@ -57,7 +60,18 @@ class Plan:
         self.names_all = scan.mentions(rule.fn, "by_name")
         self.general = named(General, forward.name)
         self.transformed = named(Transformed, forward.name)
+        self._subclasses: dict[Any, Plan] = {}
         self._layouts: dict[Any, Layout] = {}
+
+    def of_class(self, cls: type) -> Plan:
+        """The plan for instances of `cls`, which may have a `backward` of its own."""
+        backward = cls.backward  # type: ignore[attr-defined]  # the decorated class has one
+        if backward is self.rule.fn:
+            return self
+        if backward not in self._subclasses:
+            rule = Rule(backward, method=True)
+            self._subclasses[backward] = Plan(self.forward, rule, class_form=True)
+        return self._subclasses[backward]
 
     def layout(self, extra: int, keywords: tuple[str, ...]) -> Layout:
         """The layout of a call with this many values for `*args` and these names."""

@@ -72,14 +72,16 @@ class Forward:
 class Rule:
     """A rule as its forward sees it: the names it asks for, and whether it may do without each."""
 
-    def __init__(self, fn: Callable[..., Any], *, method: bool = False) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], *, method: bool = False, name: str | None = None, place: str | None = None
+    ) -> None:
         if isinstance(fn, type) or not callable(fn):
             raise RuleSignatureError(
                 f"a rule is a function of the gradient, `rule(grad_output, ...)`; got {_kind(fn)}"
             )
         self.fn = fn
-        self.name = name_of(fn)
-        self.place = scan.location(fn)
+        self.name = name or name_of(fn)
+        self.place = place or scan.location(fn)
         self.asks: dict[str, bool] = {}  # name -> whether it must exist
         signature = _signature(fn)
         if signature is None:

@@ -139,7 +139,8 @@ class Collector:
             self.params = {name: tensor.detach() for name, (_, tensor) in params.items()}
         else:
             self.params = {name: tensor.view_as(tensor).as_subclass(_Collected) for name, (_, tensor) in params.items()}
-        tensors = dict(others)
+        # A frozen parameter is assigned to as well, and has no gradient to be collected.
+        tensors = {name: tensor.detach() for name, tensor in others.items()}
         for name, (names, _) in params.items():
             tensors.update(dict.fromkeys(names, self.params[name]))
         self.stand_in = stand_in(module, tensors)
