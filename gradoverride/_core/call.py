@@ -127,6 +127,7 @@ class Call:
         self.asked: list[Asked] = []
         self.saved: list[int] = []
         self.graph: Any = None
+        self.token: Tensor | None = None
         self.module: nn.Module | None = None
         self.buffers: dict[str, Any] = {}
 
@@ -214,7 +215,8 @@ class Call:
         if not keeps:
             aliases = [self._alias(tensor) for tensor in sources]
         elif mode == EAGER:
-            self.graph, aliases = KeptGraph.aliases_of(sources)
+            self.graph = KeptGraph(sources) if self.params else KeptGraph.alone(sources)
+            aliases = self.graph.start()
         elif mode == TRACED:
             self.graph, aliases = TracedGraph.aliases_of(sources)
         else:
@@ -310,9 +312,10 @@ class Call:
                 captured.refuse(self.plan.forward, None)
             return
         stops = {param.tensor.grad_fn for param in self.natural}
+        known = {id(param.tensor) for param in self.natural}
         if self.graph is not None:
-            stops.add(self.graph.edges[0].node)
-        leaf = captured.foreign_leaf(tracked, {id(param.tensor) for param in self.natural}, stops)
+            self.graph.stops(known, stops)
+        leaf = captured.foreign_leaf(tracked, known, stops)
         if leaf is not None:
             captured.refuse(self.plan.forward, leaf)
 
@@ -385,7 +388,7 @@ class Call:
         if mode == TRACED and self.graph is not None:
             self.alias_slots = saver.extras(aliases)
         if isinstance(self.graph, KeptGraph):
-            self.graph.end([*outs, *floating])
+            self.token = self.graph.end([*outs, *floating])
         self.first_out = len(inputs)
         self.n_outs = len(outs)
         self.out_metas = [Meta(out) for out in outs]
@@ -433,7 +436,8 @@ class Call:
         """What the rule asks for, in the order of its slots, and the kept graph."""
         saved = [inputs[1 + place] if place >= 0 else output[~place] for place in self.saved]
         if isinstance(self.graph, KeptGraph):
-            saved += self.graph.take_token()
+            saved.append(self.token)
+            self.token = None
         return saved
 
     def _collect(
@@ -678,7 +682,7 @@ class Call:
         left = [param for param in self.natural if param.name not in answered]
         places = [self.n_leaves + len(self.aliased) + self.natural.index(param) for param in left]
         if self.graph is not None:
-            found = self.graph.pull_parameters(saved[len(self.saved) :], grads, self._natural_edges(ctx, places))
+            found = self.graph.pull_parameters(saved[len(self.saved)], grads, self._natural_edges(ctx, places))
         else:
             found = self._pull_natural(ctx, grads, places)
         results.update({param.name: grad for param, grad in zip(left, found, strict=True)})
@@ -711,7 +715,7 @@ class Call:
         which = list(which)
         if self.mode == EAGER:
             padded = [*grads, *[None] * self.n_residuals]
-            return self.graph.pull(saved[len(self.saved) :], padded, which)  # type: ignore[no-any-return]
+            return self.graph.pull(saved[len(self.saved)], padded, which)  # type: ignore[no-any-return]
         if self.mode == TRACED:
             aliases = [saved[slot] for slot in self.alias_slots]
             results = [saved[slot] for slot in self.out_slots]
@@ -736,7 +740,7 @@ class Call:
                 "compute them in the rule",
             )
         which = list(range(self.n_leaves + len(self.aliased)))
-        found = self.graph.pull(saved[len(self.saved) :], [*[None] * len(grads), *extra], which)
+        found = self.graph.pull(saved[len(self.saved)], [*[None] * len(grads), *extra], which)
         leaves, params = found[: self.n_leaves], found[self.n_leaves :]
         leaf_grads = [_sum(old, new) for old, new in zip(leaf_grads, leaves, strict=True)]
         rest = param_grads[len(params) :]
@@ -752,14 +756,17 @@ class Call:
                 f"vjp in the rule {self.plan.rule.who} of {self.plan.forward.who} takes a gradient in the structure "
                 f"of the forward's result, with {self.n_outs} tensors; it got {len(found)}",
             )
-        for tensor, meta in zip(found, self.out_metas, strict=True):
-            if tensor.shape != meta.shape:
-                fail(
-                    RuleResultError,
-                    f"vjp in the rule {self.plan.rule.who} of {self.plan.forward.who} takes a gradient of shape "
-                    f"{meta.text}, the shape of the result; it got {shape_text(tensor.shape)}",
-                )
-        return [conform(self, "output", tensor, meta) for tensor, meta in zip(found, self.out_metas, strict=True)]
+        return [self.conform_output(tensor, meta) for tensor, meta in zip(found, self.out_metas, strict=True)]
+
+    def conform_output(self, value: Any, meta: Meta) -> Tensor:
+        """`value` as a gradient of the result, in the dtype of the result, or an error."""
+        if not isinstance(value, Tensor) or value.shape != meta.shape:
+            fail(
+                RuleResultError,
+                f"vjp in the rule {self.plan.rule.who} of {self.plan.forward.who} takes a gradient of shape "
+                f"{meta.text}, the shape of the result; it got {what(value)}",
+            )
+        return conform(self, "output", value, meta)
 
     # --- transforms -----------------------------------------------------------------------------------------
 

@@ -20,8 +20,10 @@ from gradoverride._core.ambient import Autocast
 from gradoverride._core.call import EAGER, Call, differentiate
 from gradoverride._core.contract import Meta, read_answer
 from gradoverride._core.function import plain_function
+from gradoverride._core.kept_graph import KeptGraph
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import any_autocast, can_call_directly, fast_apply, in_functorch, use_count
+from gradoverride._core.vjp import ShortVjp
 
 __all__ = ["SCALARS", "Runs", "ShortPath", "guessed_places", "is_plain"]
 
@@ -39,7 +41,7 @@ def is_plain(plan: Plan) -> bool:
         and not plan.takes_receiver
         and not plan.hands_over
         and can_call_directly()
-        and all(source == "argument" or name in ("input", "output") for name, source in plan.sources.items())
+        and all(source == "argument" or name in ("input", "output", "vjp") for name, source in plan.sources.items())
     )
 
 
@@ -83,6 +85,9 @@ class ShortPath:
         self.asks: list[str] = []  # the keywords that the rule is called with
         self.constants: list[int] = []
         for name, source in plan.sources.items():
+            if source == "reserved" and name == "vjp":
+                self.asks.append("vjp=ShortVjp(path, ctx.graph, token, grad_output)")
+                continue
             place = layout.names.index(name) if source == "argument" else places[0]
             value = "result" if source == "reserved" and name == "output" else self.names[place]
             if value == "result" or place in places:
@@ -98,6 +103,8 @@ class ShortPath:
         """The names that the code of a call refers to, with a new Function."""
         shared = {
             "check": self.check,
+            "path": self,
+            "ShortVjp": ShortVjp,
             "check_straight_through": Call(self.plan, self.layout, EAGER).check_straight_through,
             "note": self.note,
             "any_autocast": any_autocast,
@@ -118,6 +125,7 @@ class ShortPath:
             "_go_general": lambda _, *values: differentiate(self.plan, self.layout, None, values),
             "_go_getrefcount": sys.getrefcount,
             "_go_in_functorch": in_functorch,
+            "_go_kept_graph": KeptGraph.alone,
             "_go_SOLE": _SOLE,
             "_go_Tensor": Tensor,
             "_go_use_count": use_count,
@@ -142,6 +150,29 @@ class ShortPath:
             f"    if not ({' or '.join(wants.values())}):",
             f"        return {self._call(arguments)}",
         ]
+        aliases = ", ".join(alias.values())
+        called = self._call([alias.get(name, name) for name in arguments])
+        unusual = ["type(_go_result) is not _go_Tensor", "_go_result._is_view()"]
+        unusual += [f"_go_result is {alias[name]}" for name in tensors]
+        if self.plan.straight_through:
+            unusual.append("_go_result.dtype not in _go_FLOATING")
+        if self.plan.asks_vjp:
+            if len(tensors) > 1:
+                floating = " and ".join(f"{name}.dtype in _go_FLOATING" for name in tensors)
+                lines += [f"    if not ({floating}):", f"        return _go_general(None, {values})"]
+            unusual += [f"{alias[name]}._version" for name in tensors]
+            if self.plan.may_capture:
+                unusual.append("_go_graph.stray(_go_result)")
+            boxed = ["_go_result.detach()", "_go_graph", "_go_graph.end((_go_result,))"]
+            return [
+                *lines,
+                f"    _go_graph = _go_kept_graph(({', '.join(tensors)},))",
+                f"    {aliases}, = _go_graph.start()",
+                f"    _go_result = {called}",
+                f"    if {' or '.join(unusual)}:",
+                f"        return _go_finish(({values},), [{aliases}], _go_result, _go_graph)",
+                f"    return _go_apply(({', '.join([*boxed, *self._boxed(arguments)])}), {', '.join(tensors)})",
+            ]
         for name in tensors:
             if len(tensors) == 1:
                 lines.append(f"    {alias[name]} = {name}.data")
@@ -154,28 +185,33 @@ class ShortPath:
                 "    else:",
                 f"        return _go_general(None, {values})",
             ]
-        unusual = ["type(_go_result) is not _go_Tensor", "_go_result.requires_grad", "_go_result._is_view()"]
+        unusual.append("_go_result.requires_grad")  # it reached a tensor that it was not given
         for name in tensors:
-            unusual.append(f"_go_result is {alias[name]}")
             unusual.append(f"{alias[name]}._version" + (f" and {wants[name]}" if len(tensors) > 1 else ""))
-        boxed = ", ".join(["_go_result", *(arguments[place] for place in self.constants)])
         return [
             *lines,
-            f"    _go_result = {self._call([alias.get(name, name) for name in arguments])}",
+            f"    _go_result = {called}",
             f"    if {' or '.join(unusual)}:",
-            f"        return _go_finish(({values},), [{', '.join(alias.values())}], _go_result)",
+            f"        return _go_finish(({values},), [{aliases}], _go_result, None)",
             # Somebody else may hold the result (a cached buffer), and would find it turned into an output.
             "    if _go_getrefcount(_go_result) != _go_SOLE or _go_use_count(_go_result) != 1:",
             "        _go_result = _go_result.detach()",
-            f"    return _go_apply(({boxed},), {', '.join(tensors)})",
+            f"    return _go_apply(({', '.join(['_go_result', *self._boxed(arguments)])},), {', '.join(tensors)})",
         ]
+
+    def _boxed(self, arguments: Sequence[str]) -> list[str]:
+        return [arguments[place] for place in self.constants]
 
     def forward_source(self) -> str:
         lines = [f"def forward(ctx, box, {', '.join(self.tensors)}):", "    result = box[0]"]
+        saves = list(self.saves)
+        if self.plan.asks_vjp:
+            lines.append("    ctx.graph = box[1]")
+            saves.append("box[2]")
         if self.constants:
-            lines.append("    ctx.constants = box[1:]")
-        if self.saves:
-            lines.append(f"    ctx.save_for_backward({', '.join(self.saves)})")
+            lines.append(f"    ctx.constants = box[{3 if self.plan.asks_vjp else 1}:]")
+        if saves:
+            lines.append(f"    ctx.save_for_backward({', '.join(saves)})")
         if self.unsaved:
             # A gradient is checked against what it belongs to: mostly that is like the result, and so like
             # grad_output, which is at hand in the backward; else it is noted here.
@@ -191,8 +227,11 @@ class ShortPath:
         lines = ["def backward(ctx, grad_output):"]
         if not self.plan.rule_is_arithmetic:
             lines += ["    if any_autocast():", "        return under_autocast(backward, ctx, grad_output)"]
-        if self.saves:
-            lines.append(f"    {', '.join(f'saved_{name}' for name in self.saves)}, = ctx.saved_tensors")
+        saved = [f"saved_{name}" for name in self.saves]
+        if self.plan.asks_vjp:
+            saved.append("token")
+        if saved:
+            lines.append(f"    {', '.join(saved)}, = ctx.saved_tensors")
         handed = "grad_output"
         if self.plan.rule_writes:
             lines.append("    handed = grad_output.clone()")
@@ -248,9 +287,10 @@ class ShortPath:
 
     # --- what the generated code calls when something is not plain ---
 
-    def finish(self, values: tuple[Any, ...], aliases: list[Tensor], result: Any) -> Any:
+    def finish(self, values: tuple[Any, ...], aliases: list[Tensor], result: Any, graph: KeptGraph | None) -> Any:
         """The general path, for a forward that has run."""
         call = Call(self.plan, self.layout, EAGER)
+        call.graph = graph
         leaves = call.take_apart(values)
         return call.finish(None, None, leaves, values, aliases, result, {})
 
@@ -264,6 +304,12 @@ class ShortPath:
         call.describe_plain(self.places, metas, ctx.needs_input_grad[1:])
         grads, _ = read_answer(call, answer)
         return None, *grads
+
+    def conform(self, value: Any, like: Tensor) -> Tensor:
+        """`value` as a gradient of the result, or an error."""
+        if type(value) is Tensor and value.shape == like.shape and value.dtype is like.dtype:
+            return value
+        return Call(self.plan, self.layout, EAGER).conform_output(value, Meta(like))
 
     def note(self, error: Exception) -> None:
         Call(self.plan, self.layout, EAGER).note(error)

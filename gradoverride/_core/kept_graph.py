@@ -4,7 +4,8 @@ In eager mode the forward runs on aliases (`Cut`), so its graph is the inner one
 gradients. What must hold, and how:
 
 - It keeps what plain autograd keeps, and is freed when plain autograd frees it: the outer node saves a tensor of no
-  bytes (`Tail`) whose history is the inner graph, so the engine releases it, and `retain_graph` retains it.
+  bytes that holds the ends of the inner graph, so the engine releases it, and `retain_graph` retains it. Where hooks
+  on saved tensors would give back another tensor, its history holds them (`Tail`).
 - The derivative of a derivative is that of the rule as written: with `create_graph` the results of `pull` are tied
   to the outer tensors (`Lifted`), to any order.
 - Under Dynamo the same graph is traced, with the aliases and the results as saved tensors.
@@ -22,9 +23,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradoverride._core.ambient import RandomState
+from gradoverride._core.captured import foreign_leaf
 from gradoverride._core.contract import Meta
 from gradoverride._core.function import TOKEN, Cut, Lifted, Tail, TracedCut
-from gradoverride._core.private import fail, fast_apply, trace_gradients
+from gradoverride._core.private import fail, fast_apply, pull, saves_plainly, trace_gradients
 from gradoverride.errors import UnsupportedError
 
 __all__ = ["KeptGraph", "Replay", "TracedGraph"]
@@ -32,72 +34,103 @@ __all__ = ["KeptGraph", "Replay", "TracedGraph"]
 _cut = fast_apply(Cut)
 _tail = fast_apply(Tail)
 _lift = fast_apply(Lifted)
+_EMPTY = torch.empty(0)
 
 
 class KeptGraph:
     """The inner graph of one eager call."""
 
-    __slots__ = ("edges", "ends", "metas", "outer", "token")
+    __slots__ = ("aliases", "edges", "ends", "metas", "node", "outer")
 
-    @staticmethod
-    def aliases_of(tensors: Sequence[Tensor]) -> tuple[KeptGraph, list[Tensor]]:
-        """A graph that starts at aliases of `tensors`, and the aliases."""
-        # A leaf lives as long as the graph anyhow; anything else is represented by a carrier of one element.
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         carried = tuple(tensor.requires_grad and not tensor.is_leaf for tensor in tensors)
         cut = _cut(TOKEN, carried, *tensors)
-        graph = object.__new__(KeptGraph)
         carriers = iter(cut[len(tensors) :])
-        graph.outer = [
+        self.aliases = list(cut[: len(tensors)])
+        self.node = cut[0].grad_fn
+        self.edges: list[Any] = [GradientEdge(self.node, index) for index in range(len(tensors))]
+        self.metas = [Meta(tensor) for tensor in tensors]
+        self.outer = [
             next(carriers) if carry else (tensor if tensor.requires_grad else None)
             for carry, tensor in zip(carried, tensors, strict=True)
         ]
-        node = cut[0].grad_fn
-        graph.edges = [GradientEdge(node, index) for index in range(len(tensors))]
-        graph.metas = [Meta(tensor) for tensor in tensors]
-        graph.token = None
-        return graph, list(cut[: len(tensors)])
 
-    def end(self, results: Sequence[Tensor]) -> None:
-        """The forward has run: `results` are where the graph ends."""
-        self.ends = [index for index, result in enumerate(results) if result.requires_grad]
-        if self.ends:
-            self.token = _tail(*[results[index] for index in self.ends])
+    @classmethod
+    def alone(cls, tensors: Sequence[Tensor]) -> KeptGraph:
+        """The same where torch's own graph never runs through this one.
 
-    def take_token(self) -> list[Tensor]:
-        """What the outer node saves, to keep the graph."""
-        token, self.token = self.token, None
-        return [] if token is None else [token]
+        A leaf lives as long as the outer graph: then an alias that is a leaf itself keeps no more, and costs less.
+        """
+        aliases = []
+        for tensor in tensors:
+            if not (tensor.requires_grad and tensor.is_leaf):
+                return cls(tensors)
+            aliases.append(tensor.data.requires_grad_())
+        graph = cls.__new__(cls)
+        graph.aliases = graph.edges = graph.metas = aliases  # type: ignore[assignment]  # a tensor has what a Meta has
+        graph.outer = tensors  # type: ignore[assignment]  # never written to
+        graph.node = None
+        return graph
 
-    def pull(self, token: Sequence[Tensor], grads: Sequence[Tensor | None], which: Sequence[int]) -> list[Tensor]:
+    def start(self) -> list[Tensor]:
+        """The aliases, for the forward to run on. They are not kept."""
+        aliases, self.aliases = self.aliases, []
+        return aliases
+
+    def stray(self, result: Tensor) -> bool:
+        """Whether the graph of `result` reaches a leaf that is none of the aliases."""
+        if self.node is None:
+            return foreign_leaf([result], {id(leaf) for leaf in self.edges}, set()) is not None
+        return foreign_leaf([result], set(), {self.node}) is not None
+
+    def stops(self, leaves: set[int], nodes: set[Any]) -> None:
+        """Add where this graph begins: the ids of leaves, or a node."""
+        if self.node is None:
+            leaves.update(map(id, self.edges))
+        else:
+            nodes.add(self.node)
+
+    def end(self, results: Sequence[Tensor]) -> Tensor:
+        """The forward has run: `results` are where the graph ends. The outer node saves what this returns."""
+        self.ends = tuple([index for index, result in enumerate(results) if result.requires_grad])
+        if not self.ends:  # a forward may cut all gradients, as torch.detach does
+            return _EMPTY
+        if saves_plainly():
+            token = _EMPTY.detach()
+            token.ends = tuple([GradientEdge(results[i].grad_fn, results[i].output_nr) for i in self.ends])  # type: ignore[attr-defined]
+            return token
+        return _tail(*[results[index] for index in self.ends])  # type: ignore[no-any-return]
+
+    def pull(self, token: Tensor, grads: Sequence[Tensor | None], which: Sequence[int]) -> list[Tensor]:
         """The gradients of the aliases `which`, for the gradients `grads` of the results."""
-        found: Sequence[Tensor | None] = [None] * len(which)
-        if self.ends and which:
-            ends = token[0].grad_fn.next_functions  # type: ignore[union-attr]  # a Tail always has a node
-            found = self._pull([(ends[i], grads[end]) for i, end in enumerate(self.ends)], self._edges(which))
-        results = [
-            torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if grad is None else grad
-            for grad, meta in zip(found, [self.metas[index] for index in which], strict=True)
-        ]
-        return self._lifted(results) if torch.is_grad_enabled() else results
+        found = self._pull(self._ends_of(token), [grads[end] for end in self.ends], self._edges(which))
+        for index, grad in enumerate(found):
+            if grad is None:  # not reached: the derivative is zero
+                like = self.metas[which[index]]
+                found[index] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        return self._lifted(found) if torch.is_grad_enabled() else found
+
+    def _ends_of(self, token: Tensor) -> Sequence[GradientEdge]:
+        if not self.ends:
+            return ()
+        ends = getattr(token, "ends", None)
+        return ends or [GradientEdge(*end) for end in token.grad_fn.next_functions]  # type: ignore[union-attr]
 
     def pull_parameters(
-        self, token: Sequence[Tensor], grads: Sequence[Tensor], parameters: Sequence[GradientEdge]
+        self, token: Tensor, grads: Sequence[Tensor], parameters: Sequence[GradientEdge]
     ) -> list[Tensor | None]:
         """The gradients of parameters that the graph reaches by themselves, tied to the outer tensors."""
-        if not self.ends or not parameters:
-            return [None] * len(parameters)
-        ends = token[0].grad_fn.next_functions  # type: ignore[union-attr]  # a Tail always has a node
-        pairs = [(ends[i], grads[end]) for i, end in enumerate(self.ends) if end < len(grads)]
-        return self._tied(self._pull(pairs, parameters))
+        given = [grads[end] if end < len(grads) else None for end in self.ends]
+        return self._tied(self._pull(self._ends_of(token), given, parameters))
 
     def pull_from(self, ends: Sequence[Any], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of all outer tensors, for gradients of these ends: the backward of `Lifted`."""
         which = [index for index, outer in enumerate(self.outer) if outer is not None]
-        pairs = [(end, grad) for end, grad in zip(ends, grads, strict=True) if end[0] is not None]
-        return self._tied(self._pull(pairs, self._edges(which)))
+        pairs = [(GradientEdge(*end), grad) for end, grad in zip(ends, grads, strict=True) if end[0] is not None]
+        return self._tied(self._pull([end for end, _ in pairs], [grad for _, grad in pairs], self._edges(which)))
 
-    def _edges(self, which: Sequence[int]) -> list[GradientEdge]:
-        return [self.edges[index] for index in which]
+    def _edges(self, which: Sequence[int]) -> Sequence[Any]:
+        return self.edges if len(which) == len(self.edges) else [self.edges[index] for index in which]
 
     def _tied(self, found: list[Tensor | None]) -> list[Tensor | None]:
         if not torch.is_grad_enabled():
@@ -106,20 +139,15 @@ class KeptGraph:
         lifted = iter(self._lifted([grad for grad in found if grad is not None]))
         return [next(lifted) if index in given else None for index in range(len(found))]
 
-    def _pull(self, pairs: Sequence[tuple[Any, Tensor | None]], edges: Sequence[GradientEdge]) -> list[Any]:
-        pairs = [(end, grad) for end, grad in pairs if grad is not None]
-        if not pairs:
+    def _pull(self, ends: Sequence[Any], grads: Sequence[Tensor | None], edges: Sequence[Any]) -> list[Any]:
+        for grad in grads:
+            if grad is None:
+                ends = [end for end, given in zip(ends, grads, strict=True) if given is not None]
+                grads = [given for given in grads if given is not None]
+                break
+        if not ends or not edges:
             return [None] * len(edges)
-        return list(
-            torch.autograd.grad(
-                [GradientEdge(*end) for end, _ in pairs],
-                edges,
-                [grad for _, grad in pairs],
-                retain_graph=True,  # the engine frees it with the outer node, as plain autograd would
-                create_graph=torch.is_grad_enabled(),
-                allow_unused=True,
-            )
-        )
+        return list(pull(tuple(ends), tuple(edges), tuple(grads), torch.is_grad_enabled()))
 
     def _lifted(self, grads: Sequence[Tensor]) -> list[Tensor]:
         depending = [index for index, grad in enumerate(grads) if grad.requires_grad]

@@ -21,6 +21,8 @@ __all__ = [
     "in_forward_ad",
     "in_functorch",
     "is_tracked",
+    "pull",
+    "saves_plainly",
     "trace_gradients",
     "unwrapped",
     "use_count",
@@ -51,6 +53,31 @@ def can_call_directly() -> bool:
     """Whether `call_directly` works here. Where it does not, every call takes the general path."""
     return hasattr(Function, "_backward_cls")
 
+
+def pull(ends: Any, edges: Any, grads: Any, create_graph: bool) -> tuple[torch.Tensor | None, ...]:
+    """`torch.autograd.grad`, retaining the graph, None for what is not reached; for gradients already checked.
+
+    The public function looks each argument over again (4 us).
+    """
+    if _run_backward is None:
+        return torch.autograd.grad(
+            ends, edges, grads, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+    return _run_backward(  # type: ignore[no-any-return]  # private, so untyped
+        ends, grads, True, create_graph, edges, allow_unreachable=True, accumulate_grad=False
+    )
+
+
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def saves_plainly() -> bool:
+    """Whether a saved tensor is given back as the object it was: with hooks on saved tensors it is another."""
+    return _hooks is not None and _hooks(True) is None
+
+
+_engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+_run_backward = getattr(_engine, "run_backward", None)
 
 # How many C++ owners a tensor has. Without it a result is taken for shared, and detached.
 use_count: Callable[[torch.Tensor], int] = getattr(torch.Tensor, "_use_count", lambda tensor: 2)

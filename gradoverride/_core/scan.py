@@ -10,10 +10,10 @@ import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-__all__ = ["calls", "is_arithmetic", "mentions", "strings", "writes"]
+__all__ = ["calls", "is_arithmetic", "mentions", "reaches_no_tensor", "strings", "writes"]
 
 
 def python_function(fn: Any) -> FunctionType | None:
@@ -97,6 +97,33 @@ def writes(fn: Any) -> bool:
         if any(_is_write(instruction) for instruction in dis.get_instructions(code)):
             return True
     return False
+
+
+def reaches_no_tensor(fn: Any) -> bool:
+    """Whether all that `fn` names outside of itself are functions, classes and the libraries' own modules.
+
+    Such a function computes from its arguments alone. Anything else that it names (a number even, which may be a
+    tensor tomorrow) makes it False.
+    """
+    function = python_function(fn)
+    if function is None:
+        return getattr(fn, "__module__", None) in (None, "torch", "builtins", "torch._C._nn")
+    found = list(_reachable(fn))
+    own = {helper.__module__ for helper, _ in found}
+    return all(_is_tensor_free(value, own) for helper, _ in found for value in _named_values(helper))
+
+
+def _is_tensor_free(value: Any, own: set[str]) -> bool:
+    if isinstance(value, ModuleType):
+        return value.__name__.partition(".")[0] in _LIBRARIES
+    if isinstance(value, FunctionType):
+        return value.__module__ in own or value.__module__.partition(".")[0] in _LIBRARIES
+    if isinstance(value, type):
+        return value.__module__.partition(".")[0] in _LIBRARIES
+    return isinstance(value, BuiltinFunctionType) or type(value).__name__ == "method_descriptor"
+
+
+_LIBRARIES = frozenset({"torch", "math", "operator", "builtins", "functools", "gradoverride"})
 
 
 def is_arithmetic(fn: Any) -> bool:

@@ -11,8 +11,10 @@ from gradoverride._core.structure import has_leaf, unflatten
 
 if TYPE_CHECKING:
     from gradoverride._core.call import Call
+    from gradoverride._core.fast import ShortPath
+    from gradoverride._core.kept_graph import KeptGraph
 
-__all__ = ["Vjp"]
+__all__ = ["ShortVjp", "Vjp"]
 
 Pull = Callable[[Sequence[Tensor], Sequence[int]], list[Tensor]]
 
@@ -58,3 +60,37 @@ class Vjp:
         return named
 
 
+class ShortVjp:
+    """The same for a call of plain tensors with one tensor as its result (`fast.py`)."""
+
+    __slots__ = ("_grad_output", "_graph", "_kept", "_path", "_token")
+
+    def __init__(self, path: ShortPath, graph: KeptGraph, token: Tensor, grad_output: Tensor) -> None:
+        self._path = path
+        self._graph = graph
+        self._token = token
+        self._grad_output = grad_output
+        self._kept: list[Tensor] | None = None
+
+    def __call__(self, grad_output: Any) -> Any:
+        grads = self._pulled(grad_output)
+        places = self._path.places
+        if len(places) == 1:
+            return grads[0]
+        if len(places) == len(self._path.names):
+            return tuple(grads)
+        given = iter(grads)
+        return tuple(next(given) if index in places else None for index in range(len(self._path.names)))
+
+    def by_name(self, grad_output: Any) -> dict[str, Any]:
+        """The gradients of the arguments by name."""
+        names = self._path.layout.names
+        return {names[place]: grad for place, grad in zip(self._path.places, self._pulled(grad_output), strict=True)}
+
+    def _pulled(self, grad_output: Any) -> list[Tensor]:
+        which = range(len(self._path.places))
+        if grad_output is not self._grad_output:
+            return self._graph.pull(self._token, [self._path.conform(grad_output, self._grad_output)], which)
+        if self._kept is None:
+            self._kept = self._graph.pull(self._token, [grad_output], which)
+        return self._kept
