@@ -49,14 +49,13 @@ def is_differentiable(value: Any) -> bool:
 class Param:
     """A trainable parameter of the module, in one call."""
 
-    __slots__ = ("asked", "meta", "name", "names", "tensor", "trainable")
+    __slots__ = ("asked", "meta", "name", "names", "tensor")
 
-    def __init__(self, name: str, tensor: Tensor) -> None:
+    def __init__(self, name: str, tensor: Any, meta: Meta) -> None:
         self.name = name
         self.names = [name]  # a tied parameter has several
         self.tensor = tensor
-        self.meta = Meta(tensor)
-        self.trainable = True
+        self.meta = meta
         self.asked = False
 
 
@@ -162,6 +161,12 @@ class Call:
         self.metas = metas
         self.wanted = list(wanted)
 
+    def describe_params(self, names: Sequence[str], metas: Sequence[Meta]) -> None:
+        """As `find_params`, for parameters that the rule asks for."""
+        self.params = [Param(name, None, meta) for name, meta in zip(names, metas, strict=True)]
+        for param in self.params:
+            param.asked = True
+
     def find_params(self, module: nn.Module) -> None:
         """Sort the trainable parameters of `module` into those the rule answers for and those left to autograd."""
         plan = self.plan
@@ -170,7 +175,7 @@ class Call:
             if tensor in found:
                 found[tensor].names.append(name)
             elif tensor.requires_grad or (self.mode == TRANSFORMED and is_tracked(tensor)):
-                found[tensor] = Param(name, tensor)
+                found[tensor] = Param(name, tensor, Meta(tensor))
             else:
                 self.frozen[name] = tensor
         params = list(found.values())
@@ -200,7 +205,7 @@ class Call:
                 value = getattr(module, name)
                 params = [param for param in params if not param.name.startswith(prefix)]
                 if value.requires_grad or self.mode == TRANSFORMED:
-                    params.append(Param(name, value))
+                    params.append(Param(name, value, Meta(value)))
                 else:
                     self.frozen[name] = value
         return params
@@ -532,7 +537,7 @@ class Call:
         if versions and versions != [grad._version for grad in handed]:
             self.refuse_written()
         leaf_grads, named = read_answer(self, answer)
-        answered = read_params(self, {**named, **collected}, asked=True)
+        answered = read_params(self, {**named, **collected})
         return self._complete(ctx, saved, grads, leaf_grads, answered)
 
     def _supply(self, saved: Sequence[Tensor], vjp: Vjp | None) -> dict[str, Any]:

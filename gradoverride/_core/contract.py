@@ -61,14 +61,14 @@ def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str,
     return grads, {}
 
 
-def read_params(call: Call, answers: dict[str, Any], asked: bool) -> dict[str, Tensor | None]:
+def read_params(call: Call, answers: dict[str, Any]) -> dict[str, Tensor | None]:
     """The gradients that were answered for parameters, checked; each one asked for must be among them."""
     checked: dict[str, Tensor | None] = {}
     for param in call.params:
         if param.name in answers:
             value = answers[param.name]
             checked[param.name] = None if value is None else conform(call, param.name, value, param.meta)
-        elif asked and param.asked and param.trainable:
+        elif param.asked:
             _refuse(
                 call,
                 f"asks for the parameter '{param.name}' and must answer for its gradient: return a dict with "

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from gradoverride._core import scan
 from gradoverride._core.ambient import Autocast
 from gradoverride._core.call import EAGER, Call, differentiate
-from gradoverride._core.contract import Meta, read_answer
+from gradoverride._core.contract import Meta, read_answer, read_params
 from gradoverride._core.function import plain_function
 from gradoverride._core.kept_graph import KeptGraph
 from gradoverride._core.plan import Layout, Plan
@@ -38,10 +39,14 @@ def is_plain(plan: Plan) -> bool:
         forward.parameters is not None
         and bool(forward.parameters)
         and all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in forward.parameters)
-        and not plan.takes_receiver
+        and (not plan.takes_receiver or (forward.takes_self and not plan.straight_through and not plan.asks_vjp))
         and not plan.hands_over
+        and not plan.class_form
         and can_call_directly()
-        and all(source == "argument" or name in ("input", "output", "vjp") for name, source in plan.sources.items())
+        and all(
+            source in ("argument", "deferred") or name in ("input", "output", "vjp")
+            for name, source in plan.sources.items()
+        )
     )
 
 
@@ -49,6 +54,18 @@ def guessed_places(plan: Plan) -> list[int]:
     """Where tensors are expected: parameters without a default, or with one that is no scalar."""
     parameters = plan.forward.parameters or []
     return [index for index, p in enumerate(parameters) if p.default is p.empty or type(p.default) not in SCALARS]
+
+
+class FittingClasses(dict[type, bool]):
+    """By class, whether the short path can stand in for its instances in this forward."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __missing__(self, cls: type) -> bool:
+        fits = issubclass(cls, nn.Module) and not scan.stores_attributes(self.plan.fn, cls)
+        self[cls] = fits
+        return fits
 
 
 class Runs(dict[tuple[type, ...], Callable[..., Any]]):
@@ -80,13 +97,19 @@ class ShortPath:
         self.layout = layout
         self.places = places
         self.names = [f"x{index}" for index in range(len(layout.names))]
-        self.tensors = [self.names[place] for place in places]
+        # What the rule asks for and is no argument can only be a parameter here.
+        self.params = [name for name, source in plan.sources.items() if source == "deferred"]
+        self.tensors = [self.names[place] for place in places] + [f"p_{name}" for name in self.params]
         self.saves: list[str] = []  # names of tensors, in the order in which they are saved
         self.asks: list[str] = []  # the keywords that the rule is called with
         self.constants: list[int] = []
         for name, source in plan.sources.items():
             if source == "reserved" and name == "vjp":
                 self.asks.append("vjp=ShortVjp(path, ctx.graph, token, grad_output)")
+                continue
+            if source == "deferred":
+                self.saves.append(f"p_{name}")
+                self.asks.append(f"{name}=saved_p_{name}")
                 continue
             place = layout.names.index(name) if source == "argument" else places[0]
             value = "result" if source == "reserved" and name == "output" else self.names[place]
@@ -119,10 +142,14 @@ class ShortPath:
             "_go_apply": fast_apply(function),
             "_go_any_autocast": any_autocast,
             "_go_finish": self.finish,
+            "_go_finish_method": self.finish_method,
             "_go_FLOATING": _FLOATING,
             "_go_fn": self.plan.fn,
             "_go_forward_ad": forward_ad,
-            "_go_general": lambda _, *values: differentiate(self.plan, self.layout, None, values),
+            "_go_fits": FittingClasses(self.plan),
+            "_go_general": lambda receiver, *values: differentiate(self.plan, self.layout, receiver, values),
+            "_go_new": object.__new__,
+            "_go_Parameter": nn.Parameter,
             "_go_getrefcount": sys.getrefcount,
             "_go_in_functorch": in_functorch,
             "_go_kept_graph": KeptGraph.alone,
@@ -136,9 +163,11 @@ class ShortPath:
         source = "\n".join([f"def run({', '.join(self.names)}):", *self.body(self.names)]) + "\n"
         return _compiled(source, self.globals(), self.plan)["run"]  # type: ignore[no-any-return]
 
-    def body(self, arguments: Sequence[str]) -> list[str]:
+    def body(self, arguments: Sequence[str], receiver: str = "None") -> list[str]:
         """The code of a call in which grad mode is on, with these names for the arguments."""
         values = ", ".join(arguments)
+        if self.plan.takes_receiver:
+            return self._method_body(arguments, receiver, values)
         tensors = [arguments[place] for place in self.places]
         alias = {name: f"_go_{name}_alias" for name in tensors}
         wants = {name: f"_go_{name}_wants" for name in tensors}
@@ -199,6 +228,55 @@ class ShortPath:
             f"    return _go_apply(({', '.join(['_go_result', *self._boxed(arguments)])},), {', '.join(tensors)})",
         ]
 
+    def _method_body(self, arguments: Sequence[str], receiver: str, values: str) -> list[str]:
+        """The same for a method of a module all of whose parameters the rule asks for."""
+        tensors = [arguments[place] for place in self.places]
+        params = [f"_go_{name}" for name in self.params]
+        ambient = "" if self.plan.rule_is_arithmetic else " or _go_any_autocast()"
+        general = f"        return _go_general({receiver}, {values})"
+        lines = [
+            f"    if _go_in_functorch() or _go_forward_ad._current_level >= 0{ambient}:",
+            general,
+            f"    if not _go_fits[type({receiver})] or {receiver}._modules:",
+            general,
+            f"    _go_parameters = {receiver}._parameters",
+            f"    if len(_go_parameters) != {len(params)}:",
+            general,
+        ]
+        for name, variable in zip(self.params, params, strict=True):
+            lines.append(f"    {variable} = _go_parameters.get({name!r})")
+        unfit = [f"type({name}) is not _go_Parameter or not {name}.requires_grad" for name in params]
+        unfit += [f"not {name}.requires_grad and {name}.dtype not in _go_FLOATING" for name in tensors]
+        if not params:
+            unfit.append(f"not ({' or '.join(f'{name}.requires_grad' for name in tensors)})")
+        inner = "_go_self" if params else receiver
+        lines += [f"    if {' or '.join(unfit)}:", general]
+        alias = {name: f"_go_{name}_alias" for name in [*tensors, *params]}
+        lines += [f"    {alias[name]} = {name}.data if {name}.requires_grad else {name}" for name in tensors]
+        if params:
+            swapped = ", ".join(f"{name!r}: {variable}.data" for name, variable in zip(self.params, params, strict=True))
+            lines += [
+                f"    _go_self = _go_new(type({receiver}))",
+                "    _go_state = _go_self.__dict__",
+                f"    _go_state.update({receiver}.__dict__)",
+                f'    _go_state["_parameters"] = _go_aliases = {{{swapped}}}',
+            ]
+        called = self._call([alias.get(name, name) for name in arguments]).replace("_go_fn(", f"_go_fn({inner}, ")
+        unusual = ["type(_go_result) is not _go_Tensor", "_go_result._is_view()", "_go_result.requires_grad"]
+        for name in tensors:
+            unusual += [f"_go_result is {alias[name]}", f"{alias[name]}._version and {name}.requires_grad"]
+        aliases = ", ".join(alias[name] for name in tensors)
+        given = "_go_aliases" if params else "{}"
+        return [
+            *lines,
+            f"    _go_result = {called}",
+            f"    if {' or '.join(unusual)}:",
+            f"        return _go_finish_method({receiver}, ({values},), [{aliases}], {given}, _go_result)",
+            "    if _go_getrefcount(_go_result) != _go_SOLE or _go_use_count(_go_result) != 1:",
+            "        _go_result = _go_result.detach()",
+            f"    return _go_apply(({', '.join(['_go_result', *self._boxed(arguments)])},), {', '.join([*tensors, *params])})",
+        ]
+
     def _boxed(self, arguments: Sequence[str]) -> list[str]:
         return [arguments[place] for place in self.constants]
 
@@ -249,22 +327,29 @@ class ShortPath:
         if watched:
             lines += ["    if grad_output._version != version:", "        written()"]
         alike = "ctx.metas is None and " if self.unsaved else ""
+        grads = [f"grad_{name}" for name in tensors]
+        fits = " and ".join(
+            f"(grad_{name} is None or type(grad_{name}) is Tensor and {self._alike(f'grad_{name}', self._known(name))})"
+            for name in tensors
+        )
+        answered = [f"        if {fits}:", f"            return None, {', '.join(grads)}"]
         if len(tensors) == 1:
             fits = self._alike("answer", self._known(tensors[0]))
             same = "answer is grad_output or " if self.unsaved else ""
             lines += [f"    if {alike}({same}type(answer) is Tensor and {fits}):", "        return None, answer"]
-        elif len(tensors) == len(self.names) and not self.plan.straight_through:
-            grads = [f"grad_{name}" for name in tensors]
-            fits = " and ".join(
-                f"(grad_{name} is None or type(grad_{name}) is Tensor"
-                f" and {self._alike(f'grad_{name}', self._known(name))})"
-                for name in tensors
-            )
+        elif not self.params and not self.plan.straight_through and self.places == list(range(len(tensors))):
+            # Scalars that come after the tensors may be left out of the answer.
             lines += [
                 f"    if {alike}type(answer) is tuple and len(answer) == {len(tensors)}:",
                 f"        {', '.join(grads)} = answer",
-                f"        if {fits}:",
-                f"            return None, {', '.join(grads)}",
+                *answered,
+            ]
+        if len(tensors) > 1 or self.params:
+            names = [self.layout.names[place] for place in self.places] + self.params
+            lines += [
+                f"    if {alike}type(answer) is dict and answer.keys() == {{{', '.join(map(repr, names))}}}:",
+                *(f"        {grad} = answer[{name!r}]" for grad, name in zip(grads, names, strict=True)),
+                *answered,
             ]
         known = ", ".join(self._known(name) for name in tensors)
         lines.append(f"    return check(ctx, answer, [{known}])")
@@ -294,6 +379,16 @@ class ShortPath:
         leaves = call.take_apart(values)
         return call.finish(None, None, leaves, values, aliases, result, {})
 
+    def finish_method(
+        self, module: nn.Module, values: tuple[Any, ...], aliases: list[Tensor], swapped: dict[str, Tensor], result: Any
+    ) -> Any:
+        """The general path, for a method that has run on a stand-in."""
+        call = Call(self.plan, self.layout, EAGER)
+        leaves = call.take_apart(values)
+        call.find_params(module)
+        aliases = [*aliases, *(swapped[param.name] for param in call.aliased)]
+        return call.finish(module, module, leaves, values, aliases, result, {})
+
     def check(self, ctx: Any, answer: Any, like: list[Tensor]) -> tuple[Any, ...]:
         """Read an answer that is not the usual one: a dict, a list, another dtype, or an error."""
         call = Call(self.plan, self.layout, EAGER)
@@ -301,9 +396,12 @@ class ShortPath:
         if self.unsaved and ctx.metas is not None:
             for name, meta in zip(self.unsaved, ctx.metas, strict=True):
                 metas[self.tensors.index(name)] = Meta.of(*meta)
-        call.describe_plain(self.places, metas, ctx.needs_input_grad[1:])
-        grads, _ = read_answer(call, answer)
-        return None, *grads
+        count = len(self.places)
+        call.describe_plain(self.places, metas[:count], ctx.needs_input_grad[1 : 1 + count])
+        call.describe_params(self.params, metas[count:])
+        grads, named = read_answer(call, answer)
+        params = read_params(call, named)
+        return None, *grads, *(params[name] for name in self.params)
 
     def conform(self, value: Any, like: Tensor) -> Tensor:
         """`value` as a gradient of the result, or an error."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-__all__ = ["calls", "is_arithmetic", "mentions", "reaches_no_tensor", "strings", "writes"]
+__all__ = ["calls", "is_arithmetic", "mentions", "reaches_no_tensor", "stores_attributes", "strings", "writes"]
 
 
 def python_function(fn: Any) -> FunctionType | None:
@@ -73,6 +73,17 @@ def calls(fn: Any, target: Callable[..., Any]) -> bool:
     if mentions(fn, target.__name__):
         return True
     return any(value is target for function, _ in _reachable(fn) for value in _named_values(function))
+
+
+def stores_attributes(fn: Any, cls: type) -> bool:
+    """Whether `fn`, a method of `cls`, may assign attributes of its `self`: itself, or by a method that it calls."""
+    for _, code in _reachable(fn):
+        if any(instruction.opname in ("STORE_ATTR", "DELETE_ATTR") for instruction in dis.get_instructions(code)):
+            return True
+        for name in code.co_names:
+            if name in ("setattr", "delattr", "vars", "__dict__", "super") or callable(getattr(cls, name, None)):
+                return True
+    return python_function(fn) is None
 
 
 def strings(fn: Any) -> frozenset[str]:

@@ -90,22 +90,20 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
     if not short:
         return "\n".join([*head, f"    return _go_general({receiver}, {values})\n"])
     arguments = [*positional, *keywords]
+    general = f"return _go_general({receiver}, {values})"
     kinds = ", ".join(f"type({name})" for name in arguments)
-    head += [
-        "    if _go_compiling():",
-        f"        return _go_general(None, {values})",
-    ]
+    otherwise = general if plan.takes_receiver else f"return _go_runs[{kinds},]({values})"
     places = guessed_places(plan)
     if not places:
-        return "\n".join([*head, f"    return _go_runs[{kinds},]({values})\n"])
+        return "\n".join([*head, f"    if _go_compiling():\n        {general}", f"    {otherwise}\n"])
     path = ShortPath(plan, names["_go_runs"].layout, places)
     names.update({**path.globals(), **names})
     others = [
         f"type({name}) is not _go_Tensor" if index in places else f"type({name}) not in _go_SCALARS"
         for index, name in enumerate(arguments)
     ]
-    head += [f"    if {' or '.join(others)}:", f"        return _go_runs[{kinds},]({values})"]
-    return "\n".join([*head, *path.body(arguments)]) + "\n"
+    head += [f"    if _go_compiling():\n        {general}", f"    if {' or '.join(others)}:\n        {otherwise}"]
+    return "\n".join([*head, *path.body(arguments, receiver)]) + "\n"
 
 
 def _declared(parameters: list[inspect.Parameter], names: dict[str, Any]) -> str:
