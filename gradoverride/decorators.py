@@ -92,8 +92,7 @@ def straight_through(fn: Any = None, /, *, surrogate: Callable[..., Any] | None 
     """
     if surrogate is not None and not callable(surrogate):
         raise DecorationError(
-            f"straight_through: 'surrogate' must be a function of one tensor, such as torch.tanh; "
-            f"got {what(surrogate)}"
+            f"straight_through: 'surrogate' must be a function of one tensor, such as torch.tanh; got {what(surrogate)}"
         )
     if fn is None:
         return functools.partial(_straight_through, surrogate)
@@ -118,8 +117,7 @@ def _attach(rule: Rule, target: Any, *, straight_through: bool = False) -> Any:
         return target
     if not callable(target):
         raise DecorationError(
-            f"custom_backward: a function, a method or a class with a 'forward' is needed; "
-            f"got {what(target)}"
+            f"custom_backward: a function, a method or a class with a 'forward' is needed; got {what(target)}"
         )
     return make_wrapper(Plan(_forward_of(target), rule, straight_through=straight_through), target)
 
@@ -174,5 +172,3 @@ def _place(cls: type) -> str:
         if name in cls.__dict__:
             return location(cls.__dict__[name])
     return cls.__module__
-
-

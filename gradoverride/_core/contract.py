@@ -81,7 +81,10 @@ def read_params(call: Call, answers: dict[str, Any]) -> dict[str, Tensor | None]
 def conform(call: Call, name: str, value: Any, meta: Meta) -> Tensor:
     """`value` as the gradient of a tensor with this shape, dtype and device, or an error."""
     if not isinstance(value, Tensor):
-        _refuse(call, f"must return a tensor of shape {meta.text} as the gradient of '{name}'; it returned {what(value)}")
+        _refuse(
+            call,
+            f"must return a tensor of shape {meta.text} as the gradient of '{name}'; it returned {what(value)}",
+        )
     if value.shape != meta.shape:
         _refuse(
             call,
@@ -204,8 +207,7 @@ def _parts(call: Call, path: str, spec: Node, entry: Any) -> list[tuple[str, Any
         return [(f".{k}", part, getattr(entry, k)) for k, part in zip(spec.keys, spec.parts, strict=True)]
     _refuse(
         call,
-        f"must return a gradient that mirrors the structure of '{path}', {describe(spec)}; "
-        f"it returned {what(entry)}",
+        f"must return a gradient that mirrors the structure of '{path}', {describe(spec)}; it returned {what(entry)}",
     )
 
 

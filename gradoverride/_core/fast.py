@@ -18,8 +18,10 @@ from torch.autograd import forward_ad
 
 from gradoverride._core import scan
 from gradoverride._core.ambient import Autocast
-from gradoverride._core.call import EAGER, Call, differentiate
+from gradoverride._core.backward_pass import conform_output
+from gradoverride._core.call import EAGER, Call
 from gradoverride._core.contract import Meta, read_answer, read_params
+from gradoverride._core.forward_pass import ForwardPass, differentiate
 from gradoverride._core.function import plain_function
 from gradoverride._core.kept_graph import KeptGraph
 from gradoverride._core.plan import Layout, Plan
@@ -254,7 +256,9 @@ class ShortPath:
         alias = {name: f"_go_{name}_alias" for name in [*tensors, *params]}
         lines += [f"    {alias[name]} = {name}.data if {name}.requires_grad else {name}" for name in tensors]
         if params:
-            swapped = ", ".join(f"{name!r}: {variable}.data" for name, variable in zip(self.params, params, strict=True))
+            swapped = ", ".join(
+                f"{name!r}: {variable}.data" for name, variable in zip(self.params, params, strict=True)
+            )
             lines += [
                 f"    _go_self = _go_new(type({receiver}))",
                 "    _go_state = _go_self.__dict__",
@@ -336,7 +340,10 @@ class ShortPath:
         if len(tensors) == 1:
             fits = self._alike("answer", self._known(tensors[0]))
             same = "answer is grad_output or " if self.unsaved else ""
-            lines += [f"    if {alike}({same}type(answer) is Tensor and {fits}):", "        return None, answer"]
+            lines += [
+                f"    if {alike}({same}type(answer) is Tensor and {fits}):",
+                "        return None, answer",
+            ]
         elif not self.params and not self.plan.straight_through and self.places == list(range(len(tensors))):
             # Scalars that come after the tensors may be left out of the answer.
             lines += [
@@ -377,17 +384,22 @@ class ShortPath:
         call = Call(self.plan, self.layout, EAGER)
         call.graph = graph
         leaves = call.take_apart(values)
-        return call.finish(None, None, leaves, values, aliases, result, {})
+        return ForwardPass(call, None, None, leaves, values).finish(aliases, result, {})
 
     def finish_method(
-        self, module: nn.Module, values: tuple[Any, ...], aliases: list[Tensor], swapped: dict[str, Tensor], result: Any
+        self,
+        module: nn.Module,
+        values: tuple[Any, ...],
+        aliases: list[Tensor],
+        swapped: dict[str, Tensor],
+        result: Any,
     ) -> Any:
         """The general path, for a method that has run on a stand-in."""
         call = Call(self.plan, self.layout, EAGER)
         leaves = call.take_apart(values)
         call.find_params(module)
         aliases = [*aliases, *(swapped[param.name] for param in call.aliased)]
-        return call.finish(module, module, leaves, values, aliases, result, {})
+        return ForwardPass(call, module, module, leaves, values).finish(aliases, result, {})
 
     def check(self, ctx: Any, answer: Any, like: list[Tensor]) -> tuple[Any, ...]:
         """Read an answer that is not the usual one: a dict, a list, another dtype, or an error."""
@@ -407,7 +419,7 @@ class ShortPath:
         """`value` as a gradient of the result, or an error."""
         if type(value) is Tensor and value.shape == like.shape and value.dtype is like.dtype:
             return value
-        return Call(self.plan, self.layout, EAGER).conform_output(value, Meta(like))
+        return conform_output(Call(self.plan, self.layout, EAGER), value, Meta(like))
 
     def note(self, error: Exception) -> None:
         Call(self.plan, self.layout, EAGER).note(error)

@@ -20,9 +20,7 @@ __all__ = ["transpose"]
 Gradients = Callable[..., list[Tensor | None]]
 
 
-def transpose(
-    gradients: Gradients, metas: Sequence[Meta], tangents: Sequence[Tensor | None], who: str
-) -> list[Tensor]:
+def transpose(gradients: Gradients, metas: Sequence[Meta], tangents: Sequence[Tensor | None], who: str) -> list[Tensor]:
     """The tangents of the results, for `tangents` of the inputs whose gradients `gradients(*grad_outputs)` gives."""
     _check_linear(gradients, metas, who)
     zeros = [torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) for meta in metas]

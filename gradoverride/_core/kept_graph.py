@@ -101,14 +101,24 @@ class KeptGraph:
             return token
         return _tail(*[results[index] for index in self.ends])  # type: ignore[no-any-return]
 
-    def pull(self, token: Tensor, grads: Sequence[Tensor | None], which: Sequence[int]) -> list[Tensor]:
-        """The gradients of the aliases `which`, for the gradients `grads` of the results."""
-        found = self._pull(self._ends_of(token), [grads[end] for end in self.ends], self._edges(which))
-        for index, grad in enumerate(found):
-            if grad is None:  # not reached: the derivative is zero
-                like = self.metas[which[index]]
-                found[index] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-        return self._lifted(found) if torch.is_grad_enabled() else found
+    def pull(
+        self,
+        token: Tensor,
+        grads: Sequence[Tensor | None],
+        which: Sequence[int],
+        parameters: Sequence[GradientEdge] = (),
+    ) -> list[Any]:
+        """The gradients of the aliases `which`, for the gradients `grads` of the results.
+
+        After them those of `parameters` that the forward met itself, None for one that it did not use.
+        """
+        edges = [*self._edges(which), *parameters] if parameters else self._edges(which)
+        found = self._pull(self._ends_of(token), [grads[end] for end in self.ends], edges)
+        for place, index in enumerate(which):
+            if found[place] is None:  # not reached: the derivative is zero
+                like = self.metas[index]
+                found[place] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        return self._tied(found) if torch.is_grad_enabled() else found
 
     def _ends_of(self, token: Tensor) -> Sequence[GradientEdge]:
         if not self.ends:
@@ -116,25 +126,18 @@ class KeptGraph:
         ends = getattr(token, "ends", None)
         return ends or [GradientEdge(*end) for end in token.grad_fn.next_functions]  # type: ignore[union-attr]
 
-    def pull_parameters(
-        self, token: Tensor, grads: Sequence[Tensor], parameters: Sequence[GradientEdge]
-    ) -> list[Tensor | None]:
-        """The gradients of parameters that the graph reaches by themselves, tied to the outer tensors."""
-        given = [grads[end] if end < len(grads) else None for end in self.ends]
-        return self._tied(self._pull(self._ends_of(token), given, parameters))
-
     def pull_from(self, ends: Sequence[Any], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of all outer tensors, for gradients of these ends: the backward of `Lifted`."""
         which = [index for index, outer in enumerate(self.outer) if outer is not None]
         pairs = [(GradientEdge(*end), grad) for end, grad in zip(ends, grads, strict=True) if end[0] is not None]
-        return self._tied(self._pull([end for end, _ in pairs], [grad for _, grad in pairs], self._edges(which)))
+        found = self._pull([end for end, _ in pairs], [grad for _, grad in pairs], self._edges(which))
+        return self._tied(found) if torch.is_grad_enabled() else found
 
     def _edges(self, which: Sequence[int]) -> Sequence[Any]:
         return self.edges if len(which) == len(self.edges) else [self.edges[index] for index in which]
 
     def _tied(self, found: list[Tensor | None]) -> list[Tensor | None]:
-        if not torch.is_grad_enabled():
-            return found
+        """The same as functions of the outer tensors."""
         given = [index for index, grad in enumerate(found) if grad is not None]
         lifted = iter(self._lifted([grad for grad in found if grad is not None]))
         return [next(lifted) if index in given else None for index in range(len(found))]
@@ -169,15 +172,17 @@ class TracedGraph:
         return TracedGraph(), list(TracedCut.apply(TOKEN, *tensors))
 
     def pull(
-        self, aliases: Sequence[Tensor], results: Sequence[Tensor], grads: Sequence[Tensor], which: Sequence[int]
+        self,
+        aliases: Sequence[Tensor],
+        results: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        which: Sequence[int],
     ) -> list[Tensor]:
         """The gradients of the aliases `which`, for the gradients `grads` of the results."""
         pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if result.requires_grad]
         if not pairs:
             return [torch.zeros_like(aliases[index]) for index in which]
-        return list(
-            trace_gradients([r for r, _ in pairs], [aliases[index] for index in which], [g for _, g in pairs])
-        )
+        return list(trace_gradients([r for r, _ in pairs], [aliases[index] for index in which], [g for _, g in pairs]))
 
 
 class Replay:
@@ -217,5 +222,8 @@ class Replay:
         except RuntimeError as error:
             if not self.drew or "random" not in str(error):
                 raise
-            fail(UnsupportedError, f"{who} draws random numbers, and this transform allows no replay of them: {error}")
+            fail(
+                UnsupportedError,
+                f"{who} draws random numbers, and this transform allows no replay of them: {error}",
+            )
         return list(pullback(tuple(grads)))

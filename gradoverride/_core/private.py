@@ -60,9 +60,7 @@ def pull(ends: Any, edges: Any, grads: Any, create_graph: bool) -> tuple[torch.T
     The public function looks each argument over again (4 us).
     """
     if _run_backward is None:
-        return torch.autograd.grad(
-            ends, edges, grads, retain_graph=True, create_graph=create_graph, allow_unused=True
-        )
+        return torch.autograd.grad(ends, edges, grads, retain_graph=True, create_graph=create_graph, allow_unused=True)
     return _run_backward(  # type: ignore[no-any-return]  # private, so untyped
         ends, grads, True, create_graph, edges, allow_unreachable=True, accumulate_grad=False
     )

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-__all__ = ["calls", "is_arithmetic", "mentions", "reaches_no_tensor", "stores_attributes", "strings", "writes"]
+__all__ = [
+    "calls",
+    "is_arithmetic",
+    "mentions",
+    "reaches_no_tensor",
+    "stores_attributes",
+    "strings",
+    "writes",
+]
 
 
 def python_function(fn: Any) -> FunctionType | None:

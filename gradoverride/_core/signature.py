@@ -73,12 +73,15 @@ class Rule:
     """A rule as its forward sees it: the names it asks for, and whether it may do without each."""
 
     def __init__(
-        self, fn: Callable[..., Any], *, method: bool = False, name: str | None = None, place: str | None = None
+        self,
+        fn: Callable[..., Any],
+        *,
+        method: bool = False,
+        name: str | None = None,
+        place: str | None = None,
     ) -> None:
         if isinstance(fn, type) or not callable(fn):
-            raise RuleSignatureError(
-                f"a rule is a function of the gradient, `rule(grad_output, ...)`; got {_kind(fn)}"
-            )
+            raise RuleSignatureError(f"a rule is a function of the gradient, `rule(grad_output, ...)`; got {_kind(fn)}")
         self.fn = fn
         self.name = name or name_of(fn)
         self.place = place or scan.location(fn)
@@ -144,8 +147,7 @@ def unknown_name(rule: Rule, forward: Forward, name: str, more: Iterable[str]) -
     else:
         own = f"{forward.who} offers {_listed(offered)}"
     return RuleSignatureError(
-        f"rule {rule.who} asks for '{name}', which does not exist. {own}; "
-        f"always there are {_listed(RESERVED)}.{hint}"
+        f"rule {rule.who} asks for '{name}', which does not exist. {own}; always there are {_listed(RESERVED)}.{hint}"
     )
 
 

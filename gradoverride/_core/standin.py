@@ -149,4 +149,6 @@ class Collector:
         """By name, the gradients that were assigned."""
         if self.traced:
             return {name: param.grad for name, param in self.params.items() if param.grad is not None}
-        return {name: param.__dict__["collected"] for name, param in self.params.items() if "collected" in param.__dict__}
+        return {
+            name: param.__dict__["collected"] for name, param in self.params.items() if "collected" in param.__dict__
+        }

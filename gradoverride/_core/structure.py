@@ -48,9 +48,7 @@ class Constant:
 
 def is_container(value: Any) -> bool:
     """Whether `flatten` looks inside."""
-    return isinstance(value, (tuple, list, dict)) or (
-        dataclasses.is_dataclass(value) and not isinstance(value, type)
-    )
+    return isinstance(value, (tuple, list, dict)) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
 
 
 def flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any]) -> Any:

@@ -102,7 +102,10 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
         f"type({name}) is not _go_Tensor" if index in places else f"type({name}) not in _go_SCALARS"
         for index, name in enumerate(arguments)
     ]
-    head += [f"    if _go_compiling():\n        {general}", f"    if {' or '.join(others)}:\n        {otherwise}"]
+    head += [
+        f"    if _go_compiling():\n        {general}",
+        f"    if {' or '.join(others)}:\n        {otherwise}",
+    ]
     return "\n".join([*head, *path.body(arguments, receiver)]) + "\n"
 
 
@@ -113,7 +116,10 @@ def _declared(parameters: list[inspect.Parameter], names: dict[str, Any]) -> str
     for index, parameter in enumerate(parameters):
         if before is parameter.POSITIONAL_ONLY and parameter.kind is not before:
             declared.append("/")
-        if parameter.kind is parameter.KEYWORD_ONLY and before not in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL):
+        if parameter.kind is parameter.KEYWORD_ONLY and before not in (
+            parameter.KEYWORD_ONLY,
+            parameter.VAR_POSITIONAL,
+        ):
             declared.append("*")
         text = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "") + parameter.name
         if parameter.default is not parameter.empty:

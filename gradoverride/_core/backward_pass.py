@@ -1,0 +1,300 @@
+"""One backward: the rule is asked, its answer is read, and what it leaves to autograd is added.
+
+`Backward.run` reads top down: the gradients that came, the values the rule asks for, the rule, its answer, the
+parameters it did not answer for. What those parameters get is always the gradient for the unmodified `grad_output`:
+
+- *natural* ones without a kept graph: it flows on into torch's own graph, which the result is tied to;
+- with a kept graph: it is asked, in one pass with `vjp(grad_output)` if the rule called that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from gradoverride._core.contract import Meta, conform, read_answer, read_params, what
+from gradoverride._core.function import Refused
+from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph
+from gradoverride._core.private import fail, pull
+from gradoverride._core.standin import Collector, stand_in
+from gradoverride._core.structure import flatten, has_leaf, unflatten
+from gradoverride._core.vjp import Vjp
+from gradoverride.errors import RuleResultError, UnsupportedError
+
+if TYPE_CHECKING:
+    from gradoverride._core.call import Call, Param
+
+__all__ = ["Backward"]
+
+Gradients = list[Tensor | None]
+
+
+class Backward:
+    """The backward of `call`, in the context that torch keeps for its node."""
+
+    def __init__(self, call: Call, ctx: Any) -> None:
+        self.call = call
+        self.plan = call.plan
+        self.ctx = ctx
+        self.saved: Sequence[Tensor] = ctx.saved_tensors
+        self.eager = call.mode == "eager"
+        self.traced = call.mode == "traced"
+        self.own: dict[str, Tensor | None] = {}  # parameters left to autograd whose gradients are known already
+
+    def run(self, grad_outputs: Sequence[Tensor | None]) -> Gradients:
+        """One gradient for each input of the Function."""
+        call = self.call
+        grads = [
+            torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if grad is None else grad
+            for grad, meta in zip(grad_outputs[: call.n_outs], call.out_metas, strict=True)
+        ]
+        if call.autocast is None:
+            leaf_grads, param_grads, flowing = self.gradients(grads)
+        else:
+            with call.autocast.restored():
+                leaf_grads, param_grads, flowing = self.gradients(grads)
+        residual_grads = list(grad_outputs[call.n_outs :])
+        if any([grad is not None for grad in residual_grads]):
+            leaf_grads, param_grads = self._through_residuals(residual_grads, leaf_grads, param_grads)
+        n_extra = call.first_out - call.n_leaves - len(call.params)
+        return [*leaf_grads, *param_grads, *[None] * n_extra, *flowing, *[None] * len(residual_grads)]
+
+    def gradients(self, grads: list[Tensor]) -> tuple[Gradients, Gradients, Gradients]:
+        """The gradients of the leaves, of the parameters, and what flows on into torch's own graph."""
+        call, plan = self.call, self.plan
+        self.grads = grads
+        handed = [grad.clone() for grad in grads] if plan.rule_writes else grads
+        grad_output = unflatten(call.result, iter(handed), constants=False)
+        vjp = Vjp(self, grad_output) if call.graph is not None else None
+        supplied = self._supply(vjp)
+        versions = [grad._version for grad in handed] if self.eager and not plan.rule_writes else []
+        answer, collected = self._ask_rule(grad_output, supplied)
+        if versions and versions != [grad._version for grad in handed]:
+            call.refuse_written()
+        leaf_grads, named = read_answer(call, answer)
+        answered = read_params(call, {**named, **collected})
+        return leaf_grads, *self._with_own(answered)
+
+    # --- the rule ---
+
+    def _supply(self, vjp: Vjp | None) -> dict[str, Any]:
+        call, saved = self.call, self.saved
+        supplied = {asked.name: asked.value(saved) for asked in call.asked}
+        for name, source in self.plan.sources.items():
+            if source != "reserved" or name in call.given:
+                continue
+            if name == "vjp":
+                supplied[name] = vjp
+            elif name == "needs":
+                supplied[name] = call.needs()
+            elif name == "params":
+                supplied[name] = {param.name: saved[call.module_slots[param.name]] for param in call.params}
+            elif name == "module":
+                supplied[name] = self._module_then()
+            elif name == "forward":
+                supplied[name] = self._forward_then()
+        return supplied
+
+    def _module_then(self) -> Any:
+        call, saved = self.call, self.saved
+        if call.module is None:
+            return None
+        tensors = {name: saved[slot] for name, slot in call.module_slots.items()}
+        return stand_in(call.module, {**call.frozen, **call.buffers, **tensors})
+
+    def _forward_then(self) -> Any:
+        if not self.plan.takes_receiver:
+            return self.plan.fn
+        then = self._module_then()
+        fn = self.plan.fn
+        return lambda *args, **kwargs: fn(then, *args, **kwargs)
+
+    def _ask_rule(self, grad_output: Any, supplied: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The rule's answer, and for the class form what it assigned to parameters."""
+        rule = self.plan.rule.fn
+        collector = self._collector() if self.plan.class_form else None
+        first = (grad_output,) if collector is None else (collector.stand_in, grad_output)
+        if self.traced:
+            answer = rule(*first, **supplied)
+        else:
+            try:
+                answer = rule(*first, **supplied)
+            except Exception as error:
+                self.call.note(error)
+                raise
+        return answer, {} if collector is None else self._collected(collector)
+
+    def _collector(self) -> Collector:
+        call = self.call
+        assert call.module is not None, "the class form is for modules"
+        return Collector(
+            call.module,
+            {**call.frozen, **call.buffers},
+            {param.name: (param.names, self.saved[call.module_slots[param.name]]) for param in call.params},
+            traced=self.traced,
+        )
+
+    def _collected(self, collector: Collector) -> dict[str, Any]:
+        collected = collector.collected()
+        for param in self.call.params:
+            if param.name not in collected and not self.plan.asks_vjp:
+                none = "" if self.traced else " (None stops its gradient)"
+                fail(
+                    RuleResultError,
+                    f"'backward' of {self.plan.forward.who} must assign self.{param.name}.grad{none}, or ask for 'vjp' "
+                    f"as a further parameter, which leaves '{param.name}' to autograd; it did neither",
+                )
+        return collected
+
+    # --- gradients that are autograd's own ---
+
+    def pull_leaves(self, grad_output: Any, *, unmodified: bool) -> list[Tensor]:
+        """The true gradients of the leaves: what `vjp(grad_output)` gives.
+
+        For the unmodified gradient those of the parameters left to autograd are found in the same pass: apart, each
+        layer would be gone through twice.
+        """
+        call = self.call
+        count = call.n_leaves
+        if not (unmodified and self.eager):
+            return self._pull(self._read_gradient(grad_output), range(count))
+        aliased = [index for index, param in enumerate(call.aliased) if not param.asked]
+        which = [*range(count), *(count + index for index in aliased)]
+        found = self._pull(self.grads, which, call.natural)
+        self.own.update({call.aliased[index].name: grad for index, grad in zip(aliased, found[count:], strict=False)})
+        self.own.update({p.name: grad for p, grad in zip(call.natural, found[len(which) :], strict=True)})
+        return found[:count]  # type: ignore[return-value]  # only those of natural parameters may be None
+
+    def pull_all(self, grad_output: Any) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+        """The true gradients of the leaves and of all parameters: what `vjp.by_name(grad_output)` gives."""
+        call = self.call
+        which = range(call.n_leaves + len(call.aliased))
+        natural = call.natural if self.eager else []
+        found = self._pull(self._read_gradient(grad_output), which, natural)
+        named = dict(zip([p.name for p in [*call.aliased, *natural]], found[call.n_leaves :], strict=True))
+        return found[: call.n_leaves], named  # type: ignore[return-value]  # as above
+
+    def _with_own(self, answered: dict[str, Tensor | None]) -> tuple[Gradients, Gradients]:
+        """The gradients of all parameters, and what flows on into torch's own graph."""
+        call = self.call
+        results = {**self.own, **answered}
+        left = [index for index, param in enumerate(call.aliased) if param.name not in results]
+        natural = [param for param in call.natural if param.name not in results]
+        flowing: Gradients = [None] * call.n_outs
+        if any(call.flows):
+            flowing = self._natural(answered, results, natural)
+        elif left or natural:
+            which = [call.n_leaves + index for index in left]
+            found = self._pull(self.grads, which, natural)
+            names = [call.aliased[index].name for index in left] + [param.name for param in natural]
+            results.update(zip(names, found, strict=True))
+        return [results.get(param.name) for param in call.params], flowing
+
+    def _natural(
+        self, answered: dict[str, Tensor | None], results: dict[str, Tensor | None], natural: list[Param]
+    ) -> Gradients:
+        """What flows on, unless the rule answered for a parameter that it would flow to."""
+        call, grads = self.call, self.grads
+        overruled = [param.name for param in call.natural if param.name in answered]
+        if overruled and self.traced:
+            fail(
+                RuleResultError,
+                f"rule {self.plan.rule.who} of {self.plan.forward.who} answers for the parameter '{overruled[0]}' and "
+                "must ask for it where it is compiled, by its name or by 'params'",
+            )
+        if self.eager and torch.is_grad_enabled() and any(call.wanted):
+            text = (
+                f"the second derivative of {self.plan.forward.who} with respect to its arguments, through parameters "
+                f"that the rule {self.plan.rule.who} leaves to autograd, needs the graph of the forward. "
+                "Ask for 'vjp' in the rule, which keeps it"
+            )
+            grads = [Refused.apply(text, grad) for grad in grads]
+        if not overruled:
+            return [grad if flows else None for grad, flows in zip(grads, call.flows, strict=True)]
+        self.plan.names_all = True  # from now on, through aliases
+        ends = [
+            (GradientEdge(*self.ctx.next_functions[call.first_out + k]), grads[k])
+            for k in range(call.n_outs)
+            if call.flows[k]
+        ]
+        if natural:
+            found = pull(
+                tuple(end for end, _ in ends),
+                tuple(self._edges(natural)),
+                tuple(grad for _, grad in ends),
+                torch.is_grad_enabled(),
+            )
+            results.update({param.name: grad for param, grad in zip(natural, found, strict=True)})
+        return [None] * call.n_outs
+
+    def _edges(self, natural: Sequence[Param]) -> list[GradientEdge]:
+        """Where the gradients of natural parameters go: they are inputs of the node."""
+        call = self.call
+        first = call.n_leaves + len(call.aliased)
+        return [GradientEdge(*self.ctx.next_functions[first + call.natural.index(param)]) for param in natural]
+
+    def _pull(self, grads: Sequence[Tensor], which: Sequence[int], natural: Sequence[Param] = ()) -> Gradients:
+        """The gradients of leaves and aliased parameters, then of natural ones, by the kept graph."""
+        call, saved = self.call, self.saved
+        which = list(which)
+        if isinstance(call.graph, KeptGraph):
+            padded = [*grads, *[None] * call.n_residuals]
+            return call.graph.pull(saved[len(call.saved)], padded, which, self._edges(natural))
+        if isinstance(call.graph, TracedGraph):
+            aliases = [saved[slot] for slot in call.alias_slots]
+            results = [saved[slot] for slot in call.out_slots]
+            return list(call.graph.pull(aliases, results, grads, which))
+        tensors = [saved[slot] for slot in call.replay_slots]
+        return list(call.graph.pull(tensors, grads, which, self.plan.forward.who))
+
+    def _through_residuals(
+        self, residual_grads: Gradients, leaf_grads: Gradients, param_grads: Gradients
+    ) -> tuple[Gradients, Gradients]:
+        """Second derivatives reach what the forward handed over: the kept graph knows how it was computed."""
+        call = self.call
+        if not isinstance(call.graph, KeptGraph):
+            fail(
+                UnsupportedError,
+                f"the second derivative of {self.plan.forward.who} through the values that its forward hands over "
+                f"needs the graph of the forward. Ask for 'vjp' in the rule {self.plan.rule.who}, which keeps it, or "
+                "compute them in the rule",
+            )
+        which = list(range(call.n_leaves + len(call.aliased)))
+        padded = [*[None] * call.n_outs, *residual_grads]
+        found = call.graph.pull(self.saved[len(call.saved)], padded, which, self._edges(call.natural))
+        total = [_sum(old, new) for old, new in zip([*leaf_grads, *param_grads], found, strict=True)]
+        return total[: call.n_leaves], total[call.n_leaves :]
+
+    def _read_gradient(self, value: Any) -> list[Tensor]:
+        """A gradient in the structure of the result, taken apart and checked: what a rule hands to `vjp`."""
+        call = self.call
+        found: list[Any] = []
+        spec = flatten(value, lambda part: isinstance(part, Tensor), found)
+        if len(found) != call.n_outs or has_leaf(spec) != has_leaf(call.result):
+            fail(
+                RuleResultError,
+                f"vjp in the rule {self.plan.rule.who} of {self.plan.forward.who} takes a gradient in the structure "
+                f"of the forward's result, with {call.n_outs} tensors; it got {what(value)}",
+            )
+        return [conform_output(call, tensor, meta) for tensor, meta in zip(found, call.out_metas, strict=True)]
+
+
+def conform_output(call: Call, value: Any, meta: Meta) -> Tensor:
+    """`value` as a gradient of the result, in the dtype of the result, or an error."""
+    if not isinstance(value, Tensor) or value.shape != meta.shape:
+        fail(
+            RuleResultError,
+            f"vjp in the rule {call.plan.rule.who} of {call.plan.forward.who} takes a gradient of shape "
+            f"{meta.text}, the shape of the result; it got {what(value)}",
+        )
+    return conform(call, "output", value, meta)
+
+
+def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    if old is None or new is None:
+        return new if old is None else old
+    return old + new

@@ -1,0 +1,412 @@
+"""One forward on the general path: on cut aliases, its result tied to the rule.
+
+The flow, top down: `differentiate` decides whether a gradient is wanted at all, `ForwardPass.run` runs the forward on
+aliases of its tensors, `finish` looks at what it gave, `_tie` hands the tensors to the Function. Its inputs are
+
+    the differentiable tensors among the arguments, the module's trainable parameters (aliased ones first),
+    what else the rule asks for, the results of the forward, floating residuals
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradoverride._core import captured
+from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Asked, Call, is_differentiable, is_tensor
+from gradoverride._core.contract import Meta, what
+from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph
+from gradoverride._core.plan import Layout, Plan
+from gradoverride._core.private import fail, fast_apply, in_forward_ad, in_functorch
+from gradoverride._core.residuals import close_frame, open_frame
+from gradoverride._core.signature import unknown_name
+from gradoverride._core.standin import stand_in, write_back
+from gradoverride._core.structure import flatten, skeleton, unflatten
+from gradoverride.errors import ForwardResultError, UnsupportedError
+
+__all__ = ["ForwardPass", "differentiate"]
+
+
+def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[Any]) -> Any:
+    """Call the forward of `plan` with its rule in force, if a gradient is wanted at all."""
+    if plan.class_form:
+        plan = plan.of_class(type(receiver))
+    transformed = in_functorch() or in_forward_ad()
+    if not transformed and not torch.is_grad_enabled():
+        return plan.undecorated(layout, receiver, values)
+    mode = EAGER
+    if torch.compiler.is_dynamo_compiling():
+        if transformed:
+            fail(
+                UnsupportedError,
+                f"{plan.forward.who} is called in a torch.func transform inside of torch.compile, where torch drops "
+                "the backward of every autograd.Function (pytorch issue 193279). Compile the function and "
+                "transform the compiled one outside, or leave the transform uncompiled",
+            )
+        mode = TRACED
+    elif transformed:
+        mode = TRANSFORMED
+    call = Call(plan, layout, mode)
+    leaves = call.take_apart(values)
+    module = receiver if isinstance(receiver, nn.Module) else None
+    if module is not None:
+        call.find_params(module)
+    elif plan.takes_receiver and plan.asks_params:
+        raise unknown_name(plan.rule, plan.forward, "params", ())
+    wanted = mode == TRANSFORMED or any(leaf.requires_grad for leaf in leaves) or bool(call.params)
+    if not wanted or not (leaves or call.params):
+        return plan.undecorated(layout, receiver, values)
+    return ForwardPass(call, module, receiver, leaves, values).run()
+
+
+class ForwardPass:
+    """The forward of `call`."""
+
+    def __init__(
+        self, call: Call, module: nn.Module | None, receiver: Any, leaves: list[Tensor], values: Sequence[Any]
+    ) -> None:
+        self.call = call
+        self.plan = call.plan
+        self.mode = call.mode
+        self.module = module
+        self.receiver = receiver
+        self.leaves = leaves
+        self.values = values
+        self.buffers_before: dict[str, Tensor] = {}
+
+    def run(self) -> Any:
+        """The forward on aliases, and its result tied to the rule."""
+        call, plan, mode = self.call, self.plan, self.mode
+        keeps = plan.asks_vjp or any(not param.asked for param in call.aliased)
+        sources = [*self.leaves, *(param.tensor for param in call.aliased)]
+        replay = None
+        if not keeps:
+            aliases = [self._alias(tensor) for tensor in sources]
+        elif mode == EAGER:
+            call.graph = KeptGraph(sources) if call.params else KeptGraph.alone(sources)
+            aliases = call.graph.start()
+        elif mode == TRACED:
+            call.graph, aliases = TracedGraph.aliases_of(sources)
+        else:
+            call.graph = replay = Replay()
+            aliases = [self._alias(tensor) for tensor in sources]
+        if replay is not None and self.module is not None:
+            self.buffers_before = {name: value.clone() for name, value in self.module.named_buffers()}
+        result, residuals = self._forward(aliases)
+        return self.finish(aliases, result, residuals)
+
+    def finish(self, aliases: list[Tensor], result: Any, residuals: dict[str, Any]) -> Any:
+        """The forward has run on `aliases` and gave `result`: look at it, and tie it to the rule."""
+        call, leaves = self.call, self.leaves
+        outs: list[Tensor] = []
+        call.result = flatten(result, is_differentiable, outs)
+        if not outs:
+            return self._without_gradient(result)
+        if self.plan.straight_through and self.plan.rule.asks == {}:
+            call.check_straight_through(leaves[0].shape, outs[0].shape)
+        self._refuse_captured(outs)
+        self._find_inputs_in(outs, aliases)
+        return self._tie(aliases, outs, residuals)
+
+    def _alias(self, tensor: Tensor) -> Tensor:
+        if self.mode == EAGER:
+            # .data has a version counter of its own, which shows a forward that writes in place.
+            return tensor.data if tensor.requires_grad else tensor
+        return tensor.detach().clone() if self.plan.forward_writes else tensor.detach()
+
+    def _forward(self, aliases: list[Tensor]) -> tuple[Any, dict[str, Any]]:
+        call, plan, module, receiver = self.call, self.plan, self.module, self.receiver
+        given = iter(aliases)
+        arguments = [unflatten(spec, given) for spec in call.specs]
+        inner = receiver
+        if call.aliased and module is not None:
+            tensors = {name: alias for param, alias in zip(call.aliased, given, strict=True) for name in param.names}
+            inner = stand_in(module, tensors)
+        frame: dict[str, Any] = {}
+        if plan.hands_over or plan.takes_receiver:
+            frame = open_frame()
+            try:
+                result = plan.invoke(call.layout, inner, arguments)
+            finally:
+                close_frame()
+        else:
+            result = plan.invoke(call.layout, inner, arguments)
+        if inner is not receiver and module is not None:
+            write_back(inner, module)
+        return result, frame
+
+    def _without_gradient(self, result: Any) -> Any:
+        tensors: list[Tensor] = []
+        flatten(result, is_tensor, tensors)
+        if self.plan.straight_through:
+            fail(
+                ForwardResultError,
+                f"{self.plan.forward.who} must return a floating tensor for a gradient to pass straight through it; "
+                f"it returned {what(result)}",
+            )
+        if not tensors:
+            fail(
+                ForwardResultError,
+                f"{self.plan.forward.who} must return at least one tensor, for its rule {self.plan.rule.who} to get "
+                f"a gradient; it returned {what(result)}. Return the tensor that the rule is about",
+            )
+        return result
+
+    def _refuse_captured(self, outs: list[Tensor]) -> None:
+        call = self.call
+        tracked = [out for out in outs if out.requires_grad]
+        if not tracked:
+            return
+        expected = call.natural or isinstance(call.graph, (KeptGraph, TracedGraph))
+        if self.mode != EAGER:
+            if not expected:
+                captured.refuse(self.plan.forward, None)
+            return
+        stops = {param.tensor.grad_fn for param in call.natural}
+        known = {id(param.tensor) for param in call.natural}
+        if call.graph is not None:
+            call.graph.stops(known, stops)
+        leaf = captured.foreign_leaf(tracked, known, stops)
+        if leaf is not None:
+            captured.refuse(self.plan.forward, leaf)
+
+    def _find_inputs_in(self, outs: list[Tensor], aliases: list[Tensor]) -> None:
+        """Results that are arguments as they stand, and arguments that the forward wrote into."""
+        call, leaves = self.call, self.leaves
+        call.alias_of: list[int | None] = []
+        for out in outs:
+            match = None
+            for index in range(call.n_leaves):
+                if out is aliases[index]:
+                    match = index
+            call.alias_of.append(match)
+        call.copies: list[int] = []
+        if self.mode == EAGER:
+            written = [i for i in range(call.n_leaves) if aliases[i] is not leaves[i] and aliases[i]._version]
+        elif self.plan.forward_writes:
+            written = [index for index in call.alias_of if index is not None]
+        else:
+            return
+        for index in written:
+            name = call.name_of_leaf(index)
+            if index not in call.alias_of:
+                fail(
+                    ForwardResultError,
+                    f"{self.plan.forward.who} writes into its argument '{name}' in place and must return it, so that "
+                    f"the rule has a gradient for what it became; it returned something else. Return '{name}', or "
+                    "work on a copy",
+                )
+            if self.plan.sources.get(name.partition("[")[0]) == "argument":
+                self._refuse_overwritten(name.partition("[")[0], name)
+            if self.plan.sources.get("input") == "reserved" and index < call.ends[call.holders[0]]:
+                self._refuse_overwritten("input", name)
+        if self.mode == EAGER:
+            call.dirty = written
+        else:
+            call.copies = written
+
+    def _refuse_overwritten(self, asked: str, name: str) -> None:
+        fail(
+            ForwardResultError,
+            f"{self.plan.forward.who} overwrites its argument '{name}' in place, and its rule "
+            f"{self.plan.rule.who} asks for '{asked}', whose value is gone by then. Ask for 'output', "
+            "hand a copy over by save_for_backward, or do not write in place",
+        )
+
+    def _tie(self, aliases: list[Tensor], outs: list[Tensor], residuals: dict[str, Any]) -> Any:
+        """Hand the tensors to the Function, and put its results into the structure of the forward's."""
+        call, mode, leaves = self.call, self.mode, self.leaves
+        call.specs = [skeleton(spec) for spec in call.specs]
+        inputs: list[Tensor] = [*leaves, *(param.tensor for param in call.params)]
+        if mode == TRACED:
+            inputs = [_distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
+        saver = _Saver(mode, inputs, outs, aliases)
+        self._collect(saver, residuals)
+        if isinstance(call.graph, Replay):
+            self._prepare_replay(saver)
+        floating = saver.floating
+        call.n_residuals = len(floating)
+        if mode == TRACED and call.graph is not None:
+            call.alias_slots = saver.extras(aliases)
+        if isinstance(call.graph, KeptGraph):
+            call.token = call.graph.end([*outs, *floating])
+        call.first_out = len(inputs)
+        call.n_outs = len(outs)
+        call.out_metas = [Meta(out) for out in outs]
+        if mode == TRACED and call.graph is not None:
+            call.out_slots = [saver.slot(call.first_out + k) for k in range(call.n_outs)]
+        # With a kept graph it is asked for the gradients of natural parameters, and torch's own never runs into it.
+        natural = bool(call.natural) and not isinstance(call.graph, KeptGraph)
+        call.flows = [natural and out.requires_grad for out in outs]
+        flowing = natural or (mode == TRACED and call.graph is not None)
+        inputs += outs if flowing else [out.detach() if out.requires_grad else out for out in outs]
+        inputs += [tensor.detach() for tensor in floating]
+        call.saved = saver.positions
+        if mode == EAGER:
+            results = fast_apply(self.plan.general)(call, *inputs)
+        elif mode == TRACED:
+            results = self.plan.general.apply(call, *inputs)
+        else:
+            results = self.plan.transformed.apply(call, *inputs)
+        outputs = list(results[: call.n_outs])
+        for index in call.copies:
+            k = call.alias_of.index(index)
+            outputs[k] = leaves[index].copy_(outputs[k])
+        result = unflatten(call.result, iter(outputs))
+        call.result = skeleton(call.result)
+        for param in call.params:
+            param.tensor = None  # type: ignore[assignment]  # torch saves what is needed
+        return result
+
+    def _collect(self, saver: _Saver, residuals: dict[str, Any]) -> None:
+        """Find each value that the rule asks for, and say where its tensors are to be saved from."""
+        call, plan, module, values = self.call, self.plan, self.module, self.values
+        own = {param.name: index for index, param in enumerate(call.params)}
+        for name, source in plan.sources.items():
+            if source == "argument":
+                indices = call.groups[name] if name in call.groups else ()
+                if name in call.groups and name != call.variadic:
+                    self._ask(saver, name, values[indices[0]])
+                elif name in call.groups:
+                    self._ask(saver, name, tuple(values[index] for index in indices))
+                else:  # **kwargs under its own name
+                    known = set(plan.forward.names)
+                    named = dict(zip(call.names, values, strict=True))
+                    self._ask(saver, name, {key: value for key, value in named.items() if key not in known})
+            elif name in residuals:
+                self._ask(saver, name, residuals[name], handed_over=True)
+            elif module is not None and name in own:
+                self._ask(saver, name, saver.inputs[call.n_leaves + own[name]])
+            elif module is not None and name in call.frozen:
+                self._ask(saver, name, call.frozen[name])
+            elif module is not None and module._buffers.get(name) is not None:
+                self._ask(saver, name, module._buffers[name])
+            elif source == "reserved":
+                if name == "input":
+                    self._ask(saver, name, values[call.holders[0]] if call.holders else None)
+                elif name == "output":
+                    slots = [saver.slot(~k) for k in range(len(saver.outs))]
+                    call.asked.append(Asked(name, call.result, slots))
+            elif plan.rule.asks[name]:
+                more = [*residuals, *own, *call.frozen, *(module._buffers if module is not None else ())]
+                error = unknown_name(plan.rule, plan.forward, name, [key for key in more if "." not in key])
+                fail(type(error), str(error))
+        call.given = {asked.name for asked in call.asked}
+        call.module_slots: dict[str, int] = {}
+        if module is not None and (plan.asks_module or plan.asks_params):
+            call.module_slots = {
+                name: saver.slot(call.n_leaves + index)
+                for index, param in enumerate(call.params)
+                for name in param.names
+            }
+        if module is not None and plan.asks_module:
+            call.module = module
+            call.buffers = {name: value for name, value in module.named_buffers() if value is not None}
+
+    def _ask(self, saver: _Saver, name: str, value: Any, handed_over: bool = False) -> None:
+        tensors: list[Tensor] = []
+        spec = flatten(value, is_tensor, tensors)
+        places = [saver.place(tensor, handed_over) for tensor in tensors]
+        self.call.asked.append(Asked(name, spec, [saver.slot(place) for place in places]))
+
+    def _prepare_replay(self, saver: _Saver) -> None:
+        """Keep what is needed to run the forward again on tensors that the backward is given."""
+        call, plan, module, receiver, values = self.call, self.plan, self.module, self.receiver, self.values
+        layout, buffers = call.layout, self.buffers_before
+        names = [param.names for param in call.params]
+        others: list[Tensor] = []
+        specs = []
+        for value in values:
+            tensors: list[Tensor] = []
+            specs.append((flatten(value, is_tensor, tensors), [is_differentiable(tensor) for tensor in tensors]))
+            others += [tensor for tensor in tensors if not is_differentiable(tensor)]
+        buffer_names = list(buffers)
+        others += list(buffers.values())
+        frozen = list(call.frozen)
+        others += [call.frozen[name] for name in frozen]
+        n_leaves, n_params = call.n_leaves, len(call.params)
+        call.replay_slots = [saver.slot(index) for index in range(n_leaves + n_params)]
+        call.replay_slots += [saver.slot(saver.extra(tensor)) for tensor in others]
+        alias_of = list(call.alias_of)
+
+        def forward(tensors: Sequence[Tensor]) -> list[Tensor]:
+            given, rest = iter(tensors[:n_leaves]), iter(tensors[n_leaves + n_params :])
+            copied = [tensor.clone() if plan.forward_writes else tensor for tensor in given]
+            leaves = iter(copied)
+            arguments = []
+            for spec, kinds in specs:
+                parts = [next(leaves) if differentiable else next(rest) for differentiable in kinds]
+                arguments.append(unflatten(spec, iter(parts)))
+            inner = receiver
+            if module is not None:
+                given_params = dict(zip(map(tuple, names), tensors[n_leaves : n_leaves + n_params], strict=True))
+                swapped = {name: tensor for group, tensor in given_params.items() for name in group}
+                swapped.update({name: next(rest).clone() for name in buffer_names})
+                swapped.update({name: next(rest) for name in frozen})
+                inner = stand_in(module, swapped)
+            open_frame()
+            try:
+                result = plan.invoke(call.layout, inner, arguments)
+            finally:
+                close_frame()
+            outs: list[Tensor] = []
+            flatten(result, is_differentiable, outs)
+            return outs if len(outs) == len(alias_of) else []
+
+        call.graph.ran(forward)
+
+
+class _Saver:
+    """Where the tensors that are saved come from: an input of the Function (its place) or an output (`~place`)."""
+
+    def __init__(self, mode: str, inputs: list[Tensor], outs: list[Tensor], aliases: list[Tensor]) -> None:
+        self.mode = mode
+        self.inputs = inputs
+        self.outs = outs
+        self.aliases = aliases
+        self.positions: list[int] = []
+        self.floating: list[Tensor] = []
+
+    def slot(self, place: int) -> int:
+        """The index among the saved tensors of what is at `place`."""
+        if place in self.positions:
+            return self.positions.index(place)
+        self.positions.append(place)
+        return len(self.positions) - 1
+
+    def place(self, tensor: Tensor, handed_over: bool) -> int:
+        """Where `tensor` is or becomes an input, or which output it is."""
+        for index, known in enumerate(self.inputs):
+            if known is tensor:
+                return index
+        if not handed_over:
+            return self.extra(tensor)
+        for index, out in enumerate(self.outs):
+            if out is tensor:
+                return ~index
+        for index, alias in enumerate(self.aliases):
+            if alias is tensor:
+                return index
+        # As an output of its own it is known to second derivatives, which compiled code has not.
+        if is_differentiable(tensor) and self.mode != TRACED:
+            for index, known in enumerate(self.floating):
+                if known is tensor:
+                    return ~(len(self.outs) + index)
+            self.floating.append(tensor)
+            return ~(len(self.outs) + len(self.floating) - 1)
+        return self.extra(tensor)
+
+    def extra(self, tensor: Tensor) -> int:
+        self.inputs.append(tensor)
+        return len(self.inputs) - 1
+
+    def extras(self, tensors: Sequence[Tensor]) -> list[int]:
+        return [self.slot(self.extra(tensor)) for tensor in tensors]
+
+
+def _distinct(tensor: Tensor, before: Sequence[Tensor]) -> Tensor:
+    """Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604)."""
+    return tensor.view_as(tensor) if any(tensor is other for other in before) else tensor
