@@ -139,7 +139,7 @@ def _forward_of(target: Any) -> Forward:
     return Forward(target)
 
 
-def _decorate_forward(cls: type, rule: Rule, *, straight_through: bool) -> None:
+def _decorate_forward(cls: Any, rule: Rule, *, straight_through: bool) -> None:
     if not callable(getattr(cls, "forward", None)) or cls.__dict__.get("forward", None) is nn.Module.forward:
         raise DecorationError(
             f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must have a 'forward' for rule {rule.who}"
@@ -148,7 +148,7 @@ def _decorate_forward(cls: type, rule: Rule, *, straight_through: bool) -> None:
     cls.forward = make_wrapper(Plan(forward, rule, straight_through=straight_through), cls.forward)
 
 
-def _with_own_backward(cls: type) -> type:
+def _with_own_backward(cls: Any) -> Any:
     missing = [name for name in ("forward", "backward") if not callable(getattr(cls, name, None))]
     if missing:
         raise DecorationError(
@@ -163,7 +163,7 @@ def _with_own_backward(cls: type) -> type:
         )
     rule = Rule(cls.backward, method=True)
     forward = Forward(cls.forward, name=cls.__name__)
-    cls.forward = make_wrapper(Plan(forward, rule, class_form=True), cls.forward)  # type: ignore[method-assign]
+    cls.forward = make_wrapper(Plan(forward, rule, class_form=True), cls.forward)
     return cls
 
 

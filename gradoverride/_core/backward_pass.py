@@ -18,8 +18,8 @@ from torch.autograd.graph import GradientEdge
 
 from gradoverride._core.contract import Meta, conform, read_answer, read_params, what
 from gradoverride._core.function import Refused
-from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph
-from gradoverride._core.private import fail, pull
+from gradoverride._core.kept_graph import KeptGraph, TracedGraph
+from gradoverride._core.private import fail, fast_apply, pull
 from gradoverride._core.standin import Collector, stand_in
 from gradoverride._core.structure import flatten, has_leaf, unflatten
 from gradoverride._core.vjp import Vjp
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Backward"]
 
+_refuse = fast_apply(Refused)
 Gradients = list[Tensor | None]
 
 
@@ -58,7 +59,7 @@ class Backward:
             with call.autocast.restored():
                 leaf_grads, param_grads, flowing = self.gradients(grads)
         residual_grads = list(grad_outputs[call.n_outs :])
-        if any([grad is not None for grad in residual_grads]):
+        if any(grad is not None for grad in residual_grads):
             leaf_grads, param_grads = self._through_residuals(residual_grads, leaf_grads, param_grads)
         n_extra = call.first_out - call.n_leaves - len(call.params)
         return [*leaf_grads, *param_grads, *[None] * n_extra, *flowing, *[None] * len(residual_grads)]
@@ -161,7 +162,7 @@ class Backward:
         call = self.call
         count = call.n_leaves
         if not (unmodified and self.eager):
-            return self._pull(self._read_gradient(grad_output), range(count))
+            return self._pull(self._read_gradient(grad_output), range(count))  # type: ignore[return-value]  # as below
         aliased = [index for index, param in enumerate(call.aliased) if not param.asked]
         which = [*range(count), *(count + index for index in aliased)]
         found = self._pull(self.grads, which, call.natural)
@@ -212,7 +213,7 @@ class Backward:
                 f"that the rule {self.plan.rule.who} leaves to autograd, needs the graph of the forward. "
                 "Ask for 'vjp' in the rule, which keeps it"
             )
-            grads = [Refused.apply(text, grad) for grad in grads]
+            grads = [_refuse(text, grad) for grad in grads]
         if not overruled:
             return [grad if flows else None for grad, flows in zip(grads, call.flows, strict=True)]
         self.plan.names_all = True  # from now on, through aliases

@@ -68,6 +68,30 @@ class Asked:
 class Call:
     """What is known of one call, from its forward to its backward. It holds no tensors that torch should save."""
 
+    # From the arguments (`take_apart`):
+    specs: list[Any]  # by argument, its structure
+    ends: list[int]  # by argument, the number of leaves up to its last
+    holders: list[int]  # the arguments that hold leaves
+    single: int | None  # the only one of them, if there is one only: its gradient is returned bare
+    n_leaves: int  # a leaf is a floating or complex tensor among the arguments
+    metas: list[Meta]  # by leaf, what its gradient must be like
+    wanted: list[bool]  # by leaf, whether a gradient is wanted
+    # From the result (`ForwardPass`):
+    result: Any  # its structure
+    n_outs: int  # the number of floating or complex tensors in it
+    out_metas: list[Meta]
+    alias_of: list[int | None]  # by such tensor, the leaf that it is as it stands
+    copies: list[int]  # leaves that were written into and are copied back (not in eager mode)
+    flows: list[bool]  # by such tensor, whether its gradient flows on to natural parameters
+    n_residuals: int  # floating residuals are outputs of the Function besides
+    first_out: int  # where the results stand among its inputs
+    # Where values are among the saved tensors:
+    given: set[str]  # names in `asked`, which take precedence over reserved ones
+    module_slots: dict[str, int]
+    alias_slots: list[int]
+    out_slots: list[int]
+    replay_slots: list[int]
+
     def __init__(self, plan: Plan, layout: Layout, mode: str) -> None:
         self.plan = plan
         self.layout = layout
@@ -93,8 +117,8 @@ class Call:
     def take_apart(self, values: Sequence[Any]) -> list[Tensor]:
         """The differentiable tensors among the arguments; notes their structure and what their gradients look like."""
         leaves: list[Tensor] = []
-        self.specs: list[Any] = []
-        self.ends: list[int] = []  # by argument, the number of leaves up to its last
+        self.specs = []
+        self.ends = []
         holders = []
         for index, value in enumerate(values):
             before = len(leaves)
@@ -173,7 +197,7 @@ class Call:
         wanted = {name: any(self.wants(index) for index in indices) for name, indices in self.groups.items()}
         return {
             **wanted,
-            **{name: False for name in self.frozen},
+            **dict.fromkeys(self.frozen, False),
             **{param.name: True for param in self.params},
         }
 
@@ -186,7 +210,7 @@ class Call:
         if hasattr(error, "add_note"):
             error.add_note(note)
         else:  # Python 3.10
-            error.__notes__ = [*getattr(error, "__notes__", []), note]
+            error.__dict__["__notes__"] = [*getattr(error, "__notes__", []), note]
 
     def refuse_written(self) -> None:
         fail(

@@ -38,7 +38,7 @@ def foreign_leaf(results: list[Tensor], known: set[int], stops: set[Any]) -> Ten
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             if id(leaf) not in known:
-                return leaf  # type: ignore[no-any-return]  # a node's attributes are untyped
+                return leaf
             continue
         for below, _ in node.next_functions:
             if below is not None:

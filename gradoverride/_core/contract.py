@@ -155,10 +155,8 @@ def _by_name(call: Call, answer: dict[str, Any]) -> tuple[list[Tensor | None], d
     grads: list[Tensor | None] = []
     for name, indices in known.items():
         entry = answer.get(name)
-        if call.variadic == name:  # the entry of *args is a tuple, one for each
-            entries = _variadic_entries(call, name, entry, len(indices))
-        else:
-            entries = [entry]
+        # The entry of *args is a tuple, with one for each.
+        entries = _variadic_entries(call, name, entry, len(indices)) if call.variadic == name else [entry]
         for index, part in zip(indices, entries, strict=True):
             grads += _entry(call, call.names[index], call.specs[index], part)
     return grads, {key: value for key, value in answer.items() if key in params}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.fast import Runs, is_plain
+from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.plan import Plan
 
 __all__ = ["make_dispatch"]

@@ -163,7 +163,7 @@ class ShortPath:
     def run(self) -> Callable[..., Any]:
         """The code as a function of its own."""
         source = "\n".join([f"def run({', '.join(self.names)}):", *self.body(self.names)]) + "\n"
-        return _compiled(source, self.globals(), self.plan)["run"]  # type: ignore[no-any-return]
+        return _compiled(source, self.globals(), self.plan)["run"]
 
     def body(self, arguments: Sequence[str], receiver: str = "None") -> list[str]:
         """The code of a call in which grad mode is on, with these names for the arguments."""
@@ -271,6 +271,7 @@ class ShortPath:
             unusual += [f"_go_result is {alias[name]}", f"{alias[name]}._version and {name}.requires_grad"]
         aliases = ", ".join(alias[name] for name in tensors)
         given = "_go_aliases" if params else "{}"
+        boxed = ", ".join(["_go_result", *self._boxed(arguments)])
         return [
             *lines,
             f"    _go_result = {called}",
@@ -278,7 +279,7 @@ class ShortPath:
             f"        return _go_finish_method({receiver}, ({values},), [{aliases}], {given}, _go_result)",
             "    if _go_getrefcount(_go_result) != _go_SOLE or _go_use_count(_go_result) != 1:",
             "        _go_result = _go_result.detach()",
-            f"    return _go_apply(({', '.join(['_go_result', *self._boxed(arguments)])},), {', '.join([*tensors, *params])})",
+            f"    return _go_apply(({boxed},), {', '.join([*tensors, *params])})",
         ]
 
     def _boxed(self, arguments: Sequence[str]) -> list[str]:

@@ -35,7 +35,7 @@ def transpose(gradients: Gradients, metas: Sequence[Meta], tangents: Sequence[Te
         ]
         return tuple(found[index] for index in answered)  # type: ignore[misc]  # None has just been sorted out
 
-    _, pullback = torch.func.vjp(wanted, *zeros)
+    _, pullback, *_ = torch.func.vjp(wanted, *zeros)
     if not answered:
         return zeros
     return list(pullback(tuple(tangents[index] for index in answered)))

@@ -176,14 +176,14 @@ class ForwardPass:
     def _find_inputs_in(self, outs: list[Tensor], aliases: list[Tensor]) -> None:
         """Results that are arguments as they stand, and arguments that the forward wrote into."""
         call, leaves = self.call, self.leaves
-        call.alias_of: list[int | None] = []
+        call.alias_of = []
         for out in outs:
             match = None
             for index in range(call.n_leaves):
                 if out is aliases[index]:
                     match = index
             call.alias_of.append(match)
-        call.copies: list[int] = []
+        call.copies = []
         if self.mode == EAGER:
             written = [i for i in range(call.n_leaves) if aliases[i] is not leaves[i] and aliases[i]._version]
         elif self.plan.forward_writes:
@@ -258,7 +258,7 @@ class ForwardPass:
         result = unflatten(call.result, iter(outputs))
         call.result = skeleton(call.result)
         for param in call.params:
-            param.tensor = None  # type: ignore[assignment]  # torch saves what is needed
+            param.tensor = None
         return result
 
     def _collect(self, saver: _Saver, residuals: dict[str, Any]) -> None:
@@ -267,7 +267,7 @@ class ForwardPass:
         own = {param.name: index for index, param in enumerate(call.params)}
         for name, source in plan.sources.items():
             if source == "argument":
-                indices = call.groups[name] if name in call.groups else ()
+                indices = call.groups.get(name, ())
                 if name in call.groups and name != call.variadic:
                     self._ask(saver, name, values[indices[0]])
                 elif name in call.groups:
@@ -295,7 +295,7 @@ class ForwardPass:
                 error = unknown_name(plan.rule, plan.forward, name, [key for key in more if "." not in key])
                 fail(type(error), str(error))
         call.given = {asked.name for asked in call.asked}
-        call.module_slots: dict[str, int] = {}
+        call.module_slots = {}
         if module is not None and (plan.asks_module or plan.asks_params):
             call.module_slots = {
                 name: saver.slot(call.n_leaves + index)
@@ -304,7 +304,7 @@ class ForwardPass:
             }
         if module is not None and plan.asks_module:
             call.module = module
-            call.buffers = {name: value for name, value in module.named_buffers() if value is not None}
+            call.buffers = dict(module.named_buffers())
 
     def _ask(self, saver: _Saver, name: str, value: Any, handed_over: bool = False) -> None:
         tensors: list[Tensor] = []
@@ -315,7 +315,7 @@ class ForwardPass:
     def _prepare_replay(self, saver: _Saver) -> None:
         """Keep what is needed to run the forward again on tensors that the backward is given."""
         call, plan, module, receiver, values = self.call, self.plan, self.module, self.receiver, self.values
-        layout, buffers = call.layout, self.buffers_before
+        buffers = self.buffers_before
         names = [param.names for param in call.params]
         others: list[Tensor] = []
         specs = []

@@ -30,12 +30,16 @@ __all__ = ["Cut", "General", "Lifted", "Refused", "Tail", "Transformed", "fresh"
 
 def named(base: type[Function], name: str) -> type[Function]:
     """A subclass of `base` whose node in the graph is called `<name>Backward`."""
-    return type(base)(name, (base,), {})
+    metaclass: Any = type(base)
+    return metaclass(name, (base,), {})
 
 
 def plain_function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> type[Function]:
     """A Function of these two functions, which its node in the graph calls without torch's layer in between."""
-    function = type(Function)(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    metaclass: Any = type(Function)
+    function: type[Function] = metaclass(
+        name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
     call_directly(function, backward)
     return function
 
@@ -55,8 +59,8 @@ class General(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(call: Any, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # torch's is untyped
-        return call.results(tensors)  # type: ignore[no-any-return]
+    def forward(call: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return call.results(tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -82,7 +86,7 @@ class Transformed(General):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        return ctx.call.jvp(ctx, tangents[1:])  # type: ignore[no-any-return]
+        return ctx.call.jvp(ctx, tangents[1:])
 
 
 class Cut(Function):
@@ -94,7 +98,7 @@ class Cut(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, carried: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, token: Tensor, carried: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.carried = carried
         ctx.set_materialize_grads(False)
         # .data has a version counter of its own: a forward that writes in place spares the outer graph.
@@ -112,7 +116,7 @@ class TracedCut(Function):
     """`Cut` under Dynamo: real copies (a compiler removes them), and no second derivatives, so no carriers."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor.clone() for tensor in tensors)
 
     @staticmethod
@@ -128,7 +132,7 @@ class Tail(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *ends: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, *ends: Tensor) -> Tensor:
         return ends[0].new_empty(0)
 
     @staticmethod
@@ -144,7 +148,7 @@ class Lifted(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, graph: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, graph: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.graph, ctx.count = graph, count
         ctx.set_materialize_grads(False)
         return tuple(fresh(tensor) for tensor in tensors[:count])
@@ -159,7 +163,7 @@ class Refused(Function):
     """The identity. A second derivative through it is not known, and raises `text`."""
 
     @staticmethod
-    def forward(ctx: Any, text: str, tensor: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, text: str, tensor: Tensor) -> Tensor:
         ctx.text = text
         return fresh(tensor)
 

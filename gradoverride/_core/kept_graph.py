@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gradoverride._core.ambient import RandomState
 from gradoverride._core.captured import foreign_leaf
@@ -96,10 +96,10 @@ class KeptGraph:
         if not self.ends:  # a forward may cut all gradients, as torch.detach does
             return _EMPTY
         if saves_plainly():
-            token = _EMPTY.detach()
-            token.ends = tuple([GradientEdge(results[i].grad_fn, results[i].output_nr) for i in self.ends])  # type: ignore[attr-defined]
-            return token
-        return _tail(*[results[index] for index in self.ends])  # type: ignore[no-any-return]
+            token: Any = _EMPTY.detach()
+            token.ends = tuple([_edge_of(results[index]) for index in self.ends])
+            return token  # type: ignore[no-any-return]  # a tensor, with the attribute just given
+        return _tail(*[results[index] for index in self.ends])
 
     def pull(
         self,
@@ -163,13 +163,18 @@ class KeptGraph:
         return results
 
 
+def _edge_of(tensor: Tensor) -> GradientEdge:
+    node = tensor.grad_fn
+    return get_gradient_edge(tensor) if node is None else GradientEdge(node, tensor.output_nr)
+
+
 class TracedGraph:
     """The inner graph of one call that Dynamo traces. Its aliases and results are inputs of the outer Function."""
 
     @staticmethod
     def aliases_of(tensors: Sequence[Tensor]) -> tuple[TracedGraph, list[Tensor]]:
         """A graph that starts at aliases of `tensors`, and the aliases."""
-        return TracedGraph(), list(TracedCut.apply(TOKEN, *tensors))
+        return TracedGraph(), list(TracedCut.apply(TOKEN, *tensors))  # type: ignore[no-untyped-call]  # torch's
 
     def pull(
         self,
@@ -216,9 +221,9 @@ class Replay:
         try:
             if self.drew:
                 with self.random.replayed():
-                    _, pullback = torch.func.vjp(part, *chosen)
+                    _, pullback, *_ = torch.func.vjp(part, *chosen)
             else:
-                _, pullback = torch.func.vjp(part, *chosen)
+                _, pullback, *_ = torch.func.vjp(part, *chosen)
         except RuntimeError as error:
             if not self.drew or "random" not in str(error):
                 raise

@@ -21,6 +21,7 @@ __all__ = [
     "in_forward_ad",
     "in_functorch",
     "is_tracked",
+    "plain_results",
     "pull",
     "saves_plainly",
     "trace_gradients",
@@ -44,7 +45,7 @@ def call_directly(function: type[Function], backward: Callable[..., Any]) -> Non
     torch puts a method between that looks the function up for each call (0.4 us). `ctx.metas` is None unless the
     forward sets it.
     """
-    node = function._backward_cls  # type: ignore[attr-defined]  # torch's metaclass makes it
+    node: Any = function._backward_cls  # torch's metaclass makes it
     node.apply = backward
     node.metas = None
 
@@ -61,9 +62,7 @@ def pull(ends: Any, edges: Any, grads: Any, create_graph: bool) -> tuple[torch.T
     """
     if _run_backward is None:
         return torch.autograd.grad(ends, edges, grads, retain_graph=True, create_graph=create_graph, allow_unused=True)
-    return _run_backward(  # type: ignore[no-any-return]  # private, so untyped
-        ends, grads, True, create_graph, edges, allow_unreachable=True, accumulate_grad=False
-    )
+    return _run_backward(ends, grads, True, create_graph, edges, allow_unreachable=True, accumulate_grad=False)
 
 
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -76,6 +75,10 @@ def saves_plainly() -> bool:
 
 _engine = getattr(torch.autograd.Variable, "_execution_engine", None)
 _run_backward = getattr(_engine, "run_backward", None)
+
+# As `__torch_function__` of a subclass of Tensor: operations on it are those of Tensor, and give plain tensors, as for
+# nn.Parameter. Without it they go through the public default, which is slower and gives the subclass.
+plain_results: Any = getattr(torch._C, "_disabled_torch_function_impl", torch.Tensor.__torch_function__)
 
 # How many C++ owners a tensor has. Without it a result is taken for shared, and detached.
 use_count: Callable[[torch.Tensor], int] = getattr(torch.Tensor, "_use_count", lambda tensor: 2)
@@ -115,7 +118,7 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
 def _raise_while_tracing(kind: type[Exception], text: str) -> None:
     raise kind(text)
 
@@ -129,7 +132,7 @@ def fail(kind: type[Exception], text: str) -> NoReturn:
     raise kind(text)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
 def _set_trace_gradients(value: bool) -> bool:
     from torch._dynamo import config  # costs 0.5 s, and only a program that compiles gets here
 

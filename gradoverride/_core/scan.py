@@ -32,7 +32,7 @@ def python_function(fn: Any) -> FunctionType | None:
         fn = fn.__func__
     if isinstance(fn, FunctionType):
         return fn
-    method = getattr(type(fn), "__call__", None)
+    method = inspect.getattr_static(type(fn), "__call__", None)
     return method if isinstance(method, FunctionType) else None
 
 
@@ -111,7 +111,7 @@ def writes(fn: Any) -> bool:
     for _, code in _reachable(fn):
         if any(_is_inplace_name(name) for name in code.co_names):
             return True
-        if any("out" == c or (isinstance(c, tuple) and "out" in c) for c in code.co_consts):
+        if any(c == "out" or (isinstance(c, tuple) and "out" in c) for c in code.co_consts):
             return True
         if any(_is_write(instruction) for instruction in dis.get_instructions(code)):
             return True

@@ -52,11 +52,9 @@ class Forward:
         self.place = place or scan.location(fn)
         self.signature = signature or _signature(fn)
         self.receiver = receiver  # the object that a bound method is bound to
-        parameters = None if self.signature is None else list(self.signature.parameters.values())
+        parameters = [] if self.signature is None else list(self.signature.parameters.values())
         self.takes_self = receiver is None and bool(parameters) and parameters[0].name in _RECEIVERS
-        if self.takes_self:
-            parameters = parameters[1:]
-        self.parameters = parameters
+        self.parameters = None if self.signature is None else parameters[1 if self.takes_self else 0 :]
         self.is_method = self.takes_self or receiver is not None
 
     @property

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradoverride._core.private import plain_results
+
 __all__ = ["Collector", "stand_in", "write_back"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -46,7 +48,7 @@ def _stand_in(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, cop
     if copy_buffers:
         buffers = {name: None if value is None else value.clone() for name, value in buffers.items()}
     state["_buffers"] = buffers
-    children = {}
+    children: dict[str, nn.Module | None] = {}
     for name, child in state["_modules"].items():
         path = f"{prefix}{name}."
         if child is None:
@@ -108,9 +110,9 @@ class _Collected(Tensor):
     """A parameter on the stand-in of a `backward`: what is assigned to its `grad` is collected, and nothing else."""
 
     # As for nn.Parameter: results of operations are plain tensors, and nothing is dispatched.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = plain_results
 
-    @property  # type: ignore[override]  # torch's is an attribute
+    @property
     def grad(self) -> Any:
         return self.__dict__.get("collected")
 

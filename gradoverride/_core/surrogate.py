@@ -28,7 +28,7 @@ def surrogate_rule(fn: Any, surrogate: Callable[..., Any] | None) -> Callable[..
     who = f"surrogate '{name_of(surrogate)}' ({location(surrogate)}) of '{name_of(fn)}' ({location(fn)})"
 
     def surrogate_backward(grad_output: Tensor, input: Tensor) -> Tensor:
-        result, pullback = torch.func.vjp(surrogate, input)
+        result, pullback, *_ = torch.func.vjp(surrogate, input)
         if result.shape != grad_output.shape:
             fail(
                 SurrogateError,
@@ -36,6 +36,6 @@ def surrogate_rule(fn: Any, surrogate: Callable[..., Any] | None) -> Callable[..
                 f"for; it gives {tuple(result.shape)}",
             )
         (grad_input,) = pullback(grad_output.to(result.dtype))
-        return grad_input  # type: ignore[no-any-return]  # torch.func is untyped
+        return grad_input
 
     return surrogate_backward

@@ -48,7 +48,7 @@ class Vjp:
         entries = [unflatten(spec, given, constants=False) for spec in call.specs]
         named: dict[str, Any] = {}
         for name, indices in call.groups.items():
-            if any([has_leaf(call.specs[index]) for index in indices]):
+            if any(has_leaf(call.specs[index]) for index in indices):
                 parts = tuple([entries[index] for index in indices])
                 named[name] = parts if name == call.variadic else parts[0]
         return {**named, **params}

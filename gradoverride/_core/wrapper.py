@@ -121,7 +121,7 @@ def _declared(parameters: list[inspect.Parameter], names: dict[str, Any]) -> str
             parameter.VAR_POSITIONAL,
         ):
             declared.append("*")
-        text = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "") + parameter.name
+        text = _STARS.get(parameter.kind, "") + parameter.name
         if parameter.default is not parameter.empty:
             names[f"_go_default_{index}"] = parameter.default
             text += f"=_go_default_{index}"
@@ -130,3 +130,6 @@ def _declared(parameters: list[inspect.Parameter], names: dict[str, Any]) -> str
     if before is inspect.Parameter.POSITIONAL_ONLY:
         declared.append("/")
     return ", ".join(declared)
+
+
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
