@@ -334,17 +334,18 @@ class ShortPath:
         alike = "ctx.metas is None and " if self.unsaved else ""
         grads = [f"grad_{name}" for name in tensors]
         fits = " and ".join(
-            f"(grad_{name} is None or type(grad_{name}) is Tensor and {self._alike(f'grad_{name}', self._known(name))})"
+            f"(grad_{name} is None or type(grad_{name}) is Tensor and {self._fits(f'grad_{name}', name)})"
             for name in tensors
         )
         answered = [f"        if {fits}:", f"            return None, {', '.join(grads)}"]
         if len(tensors) == 1:
-            fits = self._alike("answer", self._known(tensors[0]))
-            same = "answer is grad_output or " if self.unsaved else ""
-            lines += [
-                f"    if {alike}({same}type(answer) is Tensor and {fits}):",
-                "        return None, answer",
-            ]
+            fits = self._fits("answer", tensors[0])
+            fits = f"type(answer) is Tensor and {fits}"
+            if self.plan.rule_is_scaling:
+                fits = "type(answer) is Tensor"  # like grad_output: it is an expression of that and numbers
+            elif self.unsaved:
+                fits = f"(answer is grad_output or {fits})"
+            lines += [f"    if {alike}{fits}:", "        return None, answer"]
         elif not self.params and not self.plan.straight_through and self.places == list(range(len(tensors))):
             # Scalars that come after the tensors may be left out of the answer.
             lines += [
@@ -366,6 +367,13 @@ class ShortPath:
     def _known(self, name: str) -> str:
         """What the gradient of the tensor `name` must be like."""
         return f"saved_{name}" if name in self.saves else "grad_output"
+
+    def _fits(self, grad: str, name: str) -> str:
+        """Code that looks whether `grad` is like the tensor that it is the gradient of."""
+        known = self._known(name)
+        if self.plan.rule_is_arithmetic:  # which does not move between devices
+            return f"{grad}.is_same_size({known}) and {grad}.dtype is {known}.dtype"
+        return self._alike(grad, known)
 
     @staticmethod
     def _alike(one: str, other: str) -> str:

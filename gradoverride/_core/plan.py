@@ -56,6 +56,7 @@ class Plan:
         self.may_capture = not scan.reaches_no_tensor(self.fn)
         self.rule_writes = scan.writes(rule.fn)
         self.rule_is_arithmetic = scan.is_arithmetic(rule.fn)
+        self.rule_is_scaling = scan.is_scaling(rule.fn)
         # A rule that mentions these may answer for parameters that it does not ask for.
         self.may_answer = scan.strings(rule.fn)
         self.names_all = scan.mentions(rule.fn, "by_name")

@@ -146,25 +146,32 @@ _LIBRARIES = frozenset({"torch", "math", "operator", "builtins", "functools", "g
 
 
 def is_arithmetic(fn: Any) -> bool:
-    """Whether `fn` is an expression of its own arguments and constants in +, -, *, / and comparisons alone.
+    """Whether `fn` is an expression of its own arguments and constants in +, -, *, / alone, or a tuple of such.
 
     Such a function writes nowhere, reaches nothing else, and means the same under autocast.
     """
-    function = fn if isinstance(fn, FunctionType) else None
+    if not isinstance(fn, FunctionType) or fn.__closure__:
+        return False
+    return all(
+        instruction.opname in _ARITHMETIC
+        or (instruction.opname == "BINARY_OP" and instruction.argrepr in {"+", "-", "*", "/"})
+        for instruction in dis.get_instructions(fn.__code__)
+    )
+
+
+def is_scaling(fn: Any) -> bool:
+    """Whether `fn` is such an expression of one argument and real numbers: its result is like the argument."""
     return (
-        function is not None
-        and not function.__closure__
-        and all(
-            instruction.opname in _ARITHMETIC
-            or (instruction.opname == "BINARY_OP" and instruction.argrepr in {"+", "-", "*", "/"})
-            for instruction in dis.get_instructions(function.__code__)
-        )
+        is_arithmetic(fn)
+        and fn.__code__.co_argcount == fn.__code__.co_nlocals == 1
+        and not any(instruction.opname == "BUILD_TUPLE" for instruction in dis.get_instructions(fn.__code__))
+        and all(type(constant) in (int, float, type(None), str) for constant in fn.__code__.co_consts)
     )
 
 
 _ARITHMETIC = frozenset(
     {
-        *("RESUME", "CACHE", "EXTENDED_ARG", "NOP", "PRECALL", "COMPARE_OP", "RETURN_VALUE", "RETURN_CONST"),
+        *("RESUME", "CACHE", "EXTENDED_ARG", "NOP", "PRECALL", "RETURN_VALUE", "RETURN_CONST"),
         *("LOAD_FAST", "LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_BORROW_LOAD_FAST_BORROW"),
         *("LOAD_CONST", "LOAD_SMALL_INT", "STORE_FAST", "BUILD_TUPLE", "UNARY_NEGATIVE"),
         *("BINARY_ADD", "BINARY_SUBTRACT", "BINARY_MULTIPLY", "BINARY_TRUE_DIVIDE"),  # Python 3.10
