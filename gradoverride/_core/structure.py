@@ -26,15 +26,17 @@ LEAF = _Leaf()
 
 
 class Node:
-    """A container: its type, an example to be copied (dataclasses only), its keys, and the specs of its parts."""
+    """A container: its type, its keys, the specs of its parts, and an example to be copied where a type needs one."""
 
-    __slots__ = ("example", "keys", "kind", "parts")
+    __slots__ = ("bare", "example", "keys", "kind", "parts")
 
-    def __init__(self, kind: type, keys: tuple[Any, ...] | None, parts: list[Any], example: Any) -> None:
+    def __init__(self, kind: type, keys: tuple[Any, ...] | None, parts: list[Any], example: Any = None) -> None:
         self.kind = kind
         self.keys = keys
         self.parts = parts
         self.example = example
+        # Whether it is its own skeleton: it holds leaves alone.
+        self.bare = example is None and all([part is LEAF or (type(part) is Node and part.bare) for part in parts])
 
 
 class Constant:
@@ -53,21 +55,22 @@ def is_container(value: Any) -> bool:
 
 def flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any]) -> Any:
     """The spec of `value`; its leaves are appended to `leaves` in order."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return Node(kind, None, [flatten(part, is_leaf, leaves) for part in value])
+    if kind is dict:
+        return Node(dict, tuple(value), [flatten(part, is_leaf, leaves) for part in value.values()])
     if is_leaf(value):
         leaves.append(value)
         return LEAF
     if not is_container(value):
         return Constant(value)
-    kind = type(value)
     if isinstance(value, dict):
-        keys = tuple(value.keys())
-        parts = [flatten(value[key], is_leaf, leaves) for key in keys]
-        return Node(kind, keys, parts, None if kind is dict else value)
+        return Node(kind, tuple(value), [flatten(value[key], is_leaf, leaves) for key in value], value)
     if isinstance(value, (tuple, list)):
-        return Node(kind, None, [flatten(part, is_leaf, leaves) for part in value], None)
-    keys = tuple(field.name for field in dataclasses.fields(value) if hasattr(value, field.name))
-    parts = [flatten(getattr(value, key), is_leaf, leaves) for key in keys]
-    return Node(kind, keys, parts, value)
+        return Node(kind, None, [flatten(part, is_leaf, leaves) for part in value])
+    keys = tuple([field.name for field in dataclasses.fields(value) if hasattr(value, field.name)])
+    return Node(kind, keys, [flatten(getattr(value, key), is_leaf, leaves) for key in keys], value)
 
 
 def unflatten(spec: Any, leaves: Iterator[Any], constants: bool = True) -> Any:
@@ -104,6 +107,8 @@ def skeleton(spec: Any) -> Any:
         return LEAF
     if isinstance(spec, Constant):
         return Constant(None)
+    if spec.bare:
+        return spec
     example = spec.example
     if example is not None:
         example = copy.copy(example)
