@@ -355,8 +355,9 @@ class ShortPath:
             ]
         if len(tensors) > 1 or self.params:
             names = [self.layout.names[place] for place in self.places] + self.params
+            present = " and ".join(f"{name!r} in answer" for name in names)
             lines += [
-                f"    if {alike}type(answer) is dict and answer.keys() == {{{', '.join(map(repr, names))}}}:",
+                f"    if {alike}type(answer) is dict and len(answer) == {len(names)} and {present}:",
                 *(f"        {grad} = answer[{name!r}]" for grad, name in zip(grads, names, strict=True)),
                 *answered,
             ]

@@ -146,7 +146,7 @@ _LIBRARIES = frozenset({"torch", "math", "operator", "builtins", "functools", "g
 
 
 def is_arithmetic(fn: Any) -> bool:
-    """Whether `fn` is an expression of its own arguments and constants in +, -, *, / alone, or a tuple of such.
+    """Whether `fn` is an expression of its own arguments and constants in +, -, *, / alone, or a tuple or dict of such.
 
     Such a function writes nowhere, reaches nothing else, and means the same under autocast.
     """
@@ -164,16 +164,18 @@ def is_scaling(fn: Any) -> bool:
     return (
         is_arithmetic(fn)
         and fn.__code__.co_argcount == fn.__code__.co_nlocals == 1
-        and not any(instruction.opname == "BUILD_TUPLE" for instruction in dis.get_instructions(fn.__code__))
+        and not any(instruction.opname in _BUILDS for instruction in dis.get_instructions(fn.__code__))
         and all(type(constant) in (int, float, type(None), str) for constant in fn.__code__.co_consts)
     )
 
 
+_BUILDS = ("BUILD_TUPLE", "BUILD_MAP", "BUILD_CONST_KEY_MAP")
 _ARITHMETIC = frozenset(
     {
         *("RESUME", "CACHE", "EXTENDED_ARG", "NOP", "PRECALL", "RETURN_VALUE", "RETURN_CONST"),
         *("LOAD_FAST", "LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_BORROW_LOAD_FAST_BORROW"),
-        *("LOAD_CONST", "LOAD_SMALL_INT", "STORE_FAST", "BUILD_TUPLE", "UNARY_NEGATIVE"),
+        *("LOAD_CONST", "LOAD_SMALL_INT", "STORE_FAST", "UNARY_NEGATIVE"),
+        *_BUILDS,
         *("BINARY_ADD", "BINARY_SUBTRACT", "BINARY_MULTIPLY", "BINARY_TRUE_DIVIDE"),  # Python 3.10
     }
 )
