@@ -98,7 +98,7 @@ class KeptGraph:
         if saves_plainly():
             token: Any = _EMPTY.detach()
             token.ends = tuple([_edge_of(results[index]) for index in self.ends])
-            return token  # type: ignore[no-any-return]  # a tensor, with the attribute just given
+            return token
         return _tail(*[results[index] for index in self.ends])
 
     def pull(

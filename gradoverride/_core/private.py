@@ -132,23 +132,36 @@ def fail(kind: type[Exception], text: str) -> NoReturn:
     raise kind(text)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
-def _set_trace_gradients(value: bool) -> bool:
-    from torch._dynamo import config  # costs 0.5 s, and only a program that compiles gets here
+_overridden: list[bool] = []  # what the switch was before, while it is set
 
-    before: bool = config.trace_autograd_ops
-    config.trace_autograd_ops = value
-    return before
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+def _set_trace_gradients() -> None:
+    from torch._dynamo import callback, config  # costs 0.5 s, and only a program that compiles gets here
+
+    handler = callback.callback_handler
+    if _restore_trace_gradients not in handler.end_callbacks:
+        # Where tracing fails, Dynamo leaves the traced code without its `finally`.
+        handler.register_end_callback(_restore_trace_gradients)
+    _overridden.append(config.trace_autograd_ops)
+    config.trace_autograd_ops = True
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+def _restore_trace_gradients(_: Any = None) -> None:
+    from torch._dynamo import config
+
+    while _overridden:
+        config.trace_autograd_ops = _overridden.pop()
 
 
 def trace_gradients(outputs: Any, inputs: Any, grad_outputs: Any) -> Any:
     """`torch.autograd.grad` as part of a traced graph. Dynamo breaks the graph there unless told otherwise; there
     is no public switch, so the switch is set around this one call.
     """
-    before = _set_trace_gradients(True)
-    try:
-        return torch.autograd.grad(
-            outputs, inputs, grad_outputs, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-    finally:
-        _set_trace_gradients(before)
+    _set_trace_gradients()
+    found = torch.autograd.grad(
+        outputs, inputs, grad_outputs, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    _restore_trace_gradients()
+    return found
