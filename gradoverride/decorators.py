@@ -134,7 +134,7 @@ def _forward_of(target: Any) -> Forward:
             receiver=target,
             signature=Forward(target.forward).signature,
             name=type(target).__name__,
-            place=location(type(target).forward),
+            place=location(getattr(type(target), "forward", None)),
         )
     return Forward(target)
 

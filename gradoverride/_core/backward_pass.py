@@ -143,11 +143,10 @@ class Backward:
         collected = collector.collected()
         for param in self.call.params:
             if param.name not in collected and not self.plan.asks_vjp:
-                none = "" if self.traced else " (None stops its gradient)"
                 fail(
                     RuleResultError,
-                    f"'backward' of {self.plan.forward.who} must assign self.{param.name}.grad{none}, or ask for 'vjp' "
-                    f"as a further parameter, which leaves '{param.name}' to autograd; it did neither",
+                    f"'backward' of {self.plan.forward.who} must assign self.{param.name}.grad (None stops its gradient), "
+                    f"or ask for 'vjp' as a further parameter, which leaves '{param.name}' to autograd; it did neither",
                 )
         return collected
 

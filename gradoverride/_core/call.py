@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradoverride._core.ambient import Autocast
 from gradoverride._core.backward_pass import Backward
@@ -154,6 +155,12 @@ class Call:
         plan = self.plan
         found: dict[Tensor, Param] = {}
         for name, tensor in module.named_parameters(remove_duplicate=False):
+            if self.mode == EAGER and is_lazy(tensor):
+                fail(
+                    UnsupportedError,
+                    f"{plan.forward.who} must have all its parameters when a gradient is wanted; '{name}' of "
+                    f"'{type(module).__name__}' is lazy and not there yet. Call the module once under torch.no_grad()",
+                )
             if tensor in found:
                 found[tensor].names.append(name)
             elif tensor.requires_grad or (self.mode == TRANSFORMED and is_tracked(tensor)):

@@ -20,7 +20,7 @@ from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Asked, Call, is_
 from gradoverride._core.contract import Meta, what
 from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph
 from gradoverride._core.plan import Layout, Plan
-from gradoverride._core.private import fail, fast_apply, in_forward_ad, in_functorch
+from gradoverride._core.private import fail, fast_apply, in_forward_ad, in_functorch, keep_own_frames_whole
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import stand_in, write_back
@@ -39,6 +39,7 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
         return plan.undecorated(layout, receiver, values)
     mode = EAGER
     if torch.compiler.is_dynamo_compiling():
+        keep_own_frames_whole()
         if transformed:
             fail(
                 UnsupportedError,
@@ -187,7 +188,14 @@ class ForwardPass:
         if self.mode == EAGER:
             written = [i for i in range(call.n_leaves) if aliases[i] is not leaves[i] and aliases[i]._version]
         elif self.plan.forward_writes:
+            # What was written cannot be seen here, but what is returned as it stands may have been.
             written = [index for index in call.alias_of if index is not None]
+            if self.plan.forward_writes_arguments and not written:
+                fail(
+                    ForwardResultError,
+                    f"{self.plan.forward.who} writes into an argument in place and must return it, where it is "
+                    "compiled or transformed; it returned something else. Return it, or work on a copy",
+                )
         else:
             return
         for index in written:

@@ -53,6 +53,7 @@ class Plan:
         self.asks_params = "params" in reserved
         self.asks_module = bool(reserved & {"module", "forward"}) or class_form
         self.forward_writes = scan.writes(self.fn)
+        self.forward_writes_arguments = scan.writes_arguments(self.fn)
         self.may_capture = not scan.reaches_no_tensor(self.fn)
         self.rule_writes = scan.writes(rule.fn)
         self.rule_is_arithmetic = scan.is_arithmetic(rule.fn)

@@ -6,7 +6,9 @@ right, only slower. `tests/core/test_private.py` runs the engine on the fallback
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +23,7 @@ __all__ = [
     "in_forward_ad",
     "in_functorch",
     "is_tracked",
+    "keep_own_frames_whole",
     "plain_results",
     "pull",
     "saves_plainly",
@@ -130,6 +133,41 @@ def fail(kind: type[Exception], text: str) -> NoReturn:
     if torch.compiler.is_dynamo_compiling():
         _raise_while_tracing(kind, text)
     raise kind(text)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+def keep_own_frames_whole() -> None:
+    """Tell Dynamo, once it traces a decorated call, not to compile this library's own functions one by one.
+
+    It inlines them. But where the graph breaks inside (in a forward that cannot be traced), it runs the call
+    uncompiled and would take up each function within anew, in the middle of an eager call.
+    """
+    if not _OWN_FRAMES:
+        from torch._dynamo.eval_frame import skip_code
+
+        for name, module in list(sys.modules.items()):
+            if name.partition(".")[0] == "gradoverride":
+                _OWN_FRAMES.extend(_codes_in(module))
+        for code in _OWN_FRAMES:
+            skip_code(code)
+
+
+_OWN_FRAMES: list[CodeType] = []
+
+
+def _codes_in(module: Any) -> Iterator[CodeType]:
+    for value in vars(module).values():
+        for member in (value, *(vars(value).values() if isinstance(value, type) else ())):
+            function = getattr(member, "__func__", member)
+            if isinstance(function, FunctionType) and function.__module__ == module.__name__:
+                yield from _nested(function.__code__)
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
 
 
 _overridden: list[bool] = []  # what the switch was before, while it is set

@@ -181,6 +181,29 @@ _ARITHMETIC = frozenset(
 )
 
 
+def writes_arguments(fn: Any) -> bool:
+    """Whether `fn` visibly writes into one of its own arguments: `x.mul_(2)`, `x += 1`, `x[0] = 1`, `relu_(x)`."""
+    function = python_function(fn)
+    if function is None:
+        return _is_inplace_name(getattr(fn, "__name__", ""))
+    code = function.__code__
+    own = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    steps = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PRECALL", "PUSH_NULL", "EXTENDED_ARG")]
+    for index, step in enumerate(steps):
+        before = [earlier.argval for earlier in steps[max(0, index - 6) : index] if "LOAD_FAST" in earlier.opname]
+        after = steps[index + 1].argval if index + 1 < len(steps) else None
+        last = steps[index - 1].argval if index else None
+        if step.opname in ("LOAD_METHOD", "LOAD_ATTR") and _is_inplace_name(str(step.argval)):
+            if last in own or after in own:  # a method of the argument, or a function of it
+                return True
+        elif step.opname in ("STORE_SUBSCR", "STORE_SLICE"):
+            if any(name in own for name in before):
+                return True
+        elif _is_write(step) and after in own:
+            return True
+    return False
+
+
 def _is_inplace_name(name: str) -> bool:
     return (name.endswith("_") and not name.endswith("__") and not name.startswith("_")) or name in {
         "__setitem__",

@@ -28,7 +28,7 @@ def name_of(fn: Any) -> str:
     """The user's name for a callable, for messages and for the node in the graph."""
     while isinstance(fn, functools.partial):
         fn = fn.func
-    name = getattr(fn, "__name__", None) or getattr(fn, "name", None)
+    name = getattr(fn, "__name__", None) or getattr(fn, "name", None)  # a scripted function has the latter
     return name if isinstance(name, str) else type(fn).__name__
 
 
@@ -169,7 +169,21 @@ def _signature(fn: Any) -> inspect.Signature | None:
     try:
         return inspect.signature(fn)
     except (ValueError, TypeError):  # builtins such as torch.round have none
+        return _scripted_signature(fn)
+
+
+def _scripted_signature(fn: Any) -> inspect.Signature | None:
+    """That of a scripted function or method, which keeps it as a schema."""
+    arguments = getattr(getattr(fn, "schema", None), "arguments", None)
+    if arguments is None:
         return None
+    parameters = []
+    for argument in arguments:
+        kind = inspect.Parameter.KEYWORD_ONLY if argument.kwarg_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
+        default = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
+        if argument.name != "self":
+            parameters.append(inspect.Parameter(argument.name, kind, default=default))
+    return inspect.Signature(parameters)
 
 
 def _bound_by_partial(fn: Any) -> set[str]:

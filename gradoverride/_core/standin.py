@@ -138,7 +138,11 @@ class Collector:
     ) -> None:
         self.traced = traced
         if traced:
+            # Dynamo knows no properties on tensors, so what was there before tells what was assigned.
             self.params = {name: tensor.detach() for name, (_, tensor) in params.items()}
+            self.before = {name: torch.zeros_like(param) for name, param in self.params.items()}
+            for name, param in self.params.items():
+                param.grad = self.before[name]
         else:
             self.params = {name: tensor.view_as(tensor).as_subclass(_Collected) for name, (_, tensor) in params.items()}
         # A frozen parameter is assigned to as well, and has no gradient to be collected.
@@ -150,7 +154,7 @@ class Collector:
     def collected(self) -> dict[str, Any]:
         """By name, the gradients that were assigned."""
         if self.traced:
-            return {name: param.grad for name, param in self.params.items() if param.grad is not None}
+            return {name: param.grad for name, param in self.params.items() if param.grad is not self.before[name]}
         return {
             name: param.__dict__["collected"] for name, param in self.params.items() if "collected" in param.__dict__
         }

@@ -36,7 +36,9 @@ class Node:
         self.parts = parts
         self.example = example
         # Whether it is its own skeleton: it holds leaves alone.
-        self.bare: bool = example is None and all([part is LEAF or (type(part) is Node and part.bare) for part in parts])
+        self.bare: bool = example is None and all(
+            [part is LEAF or (type(part) is Node and part.bare) for part in parts]
+        )
 
 
 class Constant:
