@@ -17,7 +17,7 @@ from gradoverride._core.contract import what
 from gradoverride._core.plan import Plan
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, Rule, name_of
-from gradoverride._core.surrogate import surrogate_rule
+from gradoverride._core.surrogate import SurrogateRule, pass_through
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import DecorationError
 
@@ -104,22 +104,29 @@ def _straight_through(surrogate: Callable[..., Any] | None, fn: Any) -> Any:
         raise DecorationError(f"straight_through: a function is needed; '{fn.__name__}' is a class")
     inner = fn.__func__ if isinstance(fn, (staticmethod, classmethod)) else fn
     name = "straight_through" if surrogate is None else f"straight_through(surrogate={name_of(surrogate)})"
-    rule = Rule(surrogate_rule(inner, surrogate), name=name, place=location(surrogate or inner))
-    return _attach(rule, fn, straight_through=True)
+    place = location(surrogate or inner)
+    if surrogate is None:
+        return _attach(Rule(pass_through, name=name, place=place), fn, straight_through=True)
+    through = SurrogateRule(inner, surrogate)
+    return _attach(Rule(through, name=name, place=place), fn, straight_through=True, on_first_call=through.check)
 
 
-def _attach(rule: Rule, target: Any, *, straight_through: bool = False) -> Any:
+def _attach(rule: Rule, target: Any, *, straight_through: bool = False, on_first_call: Any = None) -> Any:
     """`target` with `rule` as its backward."""
     if isinstance(target, (staticmethod, classmethod)):
-        return type(target)(_attach(rule, target.__func__, straight_through=straight_through))
-    if isinstance(target, type):
-        _decorate_forward(target, rule, straight_through=straight_through)
-        return target
+        inner = _attach(rule, target.__func__, straight_through=straight_through, on_first_call=on_first_call)
+        return type(target)(inner)
     if not callable(target):
         raise DecorationError(
             f"custom_backward: a function, a method or a class with a 'forward' is needed; got {what(target)}"
         )
-    return make_wrapper(Plan(_forward_of(target), rule, straight_through=straight_through), target)
+    forward = _forward_of_class(target, rule) if isinstance(target, type) else _forward_of(target)
+    plan = Plan(forward, rule, straight_through=straight_through)
+    plan.on_first_call = on_first_call
+    if not isinstance(target, type):
+        return make_wrapper(plan, target)
+    target.forward = make_wrapper(plan, forward.fn)  # type: ignore[attr-defined]  # it has one
+    return target
 
 
 def _forward_of(target: Any) -> Forward:
@@ -139,13 +146,13 @@ def _forward_of(target: Any) -> Forward:
     return Forward(target)
 
 
-def _decorate_forward(cls: Any, rule: Rule, *, straight_through: bool) -> None:
-    if not callable(getattr(cls, "forward", None)) or cls.__dict__.get("forward", None) is nn.Module.forward:
+def _forward_of_class(cls: Any, rule: Rule) -> Forward:
+    forward = getattr(cls, "forward", None)
+    if not callable(forward) or forward is nn.Module.forward:
         raise DecorationError(
-            f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must have a 'forward' for rule {rule.who}"
+            f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must have a 'forward' for the rule {rule.who}"
         )
-    forward = Forward(cls.forward, name=cls.__name__)
-    cls.forward = make_wrapper(Plan(forward, rule, straight_through=straight_through), cls.forward)
+    return Forward(forward, name=cls.__name__)
 
 
 def _with_own_backward(cls: Any) -> Any:

@@ -145,8 +145,9 @@ class Backward:
             if param.name not in collected and not self.plan.asks_vjp:
                 fail(
                     RuleResultError,
-                    f"'backward' of {self.plan.forward.who} must assign self.{param.name}.grad (None stops its gradient), "
-                    f"or ask for 'vjp' as a further parameter, which leaves '{param.name}' to autograd; it did neither",
+                    f"'backward' of {self.plan.forward.who} must assign self.{param.name}.grad (None stops its "
+                    "gradient), or ask for 'vjp' as a further parameter, which leaves "
+                    f"'{param.name}' to autograd; it did neither",
                 )
         return collected
 

@@ -15,7 +15,7 @@ from gradoverride._core import scan
 from gradoverride._core.private import fail
 from gradoverride.errors import CapturedTensorError
 
-__all__ = ["foreign_leaf", "refuse"]
+__all__ = ["foreign_leaf", "refuse", "refuse_in"]
 
 
 def foreign_leaf(results: list[Tensor], known: set[int], stops: set[Any]) -> Tensor | None:
@@ -48,16 +48,21 @@ def foreign_leaf(results: list[Tensor], known: set[int], stops: set[Any]) -> Ten
 
 def refuse(forward: Any, leaf: Tensor | None) -> None:
     """Raise the error that names what `forward` captured."""
-    names = list(_captured_names(forward.fn, leaf))
+    refuse_in(forward.fn, forward.who, leaf)
+
+
+def refuse_in(fn: Any, who: str, leaf: Tensor | None = None) -> None:
+    """Raise the error that names what `fn`, known as `who`, captured."""
+    names = list(_captured_names(fn, leaf))
     if names:
         what = f"reached {', '.join(names)}, which requires grad, by a closure or a global"
     else:
-        shape = f" (a tensor of shape {tuple(leaf.shape)})" if leaf is not None else ""
+        shape = f" of shape {tuple(leaf.shape)}" if leaf is not None else ""
         what = f"reached a tensor{shape} that requires grad by a closure, a global or an attribute"
     fail(
         CapturedTensorError,
-        f"{forward.who} must get each tensor that wants a gradient as an argument or as a parameter of its module; "
-        f"it {what}, and that gradient would be lost. Pass it as an argument, or detach() it",
+        f"{who} must get each tensor that wants a gradient as an argument, or as a parameter of its module through "
+        f"'self'; it {what}, and that gradient would be lost. Pass it as an argument, or detach() it",
     )
 
 

@@ -155,6 +155,7 @@ class ShortPath:
             "_go_getrefcount": sys.getrefcount,
             "_go_in_functorch": in_functorch,
             "_go_kept_graph": KeptGraph.alone,
+            "_go_plan": self.plan,
             "_go_SOLE": _SOLE,
             "_go_Tensor": Tensor,
             "_go_use_count": use_count,
@@ -186,7 +187,7 @@ class ShortPath:
         unusual = ["type(_go_result) is not _go_Tensor", "_go_result._is_view()"]
         unusual += [f"_go_result is {alias[name]}" for name in tensors]
         if self.plan.straight_through:
-            unusual.append("_go_result.dtype not in _go_FLOATING")
+            unusual += ["_go_result.dtype not in _go_FLOATING", "_go_plan.on_first_call is not None"]
         if self.plan.asks_vjp:
             if len(tensors) > 1:
                 floating = " and ".join(f"{name}.dtype in _go_FLOATING" for name in tensors)

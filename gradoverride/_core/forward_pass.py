@@ -108,6 +108,9 @@ class ForwardPass:
             return self._without_gradient(result)
         if self.plan.straight_through and self.plan.rule.asks == {}:
             call.check_straight_through(leaves[0].shape, outs[0].shape)
+        if self.plan.on_first_call is not None and self.mode == EAGER:
+            self.plan.on_first_call(leaves[0], outs[0])
+            self.plan.on_first_call = None
         self._refuse_captured(outs)
         self._find_inputs_in(outs, aliases)
         return self._tie(aliases, outs, residuals)

@@ -43,6 +43,7 @@ class Plan:
         self.forward = forward
         self.rule = rule
         self.fn: Callable[..., Any] = forward.fn
+        self.on_first_call: Callable[[Any, Any], None] | None = None  # of the first argument and the result
         self.takes_receiver = forward.is_method
         self.class_form = class_form  # the rule is a method called `backward`, whose self is a stand-in
         self.straight_through = straight_through  # the rule answers for the first differentiable argument alone

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradoverride._core.private import fail
+from gradoverride._core import captured
+from gradoverride._core.contract import shape_text, what
+from gradoverride._core.private import fail, in_functorch
 from gradoverride._core.scan import location
 from gradoverride._core.signature import name_of
 from gradoverride.errors import SurrogateError
 
-__all__ = ["surrogate_rule"]
+__all__ = ["SurrogateRule", "pass_through"]
 
 
 def pass_through(grad_output: Tensor) -> Tensor:
@@ -21,21 +23,38 @@ def pass_through(grad_output: Tensor) -> Tensor:
     return grad_output
 
 
-def surrogate_rule(fn: Any, surrogate: Callable[..., Any] | None) -> Callable[..., Any]:
-    """The rule of `straight_through(fn, surrogate=surrogate)`."""
-    if surrogate is None:
-        return pass_through
-    who = f"surrogate '{name_of(surrogate)}' ({location(surrogate)}) of '{name_of(fn)}' ({location(fn)})"
+class SurrogateRule:
+    """The gradient of `surrogate` at the input, in the place of that of `fn`."""
 
-    def surrogate_backward(grad_output: Tensor, input: Tensor) -> Tensor:
-        result, pullback, *_ = torch.func.vjp(surrogate, input)
-        if result.shape != grad_output.shape:
-            fail(
-                SurrogateError,
-                f"{who} must give a result of shape {tuple(grad_output.shape)}, the shape of the result it stands "
-                f"for; it gives {tuple(result.shape)}",
-            )
-        (grad_input,) = pullback(grad_output.to(result.dtype))
+    def __init__(self, fn: Any, surrogate: Callable[..., Any]) -> None:
+        self.surrogate = surrogate
+        self.who = f"surrogate '{name_of(surrogate)}' ({location(surrogate)}) of '{name_of(fn)}' ({location(fn)})"
+
+    def __call__(self, grad_output: Tensor, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or in_functorch():
+            result, pullback, *_ = torch.func.vjp(self.surrogate, input)  # differentiable again
+            self._check_shape(result, grad_output)
+            (grad_input,) = pullback(grad_output.to(result.dtype))
+            return grad_input
+        with torch.enable_grad():
+            alias = input.detach().requires_grad_()
+            result = self.surrogate(alias)
+        self._check_shape(result, grad_output)
+        (grad_input,) = torch.autograd.grad(result, alias, grad_output.to(result.dtype), materialize_grads=True)
         return grad_input
 
-    return surrogate_backward
+    def check(self, input: Tensor, result: Tensor) -> None:
+        """Look at the surrogate once before any gradient is asked for: an error then says which call it was."""
+        with torch.enable_grad():
+            given = self.surrogate(input.detach())
+        if isinstance(given, Tensor) and given.requires_grad:
+            captured.refuse_in(self.surrogate, self.who)
+        self._check_shape(given, result)
+
+    def _check_shape(self, given: Any, like: Tensor) -> None:
+        if not isinstance(given, Tensor) or given.shape != like.shape:
+            fail(
+                SurrogateError,
+                f"{self.who} must give a result of shape {shape_text(like.shape)}, the shape of the result it stands "
+                f"for; it gives {what(given)}",
+            )
