@@ -134,7 +134,8 @@ class Backward:
         assert call.module is not None, "the class form is for modules"
         return Collector(
             call.module,
-            {**call.frozen, **call.buffers},
+            call.frozen,
+            call.buffers,
             {param.name: (param.names, self.saved[call.module_slots[param.name]]) for param in call.params},
             traced=self.traced,
         )

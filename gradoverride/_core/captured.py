@@ -46,14 +46,14 @@ def foreign_leaf(results: list[Tensor], known: set[int], stops: set[Any]) -> Ten
     return None
 
 
-def refuse(forward: Any, leaf: Tensor | None) -> None:
-    """Raise the error that names what `forward` captured."""
-    refuse_in(forward.fn, forward.who, leaf)
+def refuse(forward: Any, leaf: Tensor | None, receiver: Any = None) -> None:
+    """Raise the error that names what `forward`, a method of `receiver` perhaps, captured."""
+    refuse_in(forward.fn, forward.who, leaf, receiver)
 
 
-def refuse_in(fn: Any, who: str, leaf: Tensor | None = None) -> None:
+def refuse_in(fn: Any, who: str, leaf: Tensor | None = None, receiver: Any = None) -> None:
     """Raise the error that names what `fn`, known as `who`, captured."""
-    names = list(_captured_names(fn, leaf))
+    names = list(_captured_names(fn, leaf, receiver))
     if names:
         what = f"reached {', '.join(names)}, which requires grad, by a closure or a global"
     else:
@@ -66,13 +66,14 @@ def refuse_in(fn: Any, who: str, leaf: Tensor | None = None) -> None:
     )
 
 
-def _captured_names(fn: Any, leaf: Tensor | None) -> Iterator[str]:
+def _captured_names(fn: Any, leaf: Tensor | None, receiver: Any) -> Iterator[str]:
     function = scan.python_function(fn)
-    if function is None:
-        return
     found: list[tuple[str, Tensor]] = []
-    for name, value in _names(function):
+    for name, value in _names(function) if function is not None else ():
         found += _tensors(f"'{name}'", value, depth=2)
+    for name, value in getattr(receiver, "__dict__", {}).items():
+        if name not in ("_parameters", "_buffers", "_modules"):  # these are reached through self, as they should be
+            found += _tensors(f"'self.{name}'", value, depth=2)
     exact = [name for name, tensor in found if leaf is not None and tensor is leaf]
     yield from exact or [name for name, _ in found]
 

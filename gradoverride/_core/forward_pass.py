@@ -24,7 +24,7 @@ from gradoverride._core.private import fail, fast_apply, in_forward_ad, in_funct
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import stand_in, write_back
-from gradoverride._core.structure import flatten, skeleton, unflatten
+from gradoverride._core.structure import LEAF, flatten, skeleton, unchanged, unflatten
 from gradoverride.errors import ForwardResultError, UnsupportedError
 
 __all__ = ["ForwardPass", "differentiate"]
@@ -124,7 +124,10 @@ class ForwardPass:
     def _forward(self, aliases: list[Tensor]) -> tuple[Any, dict[str, Any]]:
         call, plan, module, receiver = self.call, self.plan, self.module, self.receiver
         given = iter(aliases)
-        arguments = [unflatten(spec, given) for spec in call.specs]
+        arguments = [
+            unflatten(spec, given) if index in call.holders else value
+            for index, (spec, value) in enumerate(zip(call.specs, self.values, strict=True))
+        ]
         inner = receiver
         if call.aliased and module is not None:
             tensors = {name: alias for param, alias in zip(call.aliased, given, strict=True) for name in param.names}
@@ -138,9 +141,27 @@ class ForwardPass:
                 close_frame()
         else:
             result = plan.invoke(call.layout, inner, arguments)
+        self._refuse_changed(arguments, aliases)
         if inner is not receiver and module is not None:
             write_back(inner, module)
         return result, frame
+
+    def _refuse_changed(self, arguments: Sequence[Any], aliases: Sequence[Tensor]) -> None:
+        """A container of tensors was given to the forward as a copy, with aliases: what it put there would be lost."""
+        call = self.call
+        for index in call.holders:
+            if call.specs[index] is LEAF:
+                continue
+            leaves: list[Tensor] = []
+            spec = flatten(arguments[index], is_differentiable, leaves)
+            given = aliases[call.ends[index - 1] if index else 0 : call.ends[index]]
+            same = len(leaves) == len(given) and all(a is b for a, b in zip(leaves, given, strict=True))
+            if not same or not unchanged(call.specs[index], spec):
+                fail(
+                    ForwardResultError,
+                    f"{self.plan.forward.who} must leave the container '{call.names[index]}' as it is, for it holds "
+                    "tensors that the rule answers for; it changed what is in it. Return what is new instead",
+                )
 
     def _without_gradient(self, result: Any) -> Any:
         tensors: list[Tensor] = []
@@ -167,7 +188,7 @@ class ForwardPass:
         expected = call.natural or isinstance(call.graph, (KeptGraph, TracedGraph))
         if self.mode != EAGER:
             if not expected:
-                captured.refuse(self.plan.forward, None)
+                captured.refuse(self.plan.forward, None, self.receiver)
             return
         stops = {param.tensor.grad_fn for param in call.natural}
         known = {id(param.tensor) for param in call.natural}
@@ -175,7 +196,7 @@ class ForwardPass:
             call.graph.stops(known, stops)
         leaf = captured.foreign_leaf(tracked, known, stops)
         if leaf is not None:
-            captured.refuse(self.plan.forward, leaf)
+            captured.refuse(self.plan.forward, leaf, self.receiver)
 
     def _find_inputs_in(self, outs: list[Tensor], aliases: list[Tensor]) -> None:
         """Results that are arguments as they stand, and arguments that the forward wrote into."""

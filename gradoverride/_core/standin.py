@@ -8,7 +8,8 @@ attributes and buffers is written back. Only modules on the way to a replaced pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,14 +34,31 @@ class _Given(nn.Module):
         return self.value
 
 
+@functools.cache
+def _without_cache(cls: Any, names: tuple[str, ...]) -> Any:
+    """`cls`, whose parametrized weights `names` are computed, not looked up in the cache of `parametrize.cached`.
+
+    That cache knows the module, not its stand-in.
+    """
+    return type(cls.__name__, (cls,), {name: property(_computed(name)) for name in names})
+
+
+def _computed(name: str) -> Callable[[Any], Any]:
+    return lambda self: self.parametrizations[name]()
+
+
 def stand_in(module: nn.Module, tensors: Mapping[str, Tensor], copy_buffers: bool = False) -> nn.Module:
     """A stand-in for `module` with `tensors`, by dotted name, in place of its parameters and buffers."""
     return _stand_in(module, tensors, "", copy_buffers)
 
 
 def _stand_in(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, copy_buffers: bool) -> nn.Module:
-    clone: nn.Module = object.__new__(type(module))
     state = dict(module.__dict__)
+    table = state["_modules"].get("parametrizations")
+    given = () if table is None else tuple(name for name in table._modules if prefix + name in tensors)
+    own: Any = type(module)
+    cls = own if not given or torch.compiler.is_dynamo_compiling() else _without_cache(own, given)
+    clone: nn.Module = object.__new__(cls)
     parameters = state["_parameters"]
     swapped = {name: tensors.get(prefix + name, value) for name, value in parameters.items()}
     state["_parameters"] = swapped
@@ -131,11 +149,13 @@ class Collector:
     def __init__(
         self,
         module: Any,
-        others: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
         params: Mapping[str, tuple[list[str], Tensor]],
         *,
         traced: bool,
     ) -> None:
+        self.module = module
         self.traced = traced
         if traced:
             # Dynamo knows no properties on tensors, so what was there before tells what was assigned.
@@ -146,13 +166,14 @@ class Collector:
         else:
             self.params = {name: tensor.view_as(tensor).as_subclass(_Collected) for name, (_, tensor) in params.items()}
         # A frozen parameter is assigned to as well, and has no gradient to be collected.
-        tensors = {name: tensor.detach() for name, tensor in others.items()}
+        tensors = {**buffers, **{name: tensor.detach() for name, tensor in frozen.items()}}
         for name, (names, _) in params.items():
             tensors.update(dict.fromkeys(names, self.params[name]))
         self.stand_in = stand_in(module, tensors)
 
     def collected(self) -> dict[str, Any]:
-        """By name, the gradients that were assigned."""
+        """By name, the gradients that were assigned. Plain attributes that were are given to the module."""
+        write_back(self.stand_in, self.module)
         if self.traced:
             return {name: param.grad for name, param in self.params.items() if param.grad is not self.before[name]}
         return {

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["LEAF", "Node", "flatten", "is_container", "unflatten"]
+__all__ = ["LEAF", "Node", "flatten", "is_container", "skeleton", "unchanged", "unflatten"]
 
 
 class _Leaf:
@@ -101,6 +101,20 @@ def unflatten(spec: Any, leaves: Iterator[Any], constants: bool = True) -> Any:
         else:
             object.__setattr__(result, key, part)  # a frozen dataclass too
     return result
+
+
+def unchanged(before: Any, after: Any) -> bool:
+    """Whether two specs have the same structure and the very same constants."""
+    if isinstance(before, Constant):
+        return isinstance(after, Constant) and after.value is before.value
+    if before is LEAF or not isinstance(after, Node):
+        return before is after
+    return (
+        before.kind is after.kind
+        and before.keys == after.keys
+        and len(before.parts) == len(after.parts)
+        and all(unchanged(b, a) for b, a in zip(before.parts, after.parts, strict=True))
+    )
 
 
 def skeleton(spec: Any) -> Any:

@@ -1,0 +1,1 @@
+"""What an override costs, against the same written by hand: `python -m benchmarks`."""

@@ -1,0 +1,529 @@
+"""Any arguments, any results. Contract, section 2."""
+
+import collections
+import dataclasses
+import typing
+
+import numpy as np
+import pytest
+import torch
+from oracles import closely, exactly, float64, noise
+
+import gradoverride as go
+
+# Arguments
+
+
+@go.custom_backward(lambda grad_output, a, b: (grad_output * b * 2, grad_output * a * 3))
+def product(a, b=None, *, shift=0.0):
+    return a * (1.0 if b is None else b) + shift
+
+
+WAYS_TO_PASS = {
+    "positional": lambda a, b: product(a, b),
+    "keyword": lambda a, b: product(a=a, b=b),
+    "mixed": lambda a, b: product(a, b=b),
+    "keywords in the other order": lambda a, b: product(b=b, a=a),
+    "keyword-only option": lambda a, b: product(a, b, shift=1.5),
+}
+
+
+@pytest.mark.parametrize("passing", WAYS_TO_PASS)
+def test_gradients_reach_arguments_however_they_are_passed(passing):
+    a, b = float64(2.0), float64(5.0)
+    WAYS_TO_PASS[passing](a, b).backward()
+    assert (a.grad.item(), b.grad.item()) == (10.0, 6.0)
+
+
+def test_default_values_apply():
+    @go.custom_backward(lambda grad_output, power: 10 * power * grad_output)
+    def raised(x, power=3):
+        return x**power
+
+    x = float64(2.0)
+    y = raised(x)
+    y.backward()
+    assert (y.item(), x.grad.item()) == (8.0, 30.0)
+
+
+def test_default_value_that_is_a_tensor_may_be_asked_for():
+    weight = float64(3.0, grad=False)
+
+    @go.custom_backward(lambda grad_output, weight: {"x": 10 * weight * grad_output})
+    def scaled(x, weight=weight):
+        return x * weight
+
+    x = float64(2.0)
+    scaled(x).backward()
+    assert x.grad.item() == 30.0
+
+
+def test_keyword_only_tensor_has_its_gradient():
+    @go.custom_backward(lambda grad_output, x, weight: (grad_output * weight, grad_output * x))
+    def scaled(x, *, weight):
+        return x * weight
+
+    x, weight = float64(2.0), float64(5.0)
+    scaled(x, weight=weight).backward()
+    assert (x.grad.item(), weight.grad.item()) == (5.0, 2.0)
+
+
+def test_positional_only_argument_has_its_gradient():
+    @go.custom_backward(lambda grad_output, x: grad_output * 10 * x)
+    def double(x, /):
+        return 2 * x
+
+    x = float64(3.0)
+    double(x).backward()
+    assert x.grad.item() == 30.0
+
+
+def test_each_of_the_variable_arguments_counts_as_one():
+    @go.custom_backward(lambda grad_output: (grad_output, 2 * grad_output, 3 * grad_output))
+    def total(first, *rest):
+        return first + sum(rest)
+
+    xs = [float64(1.0) for _ in range(3)]
+    total(*xs).backward()
+    assert [x.grad.item() for x in xs] == [1.0, 2.0, 3.0]
+
+
+def test_variable_keywords_are_answered_by_name():
+    @go.custom_backward(lambda grad_output: {"x": grad_output, "b": 3 * grad_output, "a": 2 * grad_output})
+    def total(x, **terms):
+        return x + sum(terms.values())
+
+    x, a, b = (float64(1.0) for _ in range(3))
+    total(x, a=a, b=b).backward()
+    assert [t.grad.item() for t in (x, a, b)] == [1.0, 2.0, 3.0]
+
+
+def test_nested_containers_are_mirrored_by_the_gradient():
+    @go.custom_backward(lambda grad_output: [grad_output * 2, (grad_output * 3, None), {"unused": None}])
+    def combine(tree):
+        first, (second, _), _ = tree
+        return first + second
+
+    a, b = float64(1.0), float64(1.0)
+    combine([a, (b, 7), {"unused": "text"}]).backward()
+    assert (a.grad.item(), b.grad.item()) == (2.0, 3.0)
+
+
+def test_true_rule_over_nested_containers_passes_gradcheck():
+    def backward(grad_output, tree):
+        # a dict is always by argument name, so one that mirrors an argument stands under that name
+        return {"tree": {"a": grad_output * tree["bs"][0], "bs": [grad_output * tree["a"]]}}
+
+    @go.custom_backward(backward)
+    def combine(tree):
+        return tree["a"] * tree["bs"][0]
+
+    inputs = noise(3), noise(3)
+    assert torch.autograd.gradcheck(lambda a, b: combine({"a": a, "bs": [b]}), inputs)
+    assert torch.autograd.gradgradcheck(lambda a, b: combine({"a": a, "bs": [b]}), inputs)
+
+
+def test_forward_may_write_into_a_list_that_it_was_passed():
+    @go.custom_backward(lambda grad_output: 7 * grad_output)
+    def logged(x, log):
+        log.append("called")
+        return 2 * x
+
+    log = []
+    logged(float64(1.0), log)
+    assert log == ["called"]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [None, "text", 3, 2.5, np.arange(3.0), object(), torch.float32, slice(None), torch.tensor([1, 2])],
+    ids=["None", "string", "int", "float", "array", "object", "dtype", "slice", "integer tensor"],
+)
+def test_argument_without_a_gradient_passes_through_untouched(extra):
+    seen = []
+
+    @go.custom_backward(lambda grad_output, extra: (seen.append(extra), 7 * grad_output)[1])
+    def double(x, extra):
+        seen.append(extra)
+        return 2 * x
+
+    x = float64(1.0)
+    double(x, extra).backward()
+    assert x.grad.item() == 7.0
+    assert type(seen[0]) is type(seen[1]) is type(extra)
+    assert torch.equal(seen[1], extra) if isinstance(extra, torch.Tensor) else seen[1] is extra
+
+
+def test_integer_index_is_not_counted_among_the_arguments_with_gradients():
+    @go.custom_backward(lambda grad_output, table, index: torch.zeros_like(table).index_add(0, index, grad_output))
+    def lookup(index, table):
+        return table[index]
+
+    index = torch.tensor([2, 0, 2])
+    assert torch.autograd.gradcheck(lambda table: lookup(index, table), (noise(4, 2),))
+
+
+def test_argument_that_requires_no_grad_stays_without():
+    a, b = float64(2.0), float64(5.0, grad=False)
+    product(a, b).backward()
+    assert a.grad.item() == 10.0
+    assert b.grad is None
+
+
+def test_same_tensor_twice_gets_the_sum_of_both_gradients():
+    a = float64(3.0)
+    product(a, a).backward()
+    assert a.grad.item() == 2 * 3.0 + 3 * 3.0
+
+
+def test_two_views_of_one_tensor_each_have_their_gradient():
+    a = float64(2.0, 5.0)
+    product(a[:1], a[1:]).backward()
+    exactly(a.grad, float64(10.0, 6.0, grad=False))
+
+
+def test_non_leaf_and_non_contiguous_arguments_have_their_gradient():
+    x, grad_output = noise(3, 4), noise(4, 3, grad=False)
+    product((5 * x).T, torch.ones(4, 3, dtype=torch.float64)).backward(grad_output)
+    exactly(x.grad, 5 * 2 * grad_output.T)
+
+
+# Results
+
+
+class Pair(typing.NamedTuple):
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+@dataclasses.dataclass
+class Record:
+    left: torch.Tensor
+    right: torch.Tensor
+    name: str = "unset"
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenRecord:
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+def model_output(left, right):
+    transformers = pytest.importorskip("transformers")
+    return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=left, hidden_states=(right,))
+
+
+RESULTS = {
+    "tuple": (lambda a, b: (a, b), lambda r: r[0], lambda r: r[1]),
+    "list": (lambda a, b: [a, b], lambda r: r[0], lambda r: r[1]),
+    "namedtuple": (Pair, lambda r: r.left, lambda r: r.right),
+    "dict": (lambda a, b: {"left": a, "right": b}, lambda r: r["left"], lambda r: r["right"]),
+    "OrderedDict": (
+        lambda a, b: collections.OrderedDict(left=a, right=b),
+        lambda r: r["left"],
+        lambda r: r["right"],
+    ),
+    "dataclass": (lambda a, b: Record(a, b, "set"), lambda r: r.left, lambda r: r.right),
+    "frozen dataclass": (FrozenRecord, lambda r: r.left, lambda r: r.right),
+    "nested": (lambda a, b: {"x": [a, ({"y": b},)]}, lambda r: r["x"][0], lambda r: r["x"][1][0]["y"]),
+    "with non-tensors": (lambda a, b: (None, a, "text", {"n": 3, "b": b}), lambda r: r[1], lambda r: r[3]["b"]),
+    "ModelOutput": (model_output, lambda r: r.last_hidden_state, lambda r: r.hidden_states[0]),
+}
+
+
+@pytest.fixture(params=RESULTS)
+def structure(request):
+    return RESULTS[request.param]
+
+
+def test_result_keeps_its_type_and_the_rule_gets_its_structure(structure):
+    build, left, right = structure
+    types = []
+
+    def backward(grad_output):
+        types.append(type(grad_output))
+        return left(grad_output) + 10 * right(grad_output)
+
+    @go.custom_backward(backward)
+    def split(x):
+        return build(2 * x, 3 * x)
+
+    x = float64(1.0, 2.0)
+    result = split(x)
+    types.append(type(result))
+    exactly(left(result).detach(), 2 * x.detach())
+    exactly(right(result).detach(), 3 * x.detach())
+    (left(result).sum() + 5 * right(result).sum()).backward()
+    exactly(x.grad, float64(51.0, 51.0, grad=False))
+    assert types == [type(build(x, x))] * 2
+
+
+def test_part_without_a_gradient_reaches_the_rule_as_zeros(structure):
+    build, left, right = structure
+    parts = []
+
+    @go.custom_backward(lambda grad_output: (parts.append(grad_output), left(grad_output))[1])
+    def split(x):
+        return build(2 * x, 3 * x)
+
+    left(split(float64(1.0, 2.0))).sum().backward()
+    exactly(right(parts[0]), float64(0.0, 0.0, grad=False))
+
+
+def test_structured_result_with_vjp_has_autograds_gradient(structure):
+    build, left, right = structure
+
+    @go.custom_backward(lambda grad_output, vjp: vjp(grad_output))
+    def split(x):
+        return build(x**2, x**3)
+
+    x = noise(3)
+    result = split(x)
+    grad_x = torch.autograd.grad((left(result) * right(result)).sum(), x)[0]
+    closely(grad_x, 5 * x.detach() ** 4)
+
+
+def test_non_tensors_of_the_result_round_trip():
+    marker = object()
+
+    @go.custom_backward(lambda grad_output: grad_output[0])
+    def annotated(x):
+        return 2 * x, None, "text", 7, marker, [1, 2]
+
+    result = annotated(float64(1.0))
+    assert result[1:] == (None, "text", 7, marker, [1, 2])
+
+
+def test_dataclass_keeps_its_plain_fields():
+    @go.custom_backward(lambda grad_output: grad_output.left)
+    def record(x):
+        return Record(2 * x, 3 * x, name="given")
+
+    assert record(float64(1.0)).name == "given"
+
+
+def test_model_output_keeps_its_access_by_name_index_and_key():
+    @go.custom_backward(lambda grad_output: 7 * grad_output.last_hidden_state)
+    def encode(x):
+        return model_output(2 * x, 3 * x)
+
+    x = float64(1.0)
+    output = encode(x)
+    assert output.attentions is None
+    assert list(output.keys()) == ["last_hidden_state", "hidden_states"]
+    assert output[0] is output["last_hidden_state"] is output.last_hidden_state
+    output[0].backward()
+    assert x.grad.item() == 7.0
+
+
+@pytest.mark.parametrize("make", [torch.argmax, lambda x: x > 0], ids=["integer", "boolean"])
+def test_integer_and_boolean_parts_are_not_differentiable(make):
+    @go.custom_backward(lambda grad_output: 7 * grad_output[0])
+    def with_index(x):
+        return 2 * x, make(x)
+
+    x = float64(1.0, 3.0)
+    y, index = with_index(x)
+    assert not index.requires_grad
+    exactly(index, make(x.detach()))
+    y.sum().backward()
+    exactly(x.grad, float64(7.0, 7.0, grad=False))
+
+
+def test_none_among_the_results_stays_none():
+    @go.custom_backward(lambda grad_output: 7 * grad_output[0])
+    def with_none(x):
+        return 2 * x, None
+
+    x = float64(1.0)
+    y, nothing = with_none(x)
+    y.backward()
+    assert nothing is None
+    assert x.grad.item() == 7.0
+
+
+@pytest.mark.parametrize(
+    "result", [None, "text", 3.0, {"a": [None]}, ()], ids=["None", "text", "float", "nested None", "empty"]
+)
+def test_forward_without_a_tensor_is_an_error_that_names_it(result):
+    @go.custom_backward(lambda grad_output: grad_output)
+    def forgetful(x):
+        return result
+
+    with pytest.raises(go.ForwardResultError, match=r"forgetful.*test_arguments_results\.py:\d+"):
+        forgetful(float64(1.0))
+
+
+def test_tensor_returned_twice_has_a_gradient_for_each_place():
+    @go.custom_backward(lambda grad_output: 2 * grad_output[0] + 3 * grad_output[1])
+    def twice(x):
+        y = x * 1
+        return y, y
+
+    x = float64(1.0)
+    first, second = twice(x)
+    (10 * first + 100 * second).backward()
+    assert x.grad.item() == 2 * 10 + 3 * 100
+
+
+def test_second_result_that_is_a_view_of_the_first_keeps_its_value():
+    @go.custom_backward(lambda grad_output: grad_output[0].index_add(0, torch.tensor([0]), 3 * grad_output[1]))
+    def with_view(x):
+        y = x * 2
+        return y, y[:1]
+
+    x = float64(1.0, 2.0)
+    whole, head = with_view(x)
+    exactly(head.detach(), float64(2.0, grad=False))
+    (whole.sum() + 10 * head.sum()).backward()
+    exactly(x.grad, float64(31.0, 1.0, grad=False))
+
+
+# Results that are inputs, views or parameters
+
+
+def test_result_that_is_the_input_has_the_gradient_of_the_rule():
+    @go.custom_backward(lambda grad_output: 7 * grad_output)
+    def same(x):
+        return x
+
+    x = float64(1.0)
+    y = same(x)
+    y.backward()
+    assert x.is_leaf
+    assert x.grad.item() == 7.0
+
+
+def test_result_that_is_one_of_two_inputs_has_the_gradient_of_the_rule():
+    @go.custom_backward(lambda grad_output: (7 * grad_output[0] + grad_output[1], 5 * grad_output[1]))
+    def mixed(x, y):
+        return x, x + y
+
+    x, y = float64(1.0), float64(2.0)
+    first, second = mixed(x, y)
+    (first + 10 * second).backward()
+    assert (x.grad.item(), y.grad.item()) == (17.0, 50.0)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda x: x[1:], lambda x: x.view(2, 2), lambda x: x.expand(3, 4)], ids=["slice", "view", "expand"]
+)
+def test_result_that_is_a_view_of_the_input_has_the_gradient_of_the_rule(view):
+    @go.custom_backward(lambda grad_output, vjp: 7 * vjp(grad_output))
+    def viewed(x):
+        return view(x)
+
+    x, twin = noise(4), noise(4)
+    viewed(x).sum().backward()
+    view(twin).sum().backward()
+    exactly(x.grad, 7 * twin.grad)
+
+
+def test_result_that_was_an_input_may_be_written_afterwards():
+    @go.custom_backward(lambda grad_output: 7 * grad_output)
+    def same(x):
+        return x
+
+    x = float64(1.0)
+    y = same(x * 1)
+    (y + 0).mul_(3).backward()
+    assert x.grad.item() == 21.0
+
+
+# Forwards that write
+
+
+def doubling_in_place(rule):
+    @go.custom_backward(rule)
+    def double_(x):
+        return x.mul_(2)
+
+    return double_
+
+
+def test_in_place_forward_changes_the_tensor_and_takes_the_rule():
+    x = float64(1.0, 3.0)
+    y = x * 1
+    result = doubling_in_place(lambda grad_output: 7 * grad_output)(y)
+    exactly(y.detach(), float64(2.0, 6.0, grad=False))
+    exactly(result.detach(), y.detach())
+    result.sum().backward()
+    exactly(x.grad, float64(7.0, 7.0, grad=False))
+
+
+def test_in_place_forward_rules_the_argument_that_it_wrote_too():
+    x = float64(1.0)
+    y = x * 1
+    doubling_in_place(lambda grad_output: 7 * grad_output)(y)
+    y.sum().backward()
+    assert x.grad.item() == 7.0
+
+
+def test_in_place_forward_that_needs_its_old_value_elsewhere_fails_as_in_torch():
+    x = float64(3.0)
+    y = x * 1
+    square = y * y
+    doubling_in_place(lambda grad_output: grad_output)(y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+def test_in_place_forward_on_a_leaf_is_refused_as_in_torch():
+    with pytest.raises(RuntimeError, match="leaf"):
+        doubling_in_place(lambda grad_output: grad_output)(float64(1.0))
+
+
+def test_in_place_forward_with_vjp_has_autograds_gradient():
+    x = float64(1.0, 3.0)
+    doubling_in_place(lambda grad_output, vjp: 10 * vjp(grad_output))(x * 1).sum().backward()
+    exactly(x.grad, float64(20.0, 20.0, grad=False))
+
+
+def test_in_place_forward_may_ask_for_its_output():
+    x = noise(3)
+
+    @go.custom_backward(lambda grad_output, output: grad_output * output)
+    def exp_(x):
+        return x.exp_()
+
+    assert torch.autograd.gradcheck(lambda x: exp_(x * 1), (x,))
+
+
+def test_rule_that_asks_for_an_overwritten_argument_is_an_error():
+    double_ = doubling_in_place(lambda grad_output, x: grad_output * x)
+    with pytest.raises(go.GradOverrideError, match=r"(?s)double_.*\bx\b.*in place"):
+        double_(float64(1.0) * 1).backward()
+
+
+def test_forward_that_writes_into_an_argument_and_does_not_return_it_is_refused():
+    @go.custom_backward(lambda grad_output: 7 * grad_output)
+    def write_and_read(x):
+        x.mul_(2)
+        return x + 1
+
+    with pytest.raises(go.ForwardResultError, match=r"(?s)write_and_read.*'x' in place.*[Rr]eturn 'x'"):
+        write_and_read(float64(1.0) * 1)
+
+
+def test_in_place_forward_on_a_buffer_that_needs_no_gradient():
+    count = torch.zeros(())
+
+    @go.custom_backward(lambda grad_output: 7 * grad_output)
+    def counted(x):
+        count.add_(1)
+        return 2 * x
+
+    x = float64(1.0)
+    counted(x).backward()
+    counted(x).backward()
+    assert (count.item(), x.grad.item()) == (2.0, 14.0)
+
+
+def test_tensor_saved_for_the_rule_and_changed_afterwards_is_an_error():
+    x = float64(1.0)
+    y = x * 1
+    result = product(y, float64(2.0))
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.backward()

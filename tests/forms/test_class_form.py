@@ -1,0 +1,469 @@
+"""The founding question: a module class with its own `backward`. Contract, section 2; `founding-question.md`."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from oracles import closely, exactly, float64, noise
+from torch import nn
+from torch.func import functional_call
+
+import gradoverride as go
+
+
+def some_operation(grad_of_c):
+    return 3 * grad_of_c
+
+
+def another_operation(grad_of_a, grad_of_c):
+    return grad_of_a + 2 * grad_of_c
+
+
+@go.custom_backward
+class LayerWithCustomGrad(nn.Module):  # the question's code, this decorator added
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(200))
+
+    def forward(self, x):
+        return x * self.weights
+
+    def backward(self, grad_of_c):  # called during loss.backward()
+        grad_of_a = some_operation(grad_of_c)
+        # extra computation
+        self.weights.grad = another_operation(grad_of_a, grad_of_c)
+        return grad_of_a  # what parameter `a` receives
+
+
+def ones(value):
+    return torch.full((200,), float(value))
+
+
+@pytest.fixture
+def layer():
+    return LayerWithCustomGrad()
+
+
+@pytest.fixture
+def a():
+    return nn.Parameter(torch.randn(200))
+
+
+def test_question_runs_as_it_stands(layer, a):
+    b = layer(a)
+    c = b * 23
+    exactly(c.detach(), (a * layer.weights * 23).detach())
+    c.sum().backward()
+    exactly(a.grad, ones(3 * 23))
+    exactly(layer.weights.grad, ones(5 * 23))
+
+
+def test_question_accumulates_over_two_backward_calls(layer, a):
+    for _ in range(2):
+        (layer(a) * 23).sum().backward()
+    exactly((a.grad, layer.weights.grad), (ones(2 * 69), ones(2 * 115)))
+
+
+def test_question_accumulates_when_one_graph_is_retained(layer, a):
+    loss = (layer(a) * 23).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    exactly((a.grad, layer.weights.grad), (ones(2 * 69), ones(2 * 115)))
+
+
+def test_question_with_the_layer_used_twice_in_one_graph(layer, a):
+    layer(layer(a)).sum().backward()
+    exactly((a.grad, layer.weights.grad), (ones(3 * 3), ones(5 + 3 * 5)))
+
+
+def test_question_with_the_layer_used_twice_side_by_side(layer, a):
+    (layer(a) + 10 * layer(2 * a)).sum().backward()
+    exactly((a.grad, layer.weights.grad), (ones(3 + 60), ones(5 + 50)))
+
+
+def test_question_with_an_input_that_needs_no_gradient(layer):
+    layer(torch.randn(200)).sum().backward()
+    exactly(layer.weights.grad, ones(5))
+
+
+def test_question_asked_by_autograd_grad_leaves_grad_untouched(layer, a):
+    layer.weights.grad = ones(-1)
+    (grad,) = torch.autograd.grad(layer(a).sum(), layer.weights)
+    exactly(grad, ones(5))
+    exactly(layer.weights.grad, ones(-1))
+    assert a.grad is None
+
+
+def test_question_asked_by_autograd_grad_for_the_input_alone(layer, a):
+    (grad,) = torch.autograd.grad(layer(a).sum(), a)
+    exactly(grad, ones(3))
+    assert layer.weights.grad is None
+
+
+def test_question_in_two_threads(layer):
+    inputs = [nn.Parameter(torch.randn(200)) for _ in range(2)]
+    barrier = threading.Barrier(2)
+
+    def work(x, factor):
+        for _ in range(20):
+            barrier.wait()
+            (factor * layer(x)).sum().backward()
+
+    threads = [threading.Thread(target=work, args=(x, factor)) for x, factor in zip(inputs, (1, 10), strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    exactly([x.grad for x in inputs], [ones(20 * 3), ones(20 * 30)])
+    exactly(layer.weights.grad, ones(20 * 55))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_question_compiled(layer, a, backend):
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for _ in range(2):
+        (compiled(a) * 23).sum().backward()
+    exactly((a.grad, layer.weights.grad), (ones(2 * 69), ones(2 * 115)))
+
+
+def test_question_trains_with_an_optimizer(layer, a):
+    before = layer.weights.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    layer(a).sum().backward()
+    optimizer.step()
+    exactly(layer.weights.detach(), before - 0.5 * 5)
+
+
+def test_question_under_no_grad_is_the_plain_forward(layer, a):
+    with torch.no_grad():
+        y = layer(a)
+    assert y.grad_fn is None
+    exactly(y, a.detach() * layer.weights.detach())
+
+
+# The contract's version, whose gradient is the true one
+
+
+@go.custom_backward
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(noise(3, grad=False))
+
+    def forward(self, x):
+        return x * self.weights
+
+    def backward(self, grad_output, x):
+        self.weights.grad = grad_output * x  # collected, then accumulated by autograd as ever
+        return grad_output * self.weights
+
+
+def call_with_weights(layer):
+    return lambda x, weights: functional_call(layer, {"weights": weights}, (x,))
+
+
+def test_true_backward_passes_gradcheck():
+    assert torch.autograd.gradcheck(call_with_weights(Scale()), (noise(3), noise(3)))
+
+
+def test_true_backward_passes_gradgradcheck():
+    assert torch.autograd.gradgradcheck(call_with_weights(Scale()), (noise(3), noise(3)))
+
+
+def test_class_stays_a_module_class_of_its_name():
+    layer = Scale()
+    assert isinstance(Scale, type)
+    assert Scale.__name__ == type(layer).__name__ == "Scale"
+    assert isinstance(layer, nn.Module)
+    assert list(layer.state_dict()) == ["weights"]
+
+
+def test_subclass_inherits_the_backward():
+    class Twice(Scale):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer, x = Twice(), noise(3)
+    layer(x).sum().backward()
+    exactly((x.grad, layer.weights.grad), (2 * layer.weights.detach(), 2 * x.detach()))
+
+
+def test_tensor_hooks_fire_once_with_the_assigned_gradient():
+    layer, x, seen = Scale(), noise(3), []
+    layer.weights.register_hook(seen.append)
+    layer(x).sum().backward()
+    exactly(seen, [x.detach()])
+
+
+def test_post_accumulate_hooks_fire_once():
+    layer, fired = Scale(), []
+    layer.weights.register_post_accumulate_grad_hook(fired.append)
+    layer(noise(3)).sum().backward()
+    assert len(fired) == 1
+    assert fired[0] is layer.weights
+
+
+def test_frozen_parameter_stays_none_though_backward_assigns_it():
+    layer, x = Scale(), noise(3)
+    layer.weights.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.weights.grad is None
+    exactly(x.grad, layer.weights)
+
+
+def test_backward_uses_the_weights_of_its_forward():
+    layer, x = Scale(), noise(3)
+    weights = noise(3)
+    functional_call(layer, {"weights": weights}, (x,)).sum().backward()
+    exactly((x.grad, weights.grad), (weights.detach(), x.detach()))
+    assert layer.weights.grad is None
+
+
+def test_copy_and_pickle_keep_the_backward():
+    layer, x = Scale(), noise(3)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        x.grad = None
+        twin(x).sum().backward()
+        exactly((x.grad, twin.weights.grad), (layer.weights.detach(), x.detach()))
+    assert layer.weights.grad is None
+
+
+def test_micro_batches_accumulate_as_the_whole_batch():
+    rows = noise(6, 3, grad=False)
+
+    @go.custom_backward
+    class Batched(Scale):
+        def forward(self, x):
+            return x * self.weights
+
+        def backward(self, grad_output, x):
+            self.weights.grad = (grad_output * x).sum(0)
+            return grad_output * self.weights
+
+    layer = Batched()
+    for batch in rows.split(2):
+        layer(batch).sum().backward()
+    closely(layer.weights.grad, rows.sum(0))
+
+
+# What `backward` may do with `self`
+
+
+def affine(backward):
+    """An undecorated `x * weight + shift` with this backward, then decorated."""
+
+    class Affine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(2.0, 2.0))
+            self.shift = nn.Parameter(float64(1.0, 1.0))
+            self.register_buffer("mask", float64(1.0, 0.0, grad=False))
+            self.factor = 7
+
+        def forward(self, x):
+            return x * self.weight + self.shift
+
+        def helper(self, grad):
+            return self.factor * grad
+
+    Affine.backward = backward
+    return go.custom_backward(Affine)()
+
+
+def test_none_stops_the_gradient_of_a_parameter():
+    def backward(self, grad_output):
+        self.weight.grad = None
+        self.shift.grad = 5 * grad_output
+        return grad_output
+
+    layer = affine(backward)
+    layer(float64(3.0, 4.0)).sum().backward()
+    assert layer.weight.grad is None
+    exactly(layer.shift.grad, float64(5.0, 5.0, grad=False))
+
+
+def test_none_leaves_a_gradient_that_was_there():
+    def backward(self, grad_output):
+        self.weight.grad = self.shift.grad = None
+        return grad_output
+
+    layer = affine(backward)
+    layer.weight.grad = float64(9.0, 9.0, grad=False)
+    layer(float64(3.0, 4.0)).sum().backward()
+    exactly(layer.weight.grad, float64(9.0, 9.0, grad=False))
+
+
+def test_parameter_that_is_not_assigned_is_an_error_that_names_it():
+    def backward(self, grad_output):
+        self.weight.grad = grad_output
+        return grad_output
+
+    loss = affine(backward)(float64(3.0, 4.0)).sum()
+    with pytest.raises(go.RuleResultError, match=r"(?s)Affine.*'?(self\.)?shift.*None"):
+        loss.backward()
+
+
+def test_gradient_left_from_an_earlier_backward_does_not_count_as_assigned():
+    def backward(self, grad_output):
+        self.weight.grad = grad_output
+        return grad_output
+
+    layer = affine(backward)
+    layer.shift.grad = float64(1.0, 1.0, grad=False)
+    with pytest.raises(go.RuleResultError, match="shift"):
+        layer(float64(3.0, 4.0)).sum().backward()
+
+
+def test_frozen_parameter_need_not_be_assigned():
+    def backward(self, grad_output):
+        self.weight.grad = 5 * grad_output
+        return grad_output
+
+    layer = affine(backward)
+    layer.shift.requires_grad_(False)
+    layer(float64(3.0, 4.0)).sum().backward()
+    exactly(layer.weight.grad, float64(5.0, 5.0, grad=False))
+
+
+def test_parameter_that_is_not_assigned_keeps_autograds_when_backward_asks_for_vjp():
+    def backward(self, grad_output, vjp):
+        self.shift.grad = 5 * grad_output
+        return 10 * vjp(grad_output)
+
+    layer, x = affine(backward), float64(3.0, 4.0)
+    layer(x).sum().backward()
+    exactly(x.grad, float64(20.0, 20.0, grad=False))
+    exactly(layer.weight.grad, float64(3.0, 4.0, grad=False))
+    exactly(layer.shift.grad, float64(5.0, 5.0, grad=False))
+
+
+def test_vjp_by_name_gives_the_true_gradients_to_assign():
+    def backward(self, grad_output, vjp):
+        grads = vjp.by_name(10 * grad_output)
+        self.weight.grad, self.shift.grad = grads["weight"], grads["shift"]
+        return grads["x"]
+
+    layer, x = affine(backward), float64(3.0, 4.0)
+    layer(x).sum().backward()
+    exactly(x.grad, float64(20.0, 20.0, grad=False))
+    exactly(layer.weight.grad, float64(30.0, 40.0, grad=False))
+    exactly(layer.shift.grad, float64(10.0, 10.0, grad=False))
+
+
+def test_backward_may_read_buffers_attributes_and_methods():
+    def backward(self, grad_output):
+        self.weight.grad = self.shift.grad = None
+        return self.helper(grad_output) * self.mask
+
+    layer, x = affine(backward), float64(3.0, 4.0)
+    layer(x).sum().backward()
+    exactly(x.grad, float64(7.0, 0.0, grad=False))
+
+
+def test_backward_may_set_attributes_of_the_module():
+    def backward(self, grad_output):
+        self.weight.grad = self.shift.grad = None
+        self.factor = 11
+        return grad_output
+
+    layer = affine(backward)
+    layer(float64(3.0, 4.0)).sum().backward()
+    assert layer.factor == 11
+
+
+def test_backward_sees_its_class():
+    kinds = []
+
+    def backward(self, grad_output):
+        kinds.append(isinstance(self, nn.Module))
+        self.weight.grad = self.shift.grad = None
+        return grad_output
+
+    affine(backward)(float64(3.0, 4.0)).sum().backward()
+    assert kinds == [True]
+
+
+def test_backward_asks_for_output_and_input_by_name():
+    def backward(self, grad_output, output, input):
+        self.weight.grad = self.shift.grad = None
+        return grad_output * output * input
+
+    layer, x = affine(backward), float64(3.0, 4.0)
+    layer(x).sum().backward()
+    exactly(x.grad, float64(21.0, 36.0, grad=False))
+
+
+def test_wrong_shape_of_an_assigned_gradient_is_an_error_with_both_shapes():
+    def backward(self, grad_output):
+        self.weight.grad = grad_output.sum()
+        self.shift.grad = None
+        return grad_output
+
+    loss = affine(backward)(float64(3.0, 4.0)).sum()
+    with pytest.raises(go.RuleResultError, match=r"(?s)Affine.*\(2,\).*weight.*\(\)"):
+        loss.backward()
+
+
+def test_assigned_gradient_of_another_dtype_is_cast():
+    def backward(self, grad_output):
+        self.weight.grad = self.shift.grad = grad_output.float()
+        return grad_output
+
+    layer = affine(backward)
+    layer(float64(3.0, 4.0)).sum().backward()
+    exactly(layer.weight.grad, float64(1.0, 1.0, grad=False))
+
+
+def test_gradients_of_submodules_are_assigned_where_they_are():
+    @go.custom_backward
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2, bias=False, dtype=torch.float64)
+
+        def forward(self, x):
+            return self.inner(x)
+
+        def backward(self, grad_output, x):
+            self.inner.weight.grad = 5 * grad_output.T @ x
+            return grad_output @ self.inner.weight
+
+    layer, x = Outer(), noise(4, 2)
+    grad_output = noise(4, 2, grad=False)
+    layer(x).backward(grad_output)
+    closely(layer.inner.weight.grad, 5 * grad_output.T @ x.detach())
+    closely(x.grad, grad_output @ layer.inner.weight.detach())
+
+
+def test_several_arguments_are_answered_in_order():
+    @go.custom_backward
+    class Mix(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+        def backward(self, grad_output):
+            return 3 * grad_output, 5 * grad_output
+
+    x, y = float64(1.0), float64(1.0)
+    Mix()(x, y=y).backward()
+    assert (x.grad.item(), y.grad.item()) == (3.0, 5.0)
+
+
+def test_exception_in_backward_does_not_spoil_the_next_one():
+    def backward(self, grad_output):
+        self.weight.grad = self.shift.grad = 5 * grad_output
+        if self.factor == 7:
+            raise ValueError("not yet")
+        return grad_output
+
+    layer, x = affine(backward), float64(3.0, 4.0)
+    with pytest.raises(ValueError, match="not yet"):
+        layer(x).sum().backward()
+    assert x.grad is layer.weight.grad is None
+    layer.factor = 0
+    layer(x).sum().backward()
+    exactly((x.grad, layer.weight.grad), (torch.ones_like(x), torch.full_like(x, 5)))

@@ -1,0 +1,370 @@
+"""What can be decorated, and what comes back. Contract, section 2."""
+
+import copy
+import functools
+import inspect
+import pickle
+import types
+
+import pytest
+import torch
+from oracles import closely, exactly, float64, noise
+from torch import nn
+
+import gradoverride as go
+
+
+def seven_times(grad_output):
+    return 7 * grad_output
+
+
+def halve(x):
+    """Half of x."""
+    return x / 2
+
+
+class Halver:
+    def __call__(self, x):
+        return x / 2
+
+    def method(self, x):
+        return x / 2
+
+
+class HalvingModule(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+CALLABLES = {
+    "function": lambda: halve,
+    "lambda": lambda: lambda x: x / 2,
+    "builtin": lambda: torch.floor,
+    "tensor method": lambda: torch.Tensor.floor,
+    "partial": lambda: functools.partial(torch.mul, other=0.5),
+    "partial of a function": lambda: functools.partial(lambda factor, x: factor * x, 0.5),
+    "callable object": Halver,
+    "bound method": lambda: Halver().method,
+    "module": HalvingModule,
+    "bound forward": lambda: HalvingModule().forward,
+    "compiled": lambda: torch.compile(halve, backend="eager"),
+    "compiled by aot": lambda: torch.compile(halve, backend="aot_eager"),
+    "compiled module": lambda: torch.compile(HalvingModule(), backend="eager"),
+    "decorated": lambda: go.custom_backward(lambda grad_output: 100 * grad_output)(halve),
+}
+
+
+@pytest.mark.parametrize("kind", CALLABLES)
+def test_callable_keeps_its_value_and_gets_the_gradient_of_the_rule(kind):
+    original = CALLABLES[kind]()
+    decorated = go.custom_backward(seven_times)(original)
+    x = float64(4.0, 6.0)
+    y = decorated(x)
+    exactly(y.detach(), original(x.detach()))
+    y.backward(float64(1.0, 10.0, grad=False))
+    exactly(x.grad, float64(7.0, 70.0, grad=False))
+
+
+@pytest.mark.parametrize("kind", CALLABLES)
+def test_what_comes_back_is_a_plain_function_around_the_original(kind):
+    original = CALLABLES[kind]()
+    decorated = go.custom_backward(seven_times)(original)
+    assert type(decorated) is types.FunctionType
+    assert decorated.__wrapped__ == original
+
+
+@pytest.mark.parametrize("decorate", [go.custom_backward(seven_times), go.straight_through], ids=["rule", "ste"])
+def test_name_signature_and_docstring_are_the_originals(decorate):
+    def forward(x: torch.Tensor, /, power: float = 2.0, *rest, flag: bool = False, **options) -> torch.Tensor:
+        """Raise x."""
+        return x**power
+
+    decorated = decorate(forward)
+    assert decorated.__name__ == forward.__name__
+    assert decorated.__qualname__ == forward.__qualname__
+    assert decorated.__module__ == forward.__module__
+    assert decorated.__doc__ == "Raise x."
+    assert inspect.signature(decorated) == inspect.signature(forward)
+
+
+def test_name_of_a_builtin_stays():
+    assert go.straight_through(torch.round).__name__ == "round"
+
+
+def scripted_halve():
+    return torch.jit.script(halve)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_function_gets_the_gradient_of_the_rule():
+    decorated = go.custom_backward(seven_times)(scripted_halve())
+    x = float64(4.0)
+    y = decorated(x)
+    y.backward()
+    assert (y.item(), x.grad.item()) == (2.0, 7.0)
+    assert type(decorated) is types.FunctionType
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_traced_function_gets_the_gradient_of_the_rule():
+    decorated = go.custom_backward(seven_times)(torch.jit.trace(halve, torch.ones(1, dtype=torch.float64)))
+    x = float64(4.0)
+    decorated(x).backward()
+    exactly(x.grad, float64(7.0, grad=False))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
+def test_scripted_function_keeps_the_rule_when_it_is_compiled():
+    decorated = torch.compile(go.custom_backward(seven_times)(scripted_halve()), backend="aot_eager")
+    x = float64(4.0)
+    decorated(x).backward()
+    exactly(x.grad, float64(7.0, grad=False))
+    torch.compiler.reset()
+
+
+# The node in the graph
+
+
+def scale_backward(grad_output, x, weight):
+    return grad_output * weight, grad_output * x
+
+
+@go.custom_backward(scale_backward)
+def scale(x, weight):
+    return x * weight
+
+
+def test_node_bears_the_users_name():
+    y = scale(noise(2), noise(2))
+    assert y.grad_fn.name() == "scaleBackward"
+    assert "grad_fn=<scaleBackward>" in repr(y)
+
+
+@pytest.mark.parametrize(
+    ("decorated", "name"),
+    [
+        (go.straight_through(torch.round), "roundBackward"),
+        (go.straight_through(torch.sign, surrogate=torch.tanh), "signBackward"),
+        (go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(halve), "halveBackward"),
+        (go.custom_backward(seven_times)(functools.partial(halve)), "halveBackward"),
+    ],
+    ids=["straight_through", "surrogate", "vjp", "partial"],
+)
+def test_node_of_every_form_bears_the_users_name(decorated, name):
+    assert decorated(noise(2)).grad_fn.name() == name
+
+
+def test_the_opening_example_has_the_gradients_of_the_product():
+    assert torch.autograd.gradcheck(scale, (noise(3), noise(3)))
+
+
+# Pickling, copying
+
+
+def test_module_level_function_is_pickled_by_reference():
+    assert pickle.loads(pickle.dumps(scale)) is scale
+
+
+def test_function_copies_to_itself():
+    assert copy.deepcopy(scale) is scale
+
+
+# Methods
+
+
+class Shapes:
+    factor = 5
+
+    @go.custom_backward(seven_times)
+    def method(self, x):
+        return x * self.factor
+
+    @staticmethod
+    @go.custom_backward(seven_times)
+    def static_outside(x):
+        return x * 5
+
+    @go.custom_backward(seven_times)
+    @staticmethod
+    def static_inside(x):
+        return x * 5
+
+    @classmethod
+    @go.custom_backward(seven_times)
+    def class_outside(cls, x):
+        return x * cls.factor
+
+    @go.custom_backward(seven_times)
+    @classmethod
+    def class_inside(cls, x):
+        return x * cls.factor
+
+
+STATIC_AND_CLASS_METHODS = ["static_outside", "static_inside", "class_outside", "class_inside"]
+
+
+@pytest.mark.parametrize("name", ["method", *STATIC_AND_CLASS_METHODS])
+def test_method_called_on_an_instance_gets_the_rule(name):
+    x = float64(1.0, 2.0)
+    y = getattr(Shapes(), name)(x)
+    exactly(y.detach(), float64(5.0, 10.0, grad=False))
+    y.sum().backward()
+    exactly(x.grad, float64(7.0, 7.0, grad=False))
+
+
+@pytest.mark.parametrize("name", STATIC_AND_CLASS_METHODS)
+def test_static_and_class_methods_called_on_the_class_get_the_rule(name):
+    x = float64(1.0, 2.0)
+    getattr(Shapes, name)(x).sum().backward()
+    exactly(x.grad, float64(7.0, 7.0, grad=False))
+
+
+@pytest.mark.parametrize("name", ["class_outside", "class_inside"])
+def test_class_method_sees_the_subclass(name):
+    class Sub(Shapes):
+        factor = 11
+
+    exactly(getattr(Sub, name)(float64(1.0)).detach(), float64(11.0, grad=False))
+
+
+@pytest.mark.parametrize("name", STATIC_AND_CLASS_METHODS)
+def test_static_and_class_methods_stay_what_they_are(name):
+    raw = Shapes.__dict__[name]
+    bound = getattr(Shapes, name)
+    assert isinstance(raw, (staticmethod, classmethod))
+    assert list(inspect.signature(bound).parameters) == ["x"]
+
+
+def test_method_rule_may_ask_for_an_argument():
+    class Power:
+        exponent = 3
+
+        @go.custom_backward(lambda grad_output, x: grad_output * 3 * x**2)
+        def method(self, x):
+            return x**self.exponent
+
+    assert torch.autograd.gradcheck(Power().method, (noise(3),))
+
+
+def test_super_reaches_the_decorated_forward_of_the_base():
+    class Base(nn.Module):
+        @go.custom_backward(seven_times)
+        def forward(self, x):
+            return x * 2
+
+    class Derived(Base):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    x = float64(1.0)
+    Derived()(x).backward()
+    exactly(x.grad, float64(21.0, grad=False))
+
+
+def test_forward_of_a_module_runs_its_hooks():
+    class Halve(nn.Module):
+        @go.custom_backward(seven_times)
+        def forward(self, x):
+            return x / 2
+
+    layer, seen = Halve(), []
+    layer.register_forward_hook(lambda module, args, output: seen.append(output.item()))
+    layer(float64(4.0))
+    assert seen == [2.0]
+
+
+def test_rule_on_a_class_means_its_forward():
+    @go.custom_backward(lambda grad_output, weight: 7 * grad_output * weight)
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", float64(3.0, grad=False))
+
+        def forward(self, x):
+            return x * self.weight
+
+    x = float64(1.0)
+    layer = Layer()
+    y = layer(x)
+    y.backward()
+    assert isinstance(layer, nn.Module)
+    assert isinstance(Layer, type)
+    assert Layer.__name__ == "Layer"
+    assert (y.item(), x.grad.item()) == (3.0, 21.0)
+
+
+@pytest.mark.parametrize("reach", [lambda linear: linear, lambda linear: linear.forward], ids=["module", "forward"])
+def test_module_instance_leaves_its_parameters_to_autograd(reach):
+    linear = nn.Linear(3, 2, dtype=torch.float64)
+    plain, x = copy.deepcopy(linear), noise(4, 3)
+    twin = x.detach().clone().requires_grad_()
+    go.custom_backward(lambda grad_output, vjp: 7 * vjp(grad_output))(reach(linear))(x).square().sum().backward()
+    plain(twin).square().sum().backward()
+    closely(x.grad, 7 * twin.grad)
+    closely((linear.weight.grad, linear.bias.grad), (plain.weight.grad, plain.bias.grad))
+
+
+# One rule inside another
+
+
+def test_rule_of_the_outer_decorator_sees_the_inner_one_as_its_vjp():
+    inner = go.custom_backward(seven_times)(halve)
+    outer = go.custom_backward(lambda grad_output, vjp: 10 * vjp(grad_output))(inner)
+    x = float64(4.0)
+    outer(x).backward()
+    exactly(x.grad, float64(70.0, grad=False))
+
+
+def test_one_rule_serves_many_functions():
+    first, second = go.custom_backward(seven_times)(torch.sin), go.custom_backward(seven_times)(torch.cos)
+    x = float64(1.0)
+    (first(x) + second(x)).backward()
+    exactly(x.grad, float64(14.0, grad=False))
+
+
+# What cannot be decorated
+
+
+@pytest.mark.parametrize("target", [3, "text", None], ids=["number", "string", "None"])
+def test_what_is_not_callable_is_refused(target):
+    with pytest.raises(go.DecorationError, match=r"custom_backward"):
+        go.custom_backward(seven_times)(target)
+
+
+def test_module_class_without_backward_is_refused_by_name():
+    class Forgetful(nn.Module):
+        def forward(self, x):
+            return x
+
+    with pytest.raises(go.DecorationError, match=r"(?s)Forgetful.*backward"):
+        go.custom_backward(Forgetful)
+
+
+def test_class_without_forward_is_refused_by_name():
+    class Forwardless:
+        def backward(self, grad_output):
+            return grad_output
+
+    with pytest.raises(go.DecorationError, match=r"(?s)Forwardless.*forward"):
+        go.custom_backward(Forwardless)
+
+
+def test_rule_on_a_class_without_forward_is_refused_by_name():
+    class Nothing:
+        pass
+
+    with pytest.raises(go.DecorationError, match=r"(?s)Nothing.*forward"):
+        go.custom_backward(seven_times)(Nothing)
+
+
+def test_builtin_without_a_signature_offers_the_reserved_names():
+    decorated = go.custom_backward(lambda grad_output, input, output: grad_output * input * output)(torch.round)
+    x = float64(2.4)
+    decorated(x).backward()
+    closely(x.grad, float64(4.8, grad=False))
+
+
+def test_builtin_without_a_signature_offers_nothing_else():
+    with pytest.raises(go.RuleSignatureError, match=r"(?s)\bx\b.*input"):
+        go.custom_backward(lambda grad_output, x: grad_output * x)(torch.round)

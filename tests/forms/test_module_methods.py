@@ -1,0 +1,627 @@
+"""Methods of modules, and the parameters that they reach through `self`. Contract, sections 1 and 2."""
+
+import copy
+
+import pytest
+import torch
+from oracles import closely, exactly, float64, noise
+from torch import nn
+from torch.func import functional_call
+
+import gradoverride as go
+
+
+def scale_module(rule):
+    """A module `x * weight + shift` whose forward has this rule; weight 2, shift 1."""
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(2.0, 2.0))
+            self.shift = nn.Parameter(float64(1.0, 1.0))
+
+        @go.custom_backward(rule)
+        def forward(self, x):
+            return x * self.weight + self.shift
+
+    return Scale()
+
+
+def by_name(grad_output, x, weight):
+    return {"x": 3 * grad_output * weight, "weight": 5 * grad_output * x}
+
+
+def left_to_autograd(grad_output):
+    return 3 * grad_output
+
+
+def by_params(grad_output, params):
+    return {"x": 3 * grad_output, **{name: 5 * grad_output for name in params}}
+
+
+def through_vjp(grad_output, vjp):
+    return 3 * vjp(grad_output)
+
+
+RULES = {
+    # rule: gradient of x, of weight and of shift, for x = (3, 4), weight = 2, a gradient of ones
+    "by name": (by_name, (6.0, 6.0), (15.0, 20.0), (1.0, 1.0)),
+    "left to autograd": (left_to_autograd, (3.0, 3.0), (3.0, 4.0), (1.0, 1.0)),
+    "params": (by_params, (3.0, 3.0), (5.0, 5.0), (5.0, 5.0)),
+    "vjp": (through_vjp, (6.0, 6.0), (3.0, 4.0), (1.0, 1.0)),
+}
+
+
+@pytest.fixture(params=RULES)
+def case(request):
+    rule, *grads = RULES[request.param]
+    return scale_module(rule), float64(3.0, 4.0), [float64(*grad, grad=False) for grad in grads]
+
+
+def test_gradients_of_input_and_parameters(case):
+    layer, x, (grad_x, grad_weight, grad_shift) = case
+    layer(x).sum().backward()
+    exactly((x.grad, layer.weight.grad, layer.shift.grad), (grad_x, grad_weight, grad_shift))
+
+
+def test_gradients_accumulate_over_backward_calls(case):
+    layer, x, (grad_x, grad_weight, grad_shift) = case
+    for _ in range(3):
+        layer(x).sum().backward()
+    exactly((x.grad, layer.weight.grad, layer.shift.grad), (3 * grad_x, 3 * grad_weight, 3 * grad_shift))
+
+
+def test_gradients_add_up_when_the_module_is_used_twice_in_one_graph(case):
+    layer, x, (grad_x, grad_weight, grad_shift) = case
+    (layer(x) + 10 * layer(x)).sum().backward()
+    closely((x.grad, layer.weight.grad, layer.shift.grad), (11 * grad_x, 11 * grad_weight, 11 * grad_shift))
+
+
+def test_autograd_grad_gives_parameter_gradients_and_leaves_grad_alone(case):
+    layer, x, (_, grad_weight, grad_shift) = case
+    grads = torch.autograd.grad(layer(x).sum(), (layer.weight, layer.shift))
+    exactly(grads, (grad_weight, grad_shift))
+    assert x.grad is layer.weight.grad is layer.shift.grad is None
+
+
+def test_parameters_have_gradients_when_the_input_needs_none(case):
+    layer, x, (_, grad_weight, grad_shift) = case
+    layer(x.detach()).sum().backward()
+    exactly((layer.weight.grad, layer.shift.grad), (grad_weight, grad_shift))
+
+
+def test_frozen_parameters_stay_none(case):
+    layer, x, (grad_x, _, grad_shift) = case
+    layer.weight.requires_grad_(False)
+    layer(x).sum().backward()
+    exactly((x.grad, layer.shift.grad), (grad_x, grad_shift))
+    assert layer.weight.grad is None
+
+
+def test_module_with_every_parameter_frozen_still_rules_its_input(case):
+    layer, x, (grad_x, *_) = case
+    layer.requires_grad_(False)
+    layer(x).sum().backward()
+    exactly(x.grad, grad_x)
+    assert layer.weight.grad is layer.shift.grad is None
+
+
+def test_tensor_hooks_on_parameters_fire_once(case):
+    layer, x, (_, grad_weight, grad_shift) = case
+    seen = {"weight": [], "shift": []}
+    layer.weight.register_hook(seen["weight"].append)
+    layer.shift.register_hook(seen["shift"].append)
+    layer(x).sum().backward()
+    exactly(seen["weight"], [grad_weight])
+    exactly(seen["shift"], [grad_shift])
+
+
+def test_post_accumulate_hooks_on_parameters_fire_once(case):
+    layer, x, _ = case
+    fired = []
+    layer.weight.register_post_accumulate_grad_hook(lambda weight: fired.append(weight.grad.clone()))
+    layer(x).sum().backward()
+    exactly(fired, [layer.weight.grad])
+
+
+def test_hook_that_changes_a_parameters_gradient_is_obeyed(case):
+    layer, x, (_, grad_weight, _) = case
+    layer.weight.register_hook(lambda grad: 10 * grad)
+    layer(x).sum().backward()
+    exactly(layer.weight.grad, 10 * grad_weight)
+
+
+def test_optimizer_step_trains_the_parameter(case):
+    layer, x, (_, grad_weight, _) = case
+    layer(x).sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.5).step()
+    exactly(layer.weight.detach(), 2 - 0.5 * grad_weight)
+
+
+def test_second_forward_sees_the_changed_parameter():
+    layer, x = scale_module(by_name), float64(3.0, 4.0)
+    layer(x).sum().backward()
+    with torch.no_grad():
+        layer.weight.mul_(10)
+    x.grad = None
+    layer(x).sum().backward()
+    exactly(x.grad, float64(60.0, 60.0, grad=False))
+
+
+def test_parameters_stay_the_same_leaves(case):
+    layer, x, _ = case
+    before = list(layer.parameters())
+    layer(x).sum().backward()
+    assert all(now is then and now.is_leaf for now, then in zip(layer.parameters(), before, strict=True))
+
+
+def test_functional_call_uses_the_tensors_it_was_given(case):
+    layer, x, (_, grad_weight, grad_shift) = case
+    given = {"weight": float64(2.0, 2.0), "shift": float64(1.0, 1.0)}
+    with torch.no_grad():
+        layer.weight.zero_()
+    y = functional_call(layer, given, (x,))
+    exactly(y.detach(), float64(7.0, 9.0, grad=False))
+    y.sum().backward()
+    exactly((given["weight"].grad, given["shift"].grad), (grad_weight, grad_shift))
+    assert layer.weight.grad is layer.shift.grad is None
+
+
+def test_copied_module_uses_its_own_parameters(case):
+    layer, x, (_, grad_weight, _) = case
+    twin = copy.deepcopy(layer)
+    twin(x).sum().backward()
+    exactly(twin.weight.grad, grad_weight)
+    assert layer.weight.grad is None
+
+
+# What a rule may ask of a module
+
+
+def test_answer_for_a_parameter_that_was_not_asked_for_replaces_autograds():
+    layer, x = scale_module(lambda grad_output: {"x": grad_output, "weight": 7 * grad_output}), float64(3.0, 4.0)
+    layer(x).sum().backward()
+    exactly(layer.weight.grad, float64(7.0, 7.0, grad=False))
+    exactly(layer.shift.grad, float64(1.0, 1.0, grad=False))
+
+
+def test_none_stops_the_gradient_of_a_parameter_that_was_asked_for():
+    layer = scale_module(lambda grad_output, weight: {"x": grad_output * weight, "weight": None})
+    layer(float64(3.0, 4.0)).sum().backward()
+    assert layer.weight.grad is None
+    exactly(layer.shift.grad, float64(1.0, 1.0, grad=False))
+
+
+def test_leaving_out_a_parameter_that_was_asked_for_is_an_error_with_the_ways_out():
+    layer = scale_module(lambda grad_output, weight: {"x": grad_output * weight})
+    loss = layer(float64(3.0, 4.0)).sum()
+    with pytest.raises(go.RuleResultError, match=r"'Scale.*test_module_methods\.py:\d+.* 'weight'") as caught:
+        loss.backward()
+    assert all(way_out in str(caught.value) for way_out in ("module.weight", "None", "vjp.by_name"))
+
+
+def test_module_gives_a_value_without_taking_over_its_gradient():
+    layer, x = scale_module(lambda grad_output, module: 3 * grad_output * module.weight), float64(3.0, 4.0)
+    layer(x).sum().backward()
+    exactly(x.grad, float64(6.0, 6.0, grad=False))
+    exactly(layer.weight.grad, float64(3.0, 4.0, grad=False))
+
+
+def test_module_has_the_tensors_of_that_forward_under_functional_call():
+    layer, x = scale_module(lambda grad_output, module: grad_output * module.weight), float64(3.0, 4.0)
+    given = {"weight": float64(50.0, 60.0)}
+    functional_call(layer, given, (x,)).sum().backward()
+    exactly(x.grad, float64(50.0, 60.0, grad=False))
+
+
+def test_forward_evaluates_the_undecorated_forward_again():
+    def numerical(grad_output, x, forward):
+        step = 0.5
+        return {"x": grad_output * (forward(x + step) - forward(x - step)) / (2 * step)}
+
+    layer, x = scale_module(numerical), float64(3.0, 4.0)
+    layer(x).sum().backward()
+    closely(x.grad, float64(2.0, 2.0, grad=False))
+
+
+def test_forward_uses_the_tensors_of_that_call_under_functional_call():
+    layer = scale_module(lambda grad_output, x, forward: {"x": grad_output * forward(x)})
+    x = float64(3.0, 4.0)
+    functional_call(layer, {"weight": float64(50.0, 60.0)}, (x,)).sum().backward()
+    exactly(x.grad, float64(151.0, 241.0, grad=False))
+
+
+def test_needs_says_which_gradients_are_wanted():
+    asked = []
+
+    def backward(grad_output, x, weight, needs):
+        asked.append(dict(needs))
+        return {"x": grad_output * weight if needs["x"] else None, "weight": grad_output * x}
+
+    layer = scale_module(backward)
+    layer(float64(3.0, 4.0, grad=False)).sum().backward()
+    layer(float64(3.0, 4.0)).sum().backward()
+    assert [needs["x"] for needs in asked] == [False, True]
+
+
+def test_params_are_the_trainable_ones_by_dotted_name():
+    names = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.second.bias.requires_grad_(False)
+
+        @go.custom_backward(lambda grad_output, params: (names.extend(params), {name: None for name in params})[1])
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    Model()(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    assert sorted(names) == ["first.bias", "first.weight", "second.weight"]
+
+
+class TwoLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 4, dtype=torch.float64)
+        self.second = nn.Linear(4, 3, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_submodule_parameter_is_answered_by_its_dotted_name():
+    class Ruled(TwoLayers):
+        @go.custom_backward(lambda grad_output, module: {"first.bias": 7 * module.first.bias})
+        def forward(self, x):
+            return super().forward(x)
+
+    model = Ruled()
+    plain = TwoLayers()
+    plain.load_state_dict(model.state_dict())
+    x = noise(5, 3, grad=False)
+    model(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    exactly(model.first.bias.grad, 7 * model.first.bias.detach())
+    closely(model.first.weight.grad, plain.first.weight.grad)
+    closely(model.second.weight.grad, plain.second.weight.grad)
+
+
+def test_vjp_by_name_gives_arguments_and_submodule_parameters():
+    class Ruled(TwoLayers):
+        @go.custom_backward(lambda grad_output, vjp, params: vjp.by_name(2 * grad_output))
+        def forward(self, x):
+            return super().forward(x)
+
+    model, plain = Ruled(), TwoLayers()
+    plain.load_state_dict(model.state_dict())
+    x = noise(5, 3)
+    twin = x.detach().clone().requires_grad_()
+    model(x).sum().backward()
+    (2 * plain(twin).sum()).backward()
+    closely(x.grad, twin.grad)
+    for name, parameter in model.named_parameters():
+        closely(parameter.grad, plain.get_parameter(name).grad)
+
+
+def test_buffer_may_be_asked_for_by_name():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", float64(0.0, 1.0, grad=False))
+
+        @go.custom_backward(lambda grad_output, mask: grad_output * mask * 7)
+        def forward(self, x):
+            return x * 2
+
+    x = float64(1.0, 1.0)
+    Masked()(x).sum().backward()
+    exactly(x.grad, float64(0.0, 7.0, grad=False))
+
+
+def test_unknown_name_is_an_error_at_the_first_call_with_the_closest_one():
+    layer = scale_module(lambda grad_output, wieght: grad_output)
+    with pytest.raises(go.RuleSignatureError, match=r"(?s)wieght.*weight"):
+        layer(float64(3.0, 4.0))
+
+
+def test_layer_result_that_is_a_parameter_leaves_the_parameter_a_leaf():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(2.0))
+
+        @go.custom_backward(lambda grad_output, weight: {"weight": 7 * grad_output})
+        def forward(self, x):
+            return self.weight
+
+    layer = Constant()
+    y = layer(float64(1.0))
+    assert layer.weight.is_leaf
+    assert y is not layer.weight
+    y.backward()
+    assert layer.weight.grad.item() == 7.0
+
+
+def test_layer_result_that_is_a_parameter_left_to_autograd_has_its_gradient():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(2.0))
+
+        @go.custom_backward(lambda grad_output: 3 * grad_output)
+        def forward(self, x):
+            return self.weight
+
+    layer, x = Constant(), float64(1.0)
+    (5 * layer(x)).backward()
+    assert layer.weight.is_leaf
+    assert (x.grad.item(), layer.weight.grad.item()) == (15.0, 5.0)
+
+
+def test_cached_buffer_that_is_returned_stays_as_it_is():
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", float64(2.0, grad=False))
+
+        @go.custom_backward(lambda grad_output: 7 * grad_output)
+        def forward(self, x):
+            return self.table
+
+    layer, x = Cached(), float64(1.0)
+    layer(x).backward()
+    assert not layer.table.requires_grad
+    assert x.grad.item() == 7.0
+
+
+def test_parameter_shared_by_two_names_has_both_uses_in_its_gradient():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode = nn.Linear(3, 3, bias=False, dtype=torch.float64)
+            self.decode = nn.Linear(3, 3, bias=False, dtype=torch.float64)
+            self.decode.weight = self.encode.weight
+
+        def plain(self, x):
+            return self.decode(self.encode(x).tanh())
+
+        @go.custom_backward(lambda grad_output: 7 * grad_output)
+        def forward(self, x):
+            return self.plain(x)
+
+    layer, x = Tied(), noise(2, 3)
+    weight = layer.encode.weight
+    ruled = torch.autograd.grad(layer(x).square().sum(), weight)
+    closely(ruled, torch.autograd.grad(layer.plain(x).square().sum(), weight))
+
+
+# Weights that are computed
+
+
+def parametrized():
+    linear = nn.Linear(3, 3, dtype=torch.float64)
+    nn.utils.parametrize.register_parametrization(linear, "weight", Symmetric())
+    return linear
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight):
+        return weight.triu() + weight.triu(1).T
+
+
+COMPUTED_WEIGHTS = {
+    "parametrize": parametrized,
+    "weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3, dtype=torch.float64)),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3, dtype=torch.float64)).eval(),
+}
+
+
+class Wrapping(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def plain(self, x):
+        return self.inner(x)
+
+    @go.custom_backward(lambda grad_output: 7 * grad_output)
+    def forward(self, x):
+        return self.plain(x)
+
+
+@pytest.mark.parametrize("kind", COMPUTED_WEIGHTS)
+def test_computed_weight_below_a_decorated_forward_keeps_autograds_gradient(kind):
+    layer, x = Wrapping(COMPUTED_WEIGHTS[kind]()), noise(3, 3)
+    parameters = list(layer.parameters())
+    ruled = torch.autograd.grad(layer(x).square().sum(), parameters)
+    closely(ruled, torch.autograd.grad(layer.plain(x).square().sum(), parameters))
+    layer(x).sum().backward()
+    exactly(x.grad, torch.full_like(x, 7.0))
+
+
+def normed_scale():
+    class Ruled(nn.Linear):
+        def plain(self, x):
+            return super().forward(x)
+
+        @go.custom_backward(
+            lambda grad_output, x, weight: {"x": 2 * grad_output @ weight, "weight": 3 * grad_output.T @ x}
+        )
+        def forward(self, x):
+            return self.plain(x)
+
+    return Ruled(3, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "parametrize",
+    [
+        nn.utils.parametrizations.weight_norm,
+        lambda m: nn.utils.parametrize.register_parametrization(m, "weight", Symmetric()),
+    ],
+    ids=["weight_norm", "parametrize"],
+)
+def test_parametrized_weight_is_ruled_under_its_plain_name(parametrize):
+    layer, x = parametrize(normed_scale()), noise(3, 3)
+    grad_output = noise(3, 3, grad=False)
+    originals = list(layer.parametrizations.weight.parameters())
+    expected = torch.autograd.grad(layer.weight, originals, 3 * grad_output.T @ x.detach())
+    layer(x).backward(grad_output)
+    closely(x.grad, 2 * grad_output @ layer.weight.detach())
+    for original, grad in zip(originals, expected, strict=True):
+        closely(original.grad, grad)
+
+
+def test_cached_parametrized_weight_is_ruled_under_its_plain_name():
+    layer, x = nn.utils.parametrizations.weight_norm(normed_scale()), noise(3, 3)
+    grad_output = noise(3, 3, grad=False)
+    originals = list(layer.parametrizations.weight.parameters())
+    expected = torch.autograd.grad(layer.weight, originals, 3 * grad_output.T @ x.detach())
+    with nn.utils.parametrize.cached():
+        y = layer(x)
+    y.backward(grad_output)
+    for original, grad in zip(originals, expected, strict=True):
+        closely(original.grad, grad)
+
+
+# Modules with state
+
+
+@pytest.mark.parametrize("rule", [left_to_autograd, through_vjp], ids=["gradient alone", "vjp"])
+def test_encoder_layer_keeps_autograds_parameter_gradients(rule):
+    def encoder():
+        torch.manual_seed(1)
+        return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
+
+    class Ruled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = encoder()
+
+        @go.custom_backward(rule)
+        def forward(self, x):
+            return self.layer(x)
+
+    model, plain, x = Ruled(), encoder(), noise(2, 5, 8)
+    target = noise(2, 5, 8, grad=False)
+    (model(x) * target).sum().backward()
+    twin = x.detach().clone().requires_grad_()
+    (plain(twin) * target).sum().backward()
+    closely(x.grad, 3 * (target if rule is left_to_autograd else twin.grad))
+    for name, parameter in plain.named_parameters():
+        closely(model.layer.get_parameter(name).grad, parameter.grad)
+
+
+@pytest.mark.parametrize("rule", [left_to_autograd, through_vjp], ids=["gradient alone", "vjp"])
+def test_batch_norm_counts_the_batch_once(rule):
+    class Ruled(nn.BatchNorm1d):
+        @go.custom_backward(rule)
+        def forward(self, input):
+            return super().forward(input)
+
+    layer, plain = Ruled(3, dtype=torch.float64), nn.BatchNorm1d(3, dtype=torch.float64)
+    x = noise(8, 3)
+    layer(x).sum().backward()
+    plain(x)
+    assert layer.num_batches_tracked.item() == 1
+    exactly(layer.running_mean, plain.running_mean)
+    exactly(layer.running_var, plain.running_var)
+
+
+def test_dropout_of_a_vjp_has_the_mask_of_the_forward():
+    class Ruled(nn.Dropout):
+        @go.custom_backward(through_vjp)
+        def forward(self, input):
+            return super().forward(input)
+
+    x = torch.ones(1000, dtype=torch.float64, requires_grad=True)
+    y = Ruled(0.5)(x)
+    y.sum().backward()
+    exactly(x.grad, 3 * y.detach())
+
+
+def test_attributes_that_the_forward_sets_are_on_the_module():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(2.0))
+            self.calls = 0
+
+        @go.custom_backward(by_name)
+        def forward(self, x):
+            self.calls += 1
+            return x * self.weight
+
+    layer = Counting()
+    layer(float64(1.0)).backward()
+    layer(float64(1.0)).backward()
+    assert layer.calls == 2
+
+
+def test_method_that_is_not_forward_reaches_the_parameters_too():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(2.0))
+
+        @go.custom_backward(by_name)
+        def scale(self, x):
+            return x * self.weight
+
+        def forward(self, x):
+            return 10 * self.scale(x)
+
+    model, x = Model(), float64(3.0)
+    model(x).backward()
+    assert (x.grad.item(), model.weight.grad.item()) == (60.0, 150.0)
+
+
+def test_decorated_method_that_calls_another_takes_the_rules_of_both():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(2.0))
+
+        @go.custom_backward(by_name)
+        def scale(self, x):
+            return x * self.weight
+
+        @go.custom_backward(lambda grad_output, vjp: 10 * vjp(grad_output))
+        def forward(self, x):
+            return self.scale(x)
+
+    model, x = Model(), float64(3.0)
+    model(x).backward()
+    assert (x.grad.item(), model.weight.grad.item()) == (60.0, 15.0)
+
+
+def test_list_of_parameters_is_reached_by_dotted_name():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.ParameterList([float64(2.0, grad=False), float64(3.0, grad=False)])
+
+        @go.custom_backward(lambda grad_output: {"x": grad_output, "weights.1": 7 * grad_output})
+        def forward(self, x):
+            return x * self.weights[0] * self.weights[1]
+
+    model, x = Model(), float64(5.0)
+    model(x).backward()
+    assert (model.weights[0].grad.item(), model.weights[1].grad.item()) == (15.0, 7.0)
+
+
+def test_parameter_that_the_forward_does_not_use_stays_none():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Parameter(float64(2.0)), nn.Parameter(float64(3.0))
+
+        @go.custom_backward(left_to_autograd)
+        def forward(self, x):
+            return x * self.used
+
+    model = Model()
+    model(float64(5.0)).backward()
+    assert (model.used.grad.item(), model.unused.grad) == (5.0, None)

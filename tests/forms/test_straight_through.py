@@ -1,0 +1,346 @@
+"""`straight_through`: exact values, and the gradient of the identity or of a surrogate. Contract, section 3."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import closely, exactly, float64, noise
+from torch import nn
+
+import gradoverride as go
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+ids = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
+every_float = pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+
+ROUNDINGS = {
+    "sign": torch.sign,
+    "round": torch.round,
+    "floor": torch.floor,
+    "heaviside": lambda x: (x > 0).to(x.dtype),
+    "levels": lambda x: torch.round(x * 3) / 3,
+    "clamp": lambda x: x.clamp(-1, 1),
+    "one hot": lambda x: F.one_hot(x.argmax(-1), x.shape[-1]).to(x.dtype),
+}
+every_rounding = pytest.mark.parametrize("rounding", ROUNDINGS.values(), ids=ROUNDINGS)
+
+
+def same_bits(actual, expected):
+    exactly(actual, expected)
+    assert torch.equal(actual.signbit(), expected.signbit())
+
+
+def awkward(dtype):
+    """Values at which the idiom `x + (f(x) - x).detach()` goes wrong, and others."""
+    return torch.tensor([300, -300, 0.1, 1e-3, 0.5, -0.5, 2.5, -0.4, 0.0, -0.0, 6e4, float("inf"), -float("inf")], dtype=dtype)
+
+
+@every_float
+@every_rounding
+def test_value_is_exactly_the_forwards(rounding, dtype):
+    x = awkward(dtype)
+    same_bits(go.straight_through(rounding)(x.clone().requires_grad_()).detach(), rounding(x))
+
+
+@every_float
+@every_rounding
+def test_value_with_a_surrogate_is_exactly_the_forwards(rounding, dtype):
+    x = awkward(dtype)
+    decorated = go.straight_through(rounding, surrogate=torch.tanh)
+    same_bits(decorated(x.clone().requires_grad_()).detach(), rounding(x))
+
+
+def test_value_of_bfloat16_sign_of_300_is_1():
+    x = torch.tensor([300.0], dtype=torch.bfloat16, requires_grad=True)
+    assert go.straight_through(torch.sign)(x).item() == 1.0
+    assert (x + (torch.sign(x) - x).detach()).item() == 0.0  # the idiom
+
+
+def test_nan_stays_nan():
+    assert go.straight_through(torch.round)(float64(float("nan"))).isnan().all()
+
+
+@every_float
+@every_rounding
+def test_gradient_passes_unchanged(rounding, dtype):
+    x = awkward(dtype).requires_grad_()
+    grad_output = torch.randn(13).to(dtype)
+    go.straight_through(rounding)(x).backward(grad_output)
+    same_bits(x.grad, grad_output)
+
+
+SURROGATES = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hardtanh": F.hardtanh,
+    "lambda": lambda x: x**3,
+    "module": nn.Softplus(),
+    "function": lambda x: torch.atan(2 * x) / 2,
+    "softmax": lambda x: x.softmax(-1),
+}
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES.values(), ids=SURROGATES)
+def test_gradient_is_the_derivative_of_the_surrogate(surrogate):
+    x, grad_output = noise(2, 5), noise(2, 5, grad=False)
+    go.straight_through(torch.sign, surrogate=surrogate)(x).backward(grad_output)
+    twin = x.detach().clone().requires_grad_()
+    surrogate(twin).backward(grad_output)
+    closely(x.grad, twin.grad)
+
+
+@every_float
+def test_gradient_of_a_surrogate_has_the_dtype_of_the_input(dtype):
+    x = torch.randn(5).to(dtype).requires_grad_()
+    go.straight_through(torch.sign, surrogate=torch.tanh)(x).sum().backward()
+    twin = x.detach().clone().requires_grad_()
+    torch.tanh(twin).sum().backward()
+    exactly(x.grad, twin.grad)
+
+
+def test_surrogate_has_second_derivatives():
+    x, grad_output = noise(5), noise(5)
+    y = go.straight_through(torch.sign, surrogate=torch.tanh)(x)
+    (grad,) = torch.autograd.grad(y, x, grad_output, create_graph=True)
+    second_x, second_grad = torch.autograd.grad(grad.sum(), (x, grad_output))
+    tanh = x.detach().tanh()
+    closely(second_x, grad_output.detach() * -2 * tanh * (1 - tanh**2))
+    closely(second_grad, 1 - tanh**2)
+
+
+def test_gradient_of_the_identity_is_linear_in_the_incoming_one():
+    x = noise(5)
+    y = go.straight_through(torch.round)(x)
+    grad_output = noise(5)
+    (grad,) = torch.autograd.grad(y, x, grad_output, create_graph=True)
+    exactly(torch.autograd.grad(grad.sum(), grad_output)[0], torch.ones(5, dtype=torch.float64))
+
+
+# Ways to write it
+
+
+@go.straight_through
+def bare(x):
+    """Round."""
+    return torch.round(x)
+
+
+@go.straight_through(surrogate=torch.tanh)
+def with_surrogate(x):
+    """Round."""
+    return torch.round(x)
+
+
+@go.straight_through()
+def with_empty_brackets(x):
+    """Round."""
+    return torch.round(x)
+
+
+class Rounder(nn.Module):
+    @go.straight_through
+    def forward(self, x):
+        return torch.round(x)
+
+
+@go.straight_through
+class RounderClass(nn.Module):
+    def forward(self, x):
+        return torch.round(x)
+
+
+class Methods:
+    @go.straight_through
+    @staticmethod
+    def static(x):
+        return torch.round(x)
+
+    @classmethod
+    @go.straight_through
+    def of_class(cls, x):
+        return torch.round(x)
+
+
+WAYS = {
+    "bare": bare,
+    "empty brackets": with_empty_brackets,
+    "call": go.straight_through(torch.round),
+    "lambda": go.straight_through(lambda x: torch.round(x)),
+    "forward": Rounder(),
+    "class": RounderClass(),
+    "static method": Methods.static,
+    "class method": Methods.of_class,
+    "bound": go.straight_through(Rounder().forward),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_every_way_to_write_it_passes_the_gradient(way):
+    x = float64(0.4, 1.6)
+    y = way(x)
+    exactly(y.detach(), float64(0.0, 2.0, grad=False))
+    y.backward(float64(3.0, 5.0, grad=False))
+    exactly(x.grad, float64(3.0, 5.0, grad=False))
+
+
+@pytest.mark.parametrize("decorated", [bare, with_surrogate, with_empty_brackets], ids=lambda f: f.__name__)
+def test_decorated_function_keeps_its_docstring(decorated):
+    assert decorated.__doc__ == "Round."
+    exactly(decorated.__wrapped__(float64(1.6, grad=False)), float64(2.0, grad=False))
+
+
+def test_surrogate_given_in_brackets_is_used():
+    x = float64(0.4)
+    with_surrogate(x).backward()
+    closely(x.grad, 1 - x.detach().tanh() ** 2)
+
+
+# Arguments
+
+
+def test_gradient_goes_to_the_first_differentiable_argument():
+    @go.straight_through
+    def quantize(levels, x, bias):
+        return torch.round(x * levels) / levels + 0 * bias
+
+    x, bias = noise(3), noise(3)
+    quantize(4, x, bias).backward(float64(1.0, 2.0, 3.0, grad=False))
+    exactly(x.grad, float64(1.0, 2.0, 3.0, grad=False))
+    assert bias.grad is None or not bias.grad.any()
+
+
+def test_keyword_options_reach_the_forward():
+    @go.straight_through
+    def quantize(x, *, levels=2, mode="round"):
+        return getattr(torch, mode)(x * levels) / levels
+
+    x = float64(0.3, 0.9)
+    y = quantize(x, levels=4, mode="floor")
+    exactly(y.detach(), float64(0.25, 0.75, grad=False))
+    y.sum().backward()
+    exactly(x.grad, float64(1.0, 1.0, grad=False))
+
+
+def test_argument_passed_by_keyword_gets_the_gradient():
+    x = float64(0.4)
+    bare(x=x).backward()
+    assert x.grad.item() == 1.0
+
+
+def test_integer_argument_before_it_is_passed_over():
+    @go.straight_through
+    def pick(index, x):
+        return torch.zeros_like(x).index_fill(0, index, 1.0)
+
+    x = noise(3)
+    pick(torch.tensor([1]), x).backward(float64(1.0, 2.0, 3.0, grad=False))
+    exactly(x.grad, float64(1.0, 2.0, 3.0, grad=False))
+
+
+def test_identity_of_another_shape_is_an_error_with_both_shapes():
+    @go.straight_through
+    def shrink(x):
+        return torch.round(x[:2])
+
+    with pytest.raises(go.GradOverrideError, match=r"(?s)shrink.*test_straight_through\.py:\d+") as caught:
+        shrink(noise(3)).sum().backward()
+    assert "(3,)" in str(caught.value)
+    assert "(2,)" in str(caught.value)
+
+
+def test_result_that_would_broadcast_is_an_error():
+    @go.straight_through
+    def spread(x):
+        return torch.round(x).expand(4, 3)
+
+    with pytest.raises(go.GradOverrideError, match=r"(?s)spread.*\(4, 3\)|spread.*\(3,\)"):
+        spread(noise(3)).sum().backward()
+
+
+def test_surrogate_of_another_shape_is_an_error_with_both_shapes():
+    def total(x):
+        return x.sum()
+
+    decorated = go.straight_through(torch.round, surrogate=total)
+    with pytest.raises(go.SurrogateError, match=r"(?s)total") as caught:
+        decorated(noise(3)).sum().backward()
+    assert "(3,)" in str(caught.value)
+    assert "()" in str(caught.value)
+
+
+def test_surrogate_that_is_not_callable_is_refused():
+    with pytest.raises(go.GradOverrideError, match="surrogate"):
+        go.straight_through(torch.round, surrogate=3)
+
+
+def test_class_without_forward_is_refused():
+    class Nothing:
+        pass
+
+    with pytest.raises(go.DecorationError, match=r"(?s)Nothing.*forward"):
+        go.straight_through(Nothing)
+
+
+def test_parameters_of_a_straight_through_module_keep_autograds_gradient():
+    class Quantized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(float64(2.0))
+
+        @go.straight_through
+        def forward(self, x):
+            return torch.round(x) * self.scale
+
+    layer, x = Quantized(), float64(2.6)
+    layer(x).backward()
+    assert (x.grad.item(), layer.scale.grad.item()) == (1.0, 3.0)
+
+
+def test_forward_that_already_has_a_gradient_gets_the_surrogates_alone():
+    x = noise(4)
+    go.straight_through(torch.sin, surrogate=torch.tanh)(x).sum().backward()
+    closely(x.grad, 1 - x.detach().tanh() ** 2)
+
+
+def test_in_place_forward_is_exact_and_passes_the_gradient():
+    x = float64(0.4, 1.6)
+    y = x * 1
+    z = go.straight_through(lambda x: x.round_())(y)
+    exactly(z.detach(), float64(0.0, 2.0, grad=False))
+    z.backward(float64(3.0, 5.0, grad=False))
+    exactly(x.grad, float64(3.0, 5.0, grad=False))
+
+
+def test_complex_values_pass_exactly():
+    x = torch.randn(4, dtype=torch.complex128, requires_grad=True)
+    grad_output = torch.randn(4, dtype=torch.complex128)
+    y = go.straight_through(lambda z: torch.complex(z.real.round(), z.imag.round()))(x)
+    exactly(y.detach(), torch.complex(x.detach().real.round(), x.detach().imag.round()))
+    y.backward(grad_output)
+    exactly(x.grad, grad_output)
+
+
+def test_one_hot_of_logits_trains_through_softmax():
+    logits, grad_output = noise(2, 5), noise(2, 5, grad=False)
+    sample = go.straight_through(ROUNDINGS["one hot"], surrogate=lambda x: x.softmax(-1))
+    sample(logits).backward(grad_output)
+    soft = logits.detach().softmax(-1)
+    closely(logits.grad, soft * (grad_output - (grad_output * soft).sum(-1, keepdim=True)))
+
+
+def test_surrogate_runs_not_at_all_where_no_gradient_is_wanted():
+    calls = []
+    decorated = go.straight_through(torch.round, surrogate=lambda x: (calls.append(1), x)[1])
+    with torch.no_grad():
+        decorated(float64(0.4))
+    decorated(float64(0.4, grad=False))
+    assert calls == []
+    decorated(float64(0.4)).backward()
+    assert calls
+
+
+def test_same_node_is_used_over_two_backward_calls():
+    x = float64(0.4)
+    y = go.straight_through(torch.round, surrogate=torch.tanh)(x)
+    y.backward(retain_graph=True)
+    y.backward()
+    closely(x.grad, 2 * (1 - x.detach().tanh() ** 2))

@@ -1,0 +1,28 @@
+"""The suite's tolerances, each named once, and the comparisons that use them."""
+
+import torch
+
+FLOAT64 = {"rtol": 1e-10, "atol": 1e-12}
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def exactly(actual, expected):
+    """Fail unless both are equal to the last bit, in dtype and in structure (a signed zero apart)."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def closely(actual, expected):
+    """Fail unless both agree as two orders of the same float64 (or float32) computation do."""
+    sample = expected[0] if isinstance(expected, (tuple, list)) else expected
+    tolerance = FLOAT32 if sample.dtype in (torch.float32, torch.complex64) else FLOAT64
+    torch.testing.assert_close(actual, expected, **tolerance)
+
+
+def float64(*values, grad=True):
+    """A float64 leaf of these values."""
+    return torch.tensor(values, dtype=torch.float64, requires_grad=grad)
+
+
+def noise(*sizes, grad=True, dtype=torch.float64):
+    """A leaf of normal noise."""
+    return torch.randn(*sizes, dtype=dtype).requires_grad_(grad)
