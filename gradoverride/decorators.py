@@ -100,8 +100,6 @@ def straight_through(fn: Any = None, /, *, surrogate: Callable[..., Any] | None 
 
 
 def _straight_through(surrogate: Callable[..., Any] | None, fn: Any) -> Any:
-    if isinstance(fn, type) and not issubclass(fn, nn.Module):
-        raise DecorationError(f"straight_through: a function is needed; '{fn.__name__}' is a class")
     inner = fn.__func__ if isinstance(fn, (staticmethod, classmethod)) else fn
     name = "straight_through" if surrogate is None else f"straight_through(surrogate={name_of(surrogate)})"
     place = location(surrogate or inner)
@@ -118,7 +116,7 @@ def _attach(rule: Rule, target: Any, *, straight_through: bool = False, on_first
         return type(target)(inner)
     if not callable(target):
         raise DecorationError(
-            f"custom_backward: a function, a method or a class with a 'forward' is needed; got {what(target)}"
+            f"what gets a backward must be a function, a method or a class with a 'forward'; got {what(target)}"
         )
     forward = _forward_of_class(target, rule) if isinstance(target, type) else _forward_of(target)
     plan = Plan(forward, rule, straight_through=straight_through)
@@ -150,7 +148,7 @@ def _forward_of_class(cls: Any, rule: Rule) -> Forward:
     forward = getattr(cls, "forward", None)
     if not callable(forward) or forward is nn.Module.forward:
         raise DecorationError(
-            f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must have a 'forward' for the rule {rule.who}"
+            f"class '{cls.__name__}' ({_place(cls)}) must have a 'forward', for the rule {rule.who} to be its backward"
         )
     return Forward(forward, name=cls.__name__)
 

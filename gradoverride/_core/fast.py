@@ -219,7 +219,7 @@ class ShortPath:
             ]
         unusual.append("_go_result.requires_grad")  # it reached a tensor that it was not given
         for name in tensors:
-            unusual.append(f"{alias[name]}._version" + (f" and {wants[name]}" if len(tensors) > 1 else ""))
+            unusual.append((f"{wants[name]} and " if len(tensors) > 1 else "") + f"{alias[name]}._version")
         return [
             *lines,
             f"    _go_result = {called}",
@@ -269,7 +269,7 @@ class ShortPath:
         called = self._call([alias.get(name, name) for name in arguments]).replace("_go_fn(", f"_go_fn({inner}, ")
         unusual = ["type(_go_result) is not _go_Tensor", "_go_result._is_view()", "_go_result.requires_grad"]
         for name in tensors:
-            unusual += [f"_go_result is {alias[name]}", f"{alias[name]}._version and {name}.requires_grad"]
+            unusual += [f"_go_result is {alias[name]}", f"{name}.requires_grad and {alias[name]}._version"]
         aliases = ", ".join(alias[name] for name in tensors)
         given = "_go_aliases" if params else "{}"
         boxed = ", ".join(["_go_result", *self._boxed(arguments)])

@@ -118,7 +118,14 @@ def test_captured_tensor_is_fine_where_no_gradient_is_wanted(forward):
 
 
 @pytest.mark.parametrize(
-    ("make", "name"), [(closure, "'weight'"), (global_variable, "'GLOBAL_WEIGHT'"), (closed_over_module, "linear")]
+    ("make", "name"),
+    [
+        (closure, "'weight'"),
+        (global_variable, "'GLOBAL_WEIGHT'"),
+        (closed_over_module, "linear"),
+        (attribute_of_a_plain_object, "weight"),
+    ],
+    ids=["closure", "global", "module", "attribute"],
 )
 def test_captured_tensor_is_named(make, name):
     with pytest.raises(go.CapturedTensorError, match=name):

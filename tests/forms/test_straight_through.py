@@ -31,7 +31,9 @@ def same_bits(actual, expected):
 
 def awkward(dtype):
     """Values at which the idiom `x + (f(x) - x).detach()` goes wrong, and others."""
-    return torch.tensor([300, -300, 0.1, 1e-3, 0.5, -0.5, 2.5, -0.4, 0.0, -0.0, 6e4, float("inf"), -float("inf")], dtype=dtype)
+    return torch.tensor(
+        [300, -300, 0.1, 1e-3, 0.5, -0.5, 2.5, -0.4, 0.0, -0.0, 6e4, float("inf"), -float("inf")], dtype=dtype
+    )
 
 
 @every_float
