@@ -12,25 +12,23 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks import eager
-from benchmarks.timing import GRAPHS, Case, Effort, NotMeasured, Pair, Samples, forward_and_backward, leaf, ratio
+from benchmarks.timing import COUNT, Case, Effort, NotMeasured, Pair, Samples, forward_and_backward, leaf, ratio
 
-N = 10_000
+SMALL, LARGE = 10_000, 1_000_000  # where guards show, and where they do not
 
-Sides = Callable[[], tuple[Callable[..., Any], Callable[..., Any], int]]
+Sides = Callable[[], tuple[Callable[..., Any], Callable[..., Any], tuple[int, ...]]]  # and the sizes of the arguments
 
 
 def cases() -> list[Case]:
     subjects: dict[str, Sides] = {
-        "gradient alone": lambda: (eager.doubled(), eager.Double.apply, 1),
-        "two tensors": lambda: (eager.product(), eager.Product.apply, 2),
-        "module method": lambda: (eager.Affine(N), eager.AffineByHand(N), 1),
+        f"gradient alone, n={SMALL:g}": lambda: (eager.doubled(), eager.Double.apply, (SMALL,)),
+        f"gradient alone, n={LARGE:g}": lambda: (eager.doubled(), eager.Double.apply, (LARGE,)),
+        f"two tensors, n={SMALL:g}": lambda: (eager.product(), eager.Product.apply, (SMALL, SMALL)),
+        f"module method, n={SMALL:g}": lambda: (eager.Affine(SMALL), eager.AffineByHand(SMALL), (SMALL,)),
     }
     return [
-        *(
-            ratio(f"compiled: {name}, n={N:g}", 1.02, functools.partial(pair, sides))
-            for name, sides in subjects.items()
-        ),
-        *(graphs(f"compiled: graphs beyond the reference's, {name}", sides) for name, sides in subjects.items()),
+        *(ratio(f"compiled: {name}", 1.02, functools.partial(pair, sides)) for name, sides in subjects.items()),
+        *(graphs(f"compiled: graphs beyond by hand, {name}", sides) for name, sides in subjects.items()),
     ]
 
 
@@ -43,7 +41,7 @@ def graphs(name: str, sides: Sides) -> Case:
         _, ours, reference = compiled(sides)
         return Samples([ours - reference], [reference])
 
-    return Case(name, 0, measure, GRAPHS)
+    return Case(name, 0, measure, COUNT)
 
 
 @functools.cache
@@ -51,9 +49,9 @@ def compiled(sides: Sides) -> tuple[Pair, int, int]:
     """Both sides, compiled, and the number of graphs of each. Compiling takes seconds, so it is done once."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         raise NotMeasured("inductor needs a C++ compiler")
-    ours, reference, tensors = sides()
-    leaves = tuple(leaf(N) for _ in range(tensors))
-    grad = torch.ones(N)
+    ours, reference, sizes = sides()
+    leaves = tuple(leaf(size) for size in sizes)
+    grad = torch.ones(sizes[0])
 
     def compile_and_run(function: Callable[..., Any]) -> tuple[Callable[[], object], int]:
         counter = CompileCounterWithBackend("inductor")

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gradoverride as go
-from benchmarks.timing import BYTES, Case, Effort, Pair, Samples, forward_and_backward, leaf, ratio
+from benchmarks.timing import BYTES, Case, Effort, Pair, Samples, forward_and_backward, leaf, ratio, undisturbed
 
 BATCH, WIDTH = 256, 512
 
@@ -91,14 +93,37 @@ def kept(name: str, build: Callable[[], Sides]) -> Case:
     return Case(name, 0, measure, BYTES)
 
 
-def bytes_kept(function: Callable[..., Tensor], *inputs: Tensor) -> float:
-    """What a call has allocated and not given back while its result is alive, the result included."""
-    result = function(*inputs)  # what is made once is made here
-    del result
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        result = function(*inputs)
-    del result
-    return float(sum(event.self_cpu_memory_usage for event in profiled.key_averages()))
+def bytes_kept(function: Callable[..., Tensor], *inputs: Tensor) -> int:
+    """What is given back when the result of a call is dropped: it and all that waits for its backward.
+
+    Nothing has to wait for the garbage collector, so it is off.
+    """
+    with undisturbed(threads=1):
+        with Storages() as storages:
+            result = function(*inputs)
+        with_result = storages.bytes_alive()
+        del result
+        return with_result - storages.bytes_alive()
+
+
+class Storages(TorchDispatchMode):
+    """Weak references to the storage of every tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                self.seen[reference.cdata] = reference, storage.nbytes()
+        return result
+
+    def bytes_alive(self) -> int:
+        return sum(size for reference, size in self.seen.values() if not reference.expired())
 
 
 def override(inner: nn.Module, rule: Rule) -> Sides:

@@ -93,7 +93,7 @@ RATIO = Quantity("{:.3f}".format, in_seconds)
 MICROSECONDS = Quantity("{:.3f} us".format, in_seconds)
 MILLISECONDS = Quantity("{:.1f} ms".format, in_seconds)
 BYTES = Quantity("{:,.0f} bytes".format, "{:,.0f} bytes".format)
-GRAPHS = Quantity("{:.0f} graphs".format, "{:.0f} graphs".format)
+COUNT = Quantity("{:.0f}".format, "{:.0f}".format)
 
 
 class NotMeasured(Exception):

@@ -116,7 +116,7 @@ def _attach(rule: Rule, target: Any, *, straight_through: bool = False, on_first
         return type(target)(inner)
     if not callable(target):
         raise DecorationError(
-            f"what gets a backward must be a function, a method or a class with a 'forward'; got {what(target)}"
+            f"custom_backward: a function, a method or a class with a 'forward' is needed; got {what(target)}"
         )
     forward = _forward_of_class(target, rule) if isinstance(target, type) else _forward_of(target)
     plan = Plan(forward, rule, straight_through=straight_through)

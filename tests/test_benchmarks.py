@@ -1,4 +1,4 @@
-"""The benchmarks run and say what they found. What they measure is not tested here: that would depend on the machine."""
+"""The benchmarks run and say what they found. Whether limits hold is not tested: that depends on the machine."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import timing
-from benchmarks.__main__ import main
+from benchmarks.__main__ import SUBJECTS, main
 from benchmarks.timing import Case, Effort, Pair, Samples
 
 BRIEF = Effort(seconds=0.01, builds=2, processes=1)
@@ -35,10 +35,15 @@ def test_an_unknown_case_is_refused(capsys):
 
 
 def test_every_case_has_a_name_of_its_own():
-    from benchmarks.__main__ import SUBJECTS
-
     names = [case.name for subject in SUBJECTS for case in subject.cases()]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("name", ["eager: added to a call under no_grad", "eager: nested", "modules: kept"])
+def test_cases_of_other_kinds_are_measured(tmp_path, name):
+    written = tmp_path / "results.json"
+    assert main(["--quick", "--only", name, "--json", str(written)]) == 0
+    assert all(case["samples"] for case in json.loads(written.read_text())["cases"])
 
 
 def test_the_same_work_on_both_sides_has_ratio_one():

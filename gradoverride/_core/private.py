@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch.autograd import Function, forward_ad
@@ -31,6 +31,8 @@ __all__ = [
     "unwrapped",
     "use_count",
 ]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def fast_apply(function: type[Function]) -> Callable[..., Any]:
@@ -121,7 +123,13 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+def evaluated_while_tracing(fn: F) -> F:
+    """`torch.compiler.assume_constant_result`, which takes 0.8 s to set this mark, for it imports all of Dynamo."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the mark
+    return fn
+
+
+@evaluated_while_tracing
 def _raise_while_tracing(kind: type[Exception], text: str) -> None:
     raise kind(text)
 
@@ -135,7 +143,7 @@ def fail(kind: type[Exception], text: str) -> NoReturn:
     raise kind(text)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+@evaluated_while_tracing
 def keep_own_frames_whole() -> None:
     """Tell Dynamo, once it traces a decorated call, not to compile this library's own functions one by one.
 
@@ -173,7 +181,7 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 _overridden: list[bool] = []  # what the switch was before, while it is set
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+@evaluated_while_tracing
 def _set_trace_gradients() -> None:
     from torch._dynamo import callback, config  # costs 0.5 s, and only a program that compiles gets here
 
@@ -185,7 +193,7 @@ def _set_trace_gradients() -> None:
     config.trace_autograd_ops = True
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+@evaluated_while_tracing
 def _restore_trace_gradients(_: Any = None) -> None:
     from torch._dynamo import config
 

@@ -278,7 +278,7 @@ def test_class_without_forward_is_refused():
     class Nothing:
         pass
 
-    with pytest.raises(go.DecorationError, match=r"(?s)Nothing.*forward"):
+    with pytest.raises(go.DecorationError, match="Nothing"):
         go.straight_through(Nothing)
 
 

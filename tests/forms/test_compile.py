@@ -1,0 +1,583 @@
+"""Decorated callables under torch.compile. Conformance, group compile.
+
+Each gradient is one that autograd would not give, so that a rule which is dropped shows.
+"""
+
+import pytest
+import torch
+from oracles import closely, exactly, float64, noise
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
+
+import gradoverride as go
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",  # Dynamo's own doing, for any Function
+    "ignore:.*torch.jit.*:DeprecationWarning",  # inductor's
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def seven_times(grad_output):
+    return 7 * grad_output
+
+
+class Scale(nn.Module):
+    """Weight 2, whose gradient is 5 x; the input's is 7 times the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(float64(2.0, 2.0, 2.0))
+        self.shift = nn.Parameter(float64(0.0, 0.0, 0.0))
+
+    @go.custom_backward(lambda grad_output, x, weight: {"x": 3.5 * grad_output * weight, "weight": 5 * grad_output * x})
+    def forward(self, x):
+        return x * self.weight + self.shift
+
+
+class ScaleByParams(Scale):
+    @go.custom_backward(
+        lambda grad_output, x, params: {"x": 7 * grad_output, "weight": 5 * grad_output * x, "shift": grad_output}
+    )
+    def forward(self, x):
+        return x * self.weight + self.shift
+
+
+class ScaleLeftToAutograd(Scale):
+    @go.custom_backward(lambda grad_output, x: {"x": 7 * grad_output})
+    def forward(self, x):
+        return x * self.weight * 5 + self.shift
+
+
+class ScaleByVjp(Scale):
+    @go.custom_backward(lambda grad_output, vjp, x: {"x": 3.5 * vjp(grad_output), "weight": 5 * grad_output * x})
+    def forward(self, x):
+        return x * self.weight + self.shift
+
+
+@go.custom_backward
+class ScaleByClass(Scale):
+    def forward(self, x):
+        return x * self.weight + self.shift
+
+    def backward(self, grad_output, x):
+        self.weight.grad = 5 * grad_output * x
+        self.shift.grad = grad_output
+        return 3.5 * grad_output * self.weight
+
+
+@go.custom_backward
+class ScaleByClassWithVjp(Scale):
+    def forward(self, x):
+        return x * self.weight + self.shift
+
+    def backward(self, grad_output, x, vjp):
+        self.weight.grad = 5 * grad_output * x
+        return 3.5 * vjp(grad_output)
+
+
+MODULES = {
+    "method": Scale,
+    "params": ScaleByParams,
+    "left to autograd": ScaleLeftToAutograd,
+    "method with vjp": ScaleByVjp,
+    "class": ScaleByClass,
+    "class with vjp": ScaleByClassWithVjp,
+}
+
+
+class Holder:
+    @go.custom_backward(seven_times)
+    @staticmethod
+    def static(x):
+        return x / 2
+
+    @classmethod
+    @go.custom_backward(seven_times)
+    def of_class(cls, x):
+        return x / 2
+
+    @go.custom_backward(seven_times)
+    def method(self, x):
+        return x / 2
+
+
+def halve(x):
+    return x / 2
+
+
+@go.custom_backward(lambda grad_output: 2 * grad_output["a"] + 5 * grad_output["b"][0])
+def split(x):
+    return {"a": x * 2, "b": (x.floor(), None, "text")}
+
+
+@go.custom_backward(lambda grad_output: [3 * grad_output, {"y": (4 * grad_output, None)}])
+def combine(tree):
+    first, rest = tree
+    return first + rest["y"][0]
+
+
+@go.custom_backward(lambda grad_output, x, *, factor=7: factor * grad_output + 0 * x)
+def with_option(x, *, shift=0.0):
+    return x * x + shift
+
+
+@go.custom_backward(seven_times)
+def in_place(x):
+    return x.mul_(2)
+
+
+def sum_of_split(x):
+    parts = split(x)
+    return parts["a"] + parts["b"][0]
+
+
+seven_times_halve = go.custom_backward(seven_times)(halve)
+floor_with_module = go.straight_through(torch.floor, surrogate=nn.Hardtanh(-700, 700))
+passing_floor = go.straight_through(torch.floor)
+
+FUNCTIONS = {
+    "function": go.custom_backward(seven_times)(halve),
+    "lambda": go.custom_backward(lambda grad_output: 7 * grad_output)(lambda x: x / 2),
+    "builtin": go.custom_backward(seven_times)(torch.floor),
+    "argument and output": go.custom_backward(lambda grad_output, x, output: grad_output * (output / x + 6.5))(halve),
+    "input": go.custom_backward(lambda grad_output, input: grad_output * (7 + 0 * input))(halve),
+    "needs": go.custom_backward(lambda grad_output, needs: 7 * grad_output if needs["x"] else None)(halve),
+    "forward": go.custom_backward(lambda grad_output, x, forward: grad_output * 14 * forward(x) / x)(halve),
+    "vjp": go.custom_backward(lambda grad_output, vjp: 14 * vjp(grad_output))(halve),
+    "vjp of a changed gradient": go.custom_backward(lambda grad_output, vjp: vjp(14 * grad_output))(halve),
+    "vjp called twice": go.custom_backward(
+        lambda grad_output, vjp: vjp(10 * grad_output) + vjp(4 * grad_output),
+    )(halve),
+    "vjp.by_name": go.custom_backward(lambda grad_output, vjp: vjp.by_name(14 * grad_output))(halve),
+    "residual": go.custom_backward(lambda grad_output, seven: grad_output * seven)(
+        lambda x: go.save_for_backward(x / 2, seven=x * 0 + 7)
+    ),
+    "nested rules": go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(
+        lambda x: seven_times_halve(x)
+    ),
+    "dict result": sum_of_split,
+    "nested arguments": lambda x: combine([x, {"y": (x, "text")}]),
+    "options": lambda x: with_option(x, shift=1.5),
+    "in place": lambda x: in_place(x * 1),
+    "method": Holder().method,
+    "static method": Holder.static,
+    "class method": Holder.of_class,
+    "straight_through": lambda x: 7 * passing_floor(x),
+    "surrogate": go.straight_through(torch.floor, surrogate=lambda x: 7 * x),
+    "surrogate module": lambda x: 7 * floor_with_module(x),
+}
+
+
+def compiled(form, backend="aot_eager", **options):
+    return torch.compile(form, fullgraph=True, backend=backend, **options)
+
+
+@pytest.fixture
+def x():
+    return noise(3)
+
+
+def check(form, x, backend="aot_eager"):
+    grad_output = noise(3, grad=False)
+    y = compiled(form, backend)(x)
+    closely(y.detach(), form(x.detach()))
+    y.backward(grad_output)
+    closely(x.grad, 7 * grad_output)
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_function_compiled_directly(kind, x):
+    check(FUNCTIONS[kind], x)
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_function_in_a_compiled_parent(kind, x):
+    form = FUNCTIONS[kind]
+
+    check(lambda x: form(x * 1) * 1, x)
+
+
+INDUCTOR = ["function", "argument and output", "vjp", "residual", "dict result", "straight_through", "surrogate"]
+
+
+@pytest.mark.parametrize("kind", INDUCTOR)
+def test_function_compiled_by_inductor(kind, x):
+    check(FUNCTIONS[kind], x, "inductor")
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_module_compiled_directly(kind, x):
+    layer = MODULES[kind]()
+    run = compiled(layer)
+    for _ in range(2):  # the gradients accumulate
+        run(x).sum().backward()
+    closely(x.grad, torch.full_like(x, 14.0))
+    closely((layer.weight.grad, layer.shift.grad), (2 * 5 * x.detach(), torch.full_like(x, 2.0)))
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_module_in_a_compiled_parent_used_twice(kind, x):
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = MODULES[kind]()
+
+        def forward(self, x):
+            return self.layer(x) + 10 * self.layer(x)
+
+    parent = Parent()
+    compiled(parent)(x).sum().backward()
+    closely(x.grad, torch.full_like(x, 77.0))
+    closely(parent.layer.weight.grad, 11 * 5 * x.detach())
+
+
+@pytest.mark.parametrize("kind", ["method", "left to autograd", "class", "method with vjp"])
+def test_module_compiled_by_inductor(kind, x):
+    layer = MODULES[kind]()
+    compiled(layer, "inductor")(x).sum().backward()
+    closely(x.grad, torch.full_like(x, 7.0))
+    closely((layer.weight.grad, layer.shift.grad), (5 * x.detach(), torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_compiled_module_with_an_input_that_needs_no_gradient(kind, x):
+    layer = MODULES[kind]()
+    compiled(layer)(x.detach()).sum().backward()
+    closely((layer.weight.grad, layer.shift.grad), (5 * x.detach(), torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_compiled_module_answers_autograd_grad_and_leaves_grad_alone(kind, x):
+    layer = MODULES[kind]()
+    closely(torch.autograd.grad(compiled(layer)(x).sum(), layer.weight), (5 * x.detach(),))
+    assert layer.weight.grad is x.grad is None
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_tensor_hook_on_a_parameter_of_a_compiled_module_fires_once(kind, x):
+    layer, seen = MODULES[kind](), []
+    layer.weight.register_hook(lambda grad: seen.append(grad.clone()))
+    compiled(layer)(x).sum().backward()
+    closely(seen, [5 * x.detach()])
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_frozen_parameter_of_a_compiled_module_stays_none(kind, x):
+    layer = MODULES[kind]()
+    layer.shift.requires_grad_(False)
+    compiled(layer)(x).sum().backward()
+    assert layer.shift.grad is None
+    closely(x.grad, torch.full_like(x, 7.0))
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_functional_call_in_compiled_code(kind, x):
+    layer, weight = MODULES[kind](), float64(2.0, 2.0, 2.0)
+    compiled(lambda weight, x: functional_call(layer, {"weight": weight}, (x,)))(weight, x).sum().backward()
+    closely((x.grad, weight.grad), (torch.full_like(x, 7.0), 5 * x.detach()))
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", ["function", "vjp", "straight_through", "surrogate"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_compiled_function_where_no_gradient_is_wanted(kind, mode, x):
+    with mode():
+        y = compiled(FUNCTIONS[kind])(x)
+        closely(y, FUNCTIONS[kind](x))
+    assert not y.requires_grad
+
+
+def test_compiled_function_that_is_decorated_afterwards(x):
+    decorated = go.custom_backward(seven_times)(torch.compile(halve, backend="aot_eager", fullgraph=True))
+    for form in (decorated, torch.compile(decorated, backend="aot_eager")):
+        x.grad = None
+        form(x).sum().backward()
+        closely(x.grad, torch.full_like(x, 7.0))
+
+
+def test_dropout_below_a_compiled_vjp_has_the_mask_of_the_forward():
+    dropout = go.custom_backward(lambda grad_output, vjp: 7 * vjp(grad_output))(
+        lambda x: nn.functional.dropout(x, 0.5, training=True)
+    )
+    x = torch.ones(1000, dtype=torch.float64, requires_grad=True)
+    y = compiled(dropout)(x)
+    y.sum().backward()
+    assert 0 < int((y == 0).sum()) < 1000
+    exactly(x.grad, 7 * y.detach())
+
+
+def test_batch_norm_below_a_compiled_vjp_counts_once():
+    class Ruled(nn.BatchNorm1d):
+        @go.custom_backward(lambda grad_output, vjp: 7 * vjp(grad_output))
+        def forward(self, input):
+            return super().forward(input)
+
+    layer, plain, x = Ruled(3, dtype=torch.float64), nn.BatchNorm1d(3, dtype=torch.float64), noise(8, 3)
+    compiled(layer)(x).square().sum().backward()
+    plain(x.detach()).square().sum().backward()
+    assert layer.num_batches_tracked.item() == 1
+    closely((layer.running_mean, layer.running_var), (plain.running_mean, plain.running_var))
+    closely(layer.weight.grad, plain.weight.grad)
+
+
+def test_same_tensor_twice_gets_both_gradients(x):
+    product = go.custom_backward(lambda grad_output, a, b: (2 * grad_output * b, 3 * grad_output * a))(
+        lambda a, b: a * b
+    )
+    compiled(lambda x: product(x, x))(x).sum().backward()
+    closely(x.grad, 5 * x.detach())
+
+
+def test_tensor_returned_twice_and_views_of_each_other_keep_their_values(x):
+    @go.custom_backward(lambda grad_output: 2 * grad_output[0] + 3 * grad_output[1].repeat(3) + 5 * grad_output[2])
+    def overlapping(x):
+        y = x * 2
+        return y, y[:1], y
+
+    whole, head, again = compiled(overlapping)(x)
+    closely((whole.detach(), head.detach(), again.detach()), (2 * x.detach(), 2 * x.detach()[:1], 2 * x.detach()))
+    (whole.sum() + 10 * head.sum() + 100 * again.sum()).backward()
+    closely(x.grad, torch.full_like(x, 532.0))
+
+
+def test_result_that_is_the_input(x):
+    same = go.custom_backward(seven_times)(lambda x: x)
+    compiled(lambda x: same(x) * 1)(x).sum().backward()
+    closely(x.grad, torch.full_like(x, 7.0))
+
+
+def test_integer_part_of_a_compiled_result_is_not_differentiable(x):
+    with_index = go.custom_backward(lambda grad_output: 7 * grad_output[0])(lambda x: (x * 2, x.argmax(), None))
+    y, index, nothing = compiled(with_index)(x)
+    y.sum().backward()
+    assert not index.requires_grad
+    assert index.item() == x.argmax().item()
+    assert nothing is None
+    closely(x.grad, torch.full_like(x, 7.0))
+
+
+@pytest.mark.parametrize("kind", ["function", "vjp", "straight_through"])
+def test_checkpointed_block_in_compiled_code(kind, x):
+    form = FUNCTIONS[kind]
+    compiled(lambda x: checkpoint(lambda x: form(x) * 1, x, use_reentrant=False))(x).sum().backward()
+    closely(x.grad, torch.full_like(x, 7.0))
+
+
+# How often it compiles
+
+
+def test_twelve_functions_compile_to_twelve_graphs(x):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def decorated(factor):
+        def forward(x):
+            return x * factor
+
+        return go.custom_backward(lambda grad_output: 10 * factor * grad_output)(forward)
+
+    for factor in range(1, 13):
+        x.grad = None
+        torch.compile(decorated(factor), fullgraph=True, backend=counter)(x).sum().backward()
+        closely(x.grad, torch.full_like(x, 10.0 * factor))
+    assert counter.frame_count == 12
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_twelve_instances_compile_to_one_graph(kind, x):
+    counter = CompileCounterWithBackend("aot_eager")
+    layers = [MODULES[kind]() for _ in range(12)]
+
+    def run(layer, x):
+        return layer(x)
+
+    run = torch.compile(run, fullgraph=True, backend=counter)
+    for layer in layers:
+        run(layer, x).sum().backward()
+        closely(layer.weight.grad, 5 * x.detach())
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_twelve_layers_in_a_row_are_one_graph(kind, x):
+    counter = CompileCounterWithBackend("aot_eager")
+    model = nn.Sequential(*[MODULES[kind]() for _ in range(12)])
+    torch.compile(model, fullgraph=True, backend=counter)(x).sum().backward()
+    assert counter.frame_count == 1
+    closely(x.grad, torch.full_like(x, 7.0**12))
+
+
+def test_second_call_does_not_compile_again(x):
+    counter = CompileCounterWithBackend("aot_eager")
+    for kind in ("function", "vjp", "surrogate"):
+        run = torch.compile(FUNCTIONS[kind], fullgraph=True, backend=counter)
+        run(x).sum().backward()
+        before = counter.frame_count
+        run(noise(3)).sum().backward()
+        assert counter.frame_count == before
+
+
+@pytest.mark.parametrize(
+    "kind", ["function", "argument and output", "vjp", "residual", "dict result", "straight_through", "surrogate"]
+)
+def test_dynamic_shapes_compile_once(kind):
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(FUNCTIONS[kind], fullgraph=True, dynamic=True, backend=counter)
+    for size in (3, 5, 8, 13):
+        x = noise(size)
+        run(x).sum().backward()
+        closely(x.grad, torch.full_like(x, 7.0))
+    assert counter.frame_count == 1
+
+
+def test_shapes_that_change_under_the_default_settings():
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(FUNCTIONS["argument and output"], fullgraph=True, backend=counter)
+    for size in (3, 5, 8, 13):
+        x = noise(size)
+        run(x).sum().backward()
+        closely(x.grad, torch.full_like(x, 7.0))
+    assert counter.frame_count == 2  # static at first, dynamic ever after
+
+
+# Transforms in compiled code: right, or raised
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad", "vjp"])
+def test_compiled_transform_is_right_or_raises(kind, transform, x):
+    form = FUNCTIONS[kind]
+
+    def total(x):
+        return form(x).sum()
+
+    transformed = {
+        "grad": grad(total),
+        "vmap of grad": lambda x: vmap(grad(total))(x[None])[0],
+        "vjp": lambda x: torch.func.vjp(total, x)[1](torch.ones((), dtype=x.dtype))[0],
+    }[transform]
+    try:
+        got = torch.compile(transformed, backend="aot_eager")(x.detach())
+    except Exception as error:
+        assert "gradoverride" in repr(error) or "torch.func" in str(error)
+        return
+    closely(got, torch.full_like(x, 7.0))
+
+
+def test_compiled_vmap_keeps_the_rule(x):
+    for kind in ("function", "argument and output", "surrogate"):
+        batch = noise(2, 3)
+        try:
+            compiled(vmap(FUNCTIONS[kind]))(batch).sum().backward()
+        except Exception as error:
+            assert "vmap" in str(error)
+        else:
+            closely(batch.grad, torch.full_like(batch, 7.0))
+
+
+# Errors
+
+
+def wrong_shape(grad_output):
+    return grad_output.sum()
+
+
+def wrong_count(grad_output):
+    return grad_output, grad_output
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [(wrong_shape, r"wrong_shape.*\(3,\).*\(\)"), (wrong_count, r"wrong_count.*halve")],
+    ids=["shape", "count"],
+)
+def test_wrong_answer_of_a_rule_keeps_its_text(rule, text, x):
+    decorated = go.custom_backward(rule)(halve)
+    with pytest.raises(Exception, match=f"(?s){text}"):
+        compiled(decorated)(x).sum().backward()
+
+
+def test_captured_tensor_keeps_its_text(x):
+    weight = noise(3)
+    decorated = go.custom_backward(seven_times)(lambda x: x * weight)
+    with pytest.raises(Exception, match=r"(?s)test_compile\.py:\d+.*'weight'.*requires grad"):
+        compiled(decorated)(x)
+
+
+def test_parameter_that_is_not_assigned_keeps_its_text(x):
+    @go.custom_backward
+    class Forgetful(Scale):
+        def forward(self, x):
+            return x * self.weight + self.shift
+
+        def backward(self, grad_output):
+            self.weight.grad = grad_output
+            return grad_output
+
+    with pytest.raises(Exception, match=r"(?s)Forgetful.*shift"):
+        compiled(Forgetful())(x).sum().backward()
+
+
+def test_forward_without_a_tensor_keeps_its_text(x):
+    def forgetful(x):
+        return "text"
+
+    with pytest.raises(Exception, match=r"(?s)forgetful.*tensor"):
+        compiled(go.custom_backward(seven_times)(forgetful))(x)
+
+
+def test_straight_through_of_another_shape_keeps_its_text(x):
+    with pytest.raises(Exception, match=r"(?s)\(3,\).*\(1,\)|\(1,\).*\(3,\)"):
+        compiled(go.straight_through(lambda x: x[:1]))(x).sum().backward()
+
+
+def test_eager_is_right_after_an_error_in_compiled_code(x):
+    weight = noise(3)
+    decorated = go.custom_backward(lambda grad_output, vjp: grad_output)(lambda x: x * weight)
+    with pytest.raises(Exception, match="weight"):
+        compiled(decorated)(x)
+    FUNCTIONS["vjp"](x).sum().backward()
+    closely(x.grad, torch.full_like(x, 7.0))
+
+
+def test_double_backward_through_compiled_code_is_right_or_raises(x):
+    cube = go.custom_backward(lambda grad_output, x: grad_output * 3 * x**2)(lambda x: x**3)
+    (first,) = torch.autograd.grad(compiled(cube)(x).sum(), x, create_graph=True)
+    try:
+        (second,) = torch.autograd.grad(first.sum(), x)
+    except RuntimeError as error:
+        assert "double backward" in str(error)
+        return
+    closely(second, 6 * x.detach())
+
+
+def test_graph_breaks_elsewhere_leave_the_rule_in_force(x):
+    form = FUNCTIONS["function"]
+
+    def broken(x):
+        y = form(x)
+        torch._dynamo.graph_break()
+        return form(y)
+
+    torch.compile(broken, backend="aot_eager")(x).sum().backward()
+    closely(x.grad, torch.full_like(x, 49.0))
+
+
+@pytest.mark.parametrize("kind", ["function", "vjp", "straight_through", "surrogate"])
+def test_compiled_autograd_keeps_the_rule(kind, x):
+    form = FUNCTIONS[kind]
+
+    def step(x):
+        form(x).sum().backward()
+
+    with torch._dynamo.utils.maybe_enable_compiled_autograd(True, fullgraph=True, dynamic=False):
+        step(x)
+    closely(x.grad, torch.full_like(x, 7.0))

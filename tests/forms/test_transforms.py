@@ -1,0 +1,357 @@
+"""Decorated callables under torch.func. Conformance, group transforms."""
+
+import pytest
+import torch
+from oracles import closely, exactly, float64, noise
+from torch import nn
+from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import gradoverride as go
+
+# The forward is not what the rule differentiates, so that a dropped rule shows: the rules say `cube`.
+
+
+def cube(x):
+    return x**3
+
+
+class NotCube(nn.Module):
+    @go.custom_backward(lambda grad_output, x: grad_output * 3 * x**2)
+    def forward(self, x):
+        return x**3 + x.detach() - x.detach()
+
+
+@go.custom_backward
+class NotCubeByClass(nn.Module):
+    def forward(self, x):
+        return torch.floor(x)
+
+    def backward(self, grad_output, x):
+        return grad_output * 3 * x**2
+
+
+FORMS = {
+    "function": go.custom_backward(lambda grad_output, x: grad_output * 3 * x**2)(lambda x: torch.floor(x)),
+    "residual": go.custom_backward(lambda grad_output, square: grad_output * 3 * square)(
+        lambda x: go.save_for_backward(torch.floor(x), square=x * x)
+    ),
+    "vjp": go.custom_backward(lambda grad_output, vjp: 1.5 * vjp(grad_output))(lambda x: 2 * x**3 / 3),
+    "module": NotCube(),
+    "class": NotCubeByClass(),
+    "surrogate": go.straight_through(torch.floor, surrogate=cube),
+}
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    return FORMS[request.param]
+
+
+@pytest.fixture
+def x():
+    return noise(4, grad=False)
+
+
+@pytest.fixture
+def batch():
+    return noise(5, 4, grad=False)
+
+
+def slope(x):
+    return 3 * x**2
+
+
+def total(form):
+    return lambda x: form(x).sum()
+
+
+def test_grad(form, x):
+    closely(grad(total(form))(x), slope(x))
+
+
+def test_func_vjp(form, x):
+    value, pull = vjp(form, x)
+    exactly(value, form(x))
+    grad_output = noise(4, grad=False)
+    closely(pull(grad_output), (grad_output * slope(x),))
+
+
+def test_vmap_gives_the_value_of_a_loop(form, batch):
+    exactly(vmap(form)(batch), torch.stack([form(row) for row in batch]))
+
+
+def test_vmap_over_the_last_dimension(form, batch):
+    exactly(vmap(form, in_dims=1, out_dims=1)(batch), form(batch))
+
+
+def test_backward_through_vmap(form, batch):
+    batch.requires_grad_()
+    grad_output = noise(5, 4, grad=False)
+    vmap(form)(batch).backward(grad_output)
+    closely(batch.grad, grad_output * slope(batch.detach()))
+
+
+def test_vmap_of_grad(form, batch):
+    closely(vmap(grad(total(form)))(batch), slope(batch))
+
+
+def test_grad_over_vmap(form, batch):
+    closely(grad(lambda batch: vmap(form)(batch).sum())(batch), slope(batch))
+
+
+def test_vmap_of_vmap_of_grad(form):
+    cube_of_rows = noise(2, 3, 4, grad=False)
+    closely(vmap(vmap(grad(total(form))))(cube_of_rows), slope(cube_of_rows))
+
+
+def test_jacrev(form, x):
+    closely(jacrev(form)(x), slope(x).diag())
+
+
+def test_jacfwd(form, x):
+    closely(jacfwd(form)(x), slope(x).diag())
+
+
+def test_jvp(form, x):
+    tangent = noise(4, grad=False)
+    value, derivative = jvp(form, (x,), (tangent,))
+    exactly(value, form(x))
+    closely(derivative, slope(x) * tangent)
+
+
+def test_vmap_of_jvp(form, batch):
+    tangents = noise(5, 4, grad=False)
+    derivative = vmap(lambda x, t: jvp(form, (x,), (t,))[1])(batch, tangents)
+    closely(derivative, slope(batch) * tangents)
+
+
+def test_dual_numbers(form, x):
+    tangent = noise(4, grad=False)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        result = torch.autograd.forward_ad.unpack_dual(form(dual))
+    closely(result.tangent, slope(x) * tangent)
+
+
+@pytest.fixture(params=[name for name in FORMS if name != "residual"])
+def twice_differentiable(request):
+    return FORMS[request.param]
+
+
+def test_hessian(twice_differentiable, x):
+    closely(hessian(total(twice_differentiable))(x), (6 * x).diag())
+
+
+def test_grad_of_grad(twice_differentiable, x):
+    closely(grad(lambda x: grad(total(twice_differentiable))(x).sum())(x), 6 * x)
+
+
+def test_second_derivative_through_a_residual_that_depends_on_the_input_is_refused_with_a_way_out(x):
+    with pytest.raises(go.UnsupportedError, match=r"(?s)hands over.*vjp"):
+        grad(lambda x: grad(total(FORMS["residual"]))(x).sum())(x)
+
+
+def test_straight_through_is_the_identity_under_transforms(batch):
+    form = go.straight_through(torch.floor)
+    exactly(vmap(grad(total(form)))(batch), torch.ones_like(batch))
+    exactly(jacfwd(form)(batch[0]), torch.eye(4, dtype=torch.float64))
+    exactly(hessian(total(form))(batch[0]), torch.zeros(4, 4, dtype=torch.float64))
+
+
+# Several arguments
+
+
+@go.custom_backward(lambda grad_output, a, b: (2 * grad_output * b, 3 * grad_output * a))
+def product(a, b):
+    return a * b
+
+
+def test_grad_of_two_arguments(batch):
+    a, b = batch[0], batch[1]
+    exactly(grad(lambda a, b: product(a, b).sum(), argnums=(0, 1))(a, b), (2 * b, 3 * a))
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (0, 0)], ids=["first", "second", "both"])
+def test_vmap_of_grad_where_some_arguments_have_the_batch(in_dims, batch):
+    a, b = (batch if dim == 0 else batch[0] for dim in in_dims)
+    got = vmap(grad(lambda a, b: product(a, b).sum(), argnums=(0, 1)), in_dims=in_dims)(a, b)
+    exactly(got, (2 * b.expand(5, 4), 3 * a.expand(5, 4)))
+
+
+def test_backward_through_vmap_sums_the_gradient_of_what_has_no_batch(batch):
+    weight = noise(4)
+    vmap(product, in_dims=(0, None))(batch, weight).sum().backward()
+    closely(weight.grad, 3 * batch.sum(0))
+
+
+def test_jvp_of_two_arguments(batch):
+    a, b, tangent_a, tangent_b = batch[:4]
+    exactly(jvp(product, (a, b), (tangent_a, tangent_b))[1], 2 * b * tangent_a + 3 * a * tangent_b)
+
+
+def test_dict_results_under_vmap_of_grad(batch):
+    @go.custom_backward(lambda grad_output: 7 * grad_output["a"] + 5 * grad_output["b"])
+    def split(x):
+        return {"a": 2 * x, "b": 3 * x, "name": "text"}
+
+    got = vmap(grad(lambda x: (split(x)["a"] + 10 * split(x)["b"]).sum()))(batch)
+    exactly(got, torch.full_like(batch, 57.0))
+
+
+def test_rule_that_is_not_linear_raises_in_forward_mode_and_says_so(x):
+    clipped = go.custom_backward(lambda grad_output: grad_output.clamp(-0.1, 0.1))(lambda x: x * 2)
+    with pytest.raises(go.UnsupportedError, match="linear"):
+        jvp(clipped, (x,), (torch.ones_like(x) * 10,))
+
+
+# Modules
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(noise(4, grad=False))
+        self.shift = nn.Parameter(noise(4, grad=False))
+
+    @go.custom_backward(lambda grad_output, x, weight: {"x": 2 * grad_output * weight, "weight": 3 * grad_output * x})
+    def forward(self, x):
+        return x * self.weight + self.shift
+
+
+@go.custom_backward
+class ScaleByClass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(noise(4, grad=False))
+        self.shift = nn.Parameter(noise(4, grad=False))
+
+    def forward(self, x):
+        return x * self.weight + self.shift
+
+    def backward(self, grad_output, x):
+        self.weight.grad = 3 * grad_output * x
+        self.shift.grad = grad_output
+        return 2 * grad_output * self.weight
+
+
+class ScaleByVjp(Scale):
+    @go.custom_backward(lambda grad_output, vjp, x: {"x": 2 * vjp(grad_output), "weight": 3 * grad_output * x})
+    def forward(self, x):
+        return x * self.weight + self.shift
+
+
+@pytest.fixture(params=[Scale, ScaleByClass, ScaleByVjp], ids=["method", "class", "vjp"])
+def model(request):
+    return request.param()
+
+
+def loss_of(model):
+    return lambda params, x: functional_call(model, params, (x,)).sum()
+
+
+def test_functional_call_under_grad(model, x):
+    params = {name: parameter.detach() * 2 for name, parameter in model.named_parameters()}
+    grads, grad_x = grad(loss_of(model), argnums=(0, 1))(params, x)
+    exactly(grads, {"weight": 3 * x, "shift": torch.ones_like(x)})
+    exactly(grad_x, 2 * params["weight"])
+    assert model.weight.grad is None
+
+
+def test_per_sample_gradients(model, batch):
+    params = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    grads = vmap(grad(loss_of(model)), in_dims=(None, 0))(params, batch)
+    exactly(grads, {"weight": 3 * batch, "shift": torch.ones_like(batch)})
+
+
+def test_ensemble_of_models(model, x):
+    params = {name: torch.stack([p.detach(), 10 * p.detach()]) for name, p in model.named_parameters()}
+    grads = vmap(grad(loss_of(model), argnums=1), in_dims=(0, None))(params, x)
+    closely(grads, 2 * params["weight"])
+
+
+def test_vmap_of_a_module_reaches_its_parameters(model, batch):
+    vmap(model)(batch).sum().backward()
+    closely(model.weight.grad, 3 * batch.sum(0))
+    closely(model.shift.grad, torch.full((4,), 5.0, dtype=torch.float64))
+
+
+def test_grad_of_a_module_with_respect_to_its_input(model, x):
+    exactly(grad(lambda x: model(x).sum())(x), 2 * model.weight.detach())
+    assert model.weight.grad is None
+
+
+# Random numbers and buffers under transforms: the forward is run again with the same state
+
+
+def test_dropout_below_a_vjp_has_one_mask_under_grad():
+    dropout = go.custom_backward(lambda grad_output, vjp: 7 * vjp(grad_output))(
+        lambda x: nn.functional.dropout(x, 0.5, training=True)
+    )
+    x = torch.ones(1000, dtype=torch.float64)
+    got, value = grad(lambda x: (lambda y: (y.sum(), y))(dropout(x)), has_aux=True)(x)
+    exactly(got, 7 * value)
+
+
+def test_buffer_is_counted_once_below_a_vjp_under_grad():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        @go.custom_backward(lambda grad_output, vjp: 7 * vjp(grad_output))
+        def forward(self, x):
+            self.count.add_(1)
+            return 2 * x
+
+    def loss(x):
+        count = torch.zeros(())  # torch lets a transform write into what was made inside alone
+        return functional_call(Counting(), {"count": count}, (x,)).sum(), count
+
+    got, count = grad(loss, has_aux=True)(float64(1.0, grad=False))
+    exactly(got, float64(14.0, grad=False))
+    assert count.item() == 1
+
+
+CAPTURING = {
+    "grad": lambda form, x: grad(total(form))(x),
+    "backward through vmap": lambda form, x: vmap(form)(x[None].clone().requires_grad_()),
+    "vmap of grad": lambda form, x: vmap(grad(total(form)))(x[None]),
+    "jvp": lambda form, x: jvp(form, (x,), (x,)),
+}
+
+
+@pytest.mark.parametrize(
+    "rule", [lambda grad_output: grad_output, lambda grad_output, vjp: vjp(grad_output)], ids=["gradient alone", "vjp"]
+)
+@pytest.mark.parametrize("transform", CAPTURING)
+def test_captured_tensor_under_a_transform_is_an_error(transform, rule, x):
+    weight = noise(4)
+    captured = go.custom_backward(rule)(lambda x: x * weight)
+    with pytest.raises(go.CapturedTensorError, match="weight"):
+        CAPTURING[transform](captured, x)
+
+
+def test_captured_tensor_under_vmap_of_an_input_without_gradient_is_an_error_or_keeps_its_own(x):
+    weight = noise(4)
+    try:
+        vmap(go.custom_backward(lambda grad_output: grad_output)(lambda x: x * weight))(x[None]).sum().backward()
+    except go.CapturedTensorError:
+        return
+    exactly(weight.grad, x)
+
+
+def test_value_of_grad_and_value_reaches_the_live_parameters(model, x):
+    _, value = grad_and_value(total(model))(x)
+    value.backward()
+    exactly((model.weight.grad, model.shift.grad), (3 * x, torch.ones_like(x)))
+
+
+def test_gradient_of_grad_reaches_the_live_parameters(model, x):
+    grad(total(model))(x).sum().backward()
+    exactly(model.weight.grad, torch.full_like(x, 2.0))
+
+
+def test_wrong_shape_under_grad_is_an_error_with_both_shapes(x):
+    wrong = go.custom_backward(lambda grad_output: grad_output.sum())(lambda x: 2 * x)
+    with pytest.raises(go.RuleResultError, match=r"\(4,\).*\(\)"):
+        grad(total(wrong))(x)
