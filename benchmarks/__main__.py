@@ -18,7 +18,7 @@ from benchmarks import compiled, eager, importing, modules
 from benchmarks.timing import FULL, QUICK, Case, Effort, NotMeasured, Samples
 
 SUBJECTS = (eager, compiled, modules, importing)
-PATIENCE = 2  # a limit that seems broken is measured this many times more before that is said
+PATIENCE = 1  # a limit that seems broken is measured this many times more before that is said
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     rows = []
     with console.status("") as status:
-        for case in cases:
-            status.update(case.name)
+        for number, case in enumerate(cases, start=1):
+            status.update(f"{number} of {len(cases)}: {case.name}")
             rows.append(measure(case, QUICK if options.quick else FULL))
     console.print(table(rows))
     if options.json:

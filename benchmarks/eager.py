@@ -25,7 +25,7 @@ TINY = 4
 
 def cases() -> list[Case]:
     alone = [
-        ratio(f"eager: gradient alone, n={n:g}", limit, partial(gradient_alone, n), threads=threads_for(n))
+        ratio(f"eager: gradient alone, n={n:g}", limit, partial(gradient_alone, n))
         for n, limit in ((1, 1.00), (10_000, 1.00), (1_000_000, 1.02))
     ]
     return [
@@ -39,10 +39,6 @@ def cases() -> list[Case]:
         ratio("eager: nested containers, dict result", 3.00, nested),
         added_microseconds("eager: added to a call under no_grad", 0.20, under_no_grad),
     ]
-
-
-def threads_for(n: int) -> int:
-    return torch.get_num_threads() if n > 100_000 else 1
 
 
 def compared(n: int, ours: Callable[..., Any], reference: Callable[..., Any], tensors: int) -> Pair:

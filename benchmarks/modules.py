@@ -81,7 +81,7 @@ def timed(name: str, limit: float, build: Callable[[], Sides]) -> Case:
             sides.leaves,
         )
 
-    return ratio(name, limit, pair, threads=torch.get_num_threads())
+    return ratio(name, limit, pair)
 
 
 def kept(name: str, build: Callable[[], Sides]) -> Case:
@@ -98,7 +98,7 @@ def bytes_kept(function: Callable[..., Tensor], *inputs: Tensor) -> int:
 
     Nothing has to wait for the garbage collector, so it is off.
     """
-    with undisturbed(threads=1):
+    with undisturbed():
         with Storages() as storages:
             result = function(*inputs)
         with_result = storages.bytes_alive()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 BLOCK = 1e-3  # seconds: long beside the clock's resolution, short beside the machine's drift
 WARM_UP = 0.02  # seconds for each side of each build
-FEWEST_BLOCKS = 12  # for each build, however long a block takes
+FEWEST_BLOCKS = 6  # for each build, however long a block takes
 
 Step = Callable[[], object]
 
@@ -35,7 +35,7 @@ class Effort:
     processes: int  # where every sample takes a process of its own
 
 
-FULL = Effort(seconds=4, builds=8, processes=15)
+FULL = Effort(seconds=3, builds=6, processes=7)
 QUICK = Effort(seconds=0.4, builds=2, processes=3)
 
 
@@ -114,9 +114,9 @@ class Case:
         return self.limit is None or round(samples.spread().median, 2) <= self.limit
 
 
-def ratio(name: str, limit: float | None, build: Callable[[], Pair], *, threads: int = 1) -> Case:
+def ratio(name: str, limit: float | None, build: Callable[[], Pair]) -> Case:
     """A case that asks how many times as long ours takes as its reference."""
-    return Case(name, limit, lambda effort: interleave(build, effort, operator.truediv, threads))
+    return Case(name, limit, lambda effort: interleave(build, effort, operator.truediv))
 
 
 def added_microseconds(name: str, limit: float | None, build: Callable[[], Pair]) -> Case:
@@ -125,17 +125,15 @@ def added_microseconds(name: str, limit: float | None, build: Callable[[], Pair]
     def difference(ours: float, reference: float) -> float:
         return (ours - reference) * 1e6
 
-    return Case(name, limit, lambda effort: interleave(build, effort, difference, threads=1), MICROSECONDS)
+    return Case(name, limit, lambda effort: interleave(build, effort, difference), MICROSECONDS)
 
 
-def interleave(
-    build: Callable[[], Pair], effort: Effort, compare: Callable[[float, float], float], threads: int
-) -> Samples:
+def interleave(build: Callable[[], Pair], effort: Effort, compare: Callable[[float, float], float]) -> Samples:
     """Samples of `compare(ours, reference)`, both in seconds a call, from neighbouring blocks."""
     samples = Samples()
     for _ in range(effort.builds):
         pair = build()
-        with undisturbed(threads):
+        with undisturbed():
             warm_up(pair.ours)
             steps = max(1, round(BLOCK / warm_up(pair.reference)))
             end = time.perf_counter() + effort.seconds / effort.builds
@@ -170,12 +168,13 @@ def seconds_a_step(step: Step, steps: int, leaves: tuple[Tensor, ...] = ()) -> f
 
 
 @contextlib.contextmanager
-def undisturbed(threads: int) -> Iterator[None]:
-    """No garbage collector, and `threads` threads: one for what is tiny, where a second would only wake and wait."""
+def undisturbed() -> Iterator[None]:
+    """No garbage collector, and one thread: a second one has nothing to do on what is tiny, and on what is large it
+    waits for a core that something else may have."""
     before, collecting = torch.get_num_threads(), gc.isenabled()
     gc.collect()
     gc.disable()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -60,5 +60,7 @@ def test_twice_the_work_has_ratio_two():
 
 def test_measuring_leaves_threads_as_they_were():
     threads = torch.get_num_threads()
-    timing.ratio("any", None, lambda: Pair(int, int), threads=threads + 1).measure(BRIEF)
+    during = []
+    timing.ratio("any", None, lambda: Pair(lambda: during.append(torch.get_num_threads()), int)).measure(BRIEF)
+    assert set(during) == {1}
     assert torch.get_num_threads() == threads

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -84,6 +85,7 @@ class Call:
     alias_of: list[int | None]  # by such tensor, the leaf that it is as it stands
     copies: list[int]  # leaves that were written into and are copied back (not in eager mode)
     flows: list[bool]  # by such tensor, whether its gradient flows on to natural parameters
+    residual_metas: list[Meta]
     n_residuals: int  # floating residuals are outputs of the Function besides
     first_out: int  # where the results stand among its inputs
     # Where values are among the saved tensors:
@@ -109,6 +111,7 @@ class Call:
         self.asked: list[Asked] = []
         self.saved: list[int] = []
         self.graph: Any = None
+        self.transposed = False  # whether forward mode has been through this call
         self.token: Tensor | None = None
         self.module: nn.Module | None = None
         self.buffers: dict[str, Any] = {}
@@ -281,16 +284,14 @@ class Call:
         """Forward mode: the rule is linear in the gradient, and its transpose is the JVP."""
         backward = Backward(self, ctx)
         count = self.n_leaves + len(self.params)
-        if self.n_residuals:
-            fail(
-                UnsupportedError,
-                f"forward mode through {self.plan.forward.who} would lose the tangents of the values that its "
-                "forward hands over. Compute them in the rule, from what it may ask for",
-            )
+        self.transposed = True
 
         def gradients(*grads: Tensor) -> list[Tensor | None]:
             leaf_grads, param_grads, _ = backward.gradients(list(grads))
             return [*leaf_grads, *param_grads]
 
         who = f"rule {self.plan.rule.who} of {self.plan.forward.who}"
-        return tuple(transpose(gradients, self.out_metas, list(tangents[:count]), who))
+        found = transpose(gradients, self.out_metas, list(tangents[:count]), who)
+        # Those of residuals matter to derivatives of a higher order alone, which are refused (`Backward.run`).
+        zeros = [torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) for meta in self.residual_metas]
+        return (*found, *zeros)

@@ -7,7 +7,7 @@ without a word. Only when that happens are the names looked up.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from gradoverride._core import scan
 from gradoverride._core.private import fail
 from gradoverride.errors import CapturedTensorError
 
-__all__ = ["foreign_leaf", "refuse", "refuse_in"]
+__all__ = ["captured_names", "foreign_leaf", "refuse"]
 
 
 def foreign_leaf(results: list[Tensor], known: set[int], stops: set[Any]) -> Tensor | None:
@@ -46,16 +46,10 @@ def foreign_leaf(results: list[Tensor], known: set[int], stops: set[Any]) -> Ten
     return None
 
 
-def refuse(forward: Any, leaf: Tensor | None, receiver: Any = None) -> None:
-    """Raise the error that names what `forward`, a method of `receiver` perhaps, captured."""
-    refuse_in(forward.fn, forward.who, leaf, receiver)
-
-
-def refuse_in(fn: Any, who: str, leaf: Tensor | None = None, receiver: Any = None) -> None:
-    """Raise the error that names what `fn`, known as `who`, captured."""
-    names = list(_captured_names(fn, leaf, receiver))
+def refuse(who: str, names: str, leaf: Tensor | None = None) -> NoReturn:
+    """Raise the error for `who`, which captured what `names` lists, or `leaf` if no name is known."""
     if names:
-        what = f"reached {', '.join(names)}, which requires grad, by a closure or a global"
+        what = f"reached {names}, which requires grad, by a closure or a global"
     else:
         shape = f" of shape {tuple(leaf.shape)}" if leaf is not None else ""
         what = f"reached a tensor{shape} that requires grad by a closure, a global or an attribute"
@@ -66,7 +60,8 @@ def refuse_in(fn: Any, who: str, leaf: Tensor | None = None, receiver: Any = Non
     )
 
 
-def _captured_names(fn: Any, leaf: Tensor | None, receiver: Any) -> Iterator[str]:
+def captured_names(fn: Any, leaf: Tensor | None = None, receiver: Any = None) -> list[str]:
+    """The names under which `fn`, a method of `receiver` perhaps, knows `leaf`, or else any tensor with a gradient."""
     function = scan.python_function(fn)
     found: list[tuple[str, Tensor]] = []
     for name, value in _names(function) if function is not None else ():
@@ -75,7 +70,7 @@ def _captured_names(fn: Any, leaf: Tensor | None, receiver: Any) -> Iterator[str
         if name not in ("_parameters", "_buffers", "_modules"):  # these are reached through self, as they should be
             found += _tensors(f"'self.{name}'", value, depth=2)
     exact = [name for name, tensor in found if leaf is not None and tensor is leaf]
-    yield from exact or [name for name, _ in found]
+    return exact or [name for name, _ in found]
 
 
 def _names(function: Any) -> Iterator[tuple[str, Any]]:

@@ -133,6 +133,7 @@ class ShortPath:
             "check_straight_through": Call(self.plan, self.layout, EAGER).check_straight_through,
             "note": self.note,
             "any_autocast": any_autocast,
+            "compiling": torch.compiler.is_dynamo_compiling,
             "rule": self.plan.rule.fn,
             "Tensor": Tensor,
             "under_autocast": self.under_autocast,
@@ -322,7 +323,7 @@ class ShortPath:
             handed = "handed"
         watched = not (self.plan.rule_is_arithmetic or self.plan.rule_writes)
         if watched:
-            lines.append("    version = grad_output._version")
+            lines.append("    version = None if compiling() else grad_output._version")
         lines += [
             "    try:",
             f"        answer = rule({', '.join([handed, *self.asks])})",
@@ -331,7 +332,7 @@ class ShortPath:
             "        raise",
         ]
         if watched:
-            lines += ["    if grad_output._version != version:", "        written()"]
+            lines += ["    if version is not None and grad_output._version != version:", "        written()"]
         alike = "ctx.metas is None and " if self.unsaved else ""
         grads = [f"grad_{name}" for name in tensors]
         fits = " and ".join(

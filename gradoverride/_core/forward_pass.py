@@ -20,7 +20,14 @@ from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Asked, Call, is_
 from gradoverride._core.contract import Meta, what
 from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph
 from gradoverride._core.plan import Layout, Plan
-from gradoverride._core.private import fail, fast_apply, in_forward_ad, in_functorch, keep_own_frames_whole
+from gradoverride._core.private import (
+    fail,
+    fast_apply,
+    in_forward_ad,
+    in_functorch,
+    keep_own_frames_whole,
+    requires_grad_anywhere,
+)
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import stand_in, write_back
@@ -181,14 +188,18 @@ class ForwardPass:
         return result
 
     def _refuse_captured(self, outs: list[Tensor]) -> None:
-        call = self.call
-        tracked = [out for out in outs if out.requires_grad]
+        call, forward = self.call, self.plan.forward
+        if self.mode == TRANSFORMED:
+            tracked = [out for out in outs if requires_grad_anywhere(out)]
+        else:
+            tracked = [out for out in outs if out.requires_grad]
         if not tracked:
             return
-        expected = call.natural or isinstance(call.graph, (KeptGraph, TracedGraph))
+        own_graph = bool(call.natural) or isinstance(call.graph, (KeptGraph, TracedGraph))
         if self.mode != EAGER:
-            if not expected:
-                captured.refuse(self.plan.forward, None, self.receiver)
+            names = self.plan.captured_names()
+            if names or not own_graph:
+                captured.refuse(forward.who, names)
             return
         stops = {param.tensor.grad_fn for param in call.natural}
         known = {id(param.tensor) for param in call.natural}
@@ -196,7 +207,8 @@ class ForwardPass:
             call.graph.stops(known, stops)
         leaf = captured.foreign_leaf(tracked, known, stops)
         if leaf is not None:
-            captured.refuse(self.plan.forward, leaf, self.receiver)
+            names = ", ".join(captured.captured_names(forward.fn, leaf, self.receiver))
+            captured.refuse(forward.who, names, leaf)
 
     def _find_inputs_in(self, outs: list[Tensor], aliases: list[Tensor]) -> None:
         """Results that are arguments as they stand, and arguments that the forward wrote into."""
@@ -274,8 +286,12 @@ class ForwardPass:
         natural = bool(call.natural) and not isinstance(call.graph, KeptGraph)
         call.flows = [natural and out.requires_grad for out in outs]
         flowing = natural or (mode == TRACED and call.graph is not None)
-        inputs += outs if flowing else [out.detach() if out.requires_grad else out for out in outs]
+        call.residual_metas = [Meta(tensor) for tensor in floating]
+        for tensor in outs:
+            inputs.append(tensor if flowing or not tensor.requires_grad else tensor.detach())
         inputs += [tensor.detach() for tensor in floating]
+        if mode == TRACED:
+            inputs = [_distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
         call.saved = saver.positions
         if mode == EAGER:
             results = fast_apply(self.plan.general)(call, *inputs)

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gradoverride._core import scan
+from gradoverride._core.captured import captured_names
 from gradoverride._core.function import General, Transformed, named
+from gradoverride._core.private import evaluated_while_tracing
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.signature import Forward, Rule, resolve
 
@@ -55,6 +57,8 @@ class Plan:
         self.asks_module = bool(reserved & {"module", "forward"}) or class_form
         self.forward_writes = scan.writes(self.fn)
         self.forward_writes_arguments = scan.writes_arguments(self.fn)
+        # By names: where a graph cannot be looked at, and evaluated while tracing, for Dynamo knows no cells.
+        self.captured_names: Callable[[], str] = evaluated_while_tracing(lambda: ", ".join(captured_names(forward.fn)))
         self.may_capture = not scan.reaches_no_tensor(self.fn)
         self.rule_writes = scan.writes(rule.fn)
         self.rule_is_arithmetic = scan.is_arithmetic(rule.fn)

@@ -18,6 +18,7 @@ __all__ = [
     "any_autocast",
     "can_call_directly",
     "call_directly",
+    "evaluated_while_tracing",
     "fail",
     "fast_apply",
     "in_forward_ad",
@@ -26,6 +27,7 @@ __all__ = [
     "keep_own_frames_whole",
     "plain_results",
     "pull",
+    "requires_grad_anywhere",
     "saves_plainly",
     "trace_gradients",
     "unwrapped",
@@ -113,6 +115,14 @@ def is_tracked(tensor: torch.Tensor) -> bool:
     if functorch is None:
         return True  # a tensor too many among the inputs costs time, one too few its gradient
     return bool(functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def requires_grad_anywhere(tensor: torch.Tensor) -> bool:
+    """Whether the tensor, or one that a transform has wrapped in it, requires grad."""
+    functorch = getattr(torch._C, "_functorch", None)
+    while not tensor.requires_grad and functorch is not None and functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 def unwrapped(tensor: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ class SurrogateRule:
         with torch.enable_grad():
             given = self.surrogate(input.detach())
         if isinstance(given, Tensor) and given.requires_grad:
-            captured.refuse_in(self.surrogate, self.who)
+            captured.refuse(self.who, ", ".join(captured.captured_names(self.surrogate)))
         self._check_shape(given, result)
 
     def _check_shape(self, given: Any, like: Tensor) -> None:

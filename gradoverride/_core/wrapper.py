@@ -53,9 +53,9 @@ def make_wrapper(plan: Plan, original: Any) -> FunctionType:
     wrapper: FunctionType = names["wrapper"]
     # Not `functools.wraps`: it copies __dict__, and with it the mark by which Dynamo knows compiled functions.
     functools.update_wrapper(wrapper, original, updated=())
-    if isinstance(original, FunctionType):
-        kept = {key: value for key, value in vars(original).items() if not key.startswith(("_torchdynamo", "__"))}
-        wrapper.__dict__.update(kept)
+    marks = vars(original) if isinstance(original, FunctionType) else {}
+    if not any(key.startswith("_torchdynamo") for key in marks):  # all of a compiled function's are Dynamo's
+        wrapper.__dict__.update({key: value for key, value in marks.items() if not key.startswith("__")})
     if not isinstance(getattr(original, "__name__", None), str):
         wrapper.__name__ = wrapper.__qualname__ = plan.forward.name
     return wrapper
