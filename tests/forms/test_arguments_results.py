@@ -134,6 +134,39 @@ def test_forward_may_write_into_a_list_that_it_was_passed():
     assert log == ["called"]
 
 
+def test_forward_that_changes_a_container_of_tensors_that_want_a_gradient_is_refused():
+    def grows(xs):
+        xs.append(2 * xs[0])
+        return xs[0] + xs[1]
+
+    with pytest.raises(go.ForwardResultError, match=r"grows.*'xs'"):
+        go.custom_backward(lambda grad_output: [7 * grad_output])(grows)([float64(1.0)])
+
+
+@pytest.mark.parametrize("build", [lambda t: Record(t, 5), lambda t: Pair(t, 5)], ids=["dataclass", "namedtuple"])
+def test_record_as_an_argument_is_mirrored_by_the_gradient(build):
+    @go.custom_backward(lambda grad_output, record: type(record)(7 * grad_output, None))
+    def left_times_right(record):
+        return record.left * record.right
+
+    x = float64(1.0)
+    y = left_times_right(build(x))
+    y.backward()
+    assert (y.item(), x.grad.item()) == (5.0, 7.0)
+
+
+@pytest.mark.parametrize(
+    "hide", [lambda t: {t}, lambda t: iter([t]), lambda t: collections.deque([t])], ids=["set", "iterator", "deque"]
+)
+def test_tensor_in_something_that_is_not_looked_into_is_an_error(hide):
+    @go.custom_backward(lambda grad_output: {"x": 7 * grad_output})
+    def product(x, others):
+        return x * next(iter(others))
+
+    with pytest.raises(go.CapturedTensorError, match="product"):
+        product(float64(1.0), hide(noise(1)))
+
+
 @pytest.mark.parametrize(
     "extra",
     [None, "text", 3, 2.5, np.arange(3.0), object(), torch.float32, slice(None), torch.tensor([1, 2])],
@@ -200,7 +233,7 @@ class Pair(typing.NamedTuple):
 class Record:
     left: torch.Tensor
     right: torch.Tensor
-    name: str = "unset"
+    name: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -458,6 +491,15 @@ def test_in_place_forward_rules_the_argument_that_it_wrote_too():
     doubling_in_place(lambda grad_output: 7 * grad_output)(y)
     y.sum().backward()
     assert x.grad.item() == 7.0
+
+
+def test_in_place_forward_on_a_view_reaches_the_base():
+    x = float64(1.0, 2.0)
+    base = x * 1
+    doubling_in_place(lambda grad_output: 7 * grad_output)(base[:1])
+    exactly(base.detach(), float64(2.0, 2.0, grad=False))
+    base.sum().backward()
+    exactly(x.grad, float64(7.0, 1.0, grad=False))
 
 
 def test_in_place_forward_that_needs_its_old_value_elsewhere_fails_as_in_torch():

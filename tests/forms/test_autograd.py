@@ -213,6 +213,17 @@ def test_retained_graph_gives_the_same_gradient_three_times(form, x):
         closely(torch.autograd.grad(loss, x, retain_graph=retain), (sevens(),))
 
 
+@pytest.mark.parametrize("vectorize", [False, True], ids=["loop", "vectorized"])
+def test_functional_jacobian(form, x, vectorize):
+    jacobian = torch.autograd.functional.jacobian(form, x.detach(), vectorize=vectorize)
+    closely(jacobian, torch.diag(sevens()))
+
+
+def test_batch_of_incoming_gradients(form, x):
+    rows = noise(5, 3, grad=False)
+    closely(torch.autograd.grad(form(x), x, rows, is_grads_batched=True), (7 * rows,))
+
+
 def test_graph_that_was_not_retained_is_freed(x):
     loss = cube(x).sum()
     loss.backward()

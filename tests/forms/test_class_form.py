@@ -192,6 +192,24 @@ def test_subclass_inherits_the_backward():
     exactly((x.grad, layer.weights.grad), (2 * layer.weights.detach(), 2 * x.detach()))
 
 
+def test_subclass_may_override_the_backward_and_call_that_of_its_base():
+    class Ten(Scale):
+        def backward(self, grad_output, x):
+            return 10 * super().backward(grad_output, x)
+
+    layer, x = Ten(), noise(3)
+    layer(x).sum().backward()
+    closely((x.grad, layer.weights.grad), (10 * layer.weights.detach(), x.detach()))
+
+
+def test_backward_of_chosen_inputs_leaves_the_others_alone():
+    layer, x = Scale(), noise(3)
+    layer(x).sum().backward(inputs=[x])
+    assert layer.weights.grad is None
+    layer(x).sum().backward(inputs=[layer.weights])
+    exactly((x.grad, layer.weights.grad), (layer.weights.detach(), x.detach()))
+
+
 def test_tensor_hooks_fire_once_with_the_assigned_gradient():
     layer, x, seen = Scale(), noise(3), []
     layer.weights.register_hook(seen.append)
@@ -416,6 +434,23 @@ def test_assigned_gradient_of_another_dtype_is_cast():
     layer = affine(backward)
     layer(float64(3.0, 4.0)).sum().backward()
     exactly(layer.weight.grad, float64(1.0, 1.0, grad=False))
+
+
+def test_grad_in_backward_starts_as_none_and_may_be_added_to():
+    seen = []
+
+    def backward(self, grad_output):
+        seen.append(self.weight.grad)
+        self.shift.grad = None
+        self.weight.grad = 2 * grad_output
+        self.weight.grad += 3 * grad_output
+        return grad_output
+
+    layer = affine(backward)
+    for _ in range(2):
+        layer(float64(3.0, 4.0)).sum().backward()
+    exactly(layer.weight.grad, float64(10.0, 10.0, grad=False))
+    assert seen == [None, None]
 
 
 def test_gradients_of_submodules_are_assigned_where_they_are():

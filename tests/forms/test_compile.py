@@ -3,6 +3,11 @@
 Each gradient is one that autograd would not give, so that a rule which is dropped shows.
 """
 
+import collections
+import copy
+import dataclasses
+import typing
+
 import pytest
 import torch
 from oracles import closely, exactly, float64, noise, right_or_refused
@@ -381,6 +386,120 @@ def test_checkpointed_block_in_compiled_code(kind, x):
     closely(x.grad, torch.full_like(x, 7.0))
 
 
+class Pair(typing.NamedTuple):
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+@dataclasses.dataclass
+class Record:
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+def model_output(left, right):
+    transformers = pytest.importorskip("transformers")
+    return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=left, hidden_states=right)
+
+
+STRUCTURES = {
+    "namedtuple": (Pair, lambda r: (r.left, r.right)),
+    "dataclass": (Record, lambda r: (r.left, r.right)),
+    "OrderedDict": (lambda a, b: collections.OrderedDict(left=a, right=b), lambda r: (r["left"], r["right"])),
+    "ModelOutput": (model_output, lambda r: (r.last_hidden_state, r.hidden_states)),
+}
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_structured_result_keeps_its_type_and_gradients(kind, x):
+    build, parts = STRUCTURES[kind]
+    split = go.custom_backward(lambda grad_output: 2 * parts(grad_output)[0] + 3 * parts(grad_output)[1])(
+        lambda x: build(x * 2, x * 3)
+    )
+    result = compiled(split)(x)
+    left, right = parts(result)
+    (left + 10 * right).sum().backward()
+    assert type(result) is type(build(x, x))
+    closely((left.detach(), right.detach()), (2 * x.detach(), 3 * x.detach()))
+    closely(x.grad, torch.full_like(x, 32.0))
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_structured_argument_has_its_gradients(kind, x):
+    build, parts = STRUCTURES[kind]
+    add = go.custom_backward(lambda grad_output: {"pair": build(2 * grad_output, 3 * grad_output)})(
+        lambda pair: parts(pair)[0] + parts(pair)[1]
+    )
+    y = noise(3)
+    compiled(lambda x, y: add(build(x, y)))(x, y).sum().backward()
+    closely((x.grad, y.grad), (torch.full_like(x, 2.0), torch.full_like(x, 3.0)))
+
+
+def test_keyword_only_variable_and_default_arguments(x):
+    @go.custom_backward(lambda grad_output: {"x": 2 * grad_output, "weight": 5 * grad_output})
+    def total(x, factor=2.0, *, weight, mode="text", **options):
+        return x * factor + weight + options["bias"]
+
+    weight, bias = noise(3), noise(3, grad=False)
+    compiled(lambda x, weight: total(x, weight=weight, bias=bias))(x, weight).sum().backward()
+    closely((x.grad, weight.grad), (torch.full_like(x, 2.0), torch.full_like(x, 5.0)))
+
+
+def test_needs_of_gradients_that_change_from_call_to_call(x):
+    product = go.custom_backward(lambda grad_output, x, w: (7 * grad_output * w, 5 * grad_output * x))(
+        lambda x, w: x * w
+    )
+    run, w = compiled(product), noise(3)
+    for one, other in [(x, w), (x.detach(), w), (x, w.detach()), (x, w)]:
+        run(one, other).sum().backward()
+    with torch.no_grad():
+        assert not run(x, w).requires_grad
+    closely((x.grad, w.grad), (21 * w.detach(), 15 * x.detach()))
+
+
+def test_complex_rule(x):
+    square = go.custom_backward(lambda grad_output, z: 7 * grad_output * (2 * z).conj())(lambda z: z * z)
+    z = torch.randn(3, dtype=torch.complex128, requires_grad=True)
+    grad_output = torch.randn(3, dtype=torch.complex128)
+    compiled(square)(z).backward(grad_output)
+    closely(z.grad, 7 * grad_output * (2 * z.detach()).conj())
+
+
+def test_encoder_layer_below_a_compiled_vjp():
+    class Ruled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
+
+        @go.custom_backward(lambda grad_output, vjp: 7 * vjp(grad_output))
+        def forward(self, x):
+            return self.layer(x)
+
+    model, x = Ruled(), noise(2, 5, 8)
+    plain, twin = copy.deepcopy(model.layer), x.detach().clone().requires_grad_()
+    compiled(model)(x).square().sum().backward()
+    plain(twin).square().sum().backward()
+    closely(x.grad, 7 * twin.grad)
+    for name, parameter in plain.named_parameters():
+        closely(model.layer.get_parameter(name).grad, parameter.grad)
+
+
+def test_parametrized_weight_is_ruled_under_its_plain_name():
+    class Ruled(nn.Linear):
+        @go.custom_backward(
+            lambda grad_output, x, weight: {"x": 2 * grad_output @ weight, "weight": 3 * grad_output.T @ x}
+        )
+        def forward(self, x):
+            return super().forward(x)
+
+    layer, x = nn.utils.parametrizations.weight_norm(Ruled(3, 3, dtype=torch.float64)), noise(2, 3)
+    originals, grad_output = list(layer.parametrizations.weight.parameters()), noise(2, 3, grad=False)
+    expected = torch.autograd.grad(layer.weight, originals, 3 * grad_output.T @ x.detach())
+    compiled(layer)(x).backward(grad_output)
+    closely(x.grad, 2 * grad_output @ layer.weight.detach())
+    closely(tuple(original.grad for original in originals), expected)
+
+
 # How often it compiles
 
 
@@ -600,6 +719,7 @@ def test_graph_break_inside_the_forward_leaves_the_rule_in_force(rule, x):
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*Dynamo does not know how to trace:UserWarning")  # then it breaks the graph
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch reads it
 @pytest.mark.parametrize(
     "kind", ["function", "argument and output", "vjp", "dict result", "straight_through", "surrogate"]
 )

@@ -316,6 +316,16 @@ def test_rule_of_the_outer_decorator_sees_the_inner_one_as_its_vjp():
     exactly(x.grad, float64(70.0, grad=False))
 
 
+def test_recursive_function_applies_its_rule_at_each_level():
+    @go.custom_backward(lambda grad_output, vjp: 2 * vjp(grad_output))
+    def recursive(x, depth):
+        return x * 3 if depth == 0 else recursive(x, depth - 1) * 1
+
+    x = float64(1.0)
+    recursive(x, 3).backward()
+    exactly(x.grad, float64(3.0 * 2**4, grad=False))
+
+
 def test_one_rule_serves_many_functions():
     first, second = go.custom_backward(seven_times)(torch.sin), go.custom_backward(seven_times)(torch.cos)
     x = float64(1.0)
