@@ -397,16 +397,10 @@ class Record:
     right: torch.Tensor
 
 
-def model_output(left, right):
-    transformers = pytest.importorskip("transformers")
-    return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=left, hidden_states=right)
-
-
 STRUCTURES = {
     "namedtuple": (Pair, lambda r: (r.left, r.right)),
     "dataclass": (Record, lambda r: (r.left, r.right)),
     "OrderedDict": (lambda a, b: collections.OrderedDict(left=a, right=b), lambda r: (r["left"], r["right"])),
-    "ModelOutput": (model_output, lambda r: (r.last_hidden_state, r.hidden_states)),
 }
 
 
@@ -421,6 +415,20 @@ def test_structured_result_keeps_its_type_and_gradients(kind, x):
     (left + 10 * right).sum().backward()
     assert type(result) is type(build(x, x))
     closely((left.detach(), right.detach()), (2 * x.detach(), 3 * x.detach()))
+    closely(x.grad, torch.full_like(x, 32.0))
+
+
+def test_model_output_keeps_its_type_and_gradients(x):
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+
+    @go.custom_backward(lambda grad_output: 2 * grad_output.last_hidden_state + 3 * grad_output.hidden_states[0])
+    def encode(x):
+        return outputs.BaseModelOutput(last_hidden_state=x * 2, hidden_states=(x * 3,))
+
+    result = compiled(encode)(x)
+    (result.last_hidden_state + 10 * result[1][0]).sum().backward()
+    assert type(result) is outputs.BaseModelOutput
+    assert list(result) == ["last_hidden_state", "hidden_states"]
     closely(x.grad, torch.full_like(x, 32.0))
 
 
