@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -68,7 +69,8 @@ def flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any]) -> An
     if not is_container(value):
         return Constant(value)
     if isinstance(value, dict):
-        return Node(kind, tuple(value), [flatten(value[key], is_leaf, leaves) for key in value], value)
+        example = None if _is_made_of_items(kind) else value
+        return Node(kind, tuple(value), [flatten(value[key], is_leaf, leaves) for key in value], example)
     if isinstance(value, (tuple, list)):
         return Node(kind, None, [flatten(part, is_leaf, leaves) for part in value])
     keys = tuple([field.name for field in dataclasses.fields(value) if hasattr(value, field.name)])
@@ -93,6 +95,10 @@ def unflatten(spec: Any, leaves: Iterator[Any], constants: bool = True) -> Any:
         return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
     if issubclass(kind, list):
         return kind(parts)
+    if kind is OrderedDict:
+        return OrderedDict(zip(spec.keys, parts, strict=True))
+    if issubclass(kind, dict) and spec.example is None:
+        return kind(**dict(zip(spec.keys, parts, strict=True)))
     # A copy keeps what a constructor would not (default factories, fields without init, checks in __post_init__).
     result = copy.copy(spec.example)
     for key, part in zip(spec.keys, parts, strict=True):
@@ -115,6 +121,11 @@ def unchanged(before: Any, after: Any) -> bool:
         and len(before.parts) == len(after.parts)
         and all(unchanged(b, a) for b, a in zip(before.parts, after.parts, strict=True))
     )
+
+
+def _is_made_of_items(kind: type) -> bool:
+    """Whether such a dict is made anew from its items alone. (Dynamo cannot copy one.)"""
+    return kind is OrderedDict or dataclasses.is_dataclass(kind)
 
 
 def skeleton(spec: Any) -> Any:
