@@ -192,7 +192,8 @@ class Backward:
         flowing: Gradients = [None] * call.n_outs
         if any(call.flows):
             flowing = self._natural(answered, results, natural)
-        elif left or natural:
+        elif call.graph is not None and (left or natural):
+            natural = natural if self.eager else []
             which = [call.n_leaves + index for index in left]
             found = self._pull(self.grads, which, natural)
             names = [call.aliased[index].name for index in left] + [param.name for param in natural]

@@ -172,8 +172,10 @@ class Call:
                 self.frozen[name] = tensor
         params = list(found.values())
         params = self._with_parametrized(module, params)
+        # A buffer or parameter called `params` comes before the reserved name.
+        asks_all = plan.asks_params and "params" not in module._buffers and "params" not in module._parameters
         for param in params:
-            param.asked = plan.asks_params or plan.class_form or param.name in plan.sources
+            param.asked = asks_all or plan.class_form or param.name in plan.sources
         # Left to autograd, but reached through an alias: where the rule may answer for it all the same, and where
         # torch would run the parameter's hooks once more when the kept graph is asked for its gradient.
         explicit = self.mode == TRANSFORMED or plan.names_all

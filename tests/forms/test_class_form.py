@@ -174,51 +174,68 @@ def test_true_backward_passes_gradgradcheck():
     assert torch.autograd.gradgradcheck(call_with_weights(Scale()), (noise(3), noise(3)))
 
 
+# One whose gradients autograd would not give: 3 times the true one for x, 5 times for the weights
+
+
+@go.custom_backward
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(noise(3, grad=False))
+
+    def forward(self, x):
+        return x * self.weights
+
+    def backward(self, grad_output, x):
+        self.weights.grad = 5 * grad_output * x
+        return 3 * grad_output * self.weights
+
+
 def test_class_stays_a_module_class_of_its_name():
-    layer = Scale()
-    assert isinstance(Scale, type)
-    assert Scale.__name__ == type(layer).__name__ == "Scale"
+    layer = Odd()
+    assert isinstance(Odd, type)
+    assert Odd.__name__ == type(layer).__name__ == "Odd"
     assert isinstance(layer, nn.Module)
     assert list(layer.state_dict()) == ["weights"]
 
 
 def test_subclass_inherits_the_backward():
-    class Twice(Scale):
+    class Twice(Odd):
         def forward(self, x):
             return 2 * super().forward(x)
 
     layer, x = Twice(), noise(3)
     layer(x).sum().backward()
-    exactly((x.grad, layer.weights.grad), (2 * layer.weights.detach(), 2 * x.detach()))
+    exactly((x.grad, layer.weights.grad), (6 * layer.weights.detach(), 10 * x.detach()))
 
 
 def test_subclass_may_override_the_backward_and_call_that_of_its_base():
-    class Ten(Scale):
+    class Ten(Odd):
         def backward(self, grad_output, x):
             return 10 * super().backward(grad_output, x)
 
     layer, x = Ten(), noise(3)
     layer(x).sum().backward()
-    closely((x.grad, layer.weights.grad), (10 * layer.weights.detach(), x.detach()))
+    closely((x.grad, layer.weights.grad), (30 * layer.weights.detach(), 5 * x.detach()))
 
 
 def test_backward_of_chosen_inputs_leaves_the_others_alone():
-    layer, x = Scale(), noise(3)
+    layer, x = Odd(), noise(3)
     layer(x).sum().backward(inputs=[x])
     assert layer.weights.grad is None
     layer(x).sum().backward(inputs=[layer.weights])
-    exactly((x.grad, layer.weights.grad), (layer.weights.detach(), x.detach()))
+    exactly((x.grad, layer.weights.grad), (3 * layer.weights.detach(), 5 * x.detach()))
 
 
 def test_tensor_hooks_fire_once_with_the_assigned_gradient():
-    layer, x, seen = Scale(), noise(3), []
+    layer, x, seen = Odd(), noise(3), []
     layer.weights.register_hook(seen.append)
     layer(x).sum().backward()
-    exactly(seen, [x.detach()])
+    exactly(seen, [5 * x.detach()])
 
 
 def test_post_accumulate_hooks_fire_once():
-    layer, fired = Scale(), []
+    layer, fired = Odd(), []
     layer.weights.register_post_accumulate_grad_hook(fired.append)
     layer(noise(3)).sum().backward()
     assert len(fired) == 1
@@ -226,27 +243,27 @@ def test_post_accumulate_hooks_fire_once():
 
 
 def test_frozen_parameter_stays_none_though_backward_assigns_it():
-    layer, x = Scale(), noise(3)
+    layer, x = Odd(), noise(3)
     layer.weights.requires_grad_(False)
     layer(x).sum().backward()
     assert layer.weights.grad is None
-    exactly(x.grad, layer.weights)
+    exactly(x.grad, 3 * layer.weights)
 
 
 def test_backward_uses_the_weights_of_its_forward():
-    layer, x = Scale(), noise(3)
+    layer, x = Odd(), noise(3)
     weights = noise(3)
     functional_call(layer, {"weights": weights}, (x,)).sum().backward()
-    exactly((x.grad, weights.grad), (weights.detach(), x.detach()))
+    exactly((x.grad, weights.grad), (3 * weights.detach(), 5 * x.detach()))
     assert layer.weights.grad is None
 
 
 def test_copy_and_pickle_keep_the_backward():
-    layer, x = Scale(), noise(3)
+    layer, x = Odd(), noise(3)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         x.grad = None
         twin(x).sum().backward()
-        exactly((x.grad, twin.weights.grad), (layer.weights.detach(), x.detach()))
+        exactly((x.grad, twin.weights.grad), (3 * layer.weights.detach(), 5 * x.detach()))
     assert layer.weights.grad is None
 
 
@@ -254,18 +271,18 @@ def test_micro_batches_accumulate_as_the_whole_batch():
     rows = noise(6, 3, grad=False)
 
     @go.custom_backward
-    class Batched(Scale):
+    class Batched(Odd):
         def forward(self, x):
             return x * self.weights
 
         def backward(self, grad_output, x):
-            self.weights.grad = (grad_output * x).sum(0)
+            self.weights.grad = 5 * (grad_output * x).sum(0)
             return grad_output * self.weights
 
     layer = Batched()
     for batch in rows.split(2):
         layer(batch).sum().backward()
-    closely(layer.weights.grad, rows.sum(0))
+    closely(layer.weights.grad, 5 * rows.sum(0))
 
 
 # What `backward` may do with `self`

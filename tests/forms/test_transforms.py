@@ -18,7 +18,7 @@ def cube(x):
 class NotCube(nn.Module):
     @go.custom_backward(lambda grad_output, x: grad_output * 3 * x**2)
     def forward(self, x):
-        return x**3 + x.detach() - x.detach()
+        return torch.floor(x)
 
 
 @go.custom_backward
@@ -35,7 +35,7 @@ FORMS = {
     "residual": go.custom_backward(lambda grad_output, square: grad_output * 3 * square)(
         lambda x: go.save_for_backward(torch.floor(x), square=x * x)
     ),
-    "vjp": go.custom_backward(lambda grad_output, vjp: 1.5 * vjp(grad_output))(lambda x: 2 * x**3 / 3),
+    "vjp": go.custom_backward(lambda grad_output, vjp: 2 * vjp(grad_output))(lambda x: x**3 / 2),
     "module": NotCube(),
     "class": NotCubeByClass(),
     "surrogate": go.straight_through(torch.floor, surrogate=cube),
