@@ -12,7 +12,18 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks import eager
-from benchmarks.timing import COUNT, Case, Effort, NotMeasured, Pair, Samples, forward_and_backward, leaf, ratio
+from benchmarks.timing import (
+    COUNT,
+    Case,
+    Effort,
+    NotMeasured,
+    Pair,
+    Samples,
+    forward_and_backward,
+    leaf,
+    ratio,
+    undisturbed,
+)
 
 SMALL, LARGE = 10_000, 1_000_000  # where guards show, and where they do not
 
@@ -59,7 +70,8 @@ def compiled(sides: Sides) -> tuple[Pair, int, int]:
         step()
         return step, counter.frame_count
 
-    our_step, our_graphs = compile_and_run(ours)
-    reference_step, reference_graphs = compile_and_run(reference)
+    with undisturbed():  # as it is measured: Dynamo guards the number of threads, inductor compiles it in
+        our_step, our_graphs = compile_and_run(ours)
+        reference_step, reference_graphs = compile_and_run(reference)
     parameters = [p for side in (ours, reference) if isinstance(side, nn.Module) for p in side.parameters()]
     return Pair(our_step, reference_step, (*leaves, *parameters)), our_graphs, reference_graphs

@@ -2,6 +2,9 @@
 
 Both sides do the same arithmetic and save the same tensors. The hand-written ones are without `setup_context`, which is
 the faster way, unless a case says otherwise.
+
+The engine recognises a rule that is arithmetic alone (`grad * 2`) and does less for it. So each case with such a rule
+has a twin, "by calls", whose rule does as much by calling torch, as most rules do. Both have the limit.
 """
 
 from __future__ import annotations
@@ -24,18 +27,19 @@ TINY = 4
 
 
 def cases() -> list[Case]:
-    alone = [
-        ratio(f"eager: gradient alone, n={n:g}", limit, partial(gradient_alone, n))
-        for n, limit in ((1, 1.00), (10_000, 1.00), (1_000_000, 1.02))
-    ]
+    sizes = ((1, 1.00), (10_000, 1.00), (1_000_000, 1.02))
     return [
-        *alone,
+        *(ratio(f"eager: gradient alone, n={n:g}", limit, partial(gradient_alone, n)) for n, limit in sizes),
+        *(ratio(f"eager: gradient alone by calls, n={n:g}", limit, partial(clamped, n)) for n, limit in sizes[:2]),
         ratio("eager: gradient alone, against setup_context", 0.65, against_setup_context),
         ratio("eager: two tensors", 1.02, two_tensors),
+        ratio("eager: two tensors by calls", 1.02, two_tensors_by_calls),
         ratio("eager: keyword arguments and defaults", 1.05, keywords),
         ratio("eager: module method, two parameters by name", 1.05, lambda: module(Affine)),
+        ratio("eager: module method by calls", 1.05, lambda: module(AffineByCalls, AffineByHandByCalls)),
         ratio("eager: module with its own backward", None, lambda: module(AffineWithBackward)),
         ratio("eager: vjp on plain tensors", 1.10, vjp_on_plain_tensors),
+        ratio("eager: vjp, forward that names a global", 1.10, vjp_of_forward_with_global),
         ratio("eager: nested containers, dict result", 3.00, nested),
         added_microseconds("eager: added to a call under no_grad", 0.20, under_no_grad),
     ]
@@ -93,6 +97,20 @@ def against_setup_context() -> Pair:
     return compared(1, doubled(), DoubleWithSetup.apply, tensors=1)
 
 
+class DoubleClamped(Double):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clamp(-1, 1)
+
+
+def clamped(n: int) -> Pair:
+    @go.custom_backward(lambda grad: grad.clamp(-1, 1))
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    return compared(n, double, DoubleClamped.apply, tensors=1)
+
+
 def under_no_grad() -> Pair:
     """Against the undecorated function: nothing else is to happen there."""
     ours, x, calls = doubled(), leaf(1), 200
@@ -130,6 +148,21 @@ def product() -> Callable[[Tensor, Tensor], Tensor]:
 
 def two_tensors() -> Pair:
     return compared(TINY, product(), Product.apply, tensors=2)
+
+
+class ProductByCalls(Product):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Grads:
+        x, weight = ctx.saved_tensors
+        return torch.mul(grad, weight), torch.mul(grad, x)
+
+
+def two_tensors_by_calls() -> Pair:
+    @go.custom_backward(lambda grad, x, weight: (torch.mul(grad, weight), torch.mul(grad, x)))
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight
+
+    return compared(TINY, product, ProductByCalls.apply, tensors=2)
 
 
 class ScaledProduct(Function):
@@ -173,6 +206,13 @@ class AffineFunction(Function):
         return grad * weight, grad * x, grad
 
 
+class AffineFunctionByCalls(AffineFunction):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Grads:
+        x, weight = ctx.saved_tensors
+        return torch.mul(grad, weight), torch.mul(grad, x), grad
+
+
 class AffineByHand(nn.Module):
     def __init__(self, n: int = TINY) -> None:
         super().__init__()
@@ -190,6 +230,19 @@ class Affine(AffineByHand):
         return x * self.weight + self.bias
 
 
+class AffineByHandByCalls(AffineByHand):
+    def forward(self, x: Tensor) -> Any:
+        return AffineFunctionByCalls.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]  # as above
+
+
+class AffineByCalls(AffineByHand):
+    @go.custom_backward(
+        lambda grad, x, weight, bias: {"x": torch.mul(grad, weight), "weight": torch.mul(grad, x), "bias": grad}
+    )
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+
 @go.custom_backward
 class AffineWithBackward(AffineByHand):
     def forward(self, x: Tensor) -> Tensor:
@@ -201,8 +254,8 @@ class AffineWithBackward(AffineByHand):
         return grad * self.weight
 
 
-def module(kind: type[AffineByHand]) -> Pair:
-    ours, reference, x, grad = kind(), AffineByHand(), leaf(TINY), torch.ones(TINY)
+def module(kind: type[AffineByHand], by_hand: type[AffineByHand] = AffineByHand) -> Pair:
+    ours, reference, x, grad = kind(), by_hand(), leaf(TINY), torch.ones(TINY)
     return Pair(
         forward_and_backward(ours, x, grad=grad),
         forward_and_backward(reference, x, grad=grad),
@@ -234,6 +287,29 @@ def vjp_on_plain_tensors() -> Pair:
         return x * weight
 
     return compared(TINY, product, KeptGraph.apply, tensors=2)
+
+
+FACTOR = 2.0
+
+
+class KeptGraphOfForwardWithGlobal(KeptGraph):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        with torch.enable_grad():
+            inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()
+            result = inputs[0] * inputs[1] * FACTOR
+        ctx.kept = inputs, result
+        return result.detach()
+
+
+def vjp_of_forward_with_global() -> Pair:
+    """The global may be a tensor that requires grad, for all that can be told from the code: so it is looked for."""
+
+    @go.custom_backward(lambda grad, vjp: vjp(grad * 2))
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight * FACTOR
+
+    return compared(TINY, product, KeptGraphOfForwardWithGlobal.apply, tensors=2)
 
 
 class ProductAndSum(Function):

@@ -1,6 +1,6 @@
 """Modules at sizes of use: overrides of a whole block against the same block under plain autograd.
 
-A rule with `vjp` must not run the forward again, and must keep no more from forward to backward than autograd does.
+A rule with `vjp` does not run the forward again. What it keeps in memory is measured in `memory.py`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import gradoverride as go
-from benchmarks.timing import BYTES, Case, Effort, Pair, Samples, forward_and_backward, leaf, ratio, undisturbed
+from benchmarks.timing import Case, Pair, forward_and_backward, leaf, ratio
 
 BATCH, WIDTH = 256, 512
 
@@ -45,18 +42,12 @@ def changed(grad_output: Tensor, vjp: Any) -> Any:
 
 
 def cases() -> list[Case]:
-    blocks = {
-        "function of tensors": block_of_tensors,
-        "module": lambda: override(block(), unchanged),
-        "module, by name": lambda: override(block(), unchanged_by_name),
-    }
     encoders = {
         "gradient alone": (1.05, lambda: override(encoder(), gradient_alone)),
         "vjp of a changed gradient": (1.35, lambda: override(encoder(), changed)),
     }
     return [
-        *(timed(f"modules: vjp on two linear layers, {form}", 1.15, build) for form, build in blocks.items()),
-        *(kept(f"modules: kept beyond autograd's, {form}", build) for form, build in blocks.items()),
+        *(timed(f"modules: vjp on two linear layers, {form}", 1.15, build) for form, build in BLOCKS.items()),
         *(timed(f"modules: encoder layer, {rule}", limit, build) for rule, (limit, build) in encoders.items()),
     ]
 
@@ -82,48 +73,6 @@ def timed(name: str, limit: float, build: Callable[[], Sides]) -> Case:
         )
 
     return ratio(name, limit, pair)
-
-
-def kept(name: str, build: Callable[[], Sides]) -> Case:
-    def measure(effort: Effort) -> Samples:
-        sides = build()
-        reference = bytes_kept(sides.plain, *sides.inputs)
-        return Samples([bytes_kept(sides.ours, *sides.inputs) - reference], [reference])
-
-    return Case(name, 0, measure, BYTES)
-
-
-def bytes_kept(function: Callable[..., Tensor], *inputs: Tensor) -> int:
-    """What is given back when the result of a call is dropped: it and all that waits for its backward.
-
-    Nothing has to wait for the garbage collector, so it is off.
-    """
-    with undisturbed():
-        with Storages() as storages:
-            result = function(*inputs)
-        with_result = storages.bytes_alive()
-        del result
-        return with_result - storages.bytes_alive()
-
-
-class Storages(TorchDispatchMode):
-    """Weak references to the storage of every tensor that an operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                reference = StorageWeakRef(storage)
-                self.seen[reference.cdata] = reference, storage.nbytes()
-        return result
-
-    def bytes_alive(self) -> int:
-        return sum(size for reference, size in self.seen.values() if not reference.expired())
 
 
 def override(inner: nn.Module, rule: Rule) -> Sides:
@@ -158,3 +107,10 @@ def two_layers(x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bi
 def block_of_tensors() -> Sides:
     parameters = [parameter.detach().requires_grad_() for parameter in block().parameters()]
     return Sides(go.custom_backward(unchanged)(two_layers), two_layers, leaf(BATCH, WIDTH), *parameters)
+
+
+BLOCKS: dict[str, Callable[[], Sides]] = {
+    "function of tensors": block_of_tensors,
+    "module": lambda: override(block(), unchanged),
+    "module, by name": lambda: override(block(), unchanged_by_name),
+}

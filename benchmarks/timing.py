@@ -64,9 +64,6 @@ class Samples:
     values: list[float] = field(default_factory=list)
     references: list[float] = field(default_factory=list)
 
-    def __add__(self, other: Samples) -> Samples:
-        return Samples(self.values + other.values, self.references + other.references)
-
     def spread(self) -> Spread:
         if len(self.values) == 1:
             return Spread(*self.values * 3)

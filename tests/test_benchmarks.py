@@ -1,11 +1,13 @@
 """The benchmarks run and say what they found. Whether limits hold is not tested: that depends on the machine."""
 
 import json
+import types
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from benchmarks import timing
+from benchmarks import compiled, memory, timing
 from benchmarks.__main__ import SUBJECTS, main
 from benchmarks.timing import Case, Effort, Pair, Samples
 
@@ -14,10 +16,10 @@ BRIEF = Effort(seconds=0.01, builds=2, processes=1)
 
 def test_a_quick_case_is_measured_printed_and_written(tmp_path, capsys):
     written = tmp_path / "results.json"
-    assert main(["--quick", "--only", "eager: two tensors", "--json", str(written)]) == 0
-    assert "eager: two tensors" in capsys.readouterr().out
+    assert main(["--quick", "--only", "eager: keyword", "--json", str(written)]) == 0
+    assert "eager: keyword" in capsys.readouterr().out
     (case,) = json.loads(written.read_text())["cases"]
-    assert case["limit"] == 1.02
+    assert case["limit"] == 1.05
     assert 0 < case["low"] <= case["median"] <= case["high"]
 
 
@@ -39,23 +41,42 @@ def test_every_case_has_a_name_of_its_own():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("name", ["eager: added to a call under no_grad", "eager: nested", "modules: kept"])
+@pytest.mark.parametrize("name", ["eager: added to a call under no_grad", "eager: nested", "memory:"])
 def test_cases_of_other_kinds_are_measured(tmp_path, name):
     written = tmp_path / "results.json"
     assert main(["--quick", "--only", name, "--json", str(written)]) == 0
     assert all(case["samples"] for case in json.loads(written.read_text())["cases"])
 
 
-def test_the_same_work_on_both_sides_has_ratio_one():
-    x = torch.randn(10_000)
-    case = timing.ratio("same", 1.0, lambda: Pair(x.exp, x.exp))
-    assert case.measure(BRIEF).spread().median == pytest.approx(1, abs=0.3)
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only steps move: a real one would make these tests depend on what else the machine does."""
+    pretended = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: pretended.now))
+
+    def taking(seconds):
+        def step():
+            pretended.now += seconds
+
+        return step
+
+    return taking
 
 
-def test_twice_the_work_has_ratio_two():
-    x = torch.randn(10_000)
-    case = timing.ratio("twice", 1.0, lambda: Pair(lambda: (x.exp(), x.exp()), x.exp))
-    assert case.measure(BRIEF).spread().median == pytest.approx(2, abs=0.5)
+@pytest.mark.parametrize(("seconds", "expected"), [(1e-4, 1.0), (2e-4, 2.0), (5e-5, 0.5)])
+def test_ratio_is_ours_to_the_reference(clock, seconds, expected):
+    case = timing.ratio("any", expected + 0.01, lambda: Pair(clock(seconds), clock(1e-4)))
+    samples = case.measure(BRIEF)
+    assert samples.spread() == pytest.approx((expected,) * 3)
+    assert samples.reference() == pytest.approx(1e-4)
+    assert case.holds(samples)
+
+
+def test_added_time_is_that_of_one_call_where_a_step_is_several(clock):
+    case = timing.added_microseconds("any", 0.01, lambda: Pair(clock(3e-5), clock(1e-5), calls_a_step=100))
+    samples = case.measure(BRIEF)
+    assert samples.spread().median == pytest.approx(0.2)
+    assert not case.holds(samples)
 
 
 def test_measuring_leaves_threads_as_they_were():
@@ -64,3 +85,27 @@ def test_measuring_leaves_threads_as_they_were():
     timing.ratio("any", None, lambda: Pair(lambda: during.append(torch.get_num_threads()), int)).measure(BRIEF)
     assert set(during) == {1}
     assert torch.get_num_threads() == threads
+
+
+def test_what_waits_for_backward_is_kept_and_counted():
+    sides = memory.Sides(lambda x: (x + 0).exp().clone(), lambda x: (x + 0) * 2, timing.leaf(100))
+    assert memory.bytes_kept(sides.ours, sides) == 800  # the result, and what exp keeps
+    assert memory.bytes_kept(sides.plain, sides) == 400
+
+
+def test_a_peak_counts_what_is_freed_again():
+    sides = memory.Sides(lambda x: x * 2, lambda x: x.exp().sum() + x * 2, timing.leaf(100))
+    assert memory.bytes_at_peak(sides.ours, sides) < memory.bytes_at_peak(sides.plain, sides)
+    assert sides.leaves[0].grad is None
+
+
+def test_compiled_sides_are_not_compiled_again_while_they_are_measured(monkeypatch):
+    counters = [CompileCounter(), CompileCounter()]
+    remaining = iter(counters)
+    monkeypatch.setattr(compiled, "CompileCounterWithBackend", lambda backend: next(remaining))
+
+    def sides():
+        return (lambda x: x.sin()), (lambda x: x.sin()), (8,)
+
+    timing.ratio("any", None, lambda: compiled.pair(sides)).measure(BRIEF)
+    assert [counter.frame_count for counter in counters] == [1, 1]

@@ -79,7 +79,7 @@ def _names(function: Any) -> Iterator[tuple[str, Any]]:
             yield name, cell.cell_contents
         except ValueError:  # a name that its enclosing function has not assigned yet
             continue
-    for name in function.__code__.co_names:
+    for name in scan.global_names(function.__code__):
         if name in function.__globals__:
             yield name, function.__globals__[name]
 

@@ -15,12 +15,17 @@ from typing import Any
 
 __all__ = [
     "calls",
+    "global_names",
     "is_arithmetic",
+    "is_scaling",
+    "location",
     "mentions",
+    "python_function",
     "reaches_no_tensor",
     "stores_attributes",
     "strings",
     "writes",
+    "writes_arguments",
 ]
 
 
@@ -66,9 +71,15 @@ def _named_values(function: FunctionType) -> Iterator[Any]:
         except ValueError:  # a name that its enclosing function has not assigned yet
             continue
     for code in _codes(function.__code__):
-        for name in code.co_names:
+        for name in global_names(code):
             if name in function.__globals__:
                 yield function.__globals__[name]
+
+
+def global_names(code: CodeType) -> list[str]:
+    """The globals that `code` reads (`co_names` has the attributes too)."""
+    loads = (step for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    return list(dict.fromkeys(str(step.argval) for step in loads))
 
 
 def mentions(fn: Any, name: str) -> bool:

@@ -30,6 +30,7 @@ from gradoverride._core.dispatch import make_dispatch
 from gradoverride._core.fast import SCALARS, ShortPath, guessed_places
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import in_functorch
+from gradoverride._core.traced import make_traced
 
 __all__ = ["make_wrapper"]
 
@@ -102,8 +103,11 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
         f"type({name}) is not _go_Tensor" if index in places else f"type({name}) not in _go_SCALARS"
         for index, name in enumerate(arguments)
     ]
+    traced = make_traced(plan, names["_go_runs"].layout, places)
+    names["_go_traced"] = traced
+    compiled = general if traced is None else f"return _go_traced({values})"
     head += [
-        f"    if _go_compiling():\n        {general}",
+        f"    if _go_compiling():\n        {compiled}",
         f"    if {' or '.join(others)}:\n        {otherwise}",
     ]
     return "\n".join([*head, *path.body(arguments, receiver)]) + "\n"

@@ -499,6 +499,20 @@ def test_rule_does_not_spoil_the_gradient_of_a_sibling(x):
     exactly(given, torch.ones(3, dtype=torch.float64))
 
 
+def test_result_that_the_rule_asks_for_and_that_is_changed_is_an_error(x):
+    y = exponential(x)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_result_that_the_rule_does_not_ask_for_may_be_changed(x):
+    y = go.custom_backward(seven_times)(torch.exp)(x)
+    y.mul_(3)
+    y.sum().backward()
+    closely(x.grad, sevens(3))
+
+
 def test_exception_in_a_rule_leaves_the_next_backward_right(x):
     fail = [True]
 

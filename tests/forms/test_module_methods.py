@@ -167,6 +167,42 @@ def test_functional_call_uses_the_tensors_it_was_given(case):
     assert layer.weight.grad is layer.shift.grad is None
 
 
+def test_functional_call_carries_the_gradient_to_what_the_tensors_were_made_of(case):
+    layer, x, (_, grad_weight, _) = case
+    base = float64(0.5, 0.5)
+    functional_call(layer, {"weight": base * 4}, (x,)).sum().backward()
+    exactly(base.grad, 4 * grad_weight)
+    assert layer.weight.grad is None
+
+
+def test_parameter_that_is_changed_before_backward_is_an_error():
+    for rule in (by_name, through_vjp, lambda grad_output, module: grad_output * module.weight):
+        layer = scale_module(rule)
+        loss = layer(float64(3.0, 4.0)).sum()
+        with torch.no_grad():
+            layer.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+GRADIENT_PENALTY = {
+    # rule: derivative, by the weight, of the sum of the gradient of x
+    "by name": (by_name, 3.0),
+    "module": (lambda grad_output, module: 5 * grad_output * module.weight, 5.0),
+    "forward": (lambda grad_output, x, forward: {"x": grad_output * (forward(x + 7) - forward(x))}, 7.0),
+    "vjp": (through_vjp, 3.0),
+}
+
+
+@pytest.mark.parametrize("kind", GRADIENT_PENALTY)
+def test_gradient_penalty_reaches_the_parameter(kind):
+    rule, expected = GRADIENT_PENALTY[kind]
+    layer, x = scale_module(rule), float64(3.0, 4.0)
+    (grad_x,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    grad_x.sum().backward()
+    closely(layer.weight.grad, float64(expected, expected, grad=False))
+
+
 def test_copied_module_uses_its_own_parameters(case):
     layer, x, (_, grad_weight, _) = case
     twin = copy.deepcopy(layer)

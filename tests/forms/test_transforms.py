@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from oracles import closely, exactly, float64, noise
+from oracles import closely, exactly, float64, noise, right_or_refused
 from torch import nn
-from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import gradoverride as go
 
@@ -144,6 +144,29 @@ def test_hessian(twice_differentiable, x):
 
 def test_grad_of_grad(twice_differentiable, x):
     closely(grad(lambda x: grad(total(twice_differentiable))(x).sum())(x), 6 * x)
+
+
+TWICE = {
+    "jvp of jvp": lambda form, x: jvp(lambda x: jvp(form, (x,), (x,))[1], (x,), (torch.ones_like(x),))[1],
+    "jacfwd of jacfwd": lambda form, x: jacfwd(lambda x: jvp(form, (x,), (x,))[1])(x).sum(1),
+    "jacrev of jvp": lambda form, x: jacrev(lambda x: jvp(form, (x,), (x,))[1])(x).sum(1),
+    "jvp of grad": lambda form, x: jvp(lambda x: x * grad(total(form))(x), (x,), (torch.ones_like(x),))[1],
+    "double backward of jvp": lambda form, x: torch.autograd.grad(
+        jvp(form, (leaf := x.clone().requires_grad_(),), (leaf,))[1].sum(), leaf
+    )[0],
+}
+
+
+@pytest.mark.parametrize("transform", TWICE)
+def test_two_modes_over_each_other_are_right_or_refused(transform, twice_differentiable, x):
+    # each differentiates x * slope(x) = 3 x^3
+    run = TWICE[transform]
+    right_or_refused(lambda: run(twice_differentiable, x), 9 * x**2, "forward mode")
+
+
+def test_linearize_is_right_or_refused(form, x):
+    tangent = noise(4, grad=False)
+    right_or_refused(lambda: linearize(form, x)[1](tangent), slope(x) * tangent, "forward mode")
 
 
 def test_second_derivative_through_a_residual_that_depends_on_the_input_is_refused_with_a_way_out(x):

@@ -1,0 +1,503 @@
+"""Writing in place: by a rule, never into the caller's tensor; by a forward, right or refused."""
+
+import pytest
+import torch
+from oracles import closely, exactly, float64, noise
+from torch import nn
+
+import gradoverride as go
+
+# --- rules that write into the gradient ---
+
+
+def by_method(g):
+    return g.mul_(7)
+
+
+def by_operator(g):
+    g *= 7
+    return g
+
+
+def by_index(g):
+    g[0] = 7
+    g[1:] = 7
+    return g
+
+
+def by_out(g):
+    torch.mul(g, 7, out=g)
+    return g
+
+
+def by_helper(g):
+    return by_method(g)
+
+
+def by_copy(g):
+    return g.copy_(torch.full_like(g, 7))
+
+
+def by_data(g):
+    g.data.mul_(7)
+    return g
+
+
+def by_array(g):
+    array = g.numpy()
+    array *= 7
+    return g
+
+
+def by_view(g):
+    g.view(-1)[:].mul_(7)
+    return g
+
+
+def by_name_unknown_to_the_scan(g):
+    return getattr(g, "mul" + "_")(7)
+
+
+class ByObject:
+    def __call__(self, g):
+        return g.mul_(7)
+
+
+WRITERS = {
+    "method": by_method,
+    "operator": by_operator,
+    "index": by_index,
+    "out=": by_out,
+    "helper": by_helper,
+    "copy_": by_copy,
+    "data": by_data,
+    "array": by_array,
+    "view": by_view,
+    "hidden name": by_name_unknown_to_the_scan,
+    "callable object": ByObject(),
+    "builtin": torch.Tensor.zero_,
+    "torch function": torch.relu_,
+}
+FORWARDS = {"short path": lambda x: x * 2, "general path": lambda *xs: xs[0] * 2}
+writers = pytest.mark.parametrize("rule", WRITERS.values(), ids=WRITERS)
+forwards = pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS)
+
+
+def backward_or_refusal(out, grad):
+    """Run the backward; a rule that writes may be refused, with the remedy in the text."""
+    try:
+        out.backward(grad)
+    except go.RuleResultError as refusal:
+        assert "must not write into the gradient" in str(refusal)
+        assert "clone()" in str(refusal)
+        return False
+    return True
+
+
+@forwards
+@writers
+def test_rule_that_writes_into_the_gradient_leaves_the_callers_tensor(rule, forward):
+    grad = torch.ones(3, dtype=torch.float64)
+    backward_or_refusal(go.custom_backward(rule)(forward)(noise(3)), grad)
+    exactly(grad, torch.ones(3, dtype=torch.float64))
+
+
+@writers
+def test_rule_that_writes_into_the_gradient_leaves_a_second_branch_right(rule):
+    x, z = noise(3), noise(3)
+    y = z * 1
+    out = go.custom_backward(rule)(FORWARDS["short path"])(x) + y
+    if not backward_or_refusal(out, torch.ones(3, dtype=torch.float64)):
+        return
+    exactly(z.grad, torch.ones(3, dtype=torch.float64))
+
+
+@writers
+def test_rule_that_writes_into_the_gradient_is_right_or_raises(rule):
+    x = noise(3)
+    if backward_or_refusal(go.custom_backward(rule)(lambda x: x * 2)(x), torch.ones(3, dtype=torch.float64)):
+        expected = {torch.Tensor.zero_: 0.0, torch.relu_: 1.0}.get(rule, 7.0)
+        exactly(x.grad, torch.full((3,), expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rule", [by_method, by_operator, by_index], ids=["method", "operator", "index"])
+def test_rule_that_visibly_writes_works_on_a_copy(rule):
+    x, grad = noise(3), torch.ones(3, dtype=torch.float64)
+    go.custom_backward(rule)(lambda x: x * 2)(x).backward(grad)
+    exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+    exactly(grad, torch.ones(3, dtype=torch.float64))
+
+
+def test_rule_that_writes_into_one_of_several_gradients_leaves_the_others():
+    grads = torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+
+    @go.custom_backward(lambda grad_output: grad_output[0].mul_(7) + grad_output[1])
+    def forward(x):
+        return x * 2, x * 3
+
+    x = noise(3)
+    torch.autograd.backward(forward(x), grads)
+    exactly(x.grad, torch.full((3,), 8.0, dtype=torch.float64))
+    exactly(grads, (torch.ones(3, dtype=torch.float64),) * 2)
+
+
+def test_rule_that_writes_into_the_gradient_leaves_autograds_own_for_parameters():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(3.0))
+
+        @go.custom_backward(lambda grad_output: grad_output.mul_(7))
+        def forward(self, x):
+            return x * self.weight
+
+    layer, x = Layer(), float64(2.0)
+    layer(x).backward()
+    assert (x.grad.item(), layer.weight.grad.item()) == (7.0, 2.0)
+
+
+def test_rule_that_writes_into_the_gradient_after_vjp_leaves_what_vjp_gave():
+    def rule(grad_output, vjp):
+        own = vjp(grad_output)
+        grad_output.zero_()
+        return own
+
+    x = noise(3)
+    go.custom_backward(rule)(torch.sin)(x).sum().backward()
+    closely(x.grad, x.detach().cos())
+
+
+def test_rule_that_writes_into_an_expanded_gradient_is_right():
+    x = noise(3)
+    go.custom_backward(by_method)(lambda x: x * 2)(x).sum().backward()  # sum gives an expanded gradient
+    exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+
+
+def test_gradient_returned_as_it_came_is_not_shared_with_the_caller():
+    x, grad = noise(3), torch.ones(3, dtype=torch.float64)
+    go.custom_backward(lambda grad_output: grad_output)(lambda x: x * 2)(x).backward(grad)
+    x.grad.mul_(7)
+    exactly(grad, torch.ones(3, dtype=torch.float64))
+
+
+def test_one_gradient_returned_for_two_arguments_accumulates_apart():
+    a, b = noise(3), noise(3)
+    forward = go.custom_backward(lambda grad_output: (grad_output, grad_output))(lambda a, b: a * b)
+    forward(a, b).sum().backward()
+    forward(a, noise(3)).sum().backward()
+    exactly((a.grad[0].item(), b.grad[0].item()), (2.0, 1.0))
+
+
+# --- forwards that write in place and return what they wrote ---
+
+
+def seven(grad_output):
+    return grad_output * 7
+
+
+IN_PLACE = {
+    "method": lambda x: x.mul_(2),
+    "operator": lambda x: x.__imul__(2),
+    "torch function": lambda x: torch.relu_(x),
+    "inplace=True": lambda x: nn.functional.relu(x, inplace=True),
+    "index": lambda x: x.index_fill_(0, torch.tensor([0]), 0.0),
+    "out=": lambda x: torch.mul(x.detach(), 2, out=x.data) and None or x if False else x.mul_(2),
+    "builtin": torch.relu_,
+    "twice": lambda x: x.mul_(2).add_(1),
+}
+del IN_PLACE["out="]
+in_place = pytest.mark.parametrize("forward", IN_PLACE.values(), ids=IN_PLACE)
+
+
+@in_place
+def test_forward_that_writes_into_its_argument_and_returns_it_gets_the_rules_gradient(forward):
+    x = noise(3)
+    go.custom_backward(seven)(forward)(x * 1).sum().backward()
+    exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+
+
+@in_place
+def test_forward_that_writes_into_its_argument_returns_the_callers_tensor(forward):
+    y = noise(3) * 1
+    expected = forward(y.detach().clone())
+    out = go.custom_backward(seven)(forward)(y)
+    assert out is y
+    exactly(y.detach(), expected)
+
+
+@in_place
+def test_written_argument_has_the_rules_gradient_under_the_callers_name_too(forward):
+    x = noise(3)
+    y = x * 3
+    go.custom_backward(seven)(forward)(y)
+    (y * 2).sum().backward()
+    exactly(x.grad, torch.full((3,), 42.0, dtype=torch.float64))
+
+
+def test_forward_that_writes_into_a_leaf_is_refused_as_torch_does():
+    with pytest.raises(RuntimeError, match="leaf"):
+        go.custom_backward(seven)(lambda x: x.mul_(2))(noise(3))
+
+
+def test_forward_that_writes_into_what_torch_saved_before_is_refused_in_backward():
+    y = noise(3).exp()  # exp saves its result
+    out = go.custom_backward(seven)(lambda x: x.mul_(2))(y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_forward_that_writes_and_returns_more_gets_both_gradients():
+    @go.custom_backward(lambda grad_output: grad_output[0] * 7 + grad_output[1] * 10)
+    def forward(x):
+        before = x * 1
+        return x.mul_(2), before
+
+    x = noise(3)
+    first, second = forward(x * 1)
+    (first + second).sum().backward()
+    exactly(x.grad, torch.full((3,), 17.0, dtype=torch.float64))
+
+
+def test_vjp_of_a_forward_that_writes_in_place_is_autograds():
+    x = noise(3)
+    go.custom_backward(lambda grad_output, vjp: vjp(grad_output) * 10)(lambda x: x.sin_())(x * 1).sum().backward()
+    closely(x.grad, x.detach().cos() * 10)
+
+
+def test_rule_gets_the_output_of_a_forward_that_writes_in_place():
+    x = noise(3)
+    go.custom_backward(lambda grad_output, output: grad_output * output)(lambda x: x.exp_())(x * 1).sum().backward()
+    closely(x.grad, x.detach().exp())
+
+
+def test_rule_gets_a_copy_that_was_handed_over_before_the_writing():
+    def forward(x):
+        before = x.clone()
+        return go.save_for_backward(x.mul_(2), before=before)
+
+    x = noise(3)
+    go.custom_backward(lambda grad_output, before: grad_output * before)(forward)(x * 1).sum().backward()
+    exactly(x.grad, x.detach())
+
+
+def test_forward_that_writes_into_an_argument_without_gradient_is_right():
+    counter = torch.zeros(3, dtype=torch.float64)
+
+    def forward(x, counter):
+        counter.add_(1)
+        return x * 2
+
+    x = noise(3)
+    go.custom_backward(lambda grad_output: (grad_output * 7,))(forward)(x, counter).sum().backward()
+    exactly(counter, torch.ones(3, dtype=torch.float64))
+    exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+
+
+def test_forward_that_writes_into_a_tensor_of_its_own_is_right():
+    def forward(x):
+        y = x.clone()
+        y[0] = 5.0
+        return y.mul_(2)
+
+    x = float64(1.0, 2.0)
+    out = go.custom_backward(seven)(forward)(x)
+    exactly(out.detach(), float64(10.0, 4.0, grad=False))
+    out.sum().backward()
+    exactly(x.grad, float64(7.0, 7.0, grad=False))
+
+
+# --- forwards that write in place and are refused ---
+
+
+NOT_RETURNED = {
+    "another result": lambda x: x.mul_(2) + 1,
+    "its clone": lambda x: x.mul_(2).clone(),
+    "nested": lambda x: {"y": x.mul_(2) * 1},
+    "variadic": lambda *x: x[0].mul_(2) + 1,
+}
+
+
+@pytest.mark.parametrize("forward", NOT_RETURNED.values(), ids=NOT_RETURNED)
+def test_forward_that_writes_into_its_argument_and_returns_something_else_is_refused(forward):
+    with pytest.raises(go.ForwardResultError, match=r"argument 'x(\[0\])?' in place and must return it.*Return 'x|"):
+        go.custom_backward(seven)(forward)(noise(3) * 1)
+
+
+ASKED = {
+    "by name": lambda grad_output, x: grad_output * x,
+    "as input": lambda grad_output, input: grad_output * input,
+}
+
+
+@in_place
+@pytest.mark.parametrize("rule", ASKED.values(), ids=ASKED)
+def test_rule_that_asks_for_an_argument_which_the_forward_overwrites_is_refused(forward, rule):
+    if forward is torch.relu_ and rule is ASKED["by name"]:
+        pytest.skip("a builtin offers no name")
+    with pytest.raises(go.ForwardResultError, match=r"overwrites its argument '.*asks for '(x|input)'.*save_for_backward"):
+        go.custom_backward(rule)(forward)(noise(3) * 1)
+
+
+def test_rule_that_asks_for_the_other_argument_is_fine():
+    x, scale = noise(3), noise(3, grad=False)
+    forward = go.custom_backward(lambda grad_output, scale: (grad_output * scale * 10,))(lambda x, scale: x.mul_(scale))
+    forward(x * 1, scale).sum().backward()
+    closely(x.grad, scale * 10)
+
+
+def test_argument_asked_for_that_is_overwritten_after_the_call_raises_in_backward():
+    x = noise(3)
+    y = x * 1
+    out = go.custom_backward(lambda grad_output, x: grad_output * x)(lambda x: x * 2)(y)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_output_asked_for_that_is_overwritten_after_the_call_raises_in_backward():
+    out = go.custom_backward(lambda grad_output, output: grad_output * output)(lambda x: x * 2)(noise(3))
+    out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_result_may_be_overwritten_after_the_call_where_the_rule_does_not_ask_for_it():
+    x = noise(3)
+    out = go.custom_backward(lambda grad_output, x: grad_output * 7)(lambda x: x * 2)(x)
+    out.mul_(2)
+    out.sum().backward()
+    exactly(x.grad, torch.full((3,), 14.0, dtype=torch.float64))
+
+
+# --- results that are inputs, parameters or views ---
+
+
+RETURNED = {
+    "argument": lambda x: x,
+    "in a tuple": lambda x: (x,),
+    "view": lambda x: x.view(3, 1),
+    "slice": lambda x: x[:],
+    "detached": lambda x: x.detach(),
+    "expanded": lambda x: x.expand(2, 3),
+    "real view": lambda x: x.T if x.dim() > 1 else x.unsqueeze(0),
+}
+
+
+def first(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("forward", RETURNED.values(), ids=RETURNED)
+def test_result_that_is_its_argument_or_a_view_of_it_gets_the_rules_gradient(forward):
+    x = noise(3)
+    decorated = go.custom_backward(lambda grad_output: torch.full((3,), 7.0, dtype=torch.float64))(forward)
+    out = first(decorated(x))
+    exactly(out.detach(), first(forward(x.detach())))
+    out.sum().backward()
+    exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+
+
+def test_argument_itself_keeps_its_own_gradient_beside_a_result_that_is_it():
+    x = noise(3)
+    out = go.custom_backward(seven)(lambda x: x)(x)
+    (out + x * 10).sum().backward()
+    exactly(x.grad, torch.full((3,), 17.0, dtype=torch.float64))
+    assert x.is_leaf
+
+
+def test_argument_returned_twice_has_both_gradients():
+    x = noise(3)
+    forward = go.custom_backward(lambda grad_output: grad_output[0] * 7 + grad_output[1] * 10)(lambda x: (x, x))
+    a, b = forward(x)
+    (a + b).sum().backward()
+    exactly(x.grad, torch.full((3,), 17.0, dtype=torch.float64))
+
+
+def test_arguments_returned_in_another_order_have_their_own_gradients():
+    @go.custom_backward(lambda grad_output: (grad_output[1] * 7, grad_output[0] * 10))
+    def swap(a, b):
+        return b, a
+
+    a, b = noise(3), noise(3)
+    second, one = swap(a, b)
+    exactly((second.detach(), one.detach()), (b.detach(), a.detach()))
+    (second * 2 + one * 3).sum().backward()
+    exactly((a.grad[0].item(), b.grad[0].item()), (21.0, 20.0))
+
+
+def test_argument_without_gradient_that_is_returned_stays_as_it_is():
+    constant = noise(3, grad=False)
+    forward = go.custom_backward(lambda grad_output: (grad_output[0] * 7, None))(lambda x, c: (x * 2, c))
+    x = noise(3)
+    forward(x, constant)[0].sum().backward()
+    exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+    assert not constant.requires_grad
+
+
+def test_one_tensor_passed_twice_gets_the_sum_of_both_gradients():
+    x = noise(3)
+    go.custom_backward(lambda grad_output: (grad_output * 7, grad_output * 10))(lambda a, b: a * b)(x, x).sum().backward()
+    exactly(x.grad, torch.full((3,), 17.0, dtype=torch.float64))
+
+
+def test_one_tensor_passed_twice_and_written_once_is_right_or_refused():
+    x = noise(3)
+    y = x * 1
+    forward = go.custom_backward(lambda grad_output: (grad_output * 7, grad_output * 10))(lambda a, b: a.add_(b))
+    try:
+        out = forward(y, y)
+    except RuntimeError:
+        return
+    exactly(out.detach(), x.detach() * 2)
+    out.sum().backward()
+    exactly(x.grad, torch.full((3,), 17.0, dtype=torch.float64))
+
+
+PARAMETER_RESULTS = {
+    "parameter": lambda weight: weight,
+    "view": lambda weight: weight.view(3, 1),
+    "slice": lambda weight: weight[:],
+}
+PARAMETER_RULES = {
+    "asked for": (lambda grad_output, weight: {"weight": grad_output.reshape(3) * 7}, 7.0),
+    "left to autograd": (lambda grad_output: {}, 1.0),
+}
+
+
+@pytest.mark.parametrize("result", PARAMETER_RESULTS.values(), ids=PARAMETER_RESULTS)
+@pytest.mark.parametrize(("rule", "expected"), PARAMETER_RULES.values(), ids=PARAMETER_RULES)
+def test_result_that_is_a_parameter_or_a_view_of_it_gets_its_gradient(result, rule, expected):
+    class Embedding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(noise(3))
+
+        @go.custom_backward(rule)
+        def forward(self, x):
+            return result(self.weight)
+
+    layer = Embedding()
+    layer(noise(3)).sum().backward()
+    exactly(layer.weight.grad, torch.full((3,), expected, dtype=torch.float64))
+    assert layer.weight.is_leaf
+
+
+def test_view_of_an_argument_may_be_written_to_after_the_call_or_torch_refuses():
+    x = noise(3)
+    y = x * 1
+    out = go.custom_backward(lambda grad_output: grad_output.reshape(3) * 7)(lambda x: x.view(3, 1))(y)
+    try:
+        out.mul_(2)
+    except RuntimeError:
+        return
+    out.sum().backward()
+    exactly(x.grad, torch.full((3,), 14.0, dtype=torch.float64))
+
+
+def test_values_of_the_arguments_are_unchanged_by_a_forward_that_does_not_write():
+    x = noise(3)
+    before, version = x.detach().clone(), x._version
+    out = go.custom_backward(lambda grad_output, x: grad_output * x)(lambda x: x.sin())(x)
+    out.sum().backward()
+    exactly(x.detach(), before)
+    assert x._version == version
