@@ -1,4 +1,4 @@
-"""What every error has in common, and the errors that do not belong to rules: forwards, decorations, captured tensors."""
+"""What every error has in common, and those that are not about rules: forwards, decorations, captured tensors."""
 
 import builtins
 import re
@@ -135,7 +135,9 @@ def message(kind, provoke):
 
 @examples
 def test_message_begins_with_the_users_name_and_place(kind, provoke):
-    assert re.match(r"(rule |surrogate )?'[\w<>.()=]+' (\(.*test_errors\.py:\d+\)|\(built in\))", message(kind, provoke))
+    assert re.match(
+        r"(rule |surrogate )?'[\w<>.()=]+' (\(.*test_errors\.py:\d+\)|\(built in\))", message(kind, provoke)
+    )
 
 
 @examples
@@ -540,7 +542,9 @@ def test_captured_tensor_is_found_after_calls_without_gradient(make, name, rule)
 
 def test_captured_tensor_in_one_branch_is_an_error_at_the_call_that_takes_it():
     captured = noise(3)
-    forward = go.custom_backward(lambda grad_output: {"x": grad_output * 7})(lambda x, flag: x * captured if flag else x * 2)
+    forward = go.custom_backward(lambda grad_output: {"x": grad_output * 7})(
+        lambda x, flag: x * captured if flag else x * 2
+    )
     x = noise(3)
     forward(x, False).sum().backward()
     exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))

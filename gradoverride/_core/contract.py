@@ -32,7 +32,7 @@ def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str,
     if isinstance(answer, dict) and not dataclasses.is_dataclass(answer):
         return _by_name(call, answer)
     names, specs = call.names, call.specs
-    if call.single is not None and not (isinstance(answer, (tuple, list)) and specs[call.single] is LEAF):
+    if call.single is not None and not (isinstance(answer, (tuple, list)) and not _is_sequence(specs[call.single])):
         return _entry(call, names[call.single], specs[call.single], answer), {}
     if not isinstance(answer, (tuple, list)):
         _refuse(
@@ -192,6 +192,11 @@ def _match(
     else:
         for key, part, value in _parts(call, path, spec, entry):
             _match(call, name, f"{path}{key}", part, value, metas, grads)
+
+
+def _is_sequence(spec: Any) -> bool:
+    """Whether a bare gradient that mirrors this is itself a tuple or a list."""
+    return isinstance(spec, Node) and issubclass(spec.kind, (tuple, list))
 
 
 def _parts(call: Call, path: str, spec: Node, entry: Any) -> list[tuple[str, Any, Any]]:

@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from gradoverride._core import scan
 from gradoverride._core.captured import captured_names
 from gradoverride._core.function import General, Transformed, named
@@ -60,7 +64,7 @@ class Plan:
         # By names: where a graph cannot be looked at, and evaluated while tracing, for Dynamo knows no cells.
         self.captured_names: Callable[[], str] = evaluated_while_tracing(lambda: ", ".join(captured_names(forward.fn)))
         self.may_capture = not scan.reaches_no_tensor(self.fn)
-        self.rule_writes = scan.writes(rule.fn)
+        self.rule_writes = not scan.writes_nothing(rule.fn, _is_known_method)
         self.rule_is_arithmetic = scan.is_arithmetic(rule.fn)
         self.rule_is_scaling = scan.is_scaling(rule.fn)
         # A rule that mentions these may answer for parameters that it does not ask for.
@@ -117,3 +121,7 @@ class Plan:
             return self.invoke(layout, receiver, values)
         finally:
             close_frame()
+
+
+def _is_known_method(name: str) -> bool:
+    return hasattr(Tensor, name) or hasattr(torch, name) or hasattr(F, name) or name in ("by_name", "items", "values")

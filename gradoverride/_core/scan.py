@@ -26,6 +26,7 @@ __all__ = [
     "strings",
     "writes",
     "writes_arguments",
+    "writes_nothing",
 ]
 
 
@@ -122,7 +123,7 @@ def writes(fn: Any) -> bool:
     for _, code in _reachable(fn):
         if any(_is_inplace_name(name) for name in code.co_names):
             return True
-        if any(c == "out" or (isinstance(c, tuple) and "out" in c) for c in code.co_consts):
+        if any(constant in _WRITING_OPTIONS for constant in _constants(code)):
             return True
         if any(_is_write(instruction) for instruction in dis.get_instructions(code)):
             return True
@@ -215,11 +216,61 @@ def writes_arguments(fn: Any) -> bool:
     return False
 
 
+def writes_nothing(fn: Any, known_method: Callable[[str], bool]) -> bool:
+    """Whether the code of `fn` shows that it writes into no tensor that it is given.
+
+    It calls only methods that are known, functions of torch and its own module, and a few builtins. What calls
+    anything else may write: such a rule is handed a copy.
+    """
+    if getattr(fn, "writes_nothing", False):  # says so itself
+        return True
+    found = list(_reachable(fn))
+    if not found or writes(fn):
+        return False
+    own = {function.__module__ for function, _ in found}
+    for function, code in found:
+        for step in dis.get_instructions(code):
+            method = step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL" in step.argrepr)
+            if method and not known_method(str(step.argval)):
+                return False
+        for name in global_names(code):
+            if name not in function.__globals__ and name not in _HARMLESS_BUILTINS:
+                return False
+    return all(_is_harmless(value, own) for function, _ in found for value in _named_values(function))
+
+
+def _is_harmless(value: Any, own: set[str]) -> bool:
+    if isinstance(value, ModuleType):
+        return value.__name__.partition(".")[0] in ("torch", "math")
+    if isinstance(value, FunctionType) and value.__module__ in own:
+        return True
+    if callable(value):
+        return str(getattr(value, "__module__", "")).partition(".")[0] in ("torch", "math")
+    return True
+
+
+_HARMLESS_BUILTINS = frozenset(
+    {
+        *("abs", "bool", "complex", "dict", "enumerate", "float", "int", "isinstance", "len", "list", "max", "min"),
+        *("print", "range", "reversed", "sorted", "str", "sum", "tuple", "type", "zip", "ValueError", "RuntimeError"),
+    }
+)
+
+
+_WRITING_OPTIONS = ("out", "inplace")  # the names of keywords are among the constants
+
+
+def _constants(code: CodeType) -> Iterator[Any]:
+    for constant in code.co_consts:
+        yield from constant if isinstance(constant, tuple) else (constant,)
+
+
 def _is_inplace_name(name: str) -> bool:
     return (name.endswith("_") and not name.endswith("__") and not name.startswith("_")) or name in {
         "__setitem__",
         "data",
         "numpy",
+        "__array__",
         "copyto",
         "set_data",
     }

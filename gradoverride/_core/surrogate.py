@@ -26,6 +26,8 @@ def pass_through(grad_output: Tensor) -> Tensor:
 class SurrogateRule:
     """The gradient of `surrogate` at the input, in the place of that of `fn`."""
 
+    writes_nothing = True  # into the gradient that it is given: it is passed on to torch alone
+
     def __init__(self, fn: Any, surrogate: Callable[..., Any]) -> None:
         self.surrogate = surrogate
         self.who = f"surrogate '{name_of(surrogate)}' ({location(surrogate)}) of '{name_of(fn)}' ({location(fn)})"

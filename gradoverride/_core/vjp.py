@@ -36,7 +36,8 @@ class Vjp:
                 self._kept = self._backward.pull_leaves(grad_output, unmodified=True)
             leaves = self._kept
         given = iter(leaves)
-        if call.single is not None:
+        # Of a dict argument it comes in a tuple: a bare dict would be an answer by names.
+        if call.single is not None and getattr(call.specs[call.single], "kind", None) is not dict:
             return unflatten(call.specs[call.single], given, constants=False)
         return tuple([unflatten(spec, given, constants=False) for spec in call.specs])
 

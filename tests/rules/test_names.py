@@ -648,7 +648,7 @@ def test_unknown_name_close_to_nothing_gets_no_suggestion():
 
 def test_unknown_name_on_a_method_is_an_error_at_the_first_call_with_the_modules_names():
     module = Scale(missing)
-    with pytest.raises(go.RuleSignatureError, match="'x', 'weight', 'scale'.*Did you mean 'weight'"):
+    with pytest.raises(go.RuleSignatureError, match=r"'x', 'weight', 'scale'.*Did you mean 'weight'"):
         module.call(float64(1.0))
 
 
@@ -666,7 +666,7 @@ def test_unknown_name_on_a_method_is_no_error_where_no_gradient_is_wanted():
 
 def test_unknown_name_where_residuals_exist_is_an_error_at_the_first_call_with_theirs():
     decorated = go.custom_backward(missing)(lambda x: go.save_for_backward(x * 2, weight=3.0))
-    with pytest.raises(go.RuleSignatureError, match="'x', 'weight'.*Did you mean 'weight'"):
+    with pytest.raises(go.RuleSignatureError, match=r"'x', 'weight'.*Did you mean 'weight'"):
         decorated(float64(1.0))
 
 
@@ -686,7 +686,7 @@ def test_residual_of_one_branch_is_missed_at_the_call_that_takes_the_other():
 @pytest.mark.parametrize("name", ["x", "self", "decimals"])
 def test_builtin_without_a_signature_offers_reserved_names_only(builtin, name):
     rule = eval(f"lambda grad_output, {name}: grad_output")
-    with pytest.raises(go.RuleSignatureError, match="has no signature and offers no names of its own.*'input'"):
+    with pytest.raises(go.RuleSignatureError, match=r"has no signature and offers no names of its own.*'input'"):
         go.custom_backward(rule)(builtin)
 
 

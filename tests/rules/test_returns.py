@@ -293,7 +293,10 @@ def test_complex_argument_takes_a_gradient_of_any_floating_kind(given):
 
 
 WRONG = {
-    "shape": (lambda g: g.sum(), r"shape \(3,\) for '{}', the shape of '{}' itself; it returned a tensor of shape \(\)"),
+    "shape": (
+        lambda g: g.sum(),
+        r"shape \(3,\) for '{}', the shape of '{}' itself; .* a tensor of shape \(\)",
+    ),
     "shape that torch would sum": (lambda g: g.expand(2, 3), r"shape \(3,\) for '{}'.* a tensor of shape \(2, 3\)"),
     "shape that torch would expand": (lambda g: g[:1], r"shape \(3,\) for '{}'.* a tensor of shape \(1,\)"),
     "device": (lambda g: g.to("meta"), r"on cpu for '{}', where '{}' is; it returned one on meta"),
@@ -379,7 +382,12 @@ COUNTS = {
     "too many with None": (two, lambda g: (g, g, None), 2, r"at most 2 gradients.* \(a, b\); it returned 3"),
     "too few": (two, lambda g: (g,), 2, r"one gradient for each argument \(a, b\); it returned 1, and 'b' holds"),
     "none at all": (two, lambda g: (), 2, r"one gradient for each argument \(a, b\); it returned 0, and 'a' holds"),
-    "bare for two": (two, lambda g: g, 2, r"one gradient for each argument \(a, b\).*returned a tensor of shape \(3,\)"),
+    "bare for two": (
+        two,
+        lambda g: g,
+        2,
+        r"one gradient for each argument \(a, b\).*returned a tensor of shape \(3,\)",
+    ),
     "too few for variadic": (variadic, lambda g: (g, g), 3, r"returned 2, and 'rest\[1\]' holds a tensor"),
     "dict too few for variadic": (variadic, lambda g: {"rest": (g,)}, 3, r"tuple of 2 gradients for '\*rest'"),
     "dict bare for variadic": (variadic, lambda g: {"rest": g}, 3, r"tuple of 2 gradients for '\*rest'.* a tensor"),
@@ -416,7 +424,9 @@ def test_wrong_structure_of_a_nested_argument_is_refused(answer):
 
 
 def test_container_for_a_tensor_is_refused():
-    refused(r"shape \(3,\) as the gradient of 'a'; it returned a tuple of 2", two, lambda g: ((g, g), g), noise(3), noise(3))
+    refused(
+        r"shape \(3,\) as the gradient of 'a'; it returned a tuple of 2", two, lambda g: ((g, g), g), noise(3), noise(3)
+    )
 
 
 NO_TENSOR = {"string": "text", "number": 3, "None": None, "integer tensor": torch.tensor([1, 2, 3])}
@@ -480,7 +490,7 @@ PARAMETERS = {
     "asked for": (lambda grad_output, weight: {"x": grad_output * 7, "weight": grad_output * 9}, [9.0, 1.0]),
     "stopped": (lambda grad_output, weight: {"x": grad_output * 7, "weight": None}, [None, 1.0]),
     "all asked for": (
-        lambda grad_output, params: {"x": grad_output * 7, **{name: grad_output * 9 for name in params}},
+        lambda grad_output, params: {"x": grad_output * 7, **dict.fromkeys(params, grad_output * 9)},
         [9.0, 9.0],
     ),
     "autograd's own": (
