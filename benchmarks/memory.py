@@ -6,7 +6,7 @@ it would free counts as kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def of_temporaries(ours: Callable[..., Tensor], by_hand: Callable[..., Tensor], 
 def bytes_kept(function: Callable[..., Tensor], sides: Sides) -> int:
     """What is given back when the result of a call is dropped: it and all that waits for its backward."""
     with undisturbed():
-        with Storages() as storages:
+        with Storages(known=sides.leaves) as storages:
             result = function(*sides.inputs)
         with_result = storages.bytes_alive()
         del result
@@ -68,7 +68,7 @@ def bytes_at_peak(function: Callable[..., Tensor], sides: Sides) -> int:
     """The most that is alive at once in forward and backward, gradients included."""
     clear(sides)
     grad = torch.ones_like(function(*sides.inputs))
-    with undisturbed(), Storages() as storages:
+    with undisturbed(), Storages(known=sides.leaves) as storages:
         function(*sides.inputs).backward(grad)
     clear(sides)
     return storages.peak
@@ -80,10 +80,11 @@ def clear(sides: Sides) -> None:
 
 
 class Storages(TorchDispatchMode):
-    """Weak references to the storage of every tensor that an operation returns."""
+    """Weak references to the storage of every tensor that an operation returns, but for aliases of what is `known`."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.known = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in known}
         self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
 
@@ -93,7 +94,8 @@ class Storages(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 reference = StorageWeakRef(storage)
-                self.seen[reference.cdata] = reference, storage.nbytes()
+                if reference.cdata not in self.known:
+                    self.seen[reference.cdata] = reference, storage.nbytes()
         self.peak = max(self.peak, self.bytes_alive())
         return result
 

@@ -21,7 +21,7 @@ from gradoverride._core.function import Refused
 from gradoverride._core.kept_graph import KeptGraph, TracedGraph
 from gradoverride._core.private import fail, fast_apply, pull
 from gradoverride._core.standin import Collector, stand_in
-from gradoverride._core.structure import flatten, has_leaf, unflatten
+from gradoverride._core.structure import alike, flatten, in_order_of, unflatten
 from gradoverride._core.vjp import Vjp
 from gradoverride.errors import RuleResultError, UnsupportedError
 
@@ -218,7 +218,7 @@ class Backward:
                 f"that the rule {self.plan.rule.who} leaves to autograd, needs the graph of the forward. "
                 "Ask for 'vjp' in the rule, which keeps it"
             )
-            grads = [_refuse(text, grad) for grad in grads]
+            grads = [_refuse(text, grad, *call.outer) for grad in grads]
         if not overruled:
             return [grad if flows else None for grad, flows in zip(grads, call.flows, strict=True)]
         self.plan.names_all = True  # from now on, through aliases
@@ -282,8 +282,8 @@ class Backward:
         """A gradient in the structure of the result, taken apart and checked: what a rule hands to `vjp`."""
         call = self.call
         found: list[Any] = []
-        spec = flatten(value, lambda part: isinstance(part, Tensor), found)
-        if len(found) != call.n_outs or has_leaf(spec) != has_leaf(call.result):
+        spec = flatten(in_order_of(call.result, value), lambda part: isinstance(part, Tensor), found)
+        if len(found) != call.n_outs or not alike(call.result, spec):
             fail(
                 RuleResultError,
                 f"vjp in the rule {self.plan.rule.who} of {self.plan.forward.who} takes a gradient in the structure "

@@ -86,6 +86,7 @@ class Call:
     copies: list[int]  # leaves that were written into and are copied back (not in eager mode)
     flows: list[bool]  # by such tensor, whether its gradient flows on to natural parameters
     residual_metas: list[Meta]
+    outer: list[Tensor]  # with natural parameters and no kept graph: what leads to the arguments
     n_residuals: int  # floating residuals are outputs of the Function besides
     first_out: int  # where the results stand among its inputs
     # Where values are among the saved tensors:

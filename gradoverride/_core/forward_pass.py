@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradoverride._core import captured
 from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Asked, Call, is_differentiable, is_tensor
 from gradoverride._core.contract import Meta, what
-from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph
+from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph, outer_of
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import (
     fail,
@@ -286,6 +286,7 @@ class ForwardPass:
         natural = bool(call.natural) and not isinstance(call.graph, KeptGraph)
         call.flows = [natural and out.requires_grad for out in outs]
         flowing = natural or (mode == TRACED and call.graph is not None)
+        call.outer = outer_of(leaves) if natural and mode == EAGER else []
         call.residual_metas = [Meta(tensor) for tensor in floating]
         for tensor in outs:
             inputs.append(tensor if flowing or not tensor.requires_grad else tensor.detach())

@@ -141,34 +141,29 @@ class Tail(Function):
 
 
 class Lifted(Function):
-    """Derivatives that were computed in a kept graph, as functions of the outer tensors.
-
-    `graph` is asked for the derivative with respect to its aliases; what else the derivatives depend on (the
-    gradient that came in, parameters left to autograd) gets its share by torch's own graph.
-    """
+    """Derivatives that were computed in a kept graph, as functions of the outer tensors. `tie` knows how."""
 
     @staticmethod
-    def forward(ctx: Any, graph: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.graph, ctx.count = graph, count
+    def forward(ctx: Any, tie: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.tie = tie
         ctx.set_materialize_grads(False)
-        return tuple(fresh(tensor) for tensor in tensors[:count])
+        return tuple([fresh(tensor) for tensor in tensors[: len(tie.ends)]])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        below = ctx.graph.pull_from(ctx.next_functions[: ctx.count], grads)
-        return (None, None, *grads, *below)
+        return (None, *ctx.tie.backward(grads))
 
 
 class Refused(Function):
-    """The identity. A second derivative through it is not known, and raises `text`."""
+    """The identity of the first tensor. How it depends on the others is not known: a derivative raises `text`."""
 
     @staticmethod
-    def forward(ctx: Any, text: str, tensor: Tensor) -> Tensor:
+    def forward(ctx: Any, text: str, tensor: Tensor, *others: Tensor) -> Tensor:
         ctx.text = text
         return fresh(tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         fail(UnsupportedError, ctx.text)
 
 

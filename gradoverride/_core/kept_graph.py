@@ -29,7 +29,7 @@ from gradoverride._core.function import TOKEN, Cut, Lifted, Tail, TracedCut
 from gradoverride._core.private import fail, fast_apply, pull, saves_plainly, trace_gradients
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["KeptGraph", "Replay", "TracedGraph"]
+__all__ = ["KeptGraph", "Replay", "TracedGraph", "outer_of"]
 
 _cut = fast_apply(Cut)
 _tail = fast_apply(Tail)
@@ -113,12 +113,18 @@ class KeptGraph:
         After them those of `parameters` that the forward met itself, None for one that it did not use.
         """
         edges = [*self._edges(which), *parameters] if parameters else self._edges(which)
-        found = self._pull(self._ends_of(token), [grads[end] for end in self.ends], edges)
+        given = [grads[end] for end in self.ends]
+        again = torch.is_grad_enabled()
+        cut = _cut_off(given) if again else given
+        found = _pull(self._ends_of(token), cut, edges)
         for place, index in enumerate(which):
             if found[place] is None:  # not reached: the derivative is zero
                 like = self.metas[index]
                 found[place] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-        return self._tied(found) if torch.is_grad_enabled() else found
+        if not again:
+            return found
+        known = [(edge, outer) for edge, outer in zip(self.edges, self.outer, strict=True) if outer is not None]
+        return _tied(found, [*known, *_cuts(cut, given)], natural=self.node is not None)
 
     def _ends_of(self, token: Tensor) -> Sequence[GradientEdge]:
         if not self.ends:
@@ -126,41 +132,73 @@ class KeptGraph:
         ends = getattr(token, "ends", None)
         return ends or [GradientEdge(*end) for end in token.grad_fn.next_functions]  # type: ignore[union-attr]
 
-    def pull_from(self, ends: Sequence[Any], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of all outer tensors, for gradients of these ends: the backward of `Lifted`."""
-        which = [index for index, outer in enumerate(self.outer) if outer is not None]
-        pairs = [(GradientEdge(*end), grad) for end, grad in zip(ends, grads, strict=True) if end[0] is not None]
-        found = self._pull([end for end, _ in pairs], [grad for _, grad in pairs], self._edges(which))
-        return self._tied(found) if torch.is_grad_enabled() else found
-
     def _edges(self, which: Sequence[int]) -> Sequence[Any]:
         return self.edges if len(which) == len(self.edges) else [self.edges[index] for index in which]
 
-    def _tied(self, found: list[Tensor | None]) -> list[Tensor | None]:
-        """The same as functions of the outer tensors."""
-        given = [index for index, grad in enumerate(found) if grad is not None]
-        lifted = iter(self._lifted([grad for grad in found if grad is not None]))
-        return [next(lifted) if index in given else None for index in range(len(found))]
 
-    def _pull(self, ends: Sequence[Any], grads: Sequence[Tensor | None], edges: Sequence[Any]) -> list[Any]:
-        for grad in grads:
-            if grad is None:
-                ends = [end for end, given in zip(ends, grads, strict=True) if given is not None]
-                grads = [given for given in grads if given is not None]
-                break
-        if not ends or not edges:
-            return [None] * len(edges)
-        return list(pull(tuple(ends), tuple(edges), tuple(grads), torch.is_grad_enabled()))
+class Tie:
+    """How derivatives that end at `ends` depend on outer tensors, each known inside by an edge or an alias.
 
-    def _lifted(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        depending = [index for index, grad in enumerate(grads) if grad.requires_grad]
-        outer = [tensor for tensor in self.outer if tensor is not None]
-        results = list(grads)
-        if depending and outer:
-            lifted = _lift(self, len(depending), *[grads[index] for index in depending], *outer)
-            for index, grad in zip(depending, lifted, strict=True):
-                results[index] = grad
-        return results
+    What they depend on besides (parameters left to autograd, if `natural`) gets its share by torch's own graph.
+    """
+
+    __slots__ = ("ends", "natural", "pairs")
+
+    def __init__(self, ends: Sequence[GradientEdge], pairs: Sequence[tuple[Any, Tensor]], natural: bool) -> None:
+        self.ends = ends
+        self.pairs = pairs
+        self.natural = natural
+
+    def backward(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of the derivatives, for torch's own graph, and of the outer tensors."""
+        again = torch.is_grad_enabled()
+        cut = _cut_off(grads) if again else grads
+        found = _pull(self.ends, cut, [inner for inner, _ in self.pairs])
+        if again:
+            found = _tied(found, [*self.pairs, *_cuts(cut, grads)], self.natural)
+        return [*(grads if self.natural else [None] * len(grads)), *found]
+
+
+def _tied(found: Sequence[Tensor | None], pairs: Sequence[tuple[Any, Tensor]], natural: bool) -> list[Tensor | None]:
+    """`found`, computed inside, as functions of the outer tensors of `pairs`."""
+    depending = [index for index, grad in enumerate(found) if grad is not None and grad.requires_grad]
+    results = list(found)
+    if depending:
+        inner = [grad for grad in found if grad is not None and grad.requires_grad]
+        tie = Tie([_edge_of(grad) for grad in inner], pairs, natural)
+        given = inner if natural else [grad.detach() for grad in inner]
+        for index, grad in zip(depending, _lift(tie, *given, *[outer for _, outer in pairs]), strict=True):
+            results[index] = grad
+    return results
+
+
+def _cut_off(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Aliases of gradients that have a history: what is computed of them is tied to them by `Tie`, and only so."""
+    return [grad.detach().requires_grad_() if grad is not None and grad.requires_grad else grad for grad in grads]
+
+
+def _cuts(cut: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[tuple[Any, Tensor]]:
+    pairs = zip(cut, grads, strict=True)
+    return [(alias, grad) for alias, grad in pairs if grad is not None and alias is not None and alias is not grad]
+
+
+def _pull(ends: Sequence[Any], grads: Sequence[Tensor | None], edges: Sequence[Any]) -> list[Any]:
+    for grad in grads:
+        if grad is None:
+            ends = [end for end, given in zip(ends, grads, strict=True) if given is not None]
+            grads = [given for given in grads if given is not None]
+            break
+    if not ends or not edges:
+        return [None] * len(edges)
+    return list(pull(tuple(ends), tuple(edges), tuple(grads), torch.is_grad_enabled()))
+
+
+def outer_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors that lead to those of `tensors` that require grad, and keep no memory of theirs."""
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    inner = [tensor for tensor in wanted if not tensor.is_leaf]
+    leaves = [tensor for tensor in wanted if tensor.is_leaf]
+    return [*leaves, *(_cut(TOKEN, (True,) * len(inner), *inner)[len(inner) :] if inner else ())]
 
 
 def _edge_of(tensor: Tensor) -> GradientEdge:

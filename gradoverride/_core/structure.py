@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["LEAF", "Node", "flatten", "is_container", "skeleton", "unchanged", "unflatten"]
+__all__ = ["LEAF", "Node", "alike", "flatten", "in_order_of", "is_container", "skeleton", "unchanged", "unflatten"]
 
 
 class _Leaf:
@@ -126,6 +126,31 @@ def unchanged(before: Any, after: Any) -> bool:
 def _is_made_of_items(kind: type) -> bool:
     """Whether such a dict is made anew from its items alone. (Dynamo cannot copy one.)"""
     return kind is OrderedDict or dataclasses.is_dataclass(kind)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether leaves stand at the same places of the same containers."""
+    if one is LEAF or other is LEAF:
+        return one is other
+    if not isinstance(one, Node) or not isinstance(other, Node):
+        return not has_leaf(one) and not has_leaf(other)
+    return (
+        one.kind is other.kind
+        and one.keys == other.keys
+        and len(one.parts) == len(other.parts)
+        and all(alike(a, b) for a, b in zip(one.parts, other.parts, strict=True))
+    )
+
+
+def in_order_of(spec: Any, value: Any) -> Any:
+    """`value`, with its dicts in the order of those in `spec`, where they have the same keys."""
+    if not isinstance(spec, Node) or spec.kind is not type(value):
+        return value
+    if spec.kind is dict and set(spec.keys or ()) == set(value):
+        return {key: in_order_of(part, value[key]) for key, part in zip(spec.keys or (), spec.parts, strict=True)}
+    if spec.kind in (tuple, list) and len(spec.parts) == len(value):
+        return spec.kind(in_order_of(part, item) for part, item in zip(spec.parts, value, strict=True))
+    return value
 
 
 def skeleton(spec: Any) -> Any:

@@ -1,0 +1,480 @@
+"""Residuals: values that a forward hands over to its rule, and that nobody else sees."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from oracles import closely, exactly, noise
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gradoverride as go
+
+
+def masked(grad_output, mask):
+    return grad_output * mask
+
+
+@go.custom_backward(masked)
+def relu(x):
+    mask = x > 0
+    return go.save_for_backward(x * mask, mask=mask)
+
+
+def test_rule_gets_the_residual_and_the_caller_the_result_alone():
+    x = noise(5)
+    y = relu(x)
+    y.sum().backward()
+    exactly(y.detach(), x.detach().clamp(min=0) + 0.0)
+    exactly(x.grad, (x.detach() > 0).double())
+
+
+# --- where no rule can ask ---
+
+
+@pytest.mark.parametrize(
+    "result", [torch.ones(2), (1, "text"), None, {"a": [torch.ones(1)]}], ids=lambda r: type(r).__name__
+)
+def test_outside_a_decorated_call_the_first_argument_comes_back(result):
+    assert go.save_for_backward(result, mask=torch.ones(2)) is result
+
+
+def test_undecorated_forward_works_and_has_its_own_gradient():
+    x = noise(5)
+    relu.__wrapped__(x).sum().backward()
+    exactly(x.grad, (x.detach() > 0).double())
+
+
+def test_after_a_decorated_call_it_is_outside_again():
+    relu(noise(5))
+    kept = torch.ones(2)
+    reference = weakref.ref(kept)
+    go.save_for_backward(None, kept=kept)
+    del kept
+    assert reference() is None
+
+
+def test_after_a_forward_that_raised_it_is_outside_again():
+    @go.custom_backward(masked)
+    def broken(x):
+        go.save_for_backward(x, mask=x > 0)
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        broken(noise(5))
+    kept = torch.ones(2)
+    reference = weakref.ref(kept)
+    go.save_for_backward(None, kept=kept)
+    del kept
+    gc.collect()  # of the exception's frames
+    assert reference() is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_result_comes_back(mode):
+    x = noise(5)
+    with mode():
+        y = relu(x)
+    assert not y.requires_grad
+    exactly(y.clone(), x.detach().clamp(min=0) + 0.0)
+
+
+def test_input_that_wants_no_gradient_gives_the_result():
+    x = noise(5, grad=False)
+    exactly(relu(x), x.clamp(min=0) + 0.0)
+
+
+def test_call_under_no_grad_does_not_disturb_one_that_waits_for_its_backward():
+    x = noise(5)
+    y = relu(x)
+    with torch.no_grad():
+        relu(-x)
+    y.sum().backward()
+    exactly(x.grad, (x.detach() > 0).double())
+
+
+# --- nesting, helpers, several ---
+
+
+def test_helper_hands_over_for_the_forward_that_called_it():
+    def helper(x):
+        return go.save_for_backward(x * 2, factor=7)
+
+    through_helper = go.custom_backward(lambda grad_output, factor: factor * grad_output)(lambda x: helper(x) + 1)
+    x = noise(3)
+    through_helper(x).sum().backward()
+    exactly(x.grad, torch.full_like(x, 7.0).detach())
+
+
+def test_helper_in_a_submodule_hands_over_for_the_method_that_called_it():
+    class Gate(nn.Module):
+        def forward(self, x):
+            return go.save_for_backward(x * 2, factor=7)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = Gate()
+
+        @go.custom_backward(lambda grad_output, factor: factor * grad_output)
+        def forward(self, x):
+            return self.gate(x)
+
+    x = noise(3)
+    Outer()(x).sum().backward()
+    exactly(x.grad, torch.full_like(x, 7.0).detach())
+
+
+@pytest.mark.parametrize("asks_for_vjp", [False, True], ids=["plain", "vjp"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_nested_decorated_calls_keep_their_residuals_apart(order, asks_for_vjp):
+    inner_seen, outer_seen = [], []
+
+    @go.custom_backward(lambda grad_output, k: (inner_seen.append(k), k * grad_output)[1])
+    def inner(x):
+        return go.save_for_backward(x * 2, k=3)
+
+    def plain_rule(grad_output, k):
+        outer_seen.append(k)
+        return k * grad_output
+
+    def vjp_rule(grad_output, k, vjp):
+        outer_seen.append(k)
+        return k * vjp(grad_output)
+
+    @go.custom_backward(vjp_rule if asks_for_vjp else plain_rule)
+    def outer(x):
+        if order == "before":
+            go.save_for_backward(None, k=5)
+            return inner(x)
+        return go.save_for_backward(inner(x), k=5)
+
+    x = noise(3)
+    outer(x).sum().backward()
+    exactly(x.grad, torch.full_like(x, 15.0 if asks_for_vjp else 5.0).detach())
+    assert outer_seen == [5]
+    assert inner_seen == ([3] if asks_for_vjp else [])
+
+
+def test_inner_rule_that_asks_for_nothing_hides_no_residual_of_the_outer_one():
+    inner = go.custom_backward(lambda grad_output: grad_output)(lambda x: x * 2)
+
+    @go.custom_backward(lambda grad_output, before, after: before * after * grad_output)
+    def outer(x):
+        go.save_for_backward(None, before=5)
+        y = inner(x)
+        return go.save_for_backward(y, after=7)
+
+    x = noise(3)
+    outer(x).sum().backward()
+    exactly(x.grad, torch.full_like(x, 35.0).detach())
+
+
+def test_residual_of_an_inner_rule_that_does_not_ask_stays_inside():
+    @go.custom_backward(lambda grad_output: grad_output)
+    def inner(x):
+        return go.save_for_backward(x * 2, k=3)
+
+    @go.custom_backward(lambda grad_output, k=5: k * grad_output)
+    def outer(x):
+        return inner(x) * 1
+
+    x = noise(3)
+    outer(x).sum().backward()
+    exactly(x.grad, torch.full_like(x, 5.0).detach())
+
+
+def test_recursive_forward_has_the_residuals_of_each_depth():
+    seen = []
+
+    @go.custom_backward(lambda grad_output, depth, vjp: (seen.append(depth), vjp(grad_output))[1])
+    def nested(x, levels):
+        y = nested(x, levels - 1) if levels else x
+        return go.save_for_backward(y * 2, depth=levels)
+
+    x = noise(3)
+    nested(x, 2).sum().backward()
+    assert seen == [2, 1, 0]
+    exactly(x.grad, torch.full_like(x, 8.0).detach())
+
+
+def test_two_calls_before_two_backwards_keep_their_own():
+    x, z = noise(5), noise(5)
+    y, w = relu(x), relu(z)
+    w.sum().backward()
+    y.sum().backward()
+    exactly((x.grad, z.grad), ((x.detach() > 0).double(), (z.detach() > 0).double()))
+
+
+def test_later_hand_over_of_a_name_wins():
+    @go.custom_backward(lambda grad_output, k: k * grad_output)
+    def twice(x):
+        go.save_for_backward(None, k=1)
+        return go.save_for_backward(x * 2, k=9)
+
+    x = noise(3)
+    twice(x).sum().backward()
+    exactly(x.grad, torch.full_like(x, 9.0).detach())
+
+
+def test_hand_over_may_go_around_a_part_of_the_result():
+    @go.custom_backward(lambda grad_output, k: k * grad_output[0])
+    def parts(x):
+        return go.save_for_backward(x * 2, k=9), "text"
+
+    x = noise(3)
+    parts(x)[0].sum().backward()
+    exactly(x.grad, torch.full_like(x, 9.0).detach())
+
+
+def test_threads_do_not_meet():
+    barrier, errors = threading.Barrier(4), []
+
+    @go.custom_backward(lambda grad_output, k: k * grad_output)
+    def handing(x, k):
+        barrier.wait()
+        go.save_for_backward(None, k=k)
+        barrier.wait()
+        return x * 2
+
+    @go.custom_backward(lambda grad_output, residual: residual * grad_output)
+    def handing_tensor(x, k):
+        barrier.wait()
+        result = go.save_for_backward(x * 2, residual=torch.full_like(x, k))
+        barrier.wait()
+        return result
+
+    def work(k):
+        try:
+            for function in (handing, handing_tensor) * 5:
+                x = torch.ones(3, requires_grad=True)
+                function(x, k).sum().backward()
+                exactly(x.grad, torch.full((3,), float(k)))
+        except BaseException as error:  # carried to the main thread
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in (2, 3, 5, 7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+
+
+# --- any value ---
+
+VALUES = {
+    "number": 3.0,
+    "text": "text",
+    "none": None,
+    "list of tensors": [torch.ones(2), torch.zeros(3)],
+    "dict": {"a": torch.arange(3), "b": "text"},
+    "integer tensor": torch.arange(4),
+    "sparse": torch.eye(3).to_sparse(),
+    "function": torch.sin,
+    "empty tuple": (),
+}
+
+
+@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
+def test_residual_of_any_kind_arrives_as_it_was(value):
+    seen = []
+
+    @go.custom_backward(lambda grad_output, value: (seen.append(value), grad_output)[1])
+    def handing(x):
+        return go.save_for_backward(x * 2, value=value)
+
+    handing(noise(3)).sum().backward()
+    assert type(seen[0]) is type(value)
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+        exactly(seen[0], value)
+    elif isinstance(value, torch.Tensor):
+        exactly(seen[0].to_dense(), value.to_dense())
+    else:
+        assert str(seen[0]) == str(value)
+
+
+@pytest.mark.parametrize("what", ["input", "output", "view of the input", "inner result"])
+def test_residual_that_is_no_tensor_of_its_own_arrives(what):
+    @go.custom_backward(lambda grad_output, kept: 7 * grad_output * kept.sum())
+    def handing(x):
+        y = x * 2
+        z = y * 1
+        kept = {"input": x, "output": z, "view of the input": x[1:], "inner result": y}[what]
+        return go.save_for_backward(z, kept=kept)
+
+    x = noise(3)
+    handing(x).sum().backward()
+    at = x.detach()
+    total = {"input": at.sum(), "view of the input": at[1:].sum()}.get(what, 2 * at.sum())
+    closely(x.grad, (7 * total).expand(3))
+
+
+def test_residual_changed_in_place_before_the_backward_is_refused():
+    mask = torch.ones(3, dtype=torch.float64)
+    handing = go.custom_backward(lambda grad_output, mask: grad_output * mask)(
+        lambda x: go.save_for_backward(x * 2, mask=mask)
+    )
+    y = handing(noise(3))
+    mask.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_residual_is_the_same_in_each_of_two_retained_backwards():
+    x = noise(5)
+    loss = relu(x).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    exactly(x.grad, 2 * (x.detach() > 0).double())
+
+
+def test_saved_tensors_hooks_see_the_residual():
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (packed.append(t.clone()), t)[1], lambda t: ~t):
+        x = noise(5)
+        y = relu(x)
+    y.sum().backward()
+    exactly(packed, [x.detach() > 0])
+    exactly(x.grad, (x.detach() <= 0).double())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_checkpointed_call_hands_over_again(use_reentrant):
+    x = noise(5)
+    checkpoint(lambda x: relu(x).sin(), x * 1, use_reentrant=use_reentrant).sum().backward()
+    at = x.detach()
+    closely(x.grad, (at > 0) * at.clamp(min=0).cos())
+
+
+def test_residual_of_a_method_and_of_the_class_form():
+    class Method(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(noise(3, grad=False))
+
+        @go.custom_backward(
+            lambda grad_output, weight, half: {"x": grad_output * half, "weight": 3 * grad_output * half}
+        )
+        def forward(self, x):
+            return go.save_for_backward(x * self.weight, half=x / 2)
+
+    @go.custom_backward
+    class Class(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(noise(3, grad=False))
+
+        def forward(self, x):
+            return go.save_for_backward(x * self.weight, half=x / 2)
+
+        def backward(self, grad_output, half):
+            self.weight.grad = 3 * grad_output * half
+            return grad_output * half
+
+    for module in (Method(), Class()):
+        x = noise(3)
+        module(x).sum().backward()
+        closely((x.grad, module.weight.grad), (x.detach() / 2, 1.5 * x.detach()))
+
+
+# --- second derivatives ---
+
+
+def squares(grad_output, square):
+    return 3 * grad_output * square
+
+
+def squares_with_vjp(grad_output, square, vjp):
+    return 3 * grad_output * square
+
+
+def cube(x):
+    return go.save_for_backward(x**3, square=x**2)
+
+
+def test_second_derivative_through_a_floating_residual_is_refused_with_a_way_out():
+    x = noise(3)
+    y = go.custom_backward(squares)(cube)(x)
+    with pytest.raises(go.UnsupportedError, match=r"(?s)cube.*vjp"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)[0].sum().backward()
+
+
+def test_first_derivative_with_create_graph_may_be_used_without_a_second():
+    x = noise(3)
+    y = go.custom_backward(squares)(cube)(x)
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    closely(first.detach(), 3 * x.detach() ** 2)
+
+
+def test_second_derivative_by_the_gradient_alone_is_right_or_refused():
+    x, g = noise(3), noise(3)
+    y = go.custom_backward(squares)(cube)(x)
+    try:
+        (first,) = torch.autograd.grad(y, x, g, create_graph=True)
+        (by_g,) = torch.autograd.grad(first.sum(), g)
+    except go.UnsupportedError:
+        return
+    closely(by_g, 3 * x.detach() ** 2)
+
+
+@pytest.mark.parametrize("unpack", [lambda k: k[0], lambda k: k["a"]], ids=["list", "dict"])
+def test_second_derivative_through_a_nested_floating_residual_is_refused(unpack):
+    @go.custom_backward(lambda grad_output, kept: 3 * grad_output * unpack(kept))
+    def cube(x):
+        return go.save_for_backward(x**3, kept=[x**2] if unpack.__code__.co_consts[-1] == 0 else {"a": x**2})
+
+    x = noise(3)
+    with pytest.raises(go.UnsupportedError, match=r"(?s)cube.*vjp"):
+        torch.autograd.grad(cube(x).sum(), x, create_graph=True)[0].sum().backward()
+
+
+def test_second_derivative_through_a_residual_is_right_where_vjp_is_asked_for():
+    x, g = noise(3), noise(3)
+    (first,) = torch.autograd.grad(go.custom_backward(squares_with_vjp)(cube)(x), x, g, create_graph=True)
+    by_x, by_g = torch.autograd.grad(first.sum(), (x, g))
+    closely((by_x, by_g), (6 * (g * x).detach(), 3 * x.detach() ** 2))
+
+
+def test_third_derivative_through_a_residual_is_right_where_vjp_is_asked_for():
+    @go.custom_backward(lambda grad_output, kept, vjp: 4 * grad_output * kept)
+    def fourth_power(x):
+        return go.save_for_backward(x**4, kept=x**3)
+
+    x = noise(3)
+    (first,) = torch.autograd.grad(fourth_power(x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x, create_graph=True)
+    (third,) = torch.autograd.grad(second.sum(), x)
+    closely((second.detach(), third), (12 * x.detach() ** 2, 24 * x.detach()))
+
+
+@pytest.mark.parametrize("parts", ["input", "detached"])
+def test_residual_that_is_the_input_or_detached_is_differentiated_right_or_refused(parts):
+    @go.custom_backward(lambda grad_output, kept, vjp: 7 * grad_output * kept)
+    def handing(x):
+        return go.save_for_backward(x**3, kept=x if parts == "input" else x.detach())
+
+    x = noise(3)
+    (first,) = torch.autograd.grad(handing(x).sum(), x, create_graph=True)
+    if parts == "detached":
+        assert not first.requires_grad or torch.autograd.grad(first.sum(), x, allow_unused=True)[0] is None
+    else:
+        exactly(torch.autograd.grad(first.sum(), x), (torch.full((3,), 7.0, dtype=torch.float64),))
+
+
+@pytest.mark.parametrize(
+    "residual",
+    [lambda x: x > 0, lambda x: x.long(), lambda x: 3, lambda x: [x > 0]],
+    ids=["boolean", "integer", "number", "list of boolean"],
+)
+def test_second_derivative_beside_a_residual_without_a_derivative_is_right(residual):
+    @go.custom_backward(lambda grad_output, x, kept: grad_output * 3 * x**2)
+    def cube(x):
+        return go.save_for_backward(x**3, kept=residual(x))
+
+    x = noise(3)
+    (first,) = torch.autograd.grad(cube(x).sum(), x, create_graph=True)
+    closely(torch.autograd.grad(first.sum(), x), (6 * x.detach(),))
