@@ -144,12 +144,13 @@ def alike(one: Any, other: Any) -> bool:
 
 def in_order_of(spec: Any, value: Any) -> Any:
     """`value`, with its dicts in the order of those in `spec`, where they have the same keys."""
-    if not isinstance(spec, Node) or spec.kind is not type(value):
+    if not isinstance(spec, Node):
         return value
-    if spec.kind is dict and set(spec.keys or ()) == set(value):
+    if spec.kind is dict and type(value) is dict and set(spec.keys or ()) == set(value):
         return {key: in_order_of(part, value[key]) for key, part in zip(spec.keys or (), spec.parts, strict=True)}
-    if spec.kind in (tuple, list) and len(spec.parts) == len(value):
-        return spec.kind(in_order_of(part, item) for part, item in zip(spec.parts, value, strict=True))
+    if spec.kind in (tuple, list) and isinstance(value, spec.kind) and len(spec.parts) == len(value):
+        parts = [in_order_of(part, item) for part, item in zip(spec.parts, value, strict=True)]
+        return tuple(parts) if spec.kind is tuple else parts
     return value
 
 
