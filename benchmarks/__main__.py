@@ -80,7 +80,7 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.case.name,
         write.write(spread.median),
-        f"{write.write(spread.low)} - {write.write(spread.high)}",
+        "exact" if len(row.samples.values) == 1 else f"{write.write(spread.low)} - {write.write(spread.high)}",
         write.write_reference(row.samples.reference()),
         stated,
         verdict,

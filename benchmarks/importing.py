@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ def cases() -> list[Case]:
 
 
 def measure(effort: Effort) -> Samples:
-    once()  # writes the bytecode, and has the disk read
+    once()  # writes the bytecode, as installing does, and has the disk read
     samples = [once() for _ in range(effort.processes)]
     return Samples([ours * 1e3 for _, ours in samples], [torch for torch, _ in samples])
 
@@ -31,6 +32,9 @@ def measure(effort: Effort) -> Samples:
 def once() -> tuple[float, float]:
     """Seconds for `import torch`, and for `import gradoverride` after it."""
     checkout = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", TIMED], cwd=checkout, capture_output=True, text=True, check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(
+        [sys.executable, "-c", TIMED], cwd=checkout, env=environment, capture_output=True, text=True, check=True
+    )
     torch_seconds, ours = map(float, done.stdout.split())
     return torch_seconds, ours

@@ -48,12 +48,23 @@ def _check_linear(gradients: Gradients, metas: Sequence[Meta], who: str) -> None
         second = [_probe(meta, 2.0, -0.7 * scale) for meta in metas]
         together = gradients(*[a + b for a, b in zip(first, second, strict=True)])
         for a, b, both in zip(gradients(*first), gradients(*second), together, strict=True):
-            if a is not None and b is not None and both is not None and not _close(a + b, both):
+            if a is not None and b is not None and both is not None and not _is_close(a + b, both, who):
                 fail(
                     UnsupportedError,
                     f"{who} must be linear in the gradient for forward mode (jvp, jacfwd, hessian), which is its "
                     "transpose; it is not. Use reverse mode, or a rule that is linear",
                 )
+
+
+def _is_close(expected: Tensor, found: Tensor, who: str) -> bool:
+    try:
+        return _close(expected, found)
+    except RuntimeError as error:  # a tracer such as torch.func.linearize has no values to compare
+        fail(
+            UnsupportedError,
+            f"{who} must be linear in the gradient for forward mode, and that cannot be looked at where it is traced "
+            f"({type(error).__name__}). Use reverse mode there",
+        )
 
 
 def _probe(meta: Meta, seed: float, scale: float) -> Tensor:

@@ -23,6 +23,7 @@ from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import (
     fail,
     fast_apply,
+    forward_mode_depth,
     in_forward_ad,
     in_functorch,
     keep_own_frames_whole,
@@ -57,6 +58,12 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
         mode = TRACED
     elif transformed:
         mode = TRANSFORMED
+        if forward_mode_depth() > 1:
+            fail(
+                UnsupportedError,
+                f"{plan.forward.who} is called in forward mode within forward mode (jvp of jvp, jacfwd of jacfwd), "
+                "where torch loses the tangents of every autograd.Function. Use reverse mode for one of the two",
+            )
     call = Call(plan, layout, mode)
     leaves = call.take_apart(values)
     module = receiver if isinstance(receiver, nn.Module) else None

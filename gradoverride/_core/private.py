@@ -21,6 +21,7 @@ __all__ = [
     "evaluated_while_tracing",
     "fail",
     "fast_apply",
+    "forward_mode_depth",
     "in_forward_ad",
     "in_functorch",
     "is_tracked",
@@ -105,6 +106,13 @@ any_autocast: Callable[[], bool] = getattr(
     "_is_any_autocast_enabled",
     lambda: any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
 )
+
+
+def forward_mode_depth() -> int:
+    """How many forward-mode transforms are around this call."""
+    functorch = getattr(torch._C, "_functorch", None)
+    stack = getattr(functorch, "get_interpreter_stack", lambda: None)() or ()
+    return sum("Jvp" in str(interpreter.key()) for interpreter in stack)
 
 
 def is_tracked(tensor: torch.Tensor) -> bool:

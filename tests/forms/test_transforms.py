@@ -378,3 +378,35 @@ def test_wrong_shape_under_grad_is_an_error_with_both_shapes(x):
     wrong = go.custom_backward(lambda grad_output: grad_output.sum())(lambda x: 2 * x)
     with pytest.raises(go.RuleResultError, match=r"\(4,\).*\(\)"):
         grad(total(wrong))(x)
+
+
+def test_batchnorm_below_a_vjp_counts_once_under_grad_and_has_the_plain_gradient(batch):
+    class Ruled(nn.BatchNorm1d):
+        @go.custom_backward(lambda grad_output, vjp: 7 * vjp(grad_output))
+        def forward(self, x):
+            return super().forward(x)
+
+    weights = noise(5, 4, grad=False)
+
+    def run(norm):
+        params = {name: parameter.detach() for name, parameter in norm.named_parameters()}
+
+        def loss(params, x):
+            buffers = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+            return (functional_call(norm, (params, buffers), (x,)) * weights).sum(), buffers
+
+        return grad(loss, argnums=(0, 1), has_aux=True)(params, batch)
+
+    (params, grad_x), buffers = run(Ruled(4, dtype=torch.float64))
+    (plain_params, plain_grad_x), plain_buffers = run(nn.BatchNorm1d(4, dtype=torch.float64))
+    exactly(buffers, plain_buffers)
+    closely(grad_x, 7 * plain_grad_x)
+    for name, expected in plain_params.items():  # left to autograd
+        closely(params[name], expected)
+    assert buffers["num_batches_tracked"].item() == 1
+
+
+def test_vjp_of_what_vjp_gave_is_right_in_grad_of_grad(x):
+    twice = go.custom_backward(lambda grad_output, vjp: vjp(vjp(grad_output)))(lambda x: x**3)
+    closely(grad(total(twice))(x), 9 * x**4)
+    closely(grad(lambda x: grad(total(twice))(x).sum())(x), 36 * x**3)
