@@ -557,6 +557,21 @@ def test_second_derivative_of_a_parameters_own_gradient_is_refused_without_a_kep
         torch.autograd.grad(grad_weight.sum(), (x, module.weight))
 
 
+def test_second_derivative_of_a_parameters_own_gradient_by_itself_is_right():
+    class Cubic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(noise(3, grad=False))
+
+        @go.custom_backward(lambda grad_output: 5 * grad_output)
+        def forward(self, x):
+            return self.weight**2 * x**3
+
+    module, x = Cubic(), noise(3)
+    (grad_weight,) = torch.autograd.grad(module(x).sum(), module.weight, create_graph=True)
+    closely(torch.autograd.grad(grad_weight.sum(), module.weight), (2 * x.detach() ** 3,))
+
+
 SECOND = {
     # rule: (gradient that it gives, its derivative by x, its derivative by the gradient), for a forward x^3
     "scaled": (lambda g, vjp: 5 * vjp(g), lambda g, x: (15 * g * x**2, 30 * g * x, 15 * x**2)),
@@ -588,6 +603,57 @@ def test_second_derivative_is_that_of_the_rule_as_written(kind):
     (first,) = torch.autograd.grad(decorate(rule, lambda x: x**3)(x), x, g, create_graph=True)
     by_x, by_g = torch.autograd.grad(first.sum(), (x, g))
     closely((first.detach(), by_x, by_g), formula(g.detach(), x.detach()))
+
+
+THREE_ORDERS = {
+    "as it is": lambda g, vjp, a, b: vjp(g),
+    "of itself": lambda g, vjp, a, b: vjp(vjp(g)[0]),
+    "of itself three times": lambda g, vjp, a, b: vjp(vjp(vjp(g)[1])[0]),
+    "product of calls": lambda g, vjp, a, b: (vjp(g)[0] * vjp(g * b)[1], vjp(a)[0]),
+    "chained and mixed": lambda g, vjp, a, b: (vjp(vjp(g)[0] * a + g)[1], vjp(g)[0] * b.sin()),
+    "by_name": lambda g, vjp, a, b: (vjp.by_name(vjp(g)[0] * b)["b"], vjp.by_name(g)["a"] ** 2),
+    "same gradient twice": lambda g, vjp, a, b: (vjp(g)[0] * vjp(g)[1], vjp(g)[0]),
+    "no gradient for one": lambda g, vjp, a, b: (None, vjp(vjp(g)[0])[1]),
+}
+
+
+class WrittenOut:
+    """`vjp` with plain autograd."""
+
+    def __init__(self, forward, a, b):
+        self.forward, self.inputs = forward, (a, b)
+
+    def __call__(self, g):
+        return torch.autograd.grad(self.forward(*self.inputs), self.inputs, g, create_graph=True)
+
+    def by_name(self, g):
+        return dict(zip("ab", self(g), strict=True))
+
+
+@pytest.mark.parametrize("kind", THREE_ORDERS)
+@pytest.mark.parametrize("leaves", [True, False], ids=["leaves", "no leaves"])
+def test_three_orders_are_those_of_the_rule_with_vjp_written_out(kind, leaves):
+    rule = THREE_ORDERS[kind]
+
+    def forward(a, b):
+        return (a * b.tanh()).sin() + b * a.exp()
+
+    variables = noise(3), noise(3), noise(3)
+    a, b, g = variables if leaves else [(v * 1.5).tanh() for v in variables]
+    wanted = [index for index, grad in enumerate(rule(g, WrittenOut(forward, a, b), a, b)) if grad is not None]
+    inputs = [(a, b)[index] for index in wanted]
+
+    def orders(first):
+        total, found = sum((each * (1 + place)).sum() for place, each in enumerate(first)), [each for each in first]
+        for _ in range(2):
+            grads = torch.autograd.grad(total, variables, create_graph=True)
+            found += grads
+            total = sum((grad * grad.detach().cos()).sum() for grad in grads)
+        return [each.detach() for each in found]
+
+    ours = torch.autograd.grad(decorate(rule, forward)(a, b), inputs, g, create_graph=True)
+    written_out = [rule(g, WrittenOut(forward, a, b), a, b)[index] for index in wanted]
+    torch.testing.assert_close(orders(ours), orders(written_out), rtol=1e-8, atol=1e-8)
 
 
 def test_detached_vjp_has_no_second_derivative():
