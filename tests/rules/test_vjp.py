@@ -644,7 +644,7 @@ def test_three_orders_are_those_of_the_rule_with_vjp_written_out(kind, leaves):
     inputs = [(a, b)[index] for index in wanted]
 
     def orders(first):
-        total, found = sum((each * (1 + place)).sum() for place, each in enumerate(first)), [each for each in first]
+        total, found = sum((each * (1 + place)).sum() for place, each in enumerate(first)), list(first)
         for _ in range(2):
             grads = torch.autograd.grad(total, variables, create_graph=True)
             found += grads
