@@ -8,6 +8,7 @@ which never runs twice. To read it, print what `ShortPath.body`, `forward_source
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from gradoverride._core import scan
 from gradoverride._core.ambient import Autocast
 from gradoverride._core.backward_pass import conform_output
 from gradoverride._core.call import EAGER, Call
@@ -25,12 +25,19 @@ from gradoverride._core.forward_pass import ForwardPass, differentiate
 from gradoverride._core.function import plain_function
 from gradoverride._core.kept_graph import KeptGraph
 from gradoverride._core.plan import Layout, Plan
-from gradoverride._core.private import any_autocast, can_call_directly, fast_apply, in_functorch, use_count
+from gradoverride._core.private import (
+    any_autocast,
+    can_call_directly,
+    fast_apply,
+    in_functorch,
+    set_grad_enabled,
+    use_count,
+)
+from gradoverride._core.reach import SCALARS, Reach
 from gradoverride._core.vjp import ShortVjp
 
-__all__ = ["SCALARS", "Runs", "ShortPath", "guessed_places", "is_plain"]
+__all__ = ["Runs", "ShortPath", "guessed_places", "is_plain"]
 
-SCALARS = frozenset({int, float, bool, complex, str, type(None), torch.dtype, torch.device})
 _FLOATING = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128})
 
 
@@ -41,7 +48,7 @@ def is_plain(plan: Plan) -> bool:
         forward.parameters is not None
         and bool(forward.parameters)
         and all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in forward.parameters)
-        and (not plan.takes_receiver or (forward.takes_self and not plan.straight_through and not plan.asks_vjp))
+        and (not plan.takes_receiver or _is_plain_method(plan))
         and not plan.hands_over
         and not plan.class_form
         and can_call_directly()
@@ -52,6 +59,10 @@ def is_plain(plan: Plan) -> bool:
     )
 
 
+def _is_plain_method(plan: Plan) -> bool:
+    return plan.forward.takes_self and plan.reach is not None and not plan.straight_through and not plan.asks_vjp
+
+
 def guessed_places(plan: Plan) -> list[int]:
     """Where tensors are expected: parameters without a default, or with one that is no scalar."""
     parameters = plan.forward.parameters or []
@@ -59,15 +70,27 @@ def guessed_places(plan: Plan) -> list[int]:
 
 
 class FittingClasses(dict[type, bool]):
-    """By class, whether the short path can stand in for its instances in this forward."""
+    """By class, whether what a method reads of its instances is what stands there."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, reach: Reach | None) -> None:
+        self.reach = reach
 
     def __missing__(self, cls: type) -> bool:
-        fits = issubclass(cls, nn.Module) and not scan.stores_attributes(self.plan.fn, cls)
+        fits = (
+            self.reach is not None
+            and issubclass(cls, nn.Module)
+            and cls.__getattr__ is nn.Module.__getattr__
+            and cls.__getattribute__ is nn.Module.__getattribute__
+            and all(type(inspect.getattr_static(cls, name, None)) in SCALARS for name in self.reach.attributes)
+        )
         self[cls] = fits
         return fits
+
+
+def _is_number(module: nn.Module, name: str) -> bool:
+    """Whether this attribute of `module` is a number, or a buffer, and so has no gradient."""
+    value = getattr(module, name, module)
+    return type(value) in SCALARS or (type(value) is Tensor and not value.requires_grad)
 
 
 class Runs(dict[tuple[type, ...], Callable[..., Any]]):
@@ -97,6 +120,7 @@ class ShortPath:
     def __init__(self, plan: Plan, layout: Layout, places: list[int]) -> None:
         self.plan = plan
         self.layout = layout
+        self.reach = plan.reach
         self.places = places
         self.names = [f"x{index}" for index in range(len(layout.names))]
         # What the rule asks for and is no argument can only be a parameter here.
@@ -145,18 +169,19 @@ class ShortPath:
             "_go_apply": fast_apply(function),
             "_go_any_autocast": any_autocast,
             "_go_finish": self.finish,
-            "_go_finish_method": self.finish_method,
             "_go_FLOATING": _FLOATING,
             "_go_fn": self.plan.fn,
             "_go_forward_ad": forward_ad,
-            "_go_fits": FittingClasses(self.plan),
+            **(self.reach.conditions()[1] if self.reach is not None else {}),
+            "_go_fits": FittingClasses(self.reach),
+            "_go_is_number": _is_number,
             "_go_general": lambda receiver, *values: differentiate(self.plan, self.layout, receiver, values),
-            "_go_new": object.__new__,
             "_go_Parameter": nn.Parameter,
             "_go_getrefcount": sys.getrefcount,
             "_go_in_functorch": in_functorch,
             "_go_kept_graph": KeptGraph.alone,
             "_go_plan": self.plan,
+            "_go_set_grad_enabled": set_grad_enabled,
             "_go_SOLE": _SOLE,
             "_go_Tensor": Tensor,
             "_go_use_count": use_count,
@@ -169,120 +194,136 @@ class ShortPath:
 
     def body(self, arguments: Sequence[str], receiver: str = "None") -> list[str]:
         """The code of a call in which grad mode is on, with these names for the arguments."""
-        values = ", ".join(arguments)
-        if self.plan.takes_receiver:
-            return self._method_body(arguments, receiver, values)
         tensors = [arguments[place] for place in self.places]
-        alias = {name: f"_go_{name}_alias" for name in tensors}
-        wants = {name: f"_go_{name}_wants" for name in tensors}
+        general = f"        return _go_general({receiver}, {', '.join(arguments)})"
         ambient = "" if self.plan.rule_is_arithmetic else " or _go_any_autocast()"
-        lines = [
-            f"    if _go_in_functorch() or _go_forward_ad._current_level >= 0{ambient}:",
-            f"        return _go_general(None, {values})",
-            *(f"    {wants[name]} = {name}.requires_grad" for name in tensors),
-            f"    if not ({' or '.join(wants.values())}):",
+        lines = [f"    if _go_in_functorch() or _go_forward_ad._current_level >= 0{ambient}:", general]
+        if self.reach is not None and self.reach.names:
+            lines += [f"    if {self.reach.conditions()[0]}:", general]
+        if self.plan.takes_receiver:
+            return lines + self._method_body(arguments, receiver, general)
+        lines += [
+            *(f"    {_wants(name)} = {name}.requires_grad" for name in tensors),
+            f"    if not ({' or '.join(map(_wants, tensors))}):",
             f"        return {self._call(arguments)}",
         ]
-        aliases = ", ".join(alias.values())
-        called = self._call([alias.get(name, name) for name in arguments])
-        unusual = ["type(_go_result) is not _go_Tensor", "_go_result._is_view()"]
-        unusual += [f"_go_result is {alias[name]}" for name in tensors]
-        if self.plan.straight_through:
-            unusual += ["_go_result.dtype not in _go_FLOATING", "_go_plan.on_first_call is not None"]
+        floating = [f"{name}.dtype in _go_FLOATING" for name in tensors]
         if self.plan.asks_vjp:
             if len(tensors) > 1:
-                floating = " and ".join(f"{name}.dtype in _go_FLOATING" for name in tensors)
-                lines += [f"    if not ({floating}):", f"        return _go_general(None, {values})"]
-            unusual += [f"{alias[name]}._version" for name in tensors]
-            if self.plan.may_capture:
-                unusual.append("_go_graph.stray(_go_result)")
-            boxed = ["_go_result.detach()", "_go_graph", "_go_graph.end((_go_result,))"]
-            return [
-                *lines,
-                f"    _go_graph = _go_kept_graph(({', '.join(tensors)},))",
-                f"    {aliases}, = _go_graph.start()",
-                f"    _go_result = {called}",
-                f"    if {' or '.join(unusual)}:",
-                f"        return _go_finish(({values},), [{aliases}], _go_result, _go_graph)",
-                f"    return _go_apply(({', '.join([*boxed, *self._boxed(arguments)])}), {', '.join(tensors)})",
-            ]
-        for name in tensors:
-            if len(tensors) == 1:
-                lines.append(f"    {alias[name]} = {name}.data")
-                continue
-            lines += [
-                f"    if {wants[name]}:",
-                f"        {alias[name]} = {name}.data",  # its own version counter shows writes in place
-                f"    elif {name}.dtype in _go_FLOATING:",
-                f"        {alias[name]} = {name}",
-                "    else:",
-                f"        return _go_general(None, {values})",
-            ]
-        unusual.append("_go_result.requires_grad")  # it reached a tensor that it was not given
-        for name in tensors:
-            unusual.append((f"{wants[name]} and " if len(tensors) > 1 else "") + f"{alias[name]}._version")
+                lines += [f"    if not ({' and '.join(floating)}):", general]
+            return lines + self._kept_body(arguments)
+        if len(tensors) > 1:
+            fits = [f"({_wants(name)} or {is_floating})" for name, is_floating in zip(tensors, floating, strict=True)]
+            lines += [f"    if not ({' and '.join(fits)}):", general]
+        if self.reach is not None:
+            return [*lines, *self._direct_body(arguments, receiver, self._call(arguments))]
+        return lines + self._aliased_body(arguments)
+
+    def _direct_body(self, arguments: Sequence[str], receiver: str, called: str, more: Sequence[str] = ()) -> list[str]:
+        """The forward runs on the arguments themselves: nothing that it can reach besides has a gradient to lose."""
+        tensors = [arguments[place] for place in self.places]
+        versions = [f"{name}._version if {_wants(name)} else None" for name in tensors]
+        written = [f"{_wants(name)} and {name}._version != {_version(name)}" for name in tensors]
+        if len(tensors) == 1 and not more:
+            versions, written = [f"{tensors[0]}._version"], [f"{tensors[0]}._version != {_version(tensors[0])}"]
+        unusual = [*self._unusual(tensors), *written]
+        found = f"({', '.join(arguments)},), [{', '.join(tensors)}], _go_result"
+        return [
+            *(f"    {_version(name)} = {version}" for name, version in zip(tensors, versions, strict=True)),
+            "    _go_set_grad_enabled(False)",
+            "    try:",
+            f"        _go_result = {called}",
+            "    finally:",
+            "        _go_set_grad_enabled(True)",
+            f"    if {' or '.join(unusual)}:",
+            f"        return _go_finish({receiver}, {found}, None, [{', '.join(map(_version, tensors))}])",
+            *self._apply(["_go_result", *self._boxed(arguments)], [*tensors, *more]),
+        ]
+
+    def _aliased_body(self, arguments: Sequence[str]) -> list[str]:
+        """The forward runs on aliases without a gradient: a result that requires one reached something else."""
+        tensors = [arguments[place] for place in self.places]
+        aliases = [f"{_alias(name)} = {name}.data if {_wants(name)} else {name}" for name in tensors]
+        written = [f"{_wants(name)} and {_alias(name)}._version" for name in tensors]
+        if len(tensors) == 1:
+            aliases, written = [f"{_alias(tensors[0])} = {tensors[0]}.data"], [f"{_alias(tensors[0])}._version"]
+        unusual = [*self._unusual(list(map(_alias, tensors))), "_go_result.requires_grad", *written]
+        found = f"({', '.join(arguments)},), [{', '.join(map(_alias, tensors))}], _go_result"
+        return [
+            *(
+                f"    {alias}" for alias in aliases
+            ),  # each has a version counter of its own, which shows writes in place
+            f"    _go_result = {self._call_on_aliases(arguments)}",
+            f"    if {' or '.join(unusual)}:",
+            f"        return _go_finish(None, {found}, None, None)",
+            *self._apply(["_go_result", *self._boxed(arguments)], tensors),
+        ]
+
+    def _kept_body(self, arguments: Sequence[str]) -> list[str]:
+        """The forward runs on aliases that start a graph, which is kept for `vjp`."""
+        tensors = [arguments[place] for place in self.places]
+        aliases = ", ".join(map(_alias, tensors))
+        unusual = [*self._unusual(list(map(_alias, tensors))), *(f"{_alias(name)}._version" for name in tensors)]
+        if self.reach is None:
+            unusual.append("_go_graph.stray(_go_result)")
+        boxed = ["_go_result.detach()", "_go_graph", "_go_graph.end((_go_result,))", *self._boxed(arguments)]
+        return [
+            f"    _go_graph = _go_kept_graph(({', '.join(tensors)},))",
+            f"    {aliases}, = _go_graph.start()",
+            f"    _go_result = {self._call_on_aliases(arguments)}",
+            f"    if {' or '.join(unusual)}:",
+            f"        return _go_finish(None, ({', '.join(arguments)},), [{aliases}], _go_result, _go_graph, None)",
+            f"    return _go_apply(({', '.join(boxed)},), {', '.join(tensors)})",
+        ]
+
+    def _method_body(self, arguments: Sequence[str], receiver: str, general: str) -> list[str]:
+        """A method of a module all of whose parameters the rule asks for, and which reads nothing else that counts."""
+        assert self.reach is not None, "`is_plain` has looked"
+        tensors = [arguments[place] for place in self.places]
+        params = [f"_go_{name}" for name in self.params]
+        unfit = [f"{receiver}._modules", f"len(_go_parameters) != {len(params)}"]
+        for name in self.params:
+            unfit.append(f"type(_go_{name} := _go_parameters.get({name!r})) is not _go_Parameter")
+            unfit.append(f"not _go_{name}.requires_grad or {name!r} in _go_state")
+        unfit += [f"not _go_is_number({receiver}, {name!r})" for name in sorted(self.reach.attributes - {*self.params})]
+        lines = [
+            f"    if not _go_fits[type({receiver})]:",
+            general,
+            f"    _go_state = {receiver}.__dict__",
+            f"    _go_parameters = {receiver}._parameters",
+            f"    if {' or '.join(unfit)}:",
+            general,
+            *(f"    {_wants(name)} = {name}.requires_grad" for name in tensors),
+        ]
+        unfit = [f"not {_wants(name)} and {name}.dtype not in _go_FLOATING" for name in tensors]
+        if not params:
+            unfit.append(f"not ({' or '.join(map(_wants, tensors))})")
+        called = self._call(arguments).replace("_go_fn(", f"_go_fn({receiver}, ", 1)
         return [
             *lines,
-            f"    _go_result = {called}",
-            f"    if {' or '.join(unusual)}:",
-            f"        return _go_finish(({values},), [{aliases}], _go_result, None)",
+            f"    if {' or '.join(unfit)}:",
+            general,
+            *self._direct_body(arguments, receiver, called, params),
+        ]
+
+    def _unusual(self, given: Sequence[str]) -> list[str]:
+        """What makes a result one for the general path, if these are what the forward was given."""
+        unusual = ["type(_go_result) is not _go_Tensor", "_go_result._is_view()"]
+        unusual += [f"_go_result is {name}" for name in given]
+        if self.plan.straight_through:
+            unusual += ["_go_result.dtype not in _go_FLOATING", "_go_plan.on_first_call is not None"]
+        return unusual
+
+    def _apply(self, boxed: Sequence[str], tensors: Sequence[str]) -> list[str]:
+        return [
             # Somebody else may hold the result (a cached buffer), and would find it turned into an output.
             "    if _go_getrefcount(_go_result) != _go_SOLE or _go_use_count(_go_result) != 1:",
             "        _go_result = _go_result.detach()",
-            f"    return _go_apply(({', '.join(['_go_result', *self._boxed(arguments)])},), {', '.join(tensors)})",
+            f"    return _go_apply(({', '.join(boxed)},), {', '.join(tensors)})",
         ]
 
-    def _method_body(self, arguments: Sequence[str], receiver: str, values: str) -> list[str]:
-        """The same for a method of a module all of whose parameters the rule asks for."""
-        tensors = [arguments[place] for place in self.places]
-        params = [f"_go_{name}" for name in self.params]
-        ambient = "" if self.plan.rule_is_arithmetic else " or _go_any_autocast()"
-        general = f"        return _go_general({receiver}, {values})"
-        lines = [
-            f"    if _go_in_functorch() or _go_forward_ad._current_level >= 0{ambient}:",
-            general,
-            f"    if not _go_fits[type({receiver})] or {receiver}._modules:",
-            general,
-            f"    _go_parameters = {receiver}._parameters",
-            f"    if len(_go_parameters) != {len(params)}:",
-            general,
-        ]
-        for name, variable in zip(self.params, params, strict=True):
-            lines.append(f"    {variable} = _go_parameters.get({name!r})")
-        unfit = [f"type({name}) is not _go_Parameter or not {name}.requires_grad" for name in params]
-        unfit += [f"not {name}.requires_grad and {name}.dtype not in _go_FLOATING" for name in tensors]
-        if not params:
-            unfit.append(f"not ({' or '.join(f'{name}.requires_grad' for name in tensors)})")
-        inner = "_go_self" if params else receiver
-        lines += [f"    if {' or '.join(unfit)}:", general]
-        alias = {name: f"_go_{name}_alias" for name in [*tensors, *params]}
-        lines += [f"    {alias[name]} = {name}.data if {name}.requires_grad else {name}" for name in tensors]
-        if params:
-            swapped = ", ".join(
-                f"{name!r}: {variable}.data" for name, variable in zip(self.params, params, strict=True)
-            )
-            lines += [
-                f"    _go_self = _go_new(type({receiver}))",
-                "    _go_state = _go_self.__dict__",
-                f"    _go_state.update({receiver}.__dict__)",
-                f'    _go_state["_parameters"] = _go_aliases = {{{swapped}}}',
-            ]
-        called = self._call([alias.get(name, name) for name in arguments]).replace("_go_fn(", f"_go_fn({inner}, ")
-        unusual = ["type(_go_result) is not _go_Tensor", "_go_result._is_view()", "_go_result.requires_grad"]
-        for name in tensors:
-            unusual += [f"_go_result is {alias[name]}", f"{name}.requires_grad and {alias[name]}._version"]
-        aliases = ", ".join(alias[name] for name in tensors)
-        given = "_go_aliases" if params else "{}"
-        boxed = ", ".join(["_go_result", *self._boxed(arguments)])
-        return [
-            *lines,
-            f"    _go_result = {called}",
-            f"    if {' or '.join(unusual)}:",
-            f"        return _go_finish_method({receiver}, ({values},), [{aliases}], {given}, _go_result)",
-            "    if _go_getrefcount(_go_result) != _go_SOLE or _go_use_count(_go_result) != 1:",
-            "        _go_result = _go_result.detach()",
-            f"    return _go_apply(({boxed},), {', '.join([*tensors, *params])})",
-        ]
+    def _call_on_aliases(self, arguments: Sequence[str]) -> str:
+        return self._call([_alias(name) if index in self.places else name for index, name in enumerate(arguments)])
 
     def _boxed(self, arguments: Sequence[str]) -> list[str]:
         return [arguments[place] for place in self.constants]
@@ -391,27 +432,24 @@ class ShortPath:
 
     # --- what the generated code calls when something is not plain ---
 
-    def finish(self, values: tuple[Any, ...], aliases: list[Tensor], result: Any, graph: KeptGraph | None) -> Any:
+    def finish(
+        self,
+        receiver: Any,
+        values: tuple[Any, ...],
+        given: list[Tensor],
+        result: Any,
+        graph: KeptGraph | None,
+        versions: list[int | None] | None,
+    ) -> Any:
         """The general path, for a forward that has run."""
         call = Call(self.plan, self.layout, EAGER)
         call.graph = graph
         leaves = call.take_apart(values)
-        return ForwardPass(call, None, None, leaves, values).finish(aliases, result, {})
-
-    def finish_method(
-        self,
-        module: nn.Module,
-        values: tuple[Any, ...],
-        aliases: list[Tensor],
-        swapped: dict[str, Tensor],
-        result: Any,
-    ) -> Any:
-        """The general path, for a method that has run on a stand-in."""
-        call = Call(self.plan, self.layout, EAGER)
-        leaves = call.take_apart(values)
-        call.find_params(module)
-        aliases = [*aliases, *(swapped[param.name] for param in call.aliased)]
-        return ForwardPass(call, module, module, leaves, values).finish(aliases, result, {})
+        if receiver is not None:
+            call.find_params(receiver)
+        forward_pass = ForwardPass(call, receiver, receiver, leaves, values)
+        forward_pass.versions = versions
+        return forward_pass.finish(given, result, {})
 
     def check(self, ctx: Any, answer: Any, like: list[Tensor]) -> tuple[Any, ...]:
         """Read an answer that is not the usual one: a dict, a list, another dtype, or an error."""
@@ -443,6 +481,18 @@ class ShortPath:
         """There was no autocast in the forward, or the call would have gone the general way."""
         with _NO_AUTOCAST.restored():
             return backward(ctx, grad_output)
+
+
+def _alias(name: str) -> str:
+    return f"_go_{name}_alias"
+
+
+def _version(name: str) -> str:
+    return f"_go_{name}_version"
+
+
+def _wants(name: str) -> str:
+    return f"_go_{name}_wants"
 
 
 def _compiled(source: str, shared: dict[str, Any], plan: Plan) -> dict[str, Any]:

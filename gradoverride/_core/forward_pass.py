@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gradoverride._core import captured
 from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Asked, Call, is_differentiable, is_tensor
 from gradoverride._core.contract import Meta, what
+from gradoverride._core.function import fresh
 from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph, outer_of
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import (
@@ -91,6 +92,9 @@ class ForwardPass:
         self.leaves = leaves
         self.values = values
         self.buffers_before: dict[str, Tensor] = {}
+        # By leaf, its version before the forward: where that ran on the leaves themselves (`reach.py`), and then
+        # where a gradient is wanted for it.
+        self.versions: list[int | None] | None = None
 
     def run(self) -> Any:
         """The forward on aliases, and its result tied to the rule."""
@@ -125,7 +129,8 @@ class ForwardPass:
         if self.plan.on_first_call is not None and self.mode == EAGER:
             self.plan.on_first_call(leaves[0], outs[0])
             self.plan.on_first_call = None
-        self._refuse_captured(outs)
+        if self.versions is None:
+            self._refuse_captured(outs)
         self._find_inputs_in(outs, aliases)
         return self._tie(aliases, outs, residuals)
 
@@ -229,7 +234,12 @@ class ForwardPass:
             call.alias_of.append(match)
         call.copies = []
         if self.mode == EAGER:
-            written = [i for i in range(call.n_leaves) if aliases[i] is not leaves[i] and aliases[i]._version]
+            before = [None if alias is leaf else 0 for alias, leaf in zip(aliases, leaves, strict=False)]
+            before = before if self.versions is None else self.versions
+            written = [i for i, v in enumerate(before) if v is not None and aliases[i]._version != v]
+            returned = [leaves[index] for index in call.alias_of if index is not None]
+            # A write into a tensor that was passed twice shows in both.
+            written = [i for i in written if i in call.alias_of or not any(leaves[i] is leaf for leaf in returned)]
         elif self.plan.forward_writes:
             # What was written cannot be seen here, but what is returned as it stands may have been.
             written = [index for index in call.alias_of if index is not None]
@@ -296,7 +306,8 @@ class ForwardPass:
         call.outer = outer_of(leaves) if natural and mode == EAGER else []
         call.residual_metas = [Meta(tensor) for tensor in floating]
         for tensor in outs:
-            inputs.append(tensor if flowing or not tensor.requires_grad else tensor.detach())
+            cut = tensor.requires_grad and not flowing
+            inputs.append(tensor if not cut else fresh(tensor) if mode == EAGER else tensor.detach())
         inputs += [tensor.detach() for tensor in floating]
         if mode == TRACED:
             inputs = [_distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]

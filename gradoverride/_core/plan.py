@@ -16,6 +16,7 @@ from gradoverride._core import scan
 from gradoverride._core.captured import captured_names
 from gradoverride._core.function import General, Transformed, named
 from gradoverride._core.private import evaluated_while_tracing
+from gradoverride._core.reach import Reach
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.signature import Forward, Rule, resolve
 
@@ -63,7 +64,7 @@ class Plan:
         self.forward_writes_arguments = scan.writes_arguments(self.fn)
         # By names: where a graph cannot be looked at, and evaluated while tracing, for Dynamo knows no cells.
         self.captured_names: Callable[[], str] = evaluated_while_tracing(lambda: ", ".join(captured_names(forward.fn)))
-        self.may_capture = not scan.reaches_no_tensor(self.fn)
+        self.reach = Reach.of(self.fn, method=self.takes_receiver)
         self.rule_writes = not scan.writes_nothing(rule.fn, _is_known_method)
         self.rule_is_arithmetic = scan.is_arithmetic(rule.fn)
         self.rule_is_scaling = scan.is_scaling(rule.fn)

@@ -10,7 +10,7 @@ import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 __all__ = [
@@ -21,8 +21,7 @@ __all__ = [
     "location",
     "mentions",
     "python_function",
-    "reaches_no_tensor",
-    "stores_attributes",
+    "reachable",
     "strings",
     "writes",
     "writes_arguments",
@@ -49,19 +48,19 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _reachable(fn: Any, seen: set[CodeType] | None = None) -> Iterator[tuple[FunctionType, CodeType]]:
+def reachable(fn: Any, seen: set[FunctionType] | None = None) -> Iterator[tuple[FunctionType, CodeType]]:
     """The code of `fn`, what is nested in it, and the functions of the same module that it names."""
     seen = set() if seen is None else seen
     function = python_function(fn)
-    if function is None or function.__code__ in seen:
+    if function is None or function in seen:
         return
-    seen.add(function.__code__)
+    seen.add(function)
     for code in _codes(function.__code__):
         yield function, code
     for value in _named_values(function):
         helper = python_function(value) if isinstance(value, (FunctionType, functools.partial)) else None
         if helper is not None and helper.__module__ == function.__module__:
-            yield from _reachable(helper, seen)
+            yield from reachable(helper, seen)
 
 
 def _named_values(function: FunctionType) -> Iterator[Any]:
@@ -85,31 +84,20 @@ def global_names(code: CodeType) -> list[str]:
 
 def mentions(fn: Any, name: str) -> bool:
     """Whether the code of `fn` has this name (of a global, an attribute, a method)."""
-    return any(name in code.co_names for _, code in _reachable(fn))
+    return any(name in code.co_names for _, code in reachable(fn))
 
 
 def calls(fn: Any, target: Callable[..., Any]) -> bool:
     """Whether the code of `fn` names `target`, under its own name or another."""
     if mentions(fn, target.__name__):
         return True
-    return any(value is target for function, _ in _reachable(fn) for value in _named_values(function))
-
-
-def stores_attributes(fn: Any, cls: type) -> bool:
-    """Whether `fn`, a method of `cls`, may assign attributes of its `self`: itself, or by a method that it calls."""
-    for _, code in _reachable(fn):
-        if any(instruction.opname in ("STORE_ATTR", "DELETE_ATTR") for instruction in dis.get_instructions(code)):
-            return True
-        for name in code.co_names:
-            if name in ("setattr", "delattr", "vars", "__dict__", "super") or callable(getattr(cls, name, None)):
-                return True
-    return python_function(fn) is None
+    return any(value is target for function, _ in reachable(fn) for value in _named_values(function))
 
 
 def strings(fn: Any) -> frozenset[str]:
     """All string constants in the code of `fn`."""
     found: set[str] = set()
-    for _, code in _reachable(fn):
+    for _, code in reachable(fn):
         for constant in code.co_consts:
             if isinstance(constant, str):
                 found.add(constant)
@@ -120,7 +108,7 @@ def strings(fn: Any) -> frozenset[str]:
 
 def writes(fn: Any) -> bool:
     """Whether the code of `fn` may write into a tensor: `t[...] =`, `t += `, `t.mul_()`, `out=`."""
-    for _, code in _reachable(fn):
+    for _, code in reachable(fn):
         if any(_is_inplace_name(name) for name in code.co_names):
             return True
         if any(constant in _WRITING_OPTIONS for constant in _constants(code)):
@@ -128,33 +116,6 @@ def writes(fn: Any) -> bool:
         if any(_is_write(instruction) for instruction in dis.get_instructions(code)):
             return True
     return False
-
-
-def reaches_no_tensor(fn: Any) -> bool:
-    """Whether all that `fn` names outside of itself are functions, classes and the libraries' own modules.
-
-    Such a function computes from its arguments alone. Anything else that it names (a number even, which may be a
-    tensor tomorrow) makes it False.
-    """
-    function = python_function(fn)
-    if function is None:
-        return getattr(fn, "__module__", None) in (None, "torch", "builtins", "torch._C._nn")
-    found = list(_reachable(fn))
-    own = {helper.__module__ for helper, _ in found}
-    return all(_is_tensor_free(value, own) for helper, _ in found for value in _named_values(helper))
-
-
-def _is_tensor_free(value: Any, own: set[str]) -> bool:
-    if isinstance(value, ModuleType):
-        return value.__name__.partition(".")[0] in _LIBRARIES
-    if isinstance(value, FunctionType):
-        return value.__module__ in own or value.__module__.partition(".")[0] in _LIBRARIES
-    if isinstance(value, type):
-        return value.__module__.partition(".")[0] in _LIBRARIES
-    return isinstance(value, BuiltinFunctionType) or type(value).__name__ == "method_descriptor"
-
-
-_LIBRARIES = frozenset({"torch", "math", "operator", "builtins", "functools", "gradoverride"})
 
 
 def is_arithmetic(fn: Any) -> bool:
@@ -224,7 +185,7 @@ def writes_nothing(fn: Any, known_method: Callable[[str], bool]) -> bool:
     """
     if getattr(fn, "writes_nothing", False):  # says so itself
         return True
-    found = list(_reachable(fn))
+    found = list(reachable(fn))
     if not found or writes(fn):
         return False
     own = {function.__module__ for function, _ in found}

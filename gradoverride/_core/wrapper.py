@@ -27,9 +27,10 @@ import torch
 from torch.autograd import forward_ad
 
 from gradoverride._core.dispatch import make_dispatch
-from gradoverride._core.fast import SCALARS, ShortPath, guessed_places
+from gradoverride._core.fast import ShortPath, guessed_places
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import in_functorch
+from gradoverride._core.reach import SCALARS
 from gradoverride._core.traced import make_traced
 
 __all__ = ["make_wrapper"]

@@ -1,0 +1,151 @@
+"""What a forward can reach besides its arguments, as its code tells.
+
+Where all of that is known and none of it is a tensor, the forward may run on its arguments as they are, under
+`no_grad`: no gradient can get lost. Anywhere else it runs on aliases, whose result shows whether it reached a tensor
+that requires grad. The code is read once; what its names stand for is looked at again at each call.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+from collections.abc import Iterator
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+
+from gradoverride._core import scan
+
+__all__ = ["SCALARS", "Reach"]
+
+SCALARS = frozenset({int, float, bool, complex, str, type(None), torch.dtype, torch.device})
+"""Types of values that are no tensor and hold none."""
+
+
+class Reach:
+    """The names that a forward refers to, and what they may stand for.
+
+    `names` are (where, key, value): what the dict or cell `where` has there is a number, or still `value`.
+    `attributes` are those of its `self` that it reads; it does nothing else with it.
+    """
+
+    def __init__(self, names: list[tuple[Any, str, Any]], attributes: frozenset[str]) -> None:
+        self.names = names
+        self.attributes = attributes
+
+    @classmethod
+    def of(cls, fn: Any, *, method: bool) -> Reach | None:
+        """The reach of `fn`, or None if its code does not tell."""
+        function = scan.python_function(fn)
+        if function is None:  # a builtin
+            known = isinstance(fn, BuiltinFunctionType) or type(fn).__name__ == "method_descriptor"
+            return (
+                cls([], frozenset()) if known and _is_of_library(getattr(fn, "__module__", None) or "torch") else None
+            )
+        if fn is not function:  # a partial, a bound method, an object: they hold values of their own
+            return None
+        attributes = _attributes_of_first(function.__code__) if method else frozenset()
+        names = []
+        own = {helper.__module__ for helper, _ in scan.reachable(fn)}
+        for helper, code in scan.reachable(fn):
+            if _depends_on_grad_mode(code) or (helper is not function and not _is_bare(helper)):
+                return None
+            for where, key, value in _named(helper, code):
+                if value is not _NOTHING and type(value) not in SCALARS and not _is_free_of_tensors(value, own):
+                    return None
+                names.append((where, key, value))
+        return None if attributes is None else cls(names, attributes)
+
+    def conditions(self) -> tuple[str, dict[str, Any]]:
+        """Code that is true when a name stands for something else now, and the globals of that code."""
+        found: list[str] = []
+        known: dict[str, Any] = {"_go_SCALARS": SCALARS}
+        for index, (where, key, value) in enumerate(self.names):
+            known[f"_go_where_{index}"], known[f"_go_value_{index}"] = where, value
+            now = (
+                f"_go_where_{index}.cell_contents" if isinstance(where, CellType) else f"_go_where_{index}.get({key!r})"
+            )
+            number = value is _NOTHING or type(value) in SCALARS
+            found.append(f"type({now}) not in _go_SCALARS" if number else f"{now} is not _go_value_{index}")
+        return " or ".join(dict.fromkeys(found)), known
+
+    def holds(self) -> bool:
+        """Whether all names stand for what they stood for, or for numbers."""
+        for where, key, value in self.names:
+            now = where.cell_contents if isinstance(where, CellType) else where.get(key)
+            if now is not value and type(now) not in SCALARS:
+                return False
+        return True
+
+
+_NOTHING = object()
+
+
+def _named(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, str, Any]]:
+    """Where the free and global names of `function` are, and what they stand for now."""
+    for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield cell, key, cell.cell_contents
+        except ValueError:
+            yield cell, key, cell  # not assigned yet: nobody knows what it will be
+    for key in scan.global_names(code):
+        if key in function.__globals__ or not hasattr(builtins, key):
+            yield function.__globals__, key, function.__globals__.get(key, _NOTHING)
+
+
+def _is_free_of_tensors(value: Any, own: set[str]) -> bool:
+    """Whether `value` is a library's, or a function whose code is looked at itself."""
+    if isinstance(value, ModuleType):
+        return _is_of_library(value.__name__)
+    if isinstance(value, FunctionType):
+        return value.__module__ in own or _is_of_library(value.__module__)
+    if isinstance(value, type):
+        return _is_of_library(value.__module__)
+    return isinstance(value, BuiltinFunctionType) or type(value).__name__ == "method_descriptor"
+
+
+def _is_of_library(module: str | None) -> bool:
+    return str(module).partition(".")[0] in {"torch", "math", "operator", "builtins", "numpy"}
+
+
+def _is_bare(helper: FunctionType) -> bool:
+    """Whether a function holds no values: as defaults or as attributes."""
+    defaults = (*(helper.__defaults__ or ()), *(helper.__kwdefaults__ or {}).values())
+    return not vars(helper) and all(type(value) in SCALARS for value in defaults)
+
+
+def _depends_on_grad_mode(code: CodeType) -> bool:
+    """Whether code may do another thing with a tensor that requires grad, or reach what its names do not show."""
+    return any(name in _TELLING for name in code.co_names) or any(
+        step.opname == "IMPORT_NAME" and not _is_of_library(step.argval) for step in dis.get_instructions(code)
+    )
+
+
+_TELLING = frozenset(
+    {
+        *("autograd", "backward", "enable_grad", "func", "grad", "grad_fn", "inference_mode", "is_grad_enabled"),
+        *("is_leaf", "register_hook", "requires_grad", "requires_grad_", "retain_grad", "set_grad_enabled", "vmap"),
+        *("__dlpack__", "from_dlpack", "to_dlpack", "compile", "jit", "new_tensor", "resize_", "tensor"),
+        *("__dict__", "__import__", "eval", "exec", "getattr", "globals", "locals", "super", "vars"),
+    }
+)
+
+
+def _attributes_of_first(code: CodeType) -> frozenset[str] | None:
+    """The attributes of its first parameter that a function reads, if it does nothing else with it."""
+    first = code.co_varnames[0]
+    if first in code.co_cellvars:
+        return None
+    found: set[str] = set()
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG")]
+    for index, step in enumerate(steps):
+        loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        if first not in loaded or "FAST" not in step.opname:
+            continue
+        after = steps[index + 1]
+        read = "LOAD_FAST" in step.opname and loaded[-1] == first and loaded.count(first) == 1
+        if not read or after.opname != "LOAD_ATTR" or "NULL" in after.argrepr:
+            return None
+        found.add(after.argval)
+    return frozenset(found)
