@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from gradoverride._core.private import (
     can_call_directly,
     fast_apply,
     in_functorch,
-    set_grad_enabled,
     use_count,
 )
 from gradoverride._core.reach import SCALARS, Reach
@@ -114,6 +114,14 @@ class Runs(dict[tuple[type, ...], Callable[..., Any]]):
         return differentiate(self.plan, self.layout, None, values)
 
 
+class Unusual(Exception):
+    """The forward has run within the Function, and its result is one for the general path."""
+
+    def __init__(self, result: Any, versions: list[int | None] | None) -> None:
+        self.result = result
+        self.versions = versions
+
+
 class ShortPath:
     """The code for calls of a plan whose tensors stand at `places`. Its own names begin with `_go_`."""
 
@@ -127,11 +135,11 @@ class ShortPath:
         self.params = [name for name, source in plan.sources.items() if source == "deferred"]
         self.tensors = [self.names[place] for place in places] + [f"p_{name}" for name in self.params]
         self.saves: list[str] = []  # names of tensors, in the order in which they are saved
-        self.asks: list[str] = []  # the keywords that the rule is called with
+        self.asks: list[str] = []  # what the rule is called with, besides the gradient
         self.constants: list[int] = []
         for name, source in plan.sources.items():
             if source == "reserved" and name == "vjp":
-                self.asks.append("vjp=ShortVjp(path, ctx.graph, token, grad_output)")
+                self.asks.append("vjp=_go_ShortVjp(_go_path, ctx.graph, token, grad_output)")
                 continue
             if source == "deferred":
                 self.saves.append(f"p_{name}")
@@ -147,44 +155,53 @@ class ShortPath:
                 self.constants.append(place)
                 self.asks.append(f"{name}=ctx.constants[{len(self.constants) - 1}]")
         self.unsaved = [name for name in self.tensors if name not in self.saves]
+        self.direct = self.reach is not None and not plan.asks_vjp
+        # What the Function is given besides the tensors, in one tuple.
+        self.boxed = not self.direct or plan.takes_receiver or len(places) < len(self.names)
+        if isinstance(plan.rule.fn, FunctionType) and not hasattr(plan.rule.fn, "__wrapped__"):
+            code = plan.rule.fn.__code__
+            if code.co_varnames[1 : code.co_argcount][: len(plan.sources)] == tuple(plan.sources):
+                self.asks = [asked.partition("=")[2] for asked in self.asks]  # by position, which is faster
 
     def globals(self) -> dict[str, Any]:
         """The names that the code of a call refers to, with a new Function."""
-        shared = {
-            "check": self.check,
-            "path": self,
-            "ShortVjp": ShortVjp,
-            "check_straight_through": Call(self.plan, self.layout, EAGER).check_straight_through,
-            "note": self.note,
-            "any_autocast": any_autocast,
-            "compiling": torch.compiler.is_dynamo_compiling,
-            "rule": self.plan.rule.fn,
-            "Tensor": Tensor,
-            "under_autocast": self.under_autocast,
-            "written": self.written,
-        }
-        names = _compiled(self.forward_source() + self.backward_source(), shared, self.plan)
-        function = plain_function(self.plan.forward.name, names["forward"], names["backward"])
-        return {
-            "_go_apply": fast_apply(function),
+        common = {
             "_go_any_autocast": any_autocast,
-            "_go_finish": self.finish,
             "_go_FLOATING": _FLOATING,
             "_go_fn": self.plan.fn,
-            "_go_forward_ad": forward_ad,
-            **(self.reach.conditions()[1] if self.reach is not None else {}),
-            "_go_fits": FittingClasses(self.reach),
-            "_go_is_number": _is_number,
-            "_go_general": lambda receiver, *values: differentiate(self.plan, self.layout, receiver, values),
-            "_go_Parameter": nn.Parameter,
             "_go_getrefcount": sys.getrefcount,
-            "_go_in_functorch": in_functorch,
-            "_go_kept_graph": KeptGraph.alone,
             "_go_plan": self.plan,
-            "_go_set_grad_enabled": set_grad_enabled,
             "_go_SOLE": _SOLE,
             "_go_Tensor": Tensor,
+            "_go_Unusual": Unusual,
             "_go_use_count": use_count,
+        }
+        inner = {
+            **common,
+            "_go_check": self.check,
+            "_go_check_straight_through": Call(self.plan, self.layout, EAGER).check_straight_through,
+            "_go_compiling": torch.compiler.is_dynamo_compiling,
+            "_go_note": self.note,
+            "_go_path": self,
+            "_go_rule": self.plan.rule.fn,
+            "_go_ShortVjp": ShortVjp,
+            "_go_under_autocast": self.under_autocast,
+            "_go_written": self.written,
+        }
+        names = _compiled(self.forward_source() + self.backward_source(), inner, self.plan)
+        function = plain_function(self.plan.forward.name, names["forward"], names["backward"])
+        return {
+            **common,
+            **(self.reach.conditions()[1] if self.reach is not None else {}),
+            "_go_apply": fast_apply(function),
+            "_go_finish": self.finish,
+            "_go_fits": FittingClasses(self.reach),
+            "_go_forward_ad": forward_ad,
+            "_go_general": lambda receiver, *values: differentiate(self.plan, self.layout, receiver, values),
+            "_go_in_functorch": in_functorch,
+            "_go_is_number": _is_number,
+            "_go_kept_graph": KeptGraph.alone,
+            "_go_Parameter": nn.Parameter,
         }
 
     def run(self) -> Callable[..., Any]:
@@ -215,29 +232,23 @@ class ShortPath:
         if len(tensors) > 1:
             fits = [f"({_wants(name)} or {is_floating})" for name, is_floating in zip(tensors, floating, strict=True)]
             lines += [f"    if not ({' and '.join(fits)}):", general]
-        if self.reach is not None:
-            return [*lines, *self._direct_body(arguments, receiver, self._call(arguments))]
+        if self.direct:
+            return lines + self._direct_body(arguments, receiver)
         return lines + self._aliased_body(arguments)
 
-    def _direct_body(self, arguments: Sequence[str], receiver: str, called: str, more: Sequence[str] = ()) -> list[str]:
-        """The forward runs on the arguments themselves: nothing that it can reach besides has a gradient to lose."""
+    def _direct_body(self, arguments: Sequence[str], receiver: str, more: Sequence[str] = ()) -> list[str]:
+        """The forward runs in the Function, as by hand: nothing that it can reach besides has a gradient to lose."""
         tensors = [arguments[place] for place in self.places]
-        versions = [f"{name}._version if {_wants(name)} else None" for name in tensors]
-        written = [f"{_wants(name)} and {name}._version != {_version(name)}" for name in tensors]
-        if len(tensors) == 1 and not more:
-            versions, written = [f"{tensors[0]}._version"], [f"{tensors[0]}._version != {_version(tensors[0])}"]
-        unusual = [*self._unusual(tensors), *written]
-        found = f"({', '.join(arguments)},), [{', '.join(tensors)}], _go_result"
+        boxed = [receiver] if self.plan.takes_receiver else []
+        boxed += [name for place, name in enumerate(arguments) if place not in self.places]
+        given = [f"({', '.join(boxed)},)"] if boxed else []
         return [
-            *(f"    {_version(name)} = {version}" for name, version in zip(tensors, versions, strict=True)),
-            "    _go_set_grad_enabled(False)",
             "    try:",
-            f"        _go_result = {called}",
-            "    finally:",
-            "        _go_set_grad_enabled(True)",
-            f"    if {' or '.join(unusual)}:",
-            f"        return _go_finish({receiver}, {found}, None, [{', '.join(map(_version, tensors))}])",
-            *self._apply(["_go_result", *self._boxed(arguments)], [*tensors, *more]),
+            f"        return _go_apply({', '.join([*given, *tensors, *more])})",
+            "    except _go_Unusual as _go_unusual:",
+            "        _go_found, _go_versions = _go_unusual.result, _go_unusual.versions",
+            f"    _go_given = ({', '.join(arguments)},), [{', '.join(tensors)}]",
+            f"    return _go_finish({receiver}, *_go_given, _go_found, None, _go_versions)",
         ]
 
     def _aliased_body(self, arguments: Sequence[str]) -> list[str]:
@@ -256,7 +267,10 @@ class ShortPath:
             f"    _go_result = {self._call_on_aliases(arguments)}",
             f"    if {' or '.join(unusual)}:",
             f"        return _go_finish(None, {found}, None, None)",
-            *self._apply(["_go_result", *self._boxed(arguments)], tensors),
+            # Somebody else may hold the result (a cached buffer), and would find it turned into an output.
+            "    if _go_getrefcount(_go_result) != _go_SOLE or _go_use_count(_go_result) != 1:",
+            "        _go_result = _go_result.detach()",
+            f"    return _go_apply(({', '.join(['_go_result', *self._boxed(arguments)])},), {', '.join(tensors)})",
         ]
 
     def _kept_body(self, arguments: Sequence[str]) -> list[str]:
@@ -298,29 +312,16 @@ class ShortPath:
         unfit = [f"not {_wants(name)} and {name}.dtype not in _go_FLOATING" for name in tensors]
         if not params:
             unfit.append(f"not ({' or '.join(map(_wants, tensors))})")
-        called = self._call(arguments).replace("_go_fn(", f"_go_fn({receiver}, ", 1)
-        return [
-            *lines,
-            f"    if {' or '.join(unfit)}:",
-            general,
-            *self._direct_body(arguments, receiver, called, params),
-        ]
+        return [*lines, f"    if {' or '.join(unfit)}:", general, *self._direct_body(arguments, receiver, params)]
 
-    def _unusual(self, given: Sequence[str]) -> list[str]:
+    def _unusual(self, given: Sequence[str], result: str = "_go_result") -> list[str]:
         """What makes a result one for the general path, if these are what the forward was given."""
-        unusual = ["type(_go_result) is not _go_Tensor", "_go_result._is_view()"]
-        unusual += [f"_go_result is {name}" for name in given]
+        unusual = [f"type({result}) is not _go_Tensor", *(f"{result} is {name}" for name in given)]
+        if not self.plan.forward_is_arithmetic:
+            unusual.append(f"{result}._is_view()")
         if self.plan.straight_through:
-            unusual += ["_go_result.dtype not in _go_FLOATING", "_go_plan.on_first_call is not None"]
+            unusual += [f"{result}.dtype not in _go_FLOATING", "_go_plan.on_first_call is not None"]
         return unusual
-
-    def _apply(self, boxed: Sequence[str], tensors: Sequence[str]) -> list[str]:
-        return [
-            # Somebody else may hold the result (a cached buffer), and would find it turned into an output.
-            "    if _go_getrefcount(_go_result) != _go_SOLE or _go_use_count(_go_result) != 1:",
-            "        _go_result = _go_result.detach()",
-            f"    return _go_apply(({', '.join(boxed)},), {', '.join(tensors)})",
-        ]
 
     def _call_on_aliases(self, arguments: Sequence[str]) -> str:
         return self._call([_alias(name) if index in self.places else name for index, name in enumerate(arguments)])
@@ -329,13 +330,20 @@ class ShortPath:
         return [arguments[place] for place in self.constants]
 
     def forward_source(self) -> str:
-        lines = [f"def forward(ctx, box, {', '.join(self.tensors)}):", "    result = box[0]"]
+        boxed = ["box"] if self.boxed else []
+        lines = [f"def forward({', '.join(['ctx', *boxed, *self.tensors])}):"]
         saves = list(self.saves)
+        if self.direct:
+            lines += self._run_in_forward()
+            constants = [f"box[{self._box_index(place)}]" for place in self.constants]
+        else:
+            lines.append("    result = box[0]")
+            constants = [f"box[{(3 if self.plan.asks_vjp else 1) + index}]" for index in range(len(self.constants))]
         if self.plan.asks_vjp:
             lines.append("    ctx.graph = box[1]")
             saves.append("box[2]")
         if self.constants:
-            lines.append(f"    ctx.constants = box[{3 if self.plan.asks_vjp else 1}:]")
+            lines.append(f"    ctx.constants = ({', '.join(constants)},)")
         if saves:
             lines.append(f"    ctx.save_for_backward({', '.join(saves)})")
         if self.unsaved:
@@ -345,14 +353,44 @@ class ShortPath:
             metas = ", ".join(f"({name}.shape, {name}.dtype, {name}.device)" for name in self.unsaved)
             lines += [f"    if not ({alike}):", f"        ctx.metas = ({metas},)"]
             if self.plan.straight_through and not self.saves:
-                lines.append(f"        check_straight_through({self.tensors[0]}.shape, result.shape)")
+                lines.append(f"        _go_check_straight_through({self.tensors[0]}.shape, result.shape)")
         return "\n".join([*lines, "    return result"]) + "\n"
+
+    def _run_in_forward(self) -> list[str]:
+        """The forward within that of the Function, and a look at what it gave."""
+        given = [self.names[place] for place in self.places]
+        names = [n if place in self.places else f"box[{self._box_index(place)}]" for place, n in enumerate(self.names)]
+        called = self._call(names).replace("_go_fn(", "_go_fn(box[0], " if self.plan.takes_receiver else "_go_fn(", 1)
+        unusual, before = self._unusual(given, "result"), []
+        versions = ["None"] * len(given)
+        if not self.plan.forward_is_arithmetic:
+            versions = [_version(name) for name in given]
+            before = [f"    {_version(name)} = {name}._version if {name}.requires_grad else None" for name in given]
+            unusual += [f"{_version(name)} is not None and {name}._version != {_version(name)}" for name in given]
+        lines = [
+            *before,
+            f"    result = {called}",
+            f"    if {' or '.join(unusual)}:",
+            f"        raise _go_Unusual(result, [{', '.join(versions)}])",
+        ]
+        if not self.plan.forward_is_arithmetic or (self.reach is not None and self.reach.attributes):
+            # Somebody else may hold the result (a cached buffer), and would find it turned into an output.
+            lines += [
+                "    if _go_getrefcount(result) != _go_SOLE or _go_use_count(result) != 1:",
+                "        result = result.detach()",
+            ]
+        return lines
+
+    def _box_index(self, place: int) -> int:
+        """Where the constant at `place` is in the box of a direct call: after the receiver."""
+        return self.plan.takes_receiver + sum(other not in self.places for other in range(place))
 
     def backward_source(self) -> str:
         tensors = self.tensors
         lines = ["def backward(ctx, grad_output):"]
+        none = "None, " if self.boxed else ""
         if not self.plan.rule_is_arithmetic:
-            lines += ["    if any_autocast():", "        return under_autocast(backward, ctx, grad_output)"]
+            lines += ["    if _go_any_autocast():", "        return _go_under_autocast(backward, ctx, grad_output)"]
         saved = [f"saved_{name}" for name in self.saves]
         if self.plan.asks_vjp:
             saved.append("token")
@@ -364,31 +402,31 @@ class ShortPath:
             handed = "handed"
         watched = not (self.plan.rule_is_arithmetic or self.plan.rule_writes)
         if watched:
-            lines.append("    version = None if compiling() else grad_output._version")
+            lines.append("    version = None if _go_compiling() else grad_output._version")
         lines += [
             "    try:",
-            f"        answer = rule({', '.join([handed, *self.asks])})",
+            f"        answer = _go_rule({', '.join([handed, *self.asks])})",
             "    except Exception as error:",
-            "        note(error)",
+            "        _go_note(error)",
             "        raise",
         ]
         if watched:
-            lines += ["    if version is not None and grad_output._version != version:", "        written()"]
+            lines += ["    if version is not None and grad_output._version != version:", "        _go_written()"]
         alike = "ctx.metas is None and " if self.unsaved else ""
         grads = [f"grad_{name}" for name in tensors]
         fits = " and ".join(
-            f"(grad_{name} is None or type(grad_{name}) is Tensor and {self._fits(f'grad_{name}', name)})"
+            f"(grad_{name} is None or type(grad_{name}) is _go_Tensor and {self._fits(f'grad_{name}', name)})"
             for name in tensors
         )
-        answered = [f"        if {fits}:", f"            return None, {', '.join(grads)}"]
+        answered = [f"        if {fits}:", f"            return {none}{', '.join(grads)}"]
         if len(tensors) == 1:
             fits = self._fits("answer", tensors[0])
-            fits = f"type(answer) is Tensor and {fits}"
+            fits = f"type(answer) is _go_Tensor and {fits}"
             if self.plan.rule_is_scaling:
-                fits = "type(answer) is Tensor"  # like grad_output: it is an expression of that and numbers
+                fits = "type(answer) is _go_Tensor"  # like grad_output: it is an expression of that and numbers
             elif self.unsaved:
                 fits = f"(answer is grad_output or {fits})"
-            lines += [f"    if {alike}{fits}:", "        return None, answer"]
+            lines += [f"    if {alike}{fits}:", f"        return {none}answer"]
         elif not self.params and not self.plan.straight_through and self.places == list(range(len(tensors))):
             # Scalars that come after the tensors may be left out of the answer.
             lines += [
@@ -405,7 +443,7 @@ class ShortPath:
                 *answered,
             ]
         known = ", ".join(self._known(name) for name in tensors)
-        lines.append(f"    return check(ctx, answer, [{known}])")
+        lines.append(f"    return _go_check(ctx, answer, [{known}])")
         return "\n".join(lines) + "\n"
 
     def _known(self, name: str) -> str:
@@ -459,11 +497,11 @@ class ShortPath:
             for name, meta in zip(self.unsaved, ctx.metas, strict=True):
                 metas[self.tensors.index(name)] = Meta.of(*meta)
         count = len(self.places)
-        call.describe_plain(self.places, metas[:count], ctx.needs_input_grad[1 : 1 + count])
+        call.describe_plain(self.places, metas[:count], ctx.needs_input_grad[self.boxed :][:count])
         call.describe_params(self.params, metas[count:])
         grads, named = read_answer(call, answer)
         params = read_params(call, named)
-        return None, *grads, *(params[name] for name in self.params)
+        return *([None] if self.boxed else []), *grads, *(params[name] for name in self.params)
 
     def conform(self, value: Any, like: Tensor) -> Tensor:
         """`value` as a gradient of the result, or an error."""

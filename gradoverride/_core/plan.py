@@ -60,11 +60,13 @@ class Plan:
         self.asks_vjp = "vjp" in reserved
         self.asks_params = "params" in reserved
         self.asks_module = bool(reserved & {"module", "forward"}) or class_form
+        self.reach = Reach.of(self.fn, method=self.takes_receiver)
+        attributes = self.reach.attributes if self.reach is not None else frozenset[str]()
+        self.forward_is_arithmetic = scan.is_arithmetic(self.fn, attributes)
         self.forward_writes = scan.writes(self.fn)
         self.forward_writes_arguments = scan.writes_arguments(self.fn)
         # By names: where a graph cannot be looked at, and evaluated while tracing, for Dynamo knows no cells.
         self.captured_names: Callable[[], str] = evaluated_while_tracing(lambda: ", ".join(captured_names(forward.fn)))
-        self.reach = Reach.of(self.fn, method=self.takes_receiver)
         self.rule_writes = not scan.writes_nothing(rule.fn, _is_known_method)
         self.rule_is_arithmetic = scan.is_arithmetic(rule.fn)
         self.rule_is_scaling = scan.is_scaling(rule.fn)

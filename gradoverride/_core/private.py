@@ -30,7 +30,6 @@ __all__ = [
     "pull",
     "requires_grad_anywhere",
     "saves_plainly",
-    "set_grad_enabled",
     "trace_gradients",
     "unwrapped",
     "use_count",
@@ -91,9 +90,6 @@ plain_results: Any = getattr(torch._C, "_disabled_torch_function_impl", torch.Te
 
 # How many C++ owners a tensor has. Without it a result is taken for shared, and detached.
 use_count: Callable[[torch.Tensor], int] = getattr(torch.Tensor, "_use_count", lambda tensor: 2)
-
-# `with torch.set_grad_enabled(...)` sets it by an object of its own (0.7 us).
-set_grad_enabled: Callable[[bool], Any] = getattr(torch._C, "_set_grad_enabled", torch.set_grad_enabled)
 
 # True inside vmap, grad, jvp ... Without it every call takes the path for transforms: right anywhere, slower.
 in_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)

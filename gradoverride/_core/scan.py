@@ -118,38 +118,60 @@ def writes(fn: Any) -> bool:
     return False
 
 
-def is_arithmetic(fn: Any) -> bool:
-    """Whether `fn` is an expression of its own arguments and constants in +, -, *, / alone, or a tuple or dict of such.
+def is_arithmetic(fn: Any, attributes: frozenset[str] = frozenset()) -> bool:
+    """Whether `fn` is an expression of its own arguments, constants and these attributes in operators and elementwise
+    functions of torch alone, or a tuple or dict of such.
 
-    Such a function writes nowhere, reaches nothing else, and means the same under autocast.
+    Such a function writes nowhere, reaches nothing else, stays on its device, and means the same under autocast.
     """
-    if not isinstance(fn, FunctionType) or fn.__closure__:
+    if not isinstance(fn, FunctionType) or fn.__closure__ or writes(fn):
         return False
-    return all(
-        instruction.opname in _ARITHMETIC
-        or (instruction.opname == "BINARY_OP" and instruction.argrepr in {"+", "-", "*", "/"})
-        for instruction in dis.get_instructions(fn.__code__)
-    )
+    functions = calls = 0
+    for step in dis.get_instructions(fn.__code__):
+        known = step.opname in _ARITHMETIC
+        if step.opname in ("LOAD_METHOD", "LOAD_ATTR"):
+            known = step.argval in _ELEMENTWISE or step.argval in attributes
+            functions += step.argval in _ELEMENTWISE
+        elif step.opname == "LOAD_GLOBAL":
+            known = getattr(fn.__globals__.get(step.argval), "__name__", None) == "torch"
+        elif step.opname == "BINARY_OP":
+            known = step.argrepr in {"+", "-", "*", "/"}
+        elif step.opname in _CALLS:
+            calls += 1
+        if not known:
+            return False
+    return calls == functions  # or it calls one of its arguments
 
 
 def is_scaling(fn: Any) -> bool:
-    """Whether `fn` is such an expression of one argument and real numbers: its result is like the argument."""
+    """Whether `fn` is an expression of one argument and real numbers in +, -, *, /: its result is like the argument."""
     return (
         is_arithmetic(fn)
         and fn.__code__.co_argcount == fn.__code__.co_nlocals == 1
-        and not any(instruction.opname in _BUILDS for instruction in dis.get_instructions(fn.__code__))
+        and not fn.__code__.co_names
+        and not any(step.opname in (*_BUILDS, "COMPARE_OP") for step in dis.get_instructions(fn.__code__))
         and all(type(constant) in (int, float, type(None), str) for constant in fn.__code__.co_consts)
     )
 
 
+_CALLS = ("CALL", "CALL_KW", "CALL_METHOD", "CALL_FUNCTION", "CALL_FUNCTION_KW")
 _BUILDS = ("BUILD_TUPLE", "BUILD_MAP", "BUILD_CONST_KEY_MAP")
 _ARITHMETIC = frozenset(
     {
         *("RESUME", "CACHE", "EXTENDED_ARG", "NOP", "PRECALL", "RETURN_VALUE", "RETURN_CONST"),
         *("LOAD_FAST", "LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_BORROW_LOAD_FAST_BORROW"),
-        *("LOAD_CONST", "LOAD_SMALL_INT", "STORE_FAST", "UNARY_NEGATIVE"),
+        *("LOAD_CONST", "LOAD_SMALL_INT", "STORE_FAST", "UNARY_NEGATIVE", "COMPARE_OP"),
+        *("KW_NAMES", "PUSH_NULL"),
+        *_CALLS,
         *_BUILDS,
         *("BINARY_ADD", "BINARY_SUBTRACT", "BINARY_MULTIPLY", "BINARY_TRUE_DIVIDE"),  # Python 3.10
+    }
+)
+_ELEMENTWISE = frozenset(
+    {
+        *("abs", "add", "ceil", "clamp", "clip", "cos", "div", "eq", "floor", "ge", "gt", "le", "lt", "maximum"),
+        *("minimum", "mul", "ne", "neg", "ones_like", "relu", "round", "sgn", "sigmoid", "sign", "sin", "sqrt"),
+        *("square", "sub", "tanh", "where", "zeros_like"),
     }
 )
 
