@@ -1,88 +1,95 @@
-"""The short path under Dynamo: the same calls as `fast.py`, as few names for Dynamo to guard as by hand.
+"""The short path under Dynamo: the same calls as `fast.py`, with as few names for Dynamo to guard as by hand.
 
 Each name and attribute that traced code looks up is a guard that every compiled call checks again: the general path
-has some hundred, which are 10 us. Loops and branches here run while tracing and cost nothing later.
+has some hundred, which are 10 us. So this code is generated too, with all that is known written into it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+import torch
 
-from gradoverride._core.call import TRACED, Call
-from gradoverride._core.contract import Meta, read_answer
-from gradoverride._core.forward_pass import ForwardPass, differentiate
-from gradoverride._core.function import plain_function
+from gradoverride._core.call import TRACED
+from gradoverride._core.fast import FittingClasses, is_number
 from gradoverride._core.plan import Layout, Plan
-from gradoverride._core.private import in_functorch, keep_own_frames_whole
+from gradoverride._core.private import evaluated_while_tracing, in_functorch, keep_own_frames_whole
+from gradoverride._core.reach import SCALARS
+from gradoverride._core.short_function import ShortFunction
 
-__all__ = ["make_traced"]
+__all__ = ["TracedPath"]
 
 
-def make_traced(plan: Plan, layout: Layout, places: list[int]) -> Callable[..., Any] | None:
-    """The function for calls whose tensors stand at `places`, if the rule asks for nothing but tensors."""
-    fn, rule, writes = plan.fn, plan.rule.fn, plan.rule_writes
-    count, keywords, positional = len(places), layout.keywords, layout.positional
-    names: list[str] = []
-    saves: list[int] = []  # indices among the tensors; -1 is the output
-    for name, source in plan.sources.items():
-        place = layout.names.index(name) if source == "argument" else places[0]
-        if name == "vjp" or place not in places:
-            return None
-        names.append(name)
-        saves.append(-1 if source == "reserved" and name == "output" else places.index(place))
-    if plan.takes_receiver or plan.forward_writes or (plan.straight_through and not names):
-        return None
+class TracedPath:
+    """The code for calls of a plan whose tensors stand at `places`. Its own names begin with `_go_`."""
 
-    def forward(ctx: Any, result: Tensor, *tensors: Tensor) -> Tensor:
-        output = result.clone()
-        ctx.metas = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-        ctx.save_for_backward(*[output if index < 0 else tensors[index] for index in saves])
-        return output
+    def __init__(self, plan: Plan, layout: Layout, places: list[int]) -> None:
+        self.plan = plan
+        self.places = places
+        self.function = ShortFunction(plan, layout, places, TRACED)
+        self.params = {f"_go_{name}": name for name in self.function.params}
+        # Other calls take the general path.
+        self.exists = not plan.asks_vjp and not plan.forward_writes and not self.function.constants
 
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        asked = dict(zip(names, ctx.saved_tensors, strict=True))
-        answer = rule(grad_output.clone() if writes else grad_output, **asked)
-        grads = [answer] if count == 1 and isinstance(answer, Tensor) else answer
-        usual = isinstance(grads, (tuple, list)) and len(grads) == count and (count == 1 or count == len(layout.names))
-        if usual and not plan.straight_through:
-            for grad, (shape, dtype, device) in zip(grads, ctx.metas, strict=True):
-                fits = grad is None or (
-                    isinstance(grad, Tensor) and grad.shape == shape and grad.dtype == dtype and grad.device == device
-                )
-                usual = usual and fits
-            if usual:
-                return None, *grads
-        call = Call(plan, layout, TRACED)
-        call.describe_plain(places, [Meta.of(*meta) for meta in ctx.metas], ctx.needs_input_grad[1:])
-        found, _ = read_answer(call, answer)
-        return None, *found
+    def define(self, names: dict[str, Any]) -> None:
+        """Put what the code refers to among the names of the wrapper, which has `_go_general` already."""
+        plan, fitting = self.plan, FittingClasses(self.plan.reach)
 
-    function = plain_function(plan.forward.name, forward, backward)
+        # One name for all that is known while tracing: of no instance, or it would be guarded by identity.
+        @evaluated_while_tracing
+        def fits(receiver: type) -> bool:
+            keep_own_frames_whole()
+            known = plan.reach is None or (plan.reach.holds() and (not plan.takes_receiver or fitting[receiver]))
+            return known and not in_functorch()
 
-    def traced(*values: Any) -> Any:
-        tensors = [values[place] for place in places]
-        wanted = False
-        plain = not in_functorch()
-        for index, tensor in enumerate(tensors):
-            plain = plain and type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point()
-            plain = plain and not any(tensor is other for other in tensors[:index])
-            wanted = wanted or (plain and tensor.requires_grad)
-        if not plain or any(isinstance(v, Tensor) for i, v in enumerate(values) if i not in places):
-            return differentiate(plan, layout, None, values)
-        if not wanted:
-            return plan.undecorated(layout, None, values)
-        keep_own_frames_whole()
-        aliased = [value.detach() if index in places else value for index, value in enumerate(values)]
-        result = fn(*aliased[:positional], **dict(zip(keywords, aliased[positional:], strict=True)))
-        aliases = [aliased[place] for place in places]
-        plain = type(result) is Tensor and result.is_floating_point() and not result.requires_grad
-        if not plain or any(result is alias for alias in aliases):
-            call = Call(plan, layout, TRACED)
-            leaves = call.take_apart(values)
-            return ForwardPass(call, None, None, leaves, values).finish(aliases, result, {})
-        return function.apply(result, *tensors)
+        names.update(self.function.globals())
+        names.update(
+            _go_traced_finish=self.function.finish,
+            _go_traced_fits=fits,
+            _go_is_number=is_number,
+            _go_no_grad=torch.no_grad,
+            _go_Scalar=tuple(SCALARS),
+        )
+        names["_go_Function"] = self.function.make(names)
 
-    return traced
+    def body(self, arguments: Sequence[str], receiver: str) -> list[str]:
+        """The code of a call, with these names for the arguments."""
+        plan = self.plan
+        tensors = [arguments[place] for place in self.places]
+        others = [name for place, name in enumerate(arguments) if place not in self.places]
+        inputs = [*tensors, *self.params]
+        general = f"    return _go_general({receiver}, {', '.join(arguments)})"
+        unfit = [f"not _go_traced_fits(type({receiver}))"]
+        unfit += [f"{name!r} not in {receiver}._parameters" for name in self.params.values()]
+        unfit += [f"not _go_is_tensor({name})" for name in tensors]
+        unfit += [f"not {name}.is_floating_point()" for name in tensors]
+        unfit += [f"not isinstance({name}, _go_Scalar)" for name in others]
+        unfit += [f"not ({variable} := {receiver}.{name}).requires_grad" for variable, name in self.params.items()]
+        if plan.reach is not None:
+            numbers = sorted(plan.reach.attributes - {*self.params.values()})
+            unfit += [f"not _go_is_number({receiver}, {name!r})" for name in numbers]
+        # Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604).
+        twice = [f"{one} is {other}" for index, one in enumerate(inputs) for other in inputs[:index]]
+        lines = [f"if {' or '.join(unfit)}:", general, *([f"if {' or '.join(twice)}:", general] if twice else [])]
+        if not self.params:
+            wanted = " or ".join(f"{name}.requires_grad" for name in tensors)
+            lines += [f"if not ({wanted}):", f"    return {self.function.called(arguments, receiver)}"]
+        if plan.takes_receiver:
+            lines += ["with _go_no_grad():", f"    _go_result = {self.function.called(arguments, receiver)}"]
+            given, versions, unusual = tensors, f"[{', '.join('None' for _ in tensors)}]", []
+        else:
+            aliases = [f"_go_{name}_alias" if name in tensors else name for name in arguments]
+            lines += [f"_go_{name}_alias = {name}.detach()" for name in tensors]
+            lines += [f"_go_result = {self.function.called(aliases, receiver)}"]
+            given, versions = [f"_go_{name}_alias" for name in tensors], "None"
+            unusual = [] if plan.reach is not None else ["_go_result.requires_grad"]
+        unusual = ["not _go_is_tensor(_go_result)", "not _go_result.is_floating_point()", *unusual]
+        unusual += [f"_go_result is {name}" for name in given]
+        found = f"({', '.join(arguments)},), [{', '.join(given)}], _go_result"
+        return [
+            *lines,
+            f"if {' or '.join(unusual)}:",
+            f"    return _go_traced_finish({receiver}, {found}, None, {versions})",
+            f"return _go_Function.apply(_go_result, {', '.join(inputs)})",
+        ]

@@ -10,8 +10,8 @@ from gradoverride._core.structure import has_leaf, unflatten
 
 if TYPE_CHECKING:
     from gradoverride._core.backward_pass import Backward
-    from gradoverride._core.fast import ShortPath
     from gradoverride._core.kept_graph import KeptGraph
+    from gradoverride._core.short_function import ShortFunction
 
 __all__ = ["ShortVjp", "Vjp"]
 
@@ -56,11 +56,11 @@ class Vjp:
 
 
 class ShortVjp:
-    """The same for a call of plain tensors with one tensor as its result (`fast.py`)."""
+    """The same for a call of plain tensors with one tensor as its result (`short_function.py`)."""
 
     __slots__ = ("_grad_output", "_graph", "_kept", "_path", "_token")
 
-    def __init__(self, path: ShortPath, graph: KeptGraph, token: Tensor, grad_output: Tensor) -> None:
+    def __init__(self, path: ShortFunction, graph: KeptGraph, token: Tensor, grad_output: Tensor) -> None:
         self._path = path
         self._graph = graph
         self._token = token

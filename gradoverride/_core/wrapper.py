@@ -31,7 +31,7 @@ from gradoverride._core.fast import ShortPath, guessed_places
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import in_functorch
 from gradoverride._core.reach import SCALARS
-from gradoverride._core.traced import make_traced
+from gradoverride._core.traced import TracedPath
 
 __all__ = ["make_wrapper"]
 
@@ -104,13 +104,14 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
         f"type({name}) is not _go_Tensor" if index in places else f"type({name}) not in _go_SCALARS"
         for index, name in enumerate(arguments)
     ]
-    traced = make_traced(plan, names["_go_runs"].layout, places)
-    names["_go_traced"] = traced
-    compiled = general if traced is None else f"return _go_traced({values})"
-    head += [
-        f"    if _go_compiling():\n        {compiled}",
-        f"    if {' or '.join(others)}:\n        {otherwise}",
-    ]
+    traced = TracedPath(plan, names["_go_runs"].layout, places)
+    compiled = [f"    {general}"]
+    if traced.exists:
+        traced.define(names)
+        compiled = [f"    {line}" for line in traced.body(arguments, receiver)]
+    head.append("    if _go_compiling():")
+    head += [f"    {line}" for line in compiled]
+    head.append(f"    if {' or '.join(others)}:\n        {otherwise}")
     return "\n".join([*head, *path.body(arguments, receiver)]) + "\n"
 
 
