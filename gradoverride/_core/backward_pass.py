@@ -300,7 +300,7 @@ def conform_output(call: Call, value: Any, meta: Meta) -> Tensor:
             f"vjp in the rule {call.plan.rule.who} of {call.plan.forward.who} takes a gradient of shape "
             f"{meta.text}, the shape of the result; it got {what(value)}",
         )
-    return conform(call, "output", value, meta)
+    return conform(call, ("output",), value, meta)
 
 
 def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:

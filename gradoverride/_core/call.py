@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import debug_unwrap
 from torch.nn.parameter import is_lazy
 
 from gradoverride._core.ambient import Autocast
@@ -19,9 +21,8 @@ from gradoverride._core.backward_pass import Backward
 from gradoverride._core.contract import Meta, shape_text
 from gradoverride._core.forward_mode import transpose
 from gradoverride._core.function import fresh
-from gradoverride._core.kept_graph import KeptGraph
 from gradoverride._core.plan import Layout, Plan
-from gradoverride._core.private import fail, is_tracked
+from gradoverride._core.private import fail, in_forward_ad
 from gradoverride._core.structure import LEAF, Constant, flatten, unflatten
 from gradoverride.errors import ForwardResultError, RuleResultError, UnsupportedError
 
@@ -36,6 +37,13 @@ def is_tensor(value: Any) -> bool:
 
 def is_differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _is_tracked(tensor: Tensor) -> bool:
+    """Whether a transform tracks this tensor. `requires_grad` does not tell: it is False in forward mode."""
+    if in_forward_ad() and forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    return debug_unwrap(tensor, recurse=False) is not tensor
 
 
 class Param:
@@ -70,6 +78,13 @@ class Asked:
 class Call:
     """What is known of one call, from its forward to its backward. It holds no tensors that torch should save."""
 
+    plan: Plan
+    layout: Layout
+    mode: str
+    names: tuple[str, ...]  # of the arguments, from the layout
+    groups: dict[str, tuple[int, ...]]
+    variadic: str | None
+    autocast: Autocast | None  # the state that the rule is to run under
     # From the arguments (`take_apart`):
     specs: list[Any]  # by argument, its structure
     ends: list[int]  # by argument, the number of leaves up to its last
@@ -78,23 +93,39 @@ class Call:
     n_leaves: int  # a leaf is a floating or complex tensor among the arguments
     metas: list[Meta]  # by leaf, what its gradient must be like
     wanted: list[bool]  # by leaf, whether a gradient is wanted
+    # From the module (`find_params`):
+    params: list[Param]
+    aliased: list[Param]
+    natural: list[Param]
+    frozen: dict[str, Tensor]
     # From the result (`ForwardPass`):
     result: Any  # its structure
     n_outs: int  # the number of floating or complex tensors in it
     out_metas: list[Meta]
     alias_of: list[int | None]  # by such tensor, the leaf that it is as it stands
+    dirty: list[int]  # leaves that were written into
     copies: list[int]  # leaves that were written into and are copied back (not in eager mode)
     flows: list[bool]  # by such tensor, whether its gradient flows on to natural parameters
     residual_metas: list[Meta]
     outer: list[Tensor]  # with natural parameters and no kept graph: what leads to the arguments
     n_residuals: int  # floating residuals are outputs of the Function besides
     first_out: int  # where the results stand among its inputs
+    # For the rule:
+    graph: Any  # behind `vjp`: a kept graph, or one of its kin
+    token: Tensor | None  # what keeps it, on its way into the saved tensors
+    transposed: bool  # whether forward mode has been through this call
+    module: nn.Module | None
+    buffers: dict[str, Any]
+    asked: list[Asked]
+    saved: list[int]  # by saved tensor, where among inputs and results it stands
     # Where values are among the saved tensors:
     given: set[str]  # names in `asked`, which take precedence over reserved ones
     module_slots: dict[str, int]
     alias_slots: list[int]
     out_slots: list[int]
     replay_slots: list[int]
+
+    __slots__ = tuple(__annotations__)
 
     def __init__(self, plan: Plan, layout: Layout, mode: str) -> None:
         self.plan = plan
@@ -104,18 +135,18 @@ class Call:
         self.groups = layout.groups
         self.variadic = layout.variadic
         self.autocast = Autocast() if mode != TRACED else None
-        self.params: list[Param] = []
-        self.aliased: list[Param] = []
-        self.natural: list[Param] = []
-        self.frozen: dict[str, Tensor] = {}
-        self.dirty: list[int] = []
-        self.asked: list[Asked] = []
-        self.saved: list[int] = []
-        self.graph: Any = None
-        self.transposed = False  # whether forward mode has been through this call
-        self.token: Tensor | None = None
-        self.module: nn.Module | None = None
-        self.buffers: dict[str, Any] = {}
+        self.params = []
+        self.aliased = []
+        self.natural = []
+        self.frozen = {}
+        self.dirty = []
+        self.asked = []
+        self.saved = []
+        self.graph = None
+        self.transposed = False
+        self.token = None
+        self.module = None
+        self.buffers = {}
 
     # --- taking the call apart ------------------------------------------------------------------------------
 
@@ -135,7 +166,8 @@ class Call:
         self.single = holders[0] if len(holders) == 1 else None
         self.n_leaves = len(leaves)
         self.metas = [Meta(leaf) for leaf in leaves]
-        self.wanted = [self.mode == TRANSFORMED or leaf.requires_grad for leaf in leaves]
+        everywhere = self.mode == TRANSFORMED
+        self.wanted = [everywhere or leaf.requires_grad for leaf in leaves]
         return leaves
 
     def describe_plain(self, places: Sequence[int], metas: list[Meta], wanted: Sequence[bool]) -> None:
@@ -167,7 +199,7 @@ class Call:
                 )
             if tensor in found:
                 found[tensor].names.append(name)
-            elif tensor.requires_grad or (self.mode == TRANSFORMED and is_tracked(tensor)):
+            elif tensor.requires_grad or (self.mode == TRANSFORMED and _is_tracked(tensor)):
                 found[tensor] = Param(name, tensor, Meta(tensor))
             else:
                 self.frozen[name] = tensor
@@ -242,8 +274,7 @@ class Call:
                 f"{shape_text(result)}. Give a surrogate with that result: straight_through(surrogate=...)",
             )
 
-    def metas_of(self, name: str) -> list[Meta]:
-        index = self.names.index(name)
+    def metas_of(self, index: int) -> list[Meta]:
         return self.metas[self.ends[index - 1] if index else 0 : self.ends[index]]
 
     def name_of_leaf(self, leaf: int) -> str:
@@ -271,10 +302,10 @@ class Call:
             results.append(residual.clone() if self.mode != EAGER else residual.detach())
         return tuple(results)
 
-    def tensors_to_save(self, inputs: Sequence[Any], output: Sequence[Tensor]) -> list[Tensor]:
+    def tensors_to_save(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> list[Tensor]:
         """What the rule asks for, in the order of its slots, and the kept graph."""
-        saved = [inputs[1 + place] if place >= 0 else output[~place] for place in self.saved]
-        if isinstance(self.graph, KeptGraph):
+        saved = [tensors[place] if place >= 0 else results[~place] for place in self.saved]
+        if self.token is not None:
             saved.append(self.token)
             self.token = None
         return saved

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -27,13 +28,13 @@ def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str,
     """The gradient of each differentiable tensor among the arguments, in order, and what a dict said of parameters."""
     if call.plan.straight_through:
         first = call.holders[0]
-        entry = _entry(call, call.names[first], call.specs[first], answer)
+        entry = _entry(call, first, answer)
         return [*entry, *[None] * (call.n_leaves - len(entry))], {}
     if isinstance(answer, dict) and not dataclasses.is_dataclass(answer):
         return _by_name(call, answer)
     names, specs = call.names, call.specs
     if call.single is not None and not (isinstance(answer, (tuple, list)) and not _is_sequence(specs[call.single])):
-        return _entry(call, names[call.single], specs[call.single], answer), {}
+        return _entry(call, call.single, answer), {}
     if not isinstance(answer, (tuple, list)):
         _refuse(
             call,
@@ -49,7 +50,7 @@ def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str,
     grads: list[Tensor | None] = []
     for index, (name, spec) in enumerate(zip(names, specs, strict=True)):
         if index < len(answer):
-            grads += _entry(call, name, spec, answer[index])
+            grads += _entry(call, index, answer[index])
         elif has_leaf(spec) and call.wants(index):
             _refuse(
                 call,
@@ -67,7 +68,7 @@ def read_params(call: Call, answers: dict[str, Any]) -> dict[str, Tensor | None]
     for param in call.params:
         if param.name in answers:
             value = answers[param.name]
-            checked[param.name] = None if value is None else conform(call, param.name, value, param.meta)
+            checked[param.name] = None if value is None else conform(call, (param.name,), value, param.meta)
         elif param.asked:
             _refuse(
                 call,
@@ -78,8 +79,12 @@ def read_params(call: Call, answers: dict[str, Any]) -> dict[str, Tensor | None]
     return checked
 
 
-def conform(call: Call, name: str, value: Any, meta: Meta) -> Tensor:
+def conform(call: Call, path: tuple[Any, ...], value: Any, meta: Meta) -> Tensor:
     """`value` as the gradient of a tensor with this shape, dtype and device, or an error."""
+    alike = isinstance(value, Tensor) and value.shape == meta.shape and value.device == meta.device
+    if alike and value.dtype == meta.dtype:
+        return value
+    name = _text(path)
     if not isinstance(value, Tensor):
         _refuse(
             call,
@@ -97,8 +102,6 @@ def conform(call: Call, name: str, value: Any, meta: Meta) -> Tensor:
             f"must return a gradient on {meta.device} for '{name}', where '{name}' is; it returned one on "
             f"{value.device}. Move it with .to('{meta.device}')",
         )
-    if value.dtype == meta.dtype:
-        return value
     if value.is_complex() and not meta.dtype.is_complex:
         _refuse(
             call,
@@ -141,25 +144,29 @@ def shape_text(shape: Any) -> str:
 
 def _by_name(call: Call, answer: dict[str, Any]) -> tuple[list[Tensor | None], dict[str, Any]]:
     known = call.groups
-    params = {param.name for param in call.params}
+    params = {param.name for param in call.params} if call.params else ()
     for key in answer:
         if key not in known and key not in params and key not in call.frozen:
-            names = [*known, *(param.name for param in call.params)]
-            close = difflib.get_close_matches(str(key), names, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
-            _refuse(
-                call,
-                f"must return a dict by the names of arguments and parameters "
-                f"({', '.join(names) or 'there are none'}); it has {key!r}.{hint}",
-            )
+            _refuse_key(call, key)
     grads: list[Tensor | None] = []
     for name, indices in known.items():
         entry = answer.get(name)
         # The entry of *args is a tuple, with one for each.
         entries = _variadic_entries(call, name, entry, len(indices)) if call.variadic == name else [entry]
         for index, part in zip(indices, entries, strict=True):
-            grads += _entry(call, call.names[index], call.specs[index], part)
-    return grads, {key: value for key, value in answer.items() if key in params}
+            grads += _entry(call, index, part)
+    return grads, {key: answer[key] for key in params if key in answer}
+
+
+def _refuse_key(call: Call, key: Any) -> NoReturn:
+    names = [*call.groups, *(param.name for param in call.params)]
+    close = difflib.get_close_matches(str(key), names, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    _refuse(
+        call,
+        f"must return a dict by the names of arguments and parameters "
+        f"({', '.join(names) or 'there are none'}); it has {key!r}.{hint}",
+    )
 
 
 def _variadic_entries(call: Call, name: str, entry: Any, count: int) -> list[Any]:
@@ -170,16 +177,15 @@ def _variadic_entries(call: Call, name: str, entry: Any, count: int) -> list[Any
     return list(entry)
 
 
-def _entry(call: Call, name: str, spec: Any, entry: Any) -> list[Tensor | None]:
-    """The gradients of one argument, which mirror its structure."""
-    metas = call.metas_of(name)
+def _entry(call: Call, index: int, entry: Any) -> list[Tensor | None]:
+    """The gradients of the argument at `index`, which mirror its structure."""
     grads: list[Tensor | None] = []
-    _match(call, name, name, spec, entry, metas, grads)
+    _match(call, (call.names[index],), call.specs[index], entry, call.metas_of(index), grads)
     return grads
 
 
 def _match(
-    call: Call, name: str, path: str, spec: Any, entry: Any, metas: list[Meta], grads: list[Tensor | None]
+    call: Call, path: tuple[Any, ...], spec: Any, entry: Any, metas: list[Meta], grads: list[Tensor | None]
 ) -> None:
     if entry is None:
         grads += _nothing(spec)
@@ -188,10 +194,20 @@ def _match(
     elif not isinstance(spec, Node) or not has_leaf(spec):
         if isinstance(spec, Node) and not _holds_tensor(entry):
             return
-        _refuse(call, f"must return None for '{path}', which holds no floating tensor; it returned {what(entry)}")
+        _refuse(
+            call, f"must return None for '{_text(path)}', which holds no floating tensor; it returned {what(entry)}"
+        )
     else:
         for key, part, value in _parts(call, path, spec, entry):
-            _match(call, name, f"{path}{key}", part, value, metas, grads)
+            _match(call, (*path, spec, key), part, value, metas, grads)
+
+
+def _text(path: tuple[Any, ...]) -> str:
+    """A place in an argument, as `pair['x'][0]`. Put into words for a message alone."""
+    name, *steps = path
+    for spec, key in zip(steps[::2], steps[1::2], strict=True):
+        name += f".{key}" if spec.keys is not None and not issubclass(spec.kind, dict) else f"[{key!r}]"
+    return str(name)
 
 
 def _is_sequence(spec: Any) -> bool:
@@ -199,18 +215,19 @@ def _is_sequence(spec: Any) -> bool:
     return isinstance(spec, Node) and issubclass(spec.kind, (tuple, list))
 
 
-def _parts(call: Call, path: str, spec: Node, entry: Any) -> list[tuple[str, Any, Any]]:
+def _parts(call: Call, path: tuple[Any, ...], spec: Node, entry: Any) -> Iterable[tuple[Any, Any, Any]]:
     if spec.keys is None:
         if isinstance(entry, (tuple, list)) and len(entry) == len(spec.parts):
-            return [(f"[{i}]", part, value) for i, (part, value) in enumerate(zip(spec.parts, entry, strict=True))]
+            return zip(range(len(entry)), spec.parts, entry, strict=True)
     elif isinstance(entry, dict):
         if set(entry) == set(spec.keys):
-            return [(f"[{k!r}]", part, entry[k]) for k, part in zip(spec.keys, spec.parts, strict=True)]
+            return zip(spec.keys, spec.parts, [entry[key] for key in spec.keys], strict=True)
     elif isinstance(entry, spec.kind):
-        return [(f".{k}", part, getattr(entry, k)) for k, part in zip(spec.keys, spec.parts, strict=True)]
+        return zip(spec.keys, spec.parts, [getattr(entry, key) for key in spec.keys], strict=True)
     _refuse(
         call,
-        f"must return a gradient that mirrors the structure of '{path}', {describe(spec)}; it returned {what(entry)}",
+        f"must return a gradient that mirrors the structure of '{_text(path)}', {describe(spec)}; "
+        f"it returned {what(entry)}",
     )
 
 

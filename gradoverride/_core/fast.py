@@ -11,15 +11,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from gradoverride._core.call import EAGER
 from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.kept_graph import KeptGraph
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import (
+    IN_FORWARD_AD,
     any_autocast,
     can_call_directly,
+    dual_levels,
     fast_apply,
     in_functorch,
     use_count,
@@ -123,7 +124,7 @@ class ShortPath:
             "_go_fits": FittingClasses(self.reach),
             "_go_FLOATING": FLOATING,
             "_go_fn": self.plan.fn,
-            "_go_forward_ad": forward_ad,
+            "_go_dual_levels": dual_levels,
             "_go_general": lambda receiver, *values: differentiate(self.plan, self.layout, receiver, values),
             "_go_getrefcount": sys.getrefcount,
             "_go_in_functorch": in_functorch,
@@ -149,7 +150,7 @@ class ShortPath:
         tensors = [arguments[place] for place in self.places]
         general = f"        return _go_general({receiver}, {', '.join(arguments)})"
         ambient = "" if self.plan.rule_is_arithmetic else " or _go_any_autocast()"
-        lines = [f"    if _go_in_functorch() or _go_forward_ad._current_level >= 0{ambient}:", general]
+        lines = [f"    if _go_in_functorch() or {IN_FORWARD_AD}{ambient}:", general]
         if self.reach is not None and self.reach.names:
             lines += [f"    if {self.reach.conditions()[0]}:", general]
         if self.plan.takes_receiver:

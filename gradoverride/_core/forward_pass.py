@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import debug_unwrap
 
 from gradoverride._core import captured
 from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Asked, Call, is_differentiable, is_tensor
@@ -23,17 +24,15 @@ from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph, outer_
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import (
     fail,
-    fast_apply,
     forward_mode_depth,
     in_forward_ad,
     in_functorch,
     keep_own_frames_whole,
-    requires_grad_anywhere,
 )
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import stand_in, write_back
-from gradoverride._core.structure import LEAF, flatten, skeleton, unchanged, unflatten
+from gradoverride._core.structure import LEAF, Node, flatten, skeleton, unchanged, unflatten
 from gradoverride.errors import ForwardResultError, UnsupportedError
 
 __all__ = ["ForwardPass", "differentiate"]
@@ -99,8 +98,8 @@ class ForwardPass:
     def run(self) -> Any:
         """The forward on aliases, and its result tied to the rule."""
         call, plan, mode = self.call, self.plan, self.mode
-        keeps = plan.asks_vjp or any(not param.asked for param in call.aliased)
-        sources = [*self.leaves, *(param.tensor for param in call.aliased)]
+        keeps = plan.asks_vjp or not all([param.asked for param in call.aliased])
+        sources = [*self.leaves, *[param.tensor for param in call.aliased]]
         replay = None
         if not keeps:
             aliases = [self._alias(tensor) for tensor in sources]
@@ -171,11 +170,8 @@ class ForwardPass:
         for index in call.holders:
             if call.specs[index] is LEAF:
                 continue
-            leaves: list[Tensor] = []
-            spec = flatten(arguments[index], is_differentiable, leaves)
             given = aliases[call.ends[index - 1] if index else 0 : call.ends[index]]
-            same = len(leaves) == len(given) and all(a is b for a, b in zip(leaves, given, strict=True))
-            if not same or not unchanged(call.specs[index], spec):
+            if not unchanged(call.specs[index], iter(given), arguments[index]):
                 fail(
                     ForwardResultError,
                     f"{self.plan.forward.who} must leave the container '{call.names[index]}' as it is, for it holds "
@@ -202,7 +198,7 @@ class ForwardPass:
     def _refuse_captured(self, outs: list[Tensor]) -> None:
         call, forward = self.call, self.plan.forward
         if self.mode == TRANSFORMED:
-            tracked = [out for out in outs if requires_grad_anywhere(out)]
+            tracked = [out for out in outs if _requires_grad_anywhere(out)]
         else:
             tracked = [out for out in outs if out.requires_grad]
         if not tracked:
@@ -225,18 +221,16 @@ class ForwardPass:
     def _find_inputs_in(self, outs: list[Tensor], aliases: list[Tensor]) -> None:
         """Results that are arguments as they stand, and arguments that the forward wrote into."""
         call, leaves = self.call, self.leaves
-        call.alias_of = []
-        for out in outs:
-            match = None
-            for index in range(call.n_leaves):
-                if out is aliases[index]:
-                    match = index
-            call.alias_of.append(match)
+        call.alias_of = [_place_in(aliases, call.n_leaves, out) for out in outs]
         call.copies = []
         if self.mode == EAGER:
-            before = [None if alias is leaf else 0 for alias, leaf in zip(aliases, leaves, strict=False)]
-            before = before if self.versions is None else self.versions
-            written = [i for i, v in enumerate(before) if v is not None and aliases[i]._version != v]
+            if self.versions is None:
+                pairs = zip(aliases, leaves, strict=False)
+                written = [i for i, (alias, leaf) in enumerate(pairs) if alias is not leaf and alias._version]
+            else:
+                written = [i for i, v in enumerate(self.versions) if v is not None and aliases[i]._version != v]
+            if not written:
+                return
             returned = [leaves[index] for index in call.alias_of if index is not None]
             # A write into a tensor that was passed twice shows in both.
             written = [i for i in written if i in call.alias_of or not any(leaves[i] is leaf for leaf in returned)]
@@ -281,7 +275,7 @@ class ForwardPass:
         """Hand the tensors to the Function, and put its results into the structure of the forward's."""
         call, mode, leaves = self.call, self.mode, self.leaves
         call.specs = [skeleton(spec) for spec in call.specs]
-        inputs: list[Tensor] = [*leaves, *(param.tensor for param in call.params)]
+        inputs: list[Tensor] = [*leaves, *[param.tensor for param in call.params]]
         if mode == TRACED:
             inputs = [_distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
         saver = _Saver(mode, inputs, outs, aliases)
@@ -313,7 +307,7 @@ class ForwardPass:
             inputs = [_distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
         call.saved = saver.positions
         if mode == EAGER:
-            results = fast_apply(self.plan.general)(call, *inputs)
+            results = self.plan.apply(call, *inputs)
         elif mode == TRACED:
             results = self.plan.general.apply(call, *inputs)
         else:
@@ -336,7 +330,7 @@ class ForwardPass:
             if source == "argument":
                 indices = call.groups.get(name, ())
                 if name in call.groups and name != call.variadic:
-                    self._ask(saver, name, values[indices[0]])
+                    self._ask_argument(saver, name, indices[0])
                 elif name in call.groups:
                     self._ask(saver, name, tuple(values[index] for index in indices))
                 else:  # **kwargs under its own name
@@ -372,6 +366,15 @@ class ForwardPass:
         if module is not None and plan.asks_module:
             call.module = module
             call.buffers = dict(module.named_buffers())
+
+    def _ask_argument(self, saver: _Saver, name: str, index: int) -> None:
+        call = self.call
+        spec = call.specs[index]
+        if spec is LEAF or (type(spec) is Node and spec.bare):
+            places = range(call.ends[index - 1] if index else 0, call.ends[index])
+            call.asked.append(Asked(name, spec, [saver.slot(place) for place in places]))
+        else:  # tensors without a gradient may be in it, and values
+            self._ask(saver, name, self.values[index])
 
     def _ask(self, saver: _Saver, name: str, value: Any, handed_over: bool = False) -> None:
         tensors: list[Tensor] = []
@@ -472,6 +475,24 @@ class _Saver:
 
     def extras(self, tensors: Sequence[Tensor]) -> list[int]:
         return [self.slot(self.extra(tensor)) for tensor in tensors]
+
+
+def _place_in(tensors: Sequence[Tensor], count: int, wanted: Tensor) -> int | None:
+    """The last place among the first `count` where `wanted` itself stands."""
+    for index in range(count - 1, -1, -1):
+        if tensors[index] is wanted:
+            return index
+    return None
+
+
+def _requires_grad_anywhere(tensor: Tensor) -> bool:
+    """Whether the tensor, or one that a transform has wrapped in it, requires grad."""
+    while not tensor.requires_grad:
+        inner = debug_unwrap(tensor, recurse=False)
+        if inner is tensor:
+            return False
+        tensor = inner
+    return True
 
 
 def _distinct(tensor: Tensor, before: Sequence[Tensor]) -> Tensor:

@@ -1,21 +1,22 @@
 """The only file that subclasses `autograd.Function`.
 
-A forward runs before and outside of the Function, on aliases that are cut off from the graph; the Function only
-ties the result to the inputs, with the rule as its gradient. So one mechanism serves plain autograd, `torch.func`
-and `torch.compile`, and what the forward does (vmap, submodules, parameters left to autograd) is traced as ever.
+On the general path a forward runs before and outside of the Function, on aliases that are cut off from the graph;
+the Function only ties the result to the inputs, with the rule as its gradient. So one mechanism serves plain autograd,
+`torch.func` and `torch.compile`, and what the forward does (vmap, submodules, parameters left to autograd) is traced
+as ever. On the short path a forward of known reach runs inside, as one does that is written by hand.
 
-    plain_function   plain tensors in, one tensor out: what most calls need (`fast.py` writes its code)
-    General       everything else; `setup_context` and a generated vmap rule make it fit for torch.func
-    Transformed   the same with forward mode (Dynamo breaks its graph on a class that has `jvp`)
-    Cut           aliases that the kept graph behind `vjp` starts from: gradients end there
-    Tail          where the kept graph ends: a tensor of no bytes, which the engine frees like any saved one
-    Lifted        a derivative computed in the kept graph, tied to the outer tensors again, for second derivatives
-    Refused       the identity, whose own derivative raises: it is not known
+    plain_function  plain tensors in, one tensor out: what most calls need (`short_function.py` writes its code)
+    General         everything else, eager or traced
+    Transformed     the same for torch.func: a generated vmap rule, and `jvp`, on which Dynamo breaks its graph
+    Cut             aliases that the kept graph behind `vjp` starts from: gradients end there
+    Tail            where the kept graph ends: a tensor of no bytes, which the engine frees like any saved one
+    Lifted          a derivative computed in the kept graph, tied to the outer tensors again, for second derivatives
+    Refused         the identity, whose own derivative raises: it is not known
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,37 +57,49 @@ def fresh(tensor: Tensor) -> Tensor:
 class General(Function):
     """One call, described by a `Call`; its tensors are inputs in the order that the `Call` says."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(call: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return call.results(tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        call = inputs[0]
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        if call.dirty:
-            ctx.mark_dirty(*[inputs[1 + index] for index in call.dirty])
-        ctx.save_for_backward(*call.tensors_to_save(inputs, output))
+    def forward(ctx: Any, call: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = call.results(tensors)
+        _keep(ctx, call, tensors, results)
+        return results
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, *ctx.call.backward(ctx, grad_outputs))
 
 
-class Transformed(General):
+class Transformed(Function):
     """The same under `torch.func` and forward-mode AD, where the tangent comes from the rule transposed."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = call.results(tensors)
+        return results
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        General.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[0].tensors_to_save(inputs, output))
+        call, *tensors = inputs
+        ctx.save_for_forward(*_keep(ctx, call, tensors, output))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, *ctx.call.backward(ctx, grad_outputs))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         return ctx.call.jvp(ctx, tangents[1:])
+
+
+def _keep(ctx: Any, call: Any, tensors: Sequence[Tensor], results: tuple[Tensor, ...]) -> list[Tensor]:
+    ctx.call = call
+    ctx.set_materialize_grads(False)
+    if call.dirty:
+        ctx.mark_dirty(*[tensors[index] for index in call.dirty])
+    saved: list[Tensor] = call.tensors_to_save(tensors, results)
+    ctx.save_for_backward(*saved)
+    return saved
 
 
 class Cut(Function):

@@ -15,7 +15,7 @@ from torch import Tensor
 from gradoverride._core import scan
 from gradoverride._core.captured import captured_names
 from gradoverride._core.function import General, Transformed, named
-from gradoverride._core.private import evaluated_while_tracing
+from gradoverride._core.private import call_directly, can_call_directly, evaluated_while_tracing, fast_apply
 from gradoverride._core.reach import Reach
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.signature import Forward, Rule, resolve
@@ -74,6 +74,9 @@ class Plan:
         self.may_answer = scan.strings(rule.fn)
         self.names_all = scan.mentions(rule.fn, "by_name")
         self.general = named(General, forward.name)
+        if can_call_directly():
+            call_directly(self.general, General.backward)
+        self.apply = fast_apply(self.general)
         self.transformed = named(Transformed, forward.name)
         self._subclasses: dict[Any, Plan] = {}
         self._layouts: dict[Any, Layout] = {}

@@ -1,7 +1,8 @@
 """Every private name of torch that the engine uses, with the reason and the public way that stands in for it.
 
-Private names move between releases, so they are named here and nowhere else, and each has a fallback that is
-right, only slower. `tests/core/test_private.py` runs the engine on the fallbacks too.
+Private names move between releases, so they are named here and nowhere else, and each has a public fallback that is
+right, only slower; where there is none, what needs it is refused. `tests/core/test_private.py` runs the suite on the
+fallbacks too.
 """
 
 from __future__ import annotations
@@ -15,23 +16,21 @@ import torch
 from torch.autograd import Function, forward_ad
 
 __all__ = [
+    "IN_FORWARD_AD",
     "any_autocast",
     "can_call_directly",
     "call_directly",
+    "dual_levels",
     "evaluated_while_tracing",
     "fail",
     "fast_apply",
     "forward_mode_depth",
     "in_forward_ad",
     "in_functorch",
-    "is_tracked",
     "keep_own_frames_whole",
-    "plain_results",
     "pull",
-    "requires_grad_anywhere",
     "saves_plainly",
     "trace_gradients",
-    "unwrapped",
     "use_count",
 ]
 
@@ -84,20 +83,55 @@ def saves_plainly() -> bool:
 _engine = getattr(torch.autograd.Variable, "_execution_engine", None)
 _run_backward = getattr(_engine, "run_backward", None)
 
-# As `__torch_function__` of a subclass of Tensor: operations on it are those of Tensor, and give plain tensors, as for
-# nn.Parameter. Without it they go through the public default, which is slower and gives the subclass.
-plain_results: Any = getattr(torch._C, "_disabled_torch_function_impl", torch.Tensor.__torch_function__)
-
 # How many C++ owners a tensor has. Without it a result is taken for shared, and detached.
 use_count: Callable[[torch.Tensor], int] = getattr(torch.Tensor, "_use_count", lambda tensor: 2)
 
-# True inside vmap, grad, jvp ... Without it every call takes the path for transforms: right anywhere, slower.
-in_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+def evaluated_while_tracing(fn: F) -> F:
+    """`torch.compiler.assume_constant_result`, which takes 0.8 s to set this mark, for it imports all of Dynamo."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the mark
+    return fn
+
+
+_probe = torch.zeros((), requires_grad=True)
+
+
+@evaluated_while_tracing
+def _probe_functorch() -> bool:
+    try:
+        _probe.requires_grad_()  # what it requires already: refused inside of a transform, and otherwise nothing
+    except RuntimeError:
+        return True
+    return False
+
+
+class _Levels:
+    @property
+    def _current_level(self) -> int:
+        return 0 if _probe_forward_ad() else -1
+
+
+@evaluated_while_tracing
+def _probe_forward_ad() -> bool:
+    try:
+        forward_ad.make_dual(_probe.detach(), _probe.detach())
+    except RuntimeError:
+        return False
+    return True
+
+
+# True inside vmap, grad, jvp ... (60 ns; to provoke an error and catch it takes 2 us)
+in_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _probe_functorch)
+
+# Whether a dual level is entered outside functorch: tensors may then carry tangents without `requires_grad`. As code,
+# for what is generated, where a call would cost as much as the rest of the question.
+dual_levels: Any = forward_ad if hasattr(forward_ad, "_current_level") else _Levels()
+IN_FORWARD_AD = "_go_dual_levels._current_level >= 0"
 
 
 def in_forward_ad() -> bool:
-    """Whether a dual level is entered outside functorch: tensors may then carry tangents without `requires_grad`."""
-    return getattr(forward_ad, "_current_level", 0) >= 0
+    """What `IN_FORWARD_AD` says."""
+    return bool(dual_levels._current_level >= 0)
 
 
 # One query for all devices; the public one must be asked for each device type.
@@ -108,43 +142,15 @@ any_autocast: Callable[[], bool] = getattr(
 )
 
 
+# Without it all forward mode in `torch.func` is taken for nested, and refused.
+_transforms: Any = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", None)
+
+
 def forward_mode_depth() -> int:
     """How many forward-mode transforms are around this call."""
-    functorch = getattr(torch._C, "_functorch", None)
-    stack = getattr(functorch, "get_interpreter_stack", lambda: None)() or ()
-    return sum("Jvp" in str(interpreter.key()) for interpreter in stack)
-
-
-def is_tracked(tensor: torch.Tensor) -> bool:
-    """Whether a transform tracks this tensor. `requires_grad` does not tell: it is False in forward mode."""
-    functorch = getattr(torch._C, "_functorch", None)
-    if in_forward_ad() and forward_ad.unpack_dual(tensor).tangent is not None:
-        return True
-    if functorch is None:
-        return True  # a tensor too many among the inputs costs time, one too few its gradient
-    return bool(functorch.is_functorch_wrapped_tensor(tensor))
-
-
-def requires_grad_anywhere(tensor: torch.Tensor) -> bool:
-    """Whether the tensor, or one that a transform has wrapped in it, requires grad."""
-    functorch = getattr(torch._C, "_functorch", None)
-    while not tensor.requires_grad and functorch is not None and functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return tensor.requires_grad
-
-
-def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
-    """The plain tensor under all transforms: to look at values, which vmap forbids."""
-    functorch = getattr(torch._C, "_functorch", None)
-    while functorch is not None and functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return tensor
-
-
-def evaluated_while_tracing(fn: F) -> F:
-    """`torch.compiler.assume_constant_result`, which takes 0.8 s to set this mark, for it imports all of Dynamo."""
-    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the mark
-    return fn
+    if _transforms is None:
+        return 2 if in_functorch() and in_forward_ad() else 0
+    return sum("Jvp" in str(interpreter.key()) for interpreter in _transforms() or ())
 
 
 @evaluated_while_tracing

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradoverride._core.private import plain_results
-
 __all__ = ["Collector", "stand_in", "write_back"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -128,7 +126,8 @@ class _Collected(Tensor):
     """A parameter on the stand-in of a `backward`: what is assigned to its `grad` is collected, and nothing else."""
 
     # As for nn.Parameter: results of operations are plain tensors, and nothing is dispatched.
-    __torch_function__ = plain_results
+    # Operations on it are those of Tensor, and give plain tensors.
+    __torch_function__ = nn.Parameter.__torch_function__
 
     @property
     def grad(self) -> Any:

@@ -37,8 +37,9 @@ class Node:
         self.parts = parts
         self.example = example
         # Whether it is its own skeleton: it holds leaves alone.
-        self.bare: bool = example is None and all(
-            [part is LEAF or (type(part) is Node and part.bare) for part in parts]
+        self.bare: bool = example is None and (
+            parts.count(LEAF) == len(parts)
+            or all([part is LEAF or (type(part) is Node and part.bare) for part in parts])
         )
 
 
@@ -73,7 +74,7 @@ def flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any]) -> An
         return Node(kind, tuple(value), [flatten(value[key], is_leaf, leaves) for key in value], example)
     if isinstance(value, (tuple, list)):
         return Node(kind, None, [flatten(part, is_leaf, leaves) for part in value])
-    keys = tuple([field.name for field in dataclasses.fields(value) if hasattr(value, field.name)])
+    keys = _fields(value)
     return Node(kind, keys, [flatten(getattr(value, key), is_leaf, leaves) for key in keys], value)
 
 
@@ -83,7 +84,7 @@ def unflatten(spec: Any, leaves: Iterator[Any], constants: bool = True) -> Any:
         return next(leaves)
     if isinstance(spec, Constant):
         return spec.value if constants else None
-    parts = [unflatten(part, leaves, constants) for part in spec.parts]
+    parts = [next(leaves) if part is LEAF else unflatten(part, leaves, constants) for part in spec.parts]
     kind = spec.kind
     if kind is tuple:
         return tuple(parts)
@@ -109,18 +110,26 @@ def unflatten(spec: Any, leaves: Iterator[Any], constants: bool = True) -> Any:
     return result
 
 
-def unchanged(before: Any, after: Any) -> bool:
-    """Whether two specs have the same structure and the very same constants."""
-    if isinstance(before, Constant):
-        return isinstance(after, Constant) and after.value is before.value
-    if before is LEAF or not isinstance(after, Node):
-        return before is after
-    return (
-        before.kind is after.kind
-        and before.keys == after.keys
-        and len(before.parts) == len(after.parts)
-        and all(unchanged(b, a) for b, a in zip(before.parts, after.parts, strict=True))
-    )
+def unchanged(spec: Any, leaves: Iterator[Any], value: Any) -> bool:
+    """Whether `value`, which was made of this spec and these leaves, still holds just them."""
+    if spec is LEAF:
+        return value is next(leaves)
+    if isinstance(spec, Constant):
+        return value is spec.value
+    if type(value) is not spec.kind:
+        return False
+    parts: Any
+    if isinstance(value, dict):
+        same, parts = tuple(value) == spec.keys, value.values()
+    elif isinstance(value, (tuple, list)):
+        same, parts = len(value) == len(spec.parts), value
+    else:
+        same, parts = _fields(value) == spec.keys, [getattr(value, key, None) for key in spec.keys]
+    return same and all([unchanged(part, leaves, inner) for part, inner in zip(spec.parts, parts, strict=True)])
+
+
+def _fields(value: Any) -> tuple[str, ...]:
+    return tuple([field.name for field in dataclasses.fields(value) if hasattr(value, field.name)])
 
 
 def _is_made_of_items(kind: type) -> bool:

@@ -24,7 +24,8 @@ class Vjp:
 
     def __init__(self, backward: Backward, grad_output: Any) -> None:
         self._backward = backward
-        self._grad_output = grad_output
+        # What is known for it is kept, unless the rule may write into it, or into what it was given for it.
+        self._grad_output = self if backward.plan.rule_writes else grad_output
         self._kept: list[Tensor] | None = None
 
     def __call__(self, grad_output: Any) -> Any:

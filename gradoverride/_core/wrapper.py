@@ -5,7 +5,7 @@ It is generated with the user's own parameter list, so that Python binds keyword
 For `def scale(x, weight=1.0)` it reads
 
     def wrapper(x, weight=_go_default_1):
-        if not grad_enabled() and not in_functorch() and forward_ad._current_level < 0:
+        if not grad_enabled() and not in_functorch() and not in_forward_ad():
             return fn(x, weight)
         if compiling():
             return general(None, x, weight)
@@ -24,12 +24,11 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from gradoverride._core.dispatch import make_dispatch
 from gradoverride._core.fast import ShortPath, guessed_places
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import in_functorch
+from gradoverride._core.private import IN_FORWARD_AD, dual_levels, in_functorch
 from gradoverride._core.reach import SCALARS
 from gradoverride._core.traced import TracedPath
 
@@ -42,7 +41,7 @@ def make_wrapper(plan: Plan, original: Any) -> FunctionType:
     names: dict[str, Any] = {
         "_go_compiling": torch.compiler.is_dynamo_compiling,
         "_go_fn": plan.fn,
-        "_go_forward_ad": forward_ad,
+        "_go_dual_levels": dual_levels,
         "_go_general": general,
         "_go_grad_enabled": torch.is_grad_enabled,
         "_go_in_functorch": in_functorch,
@@ -81,7 +80,7 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
         stars = ([f"*{star}"] if star else []) + [f"{name}={name}" for name in keywords]
         passed = [*first, *positional, *stars, *([f"**{rest}"] if rest else [])]
         head += [
-            "    if not _go_grad_enabled() and not _go_in_functorch() and _go_forward_ad._current_level < 0:",
+            f"    if not _go_grad_enabled() and not _go_in_functorch() and not {IN_FORWARD_AD}:",
             f"        return _go_fn({', '.join(passed)})",
         ]
     if star or rest:

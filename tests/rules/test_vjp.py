@@ -444,7 +444,8 @@ def test_what_vjp_gave_may_be_changed_without_changing_what_it_gives_next():
     closely(x.grad, 100 * x.detach().cos())
 
 
-def test_what_vjp_gave_may_be_changed_for_the_gradient_that_came_too():
+@pytest.mark.parametrize("forward", [lambda x: x * 2, lambda *x: x[0] * 2], ids=["short path", "general path"])
+def test_what_vjp_gave_may_be_changed_for_the_gradient_that_came_too(forward):
     seen = []
 
     def rule(grad_output, vjp):
@@ -454,10 +455,24 @@ def test_what_vjp_gave_may_be_changed_for_the_gradient_that_came_too():
 
     x = noise(3)
     try:
-        decorate(rule, lambda x: x * 2)(x).sum().backward()
+        decorate(rule, forward)(x).sum().backward()
     except (RuntimeError, go.GradOverrideError):
         return  # refused
     exactly(seen[0], torch.full((3,), 2.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("forward", [lambda x: x * 2, lambda *x: x[0] * 2], ids=["short path", "general path"])
+def test_vjp_takes_the_gradient_as_the_rule_has_changed_it(forward):
+    def rule(grad_output, vjp):
+        grad_output.mul_(100)
+        return vjp(grad_output)
+
+    x = noise(3)
+    try:
+        decorate(rule, forward)(x).sum().backward()
+    except go.GradOverrideError:
+        return  # refused
+    exactly(x.grad, torch.full((3,), 200.0, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("rule", [pass_on, pass_on_by_name], ids=["vjp", "by_name"])
