@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+# Imported, to look for doctests, it would change the engine for all tests.
+collect_ignore = ["core/fallbacks.py"]
+
 
 @pytest.fixture(autouse=True)
 def same_random_numbers():
