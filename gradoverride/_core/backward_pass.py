@@ -166,22 +166,31 @@ class Backward:
         call = self.call
         count = call.n_leaves
         if not (unmodified and self.eager):
-            return self._pull(self._read_gradient(grad_output), range(count))  # type: ignore[return-value]  # as below
+            read = self._read_gradient(grad_output)
+            return self._pull(read, range(count), last=self._asks_once())  # type: ignore[return-value]  # as below
         aliased = [index for index, param in enumerate(call.aliased) if not param.asked]
         which = [*range(count), *(count + index for index in aliased)]
-        found = self._pull(self.grads, which, call.natural)
+        found = self._pull(self.grads, which, call.natural, last=self.plan.calls_vjp_once)
         self.own.update({call.aliased[index].name: grad for index, grad in zip(aliased, found[count:], strict=False)})
         self.own.update({p.name: grad for p, grad in zip(call.natural, found[len(which) :], strict=True)})
         return found[:count]  # type: ignore[return-value]  # only those of natural parameters may be None
 
-    def pull_all(self, grad_output: Any) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    def pull_all(self, grad_output: Any, *, unmodified: bool) -> tuple[list[Tensor], dict[str, Tensor | None]]:
         """The true gradients of the leaves and of all parameters: what `vjp.by_name(grad_output)` gives."""
         call = self.call
         which = range(call.n_leaves + len(call.aliased))
         natural = call.natural if self.eager else []
-        found = self._pull(self._read_gradient(grad_output), which, natural)
+        last = self._asks_once() or (unmodified and self.plan.calls_vjp_once)
+        found = self._pull(self._read_gradient(grad_output), which, natural, last=last)
         named = dict(zip([p.name for p in [*call.aliased, *natural]], found[call.n_leaves :], strict=True))
+        if unmodified:
+            self.own.update(named)
         return found[: call.n_leaves], named  # type: ignore[return-value]  # as above
+
+    def _asks_once(self) -> bool:
+        """Whether `vjp` is called once, and nothing is left to autograd that is to be asked for after it."""
+        call = self.call
+        return self.plan.calls_vjp_once and not call.natural and all([param.asked for param in call.aliased])
 
     def _with_own(self, answered: dict[str, Tensor | None]) -> tuple[Gradients, Gradients]:
         """The gradients of all parameters, and what flows on into torch's own graph."""
@@ -195,7 +204,7 @@ class Backward:
         elif call.graph is not None and (left or natural):
             natural = natural if self.eager else []
             which = [call.n_leaves + index for index in left]
-            found = self._pull(self.grads, which, natural)
+            found = self._pull(self.grads, which, natural, last=True)
             names = [call.aliased[index].name for index in left] + [param.name for param in natural]
             results.update(zip(names, found, strict=True))
         return [results.get(param.name) for param in call.params], flowing
@@ -232,6 +241,7 @@ class Backward:
                 tuple(end for end, _ in ends),
                 tuple(self._edges(natural)),
                 tuple(grad for _, grad in ends),
+                True,
                 torch.is_grad_enabled(),
             )
             results.update({param.name: grad for param, grad in zip(natural, found, strict=True)})
@@ -243,13 +253,17 @@ class Backward:
         first = call.n_leaves + len(call.aliased)
         return [GradientEdge(*self.ctx.next_functions[first + call.natural.index(param)]) for param in natural]
 
-    def _pull(self, grads: Sequence[Tensor], which: Sequence[int], natural: Sequence[Param] = ()) -> Gradients:
+    def _pull(
+        self, grads: Sequence[Tensor], which: Sequence[int], natural: Sequence[Param] = (), *, last: bool = False
+    ) -> Gradients:
         """The gradients of leaves and aliased parameters, then of natural ones, by the kept graph."""
         call, saved = self.call, self.saved
         which = list(which)
         if isinstance(call.graph, KeptGraph):
             padded = [*grads, *[None] * call.n_residuals]
-            return call.graph.pull(saved[len(call.saved)], padded, which, self._edges(natural))
+            return call.graph.pull(
+                saved[len(call.saved)], padded, which, self._edges(natural), last and not call.n_residuals
+            )
         if isinstance(call.graph, TracedGraph):
             aliases = [saved[slot] for slot in call.alias_slots]
             results = [saved[slot] for slot in call.out_slots]
@@ -287,7 +301,8 @@ class Backward:
             fail(
                 RuleResultError,
                 f"vjp in the rule {self.plan.rule.who} of {self.plan.forward.who} takes a gradient in the structure "
-                f"of the forward's result, with {call.n_outs} tensors; it got {what(value)}",
+                f"of the forward's result, with {call.n_outs} tensors; it got {what(value)}. "
+                "Hand over grad_output, or what is made of it part by part",
             )
         return [conform_output(call, tensor, meta) for tensor, meta in zip(found, call.out_metas, strict=True)]
 
@@ -298,7 +313,8 @@ def conform_output(call: Call, value: Any, meta: Meta) -> Tensor:
         fail(
             RuleResultError,
             f"vjp in the rule {call.plan.rule.who} of {call.plan.forward.who} takes a gradient of shape "
-            f"{meta.text}, the shape of the result; it got {what(value)}",
+            f"{meta.text}, the shape of the result; it got {what(value)}. "
+            "Hand over grad_output, or what is made of it",
         )
     return conform(call, ("output",), value, meta)
 

@@ -45,7 +45,7 @@ def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str,
         _refuse(
             call,
             f"must return at most {len(names)} gradients, one for each argument ({', '.join(names)}); "
-            f"it returned {len(answer)}",
+            f"it returned {len(answer)}. Leave the others out",
         )
     grads: list[Tensor | None] = []
     for index, (name, spec) in enumerate(zip(names, specs, strict=True)):
@@ -88,7 +88,8 @@ def conform(call: Call, path: tuple[Any, ...], value: Any, meta: Meta) -> Tensor
     if not isinstance(value, Tensor):
         _refuse(
             call,
-            f"must return a tensor of shape {meta.text} as the gradient of '{name}'; it returned {what(value)}",
+            f"must return a tensor of shape {meta.text} as the gradient of '{name}'; it returned {what(value)}. "
+            "Return None for a gradient that is to stop",
         )
     if value.shape != meta.shape:
         _refuse(
@@ -111,7 +112,8 @@ def conform(call: Call, path: tuple[Any, ...], value: Any, meta: Meta) -> Tensor
     if not (value.is_floating_point() or value.is_complex()):
         _refuse(
             call,
-            f"must return a floating gradient for '{name}', which is {meta.dtype}; it returned {value.dtype}",
+            f"must return a floating gradient for '{name}', which is {meta.dtype}; it returned {value.dtype}. "
+            f"Convert it with .to({meta.dtype})",
         )
     return value.to(meta.dtype)
 
@@ -161,11 +163,11 @@ def _by_name(call: Call, answer: dict[str, Any]) -> tuple[list[Tensor | None], d
 def _refuse_key(call: Call, key: Any) -> NoReturn:
     names = [*call.groups, *(param.name for param in call.params)]
     close = difflib.get_close_matches(str(key), names, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
+    hint = f"Did you mean '{close[0]}'?" if close else "Leave it out"
     _refuse(
         call,
         f"must return a dict by the names of arguments and parameters "
-        f"({', '.join(names) or 'there are none'}); it has {key!r}.{hint}",
+        f"({', '.join(names) or 'there are none'}); it has {key!r}. {hint}",
     )
 
 
@@ -173,7 +175,11 @@ def _variadic_entries(call: Call, name: str, entry: Any, count: int) -> list[Any
     if entry is None:
         return [None] * count
     if not isinstance(entry, (tuple, list)) or len(entry) != count:
-        _refuse(call, f"must return a tuple of {count} gradients for '*{name}'; it returned {what(entry)}")
+        _refuse(
+            call,
+            f"must return a tuple of {count} gradients for '*{name}'; it returned {what(entry)}. "
+            "Use None for one without a gradient",
+        )
     return list(entry)
 
 
@@ -195,7 +201,9 @@ def _match(
         if isinstance(spec, Node) and not _holds_tensor(entry):
             return
         _refuse(
-            call, f"must return None for '{_text(path)}', which holds no floating tensor; it returned {what(entry)}"
+            call,
+            f"must return None for '{_text(path)}', which holds no floating tensor; it returned {what(entry)}. "
+            "Put None in its place",
         )
     else:
         for key, part, value in _parts(call, path, spec, entry):
@@ -227,7 +235,7 @@ def _parts(call: Call, path: tuple[Any, ...], spec: Node, entry: Any) -> Iterabl
     _refuse(
         call,
         f"must return a gradient that mirrors the structure of '{_text(path)}', {describe(spec)}; "
-        f"it returned {what(entry)}",
+        f"it returned {what(entry)}. Use None for a part without a gradient",
     )
 
 

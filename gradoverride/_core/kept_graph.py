@@ -26,7 +26,7 @@ from gradoverride._core.ambient import RandomState
 from gradoverride._core.captured import foreign_leaf
 from gradoverride._core.contract import Meta
 from gradoverride._core.function import TOKEN, Cut, Lifted, Tail, TracedCut
-from gradoverride._core.private import fail, fast_apply, pull, saves_plainly, trace_gradients
+from gradoverride._core.private import fail, fast_apply, keeps_graph, pull, saves_plainly, trace_gradients
 from gradoverride.errors import UnsupportedError
 
 __all__ = ["KeptGraph", "Replay", "TracedGraph", "outer_of"]
@@ -107,16 +107,19 @@ class KeptGraph:
         grads: Sequence[Tensor | None],
         which: Sequence[int],
         parameters: Sequence[GradientEdge] = (),
+        last: bool = False,
     ) -> list[Any]:
         """The gradients of the aliases `which`, for the gradients `grads` of the results.
 
-        After them those of `parameters` that the forward met itself, None for one that it did not use.
+        After them those of `parameters` that the forward met itself, None for one that it did not use. The `last` to
+        ask in this backward frees what it has passed, as the backward itself does.
         """
         edges = [*self._edges(which), *parameters] if parameters else self._edges(which)
         given = [grads[end] for end in self.ends]
         again = torch.is_grad_enabled()
         cut = _cut_off(given) if again else given
-        found = _pull(self._ends_of(token), cut, edges)
+        keep = again or not last or keeps_graph()
+        found = _pull(self._ends_of(token), cut, edges, keep)
         for place, index in enumerate(which):
             if found[place] is None:  # not reached: the derivative is zero
                 like = self.metas[index]
@@ -182,7 +185,7 @@ def _cuts(cut: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[
     return [(alias, grad) for alias, grad in pairs if grad is not None and alias is not None and alias is not grad]
 
 
-def _pull(ends: Sequence[Any], grads: Sequence[Tensor | None], edges: Sequence[Any]) -> list[Any]:
+def _pull(ends: Sequence[Any], grads: Sequence[Tensor | None], edges: Sequence[Any], keep: bool = True) -> list[Any]:
     for grad in grads:
         if grad is None:
             ends = [end for end, given in zip(ends, grads, strict=True) if given is not None]
@@ -190,7 +193,7 @@ def _pull(ends: Sequence[Any], grads: Sequence[Tensor | None], edges: Sequence[A
             break
     if not ends or not edges:
         return [None] * len(edges)
-    return list(pull(tuple(ends), tuple(edges), tuple(grads), torch.is_grad_enabled()))
+    return list(pull(tuple(ends), tuple(edges), tuple(grads), keep, torch.is_grad_enabled()))
 
 
 def outer_of(tensors: Sequence[Tensor]) -> list[Tensor]:

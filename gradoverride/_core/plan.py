@@ -72,6 +72,7 @@ class Plan:
         self.rule_is_scaling = scan.is_scaling(rule.fn)
         # A rule that mentions these may answer for parameters that it does not ask for.
         self.may_answer = scan.strings(rule.fn)
+        self.calls_vjp_once = scan.called_once(rule.fn, "vjp")
         self.names_all = scan.mentions(rule.fn, "by_name")
         self.general = named(General, forward.name)
         if can_call_directly():

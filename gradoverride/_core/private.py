@@ -28,6 +28,7 @@ __all__ = [
     "in_forward_ad",
     "in_functorch",
     "keep_own_frames_whole",
+    "keeps_graph",
     "pull",
     "saves_plainly",
     "trace_gradients",
@@ -62,14 +63,18 @@ def can_call_directly() -> bool:
     return hasattr(Function, "_backward_cls")
 
 
-def pull(ends: Any, edges: Any, grads: Any, create_graph: bool) -> tuple[torch.Tensor | None, ...]:
-    """`torch.autograd.grad`, retaining the graph, None for what is not reached; for gradients already checked.
+def pull(ends: Any, edges: Any, grads: Any, keep: bool, create_graph: bool) -> tuple[torch.Tensor | None, ...]:
+    """`torch.autograd.grad`, None for what is not reached; for gradients already checked.
 
     The public function looks each argument over again (4 us).
     """
     if _run_backward is None:
-        return torch.autograd.grad(ends, edges, grads, retain_graph=True, create_graph=create_graph, allow_unused=True)
-    return _run_backward(ends, grads, True, create_graph, edges, allow_unreachable=True, accumulate_grad=False)
+        return torch.autograd.grad(ends, edges, grads, retain_graph=keep, create_graph=create_graph, allow_unused=True)
+    return _run_backward(ends, grads, keep, create_graph, edges, allow_unreachable=True, accumulate_grad=False)
+
+
+# Whether the backward that runs now is to leave its graph as it is. Without it the answer is yes.
+keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)

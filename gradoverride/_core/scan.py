@@ -14,6 +14,7 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 __all__ = [
+    "called_once",
     "calls",
     "global_names",
     "is_arithmetic",
@@ -92,6 +93,30 @@ def calls(fn: Any, target: Callable[..., Any]) -> bool:
     if mentions(fn, target.__name__):
         return True
     return any(value is target for function, _ in reachable(fn) for value in _named_values(function))
+
+
+def called_once(fn: Any, name: str) -> bool:
+    """Whether `fn` uses its parameter `name` at one place only, outside of loops, to call it or a method of it."""
+    function = python_function(fn)
+    if function is None or name in function.__code__.co_cellvars:  # what is nested in it may use it again
+        return False
+    uses = calls = 0
+    before: dis.Instruction | None = None
+    for step in dis.get_instructions(function.__code__):
+        if step.opcode in _JUMPS and step.argval <= step.offset:
+            return False  # a loop
+        loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        if "LOAD_FAST" in step.opname and name in loaded:
+            uses += 1
+            # A function that is about to be called has a NULL beside it: below it up to Python 3.12, above it since.
+            calls += before is not None and before.opname == "PUSH_NULL"
+        elif before is not None and before.argval == name and "LOAD_FAST" in before.opname:
+            calls += step.opname in ("PUSH_NULL", "LOAD_METHOD") or "NULL" in step.argrepr
+        before = step
+    return uses == calls == 1
+
+
+_JUMPS = frozenset({*dis.hasjrel, *dis.hasjabs})
 
 
 def strings(fn: Any) -> frozenset[str]:

@@ -137,7 +137,8 @@ def resolve(rule: Rule, forward: Forward, *, may_defer: bool) -> dict[str, str]:
 def unknown_name(rule: Rule, forward: Forward, name: str, more: Iterable[str]) -> RuleSignatureError:
     """The error for a name that nothing supplies; `more` are the names that a module or residuals add."""
     offered: Sequence[str] = [*forward.names, *more]
-    known = [*offered, *RESERVED]
+    always = [other for other in RESERVED if other != name]  # only a module has `params`
+    known = [*offered, *always]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     if forward.parameters is None:
@@ -145,7 +146,7 @@ def unknown_name(rule: Rule, forward: Forward, name: str, more: Iterable[str]) -
     else:
         own = f"{forward.who} offers {_listed(offered)}"
     return RuleSignatureError(
-        f"rule {rule.who} asks for '{name}', which does not exist. {own}; always there are {_listed(RESERVED)}.{hint}"
+        f"rule {rule.who} asks for '{name}', which does not exist. {own}; always there are {_listed(always)}.{hint}"
     )
 
 

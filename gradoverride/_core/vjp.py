@@ -45,7 +45,7 @@ class Vjp:
     def by_name(self, grad_output: Any) -> dict[str, Any]:
         """The gradients of the arguments and of the module's trainable parameters, by name, in one pass."""
         call = self._backward.call
-        leaves, params = self._backward.pull_all(grad_output)
+        leaves, params = self._backward.pull_all(grad_output, unmodified=grad_output is self._grad_output)
         given = iter(leaves)
         entries = [unflatten(spec, given, constants=False) for spec in call.specs]
         named: dict[str, Any] = {}
@@ -85,8 +85,9 @@ class ShortVjp:
 
     def _pulled(self, grad_output: Any) -> list[Tensor]:
         which = range(len(self._path.places))
+        last = self._path.plan.calls_vjp_once
         if grad_output is not self._grad_output:
-            return self._graph.pull(self._token, [self._path.conform(grad_output, self._grad_output)], which)
+            return self._graph.pull(self._token, [self._path.conform(grad_output, self._grad_output)], which, last=last)
         if self._kept is None:
-            self._kept = self._graph.pull(self._token, [grad_output], which)
+            self._kept = self._graph.pull(self._token, [grad_output], which, last=last)
         return self._kept

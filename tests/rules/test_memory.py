@@ -511,3 +511,33 @@ def test_gradient_is_right_where_nothing_but_the_graph_holds_on(form, x):
     first = torch.autograd.grad(y, x)
     del y
     exactly(torch.autograd.grad(again, x), first)
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["vjp", "by_name"])
+def test_peak_of_a_rule_that_asks_for_vjp_once_is_that_of_plain_autograd(by_name):
+    def peak(module, x):
+        grad = torch.ones(1000, 10)
+        with Peak(lasting=[x, grad, *module.parameters()]) as storages:
+            module(x).backward(grad)
+        return storages.peak
+
+    class Peak(Storages):
+        peak = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            result = super().__torch_dispatch__(operation, types, args, kwargs)
+            self.peak = max(self.peak, self.alive())
+            return result
+
+    class Layers(torch.nn.Sequential):
+        def __init__(self):
+            super().__init__(torch.nn.Linear(10, 10), torch.nn.Sigmoid(), torch.nn.Linear(10, 10), torch.nn.Sigmoid())
+
+    class Ours(Layers):
+        def forward(self, x):
+            return super().forward(x)
+
+    rule = (lambda grad_output, vjp: vjp.by_name(grad_output)) if by_name else lambda grad_output, vjp: vjp(grad_output)
+    Ours.forward = go.custom_backward(rule)(Ours.forward)
+    x = torch.randn(1000, 10, requires_grad=True)
+    assert peak(Ours(), x) == peak(Layers(), x)

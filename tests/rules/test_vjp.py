@@ -233,6 +233,13 @@ def ruled(rule, module=Affine):
     return type(module.__name__, (module,), {"forward": go.custom_backward(rule)(module.forward)})
 
 
+def like_plain(rule):
+    """A plain module, and one with the rule and the same parameters."""
+    plain, ours = Affine(), ruled(rule)()
+    ours.load_state_dict(plain.state_dict())
+    return plain, ours
+
+
 def test_vjp_of_a_module_gives_the_gradient_of_its_input():
     seen = []
 
@@ -494,6 +501,92 @@ def test_vjp_called_twice_in_a_backward_that_is_not_retained():
     twice = decorate(lambda grad_output, vjp: vjp(grad_output) + vjp(3 * grad_output), torch.exp)
     twice(x).sum().backward()
     closely(x.grad, 4 * x.detach().exp())
+
+
+def under_another_name(grad_output, vjp):
+    again = vjp
+    return again(grad_output * 2) + again(grad_output)
+
+
+def in_a_loop(grad_output, vjp):
+    total = 0
+    for factor in (1, 2):
+        total = total + vjp(grad_output * factor)
+    return total
+
+
+def in_a_while_loop(grad_output, vjp):
+    total, factor = 0, 2
+    while factor:
+        total = total + vjp(grad_output * factor)
+        factor -= 1
+    return total
+
+
+def in_a_comprehension(grad_output, vjp):
+    return sum([vjp(grad_output * factor) for factor in (1, 2)])
+
+
+def in_a_nested_function(grad_output, vjp):
+    def times(factor):
+        return vjp(grad_output * factor)
+
+    return times(1) + times(2)
+
+
+def given_to_a_helper(grad_output, vjp):
+    return in_a_loop(grad_output, vjp)
+
+
+def as_a_bound_method(grad_output, vjp):
+    pull = vjp.by_name
+    return pull(grad_output)["x"] + pull(grad_output * 2)["x"]
+
+
+def mapped(grad_output, vjp):
+    return sum(map(vjp, (grad_output, grad_output * 2)))
+
+
+MANY_TIMES = [
+    *(under_another_name, in_a_loop, in_a_while_loop, in_a_comprehension, in_a_nested_function, given_to_a_helper),
+    *(as_a_bound_method, mapped),
+]
+
+
+@pytest.mark.parametrize("kind", ["short path", "general path", "module"])
+@pytest.mark.parametrize("rule", MANY_TIMES, ids=lambda rule: rule.__name__)
+def test_vjp_may_be_called_many_times_however_the_rule_does_it(rule, kind):
+    x = noise(3)
+    if kind == "module":
+        plain, ours = like_plain(rule)
+        plain(x).sin().sum().backward()
+        expected, x.grad = 3 * x.grad, None
+        ours(x).sin().sum().backward()
+        closely(x.grad, expected)
+        for name in ("weight", "shift"):
+            closely(ours.get_parameter(name).grad, plain.get_parameter(name).grad)
+        return
+    ours = decorate(rule, {"short path": lambda x: x.sin(), "general path": lambda x, *more: x.sin()}[kind])
+    ours(x).sum().backward()
+    closely(x.grad, 3 * x.cos().detach())
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["vjp", "by_name"])
+def test_parameters_keep_their_gradient_after_vjp_of_another_gradient_was_asked_for_once(by_name):
+    def doubled(grad_output, vjp):
+        return vjp(grad_output * 2)
+
+    def doubled_by_name(grad_output, vjp):
+        return {"x": vjp.by_name(grad_output * 2)["x"]}
+
+    x = noise(3)
+    plain, ours = like_plain(doubled_by_name if by_name else doubled)
+    plain(x).sin().sum().backward()
+    expected, x.grad = 2 * x.grad, None
+    ours(x).sin().sum().backward()
+    closely(x.grad, expected)
+    for name in ("weight", "shift"):
+        closely(ours.get_parameter(name).grad, plain.get_parameter(name).grad)
 
 
 def test_vjp_after_the_backward_is_over_is_right_or_an_error():
