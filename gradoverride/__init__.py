@@ -7,17 +7,28 @@ from gradoverride.errors import (
     DecorationError,
     ForwardResultError,
     GradOverrideError,
+    GradOverrideWarning,
     RuleResultError,
     RuleSignatureError,
     SurrogateError,
+    TargetError,
     TargetNotFoundError,
     UnsupportedError,
 )
+from gradoverride.overrides import Override, explain, override, remove_overrides
+from gradoverride.registries import Registry, register, registry
 
 __all__ = [
     "custom_backward",
     "straight_through",
     "save_for_backward",
+    "override",
+    "Override",
+    "remove_overrides",
+    "explain",
+    "Registry",
+    "registry",
+    "register",
     "GradOverrideError",
     "DecorationError",
     "RuleSignatureError",
@@ -26,7 +37,9 @@ __all__ = [
     "CapturedTensorError",
     "SurrogateError",
     "UnsupportedError",
+    "TargetError",
     "TargetNotFoundError",
+    "GradOverrideWarning",
 ]
 
 __version__ = "0.1.0"

@@ -1,4 +1,5 @@
-"""Every error that gradoverride raises. Each derives from `GradOverrideError` and from the builtin that fits.
+"""Every error that gradoverride raises, and its warning. Each error derives from `GradOverrideError` and from
+the builtin that fits.
 
 A message says, in this order: who (the user's name, file:line), what was required, what came, and the remedy.
 """
@@ -14,7 +15,9 @@ __all__ = [
     "CapturedTensorError",
     "SurrogateError",
     "UnsupportedError",
+    "TargetError",
     "TargetNotFoundError",
+    "GradOverrideWarning",
 ]
 
 
@@ -50,5 +53,13 @@ class UnsupportedError(GradOverrideError, NotImplementedError):
     """Refused: torch gives no way to have the right gradient here, so there is none rather than a wrong one."""
 
 
+class TargetError(GradOverrideError, TypeError):
+    """What was given as a target or as rules cannot be one."""
+
+
 class TargetNotFoundError(GradOverrideError, LookupError):
     """No module, function or path matches a target."""
+
+
+class GradOverrideWarning(UserWarning):
+    """Something was asked for and had no effect."""

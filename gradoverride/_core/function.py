@@ -9,6 +9,7 @@ as ever. On the short path a forward of known reach runs inside, as one does tha
     General         everything else, eager or traced
     Transformed     the same for torch.func: a generated vmap rule, and `jvp`, on which Dynamo breaks its graph
     Cut             aliases that the kept graph behind `vjp` starts from: gradients end there
+    Carry           what leads to the tensors of those aliases: gradients of gradients go there
     Tail            where the kept graph ends: a tensor of no bytes, which the engine frees like any saved one
     Lifted          a derivative computed in the kept graph, tied to the outer tensors again, for second derivatives
     Refused         the identity, whose own derivative raises: it is not known
@@ -26,7 +27,7 @@ from torch.autograd import Function
 from gradoverride._core.private import call_directly, fail
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["Cut", "General", "Lifted", "Refused", "Tail", "Transformed", "fresh", "named", "plain_function"]
+__all__ = ["Carry", "Cut", "General", "Lifted", "Refused", "Tail", "Transformed", "fresh", "named", "plain_function"]
 
 
 def named(base: type[Function], name: str) -> type[Function]:
@@ -103,26 +104,36 @@ def _keep(ctx: Any, call: Any, tensors: Sequence[Tensor], results: tuple[Tensor,
 
 
 class Cut(Function):
-    """For each tensor an alias that starts a graph of its own, and a carrier.
+    """Aliases that start a graph of their own. No gradient goes on from there: the kept graph is asked for it.
 
-    No gradient goes from an alias to its tensor: the kept graph is asked for it. The carrier has the shape of the
-    tensor and the bytes of one element, and its gradient goes to the tensor: second derivatives need that way, and
-    keeping the tensor itself would keep its memory.
+    It is given plain aliases, so that its graph does not lead back into that of the tensors: where a module is used
+    twice, the engine would go through the first use in search of the parameters of the second.
     """
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, carried: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.carried = carried
+    def forward(ctx: Any, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        # .data has a version counter of its own: a forward that writes in place spares the outer graph.
-        aliases = [tensor.data for tensor in tensors]
-        carriers = [t.new_empty(()).expand(t.shape) for t, wanted in zip(tensors, carried, strict=True) if wanted]
-        return (*aliases, *carriers)
+        return tuple([tensor.detach() for tensor in tensors])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        return (None,) * (len(grads) + 1)
+
+
+class Carry(Function):
+    """For each tensor one of its shape with the bytes of one element, whose gradient goes to the tensor.
+
+    Second derivatives need that way, and keeping the tensor itself would keep its memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple([tensor.new_empty(()).expand(tensor.shape) for tensor in tensors])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        carriers = iter(grads[len(ctx.carried) :])
-        return (None, None, *[next(carriers) if wanted else None for wanted in ctx.carried])
+        return grads
 
 
 class TracedCut(Function):

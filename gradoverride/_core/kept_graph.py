@@ -25,13 +25,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from gradoverride._core.ambient import RandomState
 from gradoverride._core.captured import foreign_leaf
 from gradoverride._core.contract import Meta
-from gradoverride._core.function import TOKEN, Cut, Lifted, Tail, TracedCut
+from gradoverride._core.function import TOKEN, Carry, Cut, Lifted, Tail, TracedCut
 from gradoverride._core.private import fail, fast_apply, keeps_graph, pull, saves_plainly, trace_gradients
 from gradoverride.errors import UnsupportedError
 
 __all__ = ["KeptGraph", "Replay", "TracedGraph", "outer_of"]
 
 _cut = fast_apply(Cut)
+_carry = fast_apply(Carry)
 _tail = fast_apply(Tail)
 _lift = fast_apply(Lifted)
 _EMPTY = torch.empty(0)
@@ -43,16 +44,15 @@ class KeptGraph:
     __slots__ = ("aliases", "edges", "ends", "metas", "node", "outer")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        carried = tuple(tensor.requires_grad and not tensor.is_leaf for tensor in tensors)
-        cut = _cut(TOKEN, carried, *tensors)
-        carriers = iter(cut[len(tensors) :])
-        self.aliases = list(cut[: len(tensors)])
-        self.node = cut[0].grad_fn
+        # .data has a version counter of its own: a forward that writes in place spares the outer graph.
+        self.aliases = list(_cut(TOKEN, *[tensor.data for tensor in tensors]))
+        self.node = self.aliases[0].grad_fn
         self.edges: list[Any] = [GradientEdge(self.node, index) for index in range(len(tensors))]
         self.metas = [Meta(tensor) for tensor in tensors]
+        inner = [tensor for tensor in tensors if tensor.requires_grad and not tensor.is_leaf]
+        carriers = iter(_carry(*inner) if inner else ())
         self.outer = [
-            next(carriers) if carry else (tensor if tensor.requires_grad else None)
-            for carry, tensor in zip(carried, tensors, strict=True)
+            (tensor if tensor.is_leaf else next(carriers)) if tensor.requires_grad else None for tensor in tensors
         ]
 
     @classmethod
@@ -201,7 +201,7 @@ def outer_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
     inner = [tensor for tensor in wanted if not tensor.is_leaf]
     leaves = [tensor for tensor in wanted if tensor.is_leaf]
-    return [*leaves, *(_cut(TOKEN, (True,) * len(inner), *inner)[len(inner) :] if inner else ())]
+    return [*leaves, *(_carry(*inner) if inner else ())]
 
 
 def _edge_of(tensor: Tensor) -> GradientEdge:

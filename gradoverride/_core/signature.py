@@ -46,6 +46,7 @@ class Forward:
         receiver: Any = None,
         signature: inspect.Signature | None = None,
         place: str | None = None,
+        method: bool = False,
     ) -> None:
         self.fn = fn
         self.name = name or _node_name(fn)
@@ -53,7 +54,7 @@ class Forward:
         self.signature = signature or _signature(fn)
         self.receiver = receiver  # the object that a bound method is bound to
         parameters = [] if self.signature is None else list(self.signature.parameters.values())
-        self.takes_self = receiver is None and bool(parameters) and parameters[0].name in _RECEIVERS
+        self.takes_self = receiver is None and bool(parameters) and (method or parameters[0].name in _RECEIVERS)
         self.parameters = None if self.signature is None else parameters[1 if self.takes_self else 0 :]
         self.is_method = self.takes_self or receiver is not None
 

@@ -349,6 +349,26 @@ def test_forward_runs_once_for_three_orders_and_a_retained_graph(rule):
     assert module.runs == 1
 
 
+@pytest.mark.parametrize("rule", [pass_on, pass_on_by_name], ids=["vjp", "by_name"])
+@pytest.mark.parametrize("retain", [False, True], ids=["", "retained"])
+def test_rule_runs_once_for_each_use_of_a_shared_module(rule, retain):
+    runs = []
+
+    def counted(grad_output, vjp):
+        runs.append(grad_output)
+        return rule(grad_output, vjp)
+
+    plain, ours = like_plain(counted)
+    x = noise(3)
+    plain(plain(plain(x))).sum().backward()
+    expected, x.grad = x.grad, None
+    ours(ours(ours(x))).sum().backward(retain_graph=retain)
+    assert len(runs) == 3
+    closely(x.grad, expected)
+    for name in ("weight", "shift"):
+        closely(ours.get_parameter(name).grad, plain.get_parameter(name).grad)
+
+
 def test_dropout_mask_of_the_backward_is_that_of_the_forward():
     dropped = decorate(lambda grad_output, vjp: 7 * vjp(grad_output), lambda x: F.dropout(x, 0.5))
     x = torch.ones(1000, dtype=torch.float64, requires_grad=True)

@@ -1,0 +1,168 @@
+"""What a target names among the modules of a model, and which of several wins.
+
+From the most specific to the least: the module itself, a glob over dotted names, a predicate, a class (the nearer in
+the MRO first, so the exact one before its bases). A later entry wins a tie. Pure: nothing is changed here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gradoverride._core.scan import location
+from gradoverride._core.signature import Rule, name_of
+from gradoverride.errors import TargetNotFoundError
+
+__all__ = ["Class", "Entry", "Glob", "Instance", "Match", "Predicate", "Target", "class_of", "matches"]
+
+BASE = "_gradoverride_base"  # a class that stands in for another while it is overridden has it under this name
+
+
+class Target:
+    """A target, read. Its `rank` is the lower the more specific its kind is."""
+
+    kind: str
+    rank: int
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def distance(self, path: str, module: Any) -> int | None:
+        """How far this is from naming just the module at `path`; None if it does not name it."""
+        raise NotImplementedError
+
+    def closest(self, modules: Mapping[str, Any]) -> str:
+        """The remedy where it names no module."""
+        raise NotImplementedError
+
+
+class Instance(Target):
+    """A module of the model."""
+
+    kind, rank = "module", 0
+
+    def distance(self, path: str, module: Any) -> int | None:
+        return 0 if module is self.value else None
+
+    def closest(self, modules: Mapping[str, Any]) -> str:
+        same = [path for path, module in modules.items() if type(module) is type(self.value)]
+        return f"Of this class it has {_listed(same)}" if same else f"Its modules are {_listed(list(modules))}"
+
+    def __str__(self) -> str:
+        return f"{type(self.value).__name__}"
+
+
+class Glob(Target):
+    """A pattern over dotted names, as of `fnmatch`: `*` stands for any characters, dots too."""
+
+    kind, rank = "glob", 1
+
+    def distance(self, path: str, module: Any) -> int | None:
+        return 0 if path and fnmatch.fnmatchcase(path, self.value) else None
+
+    def closest(self, modules: Mapping[str, Any]) -> str:
+        if not self.value:
+            return "The model itself has no name: give the module as the target"
+        names = [path for path in modules if path]
+        close = difflib.get_close_matches(self.value, names, n=3, cutoff=0.4)
+        return f"The closest names are {_listed(close)}" if close else f"Its modules are {_listed(names)}"
+
+    def __str__(self) -> str:
+        return f"'{self.value}'"
+
+
+class Predicate(Target):
+    """A function of a module's dotted name and the module."""
+
+    kind, rank = "predicate", 2
+
+    def distance(self, path: str, module: Any) -> int | None:
+        return 0 if self.value(path, module) else None
+
+    def closest(self, modules: Mapping[str, Any]) -> str:
+        return f"It was asked for {len(modules)} modules, from '{next(iter(modules))}' on, and said no to each"
+
+    def __str__(self) -> str:
+        return f"'{name_of(self.value)}' ({location(self.value)})"
+
+
+class Class(Target):
+    """A class of modules, and those derived from it."""
+
+    kind, rank = "class", 3
+
+    def distance(self, path: str, module: Any) -> int | None:
+        mro = [cls for cls in type(module).__mro__ if BASE not in cls.__dict__]
+        return mro.index(self.value) if self.value in mro else None
+
+    def closest(self, modules: Mapping[str, Any]) -> str:
+        names = list(dict.fromkeys(class_of(module).__name__ for module in modules.values()))
+        close = difflib.get_close_matches(self.value.__name__, names, n=3, cutoff=0.4)
+        return f"The closest classes in it are {_listed(close)}" if close else f"Its classes are {_listed(names)}"
+
+    def __str__(self) -> str:
+        return f"'{self.value.__name__}'"
+
+
+class Entry(NamedTuple):
+    """A rule and its targets."""
+
+    targets: tuple[Target, ...]
+    rule: Rule
+
+
+class Match(NamedTuple):
+    """A module, the target and the rule that won it, and the targets that lost."""
+
+    path: str
+    module: Any
+    target: Target
+    rule: Rule
+    lost: tuple[Target, ...]
+
+
+def class_of(module: Any) -> type:
+    """The class of a module without what an override makes of it."""
+    cls = type(module)
+    return cls.__dict__.get(BASE, cls)
+
+
+def matches(entries: Sequence[Entry], modules: Iterable[tuple[str, Any]], owner: str) -> list[Match]:
+    """By module, which entry wins it. An entry that names none is an error.
+
+    `modules` are pairs of a dotted name and a module, which may come under several names.
+    """
+    named = dict(modules)
+    ranked: dict[int, list[tuple[tuple[int, int, int], str, Target, Rule]]] = {}
+    used: set[int] = set()
+    for path, module in named.items():
+        for index, entry in enumerate(entries):
+            for target in entry.targets:
+                distance = target.distance(path, module)
+                if distance is not None:
+                    used.add(index)
+                    order = target.rank, distance, -index
+                    ranked.setdefault(id(module), []).append((order, path, target, entry.rule))
+    for index, entry in enumerate(entries):
+        if index not in used:
+            target = entry.targets[0]
+            raise TargetNotFoundError(
+                f"override of {owner}: the {target.kind} {target}, a target of the rule {entry.rule.who}, must name a "
+                f"module in it; it names none. {target.closest(named)}"
+            )
+    found = []
+    for path, module in named.items():
+        candidates = ranked.pop(id(module), None)
+        if candidates is not None:
+            candidates.sort(key=lambda candidate: candidate[0])
+            _, won_at, target, rule = candidates[0]
+            lost = dict.fromkeys(other for _, _, other, _ in candidates[1:] if other is not target)
+            found.append(Match(won_at or path, module, target, rule, tuple(lost)))
+    return found
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,137 @@
+"""`Registry`: which rule is for which target. It touches no model; `override` applies it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from gradoverride._core.signature import Rule
+from gradoverride._core.targets import Class, Entry, Glob, Instance, Predicate, Target
+from gradoverride.errors import TargetError
+
+__all__ = ["Registry", "register", "registry"]
+
+R = TypeVar("R", bound=Callable[..., Any])
+
+
+class Registry:
+    """Rules in order, each for its targets, under a name.
+
+    A target is a module, a class of modules (and those derived from it), a glob over dotted names
+    (`"encoder.layers.*.attn"`), or a predicate of a name and a module. Where several name one module, the most specific
+    wins, in this order; a later entry wins a tie.
+
+    >>> import torch, gradoverride as go
+    >>> guided = go.Registry("guided")
+    >>> @guided.register(torch.nn.ReLU)
+    ... def guided_relu(grad_output, vjp):
+    ...     return vjp(grad_output.clamp(min=0))
+    >>> guided
+    Registry('guided': class 'ReLU' -> guided_relu)
+
+    `one | other` has the entries of both, those of `other` later. A mapping of targets to rules may stand for a
+    registry there, and in `override`.
+    """
+
+    def __init__(self, name: str = "", rules: Mapping[Any, Callable[..., Any]] | None = None) -> None:
+        self.name = name
+        self._entries: list[Entry] = []
+        for target, rule in (rules or {}).items():
+            self.register(target)(rule)
+
+    def register(self, *targets: Any) -> Callable[[R], R]:
+        """A decorator that enters a rule for these targets, and gives the rule back."""
+        if not targets:
+            raise TargetError("register: give at least one target, such as register(nn.ReLU)(rule); got none")
+        read = tuple(read_target(target) for target in targets)
+
+        def enter(rule: R) -> R:
+            self._entries.append(Entry(read, _read_rule(rule)))
+            return rule
+
+        return enter
+
+    def __iter__(self) -> Iterator[tuple[Any, Callable[..., Any]]]:
+        """Pairs of a target and a rule, in order."""
+        return iter([(target.value, entry.rule.fn) for entry in self._entries for target in entry.targets])
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __or__(self, other: Registry | Mapping[Any, Callable[..., Any]]) -> Registry:
+        if not isinstance(other, (Registry, Mapping)):
+            return NotImplemented
+        return self._merged(self, as_registry(other))
+
+    def __ror__(self, other: Mapping[Any, Callable[..., Any]]) -> Registry:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return self._merged(as_registry(other), self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Registry) and self.name == other.name and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # it can change
+
+    def __repr__(self) -> str:
+        entries = [
+            f"{', '.join(f'{target.kind} {target}' for target in entry.targets)} -> {entry.rule.name}"
+            for entry in self._entries
+        ]
+        return f"Registry({self.name!r}: {'; '.join(entries) or 'empty'})"
+
+    @staticmethod
+    def _merged(one: Registry, other: Registry) -> Registry:
+        merged = Registry(" | ".join(filter(None, (one.name, other.name))))
+        merged._entries = [*one._entries, *other._entries]
+        return merged
+
+
+def as_registry(rules: Any) -> Registry:
+    """A registry as it is, or one of the entries of a mapping."""
+    return rules if isinstance(rules, Registry) else Registry(rules=rules)
+
+
+def entries_of(registry: Registry) -> tuple[Entry, ...]:
+    """The entries as they are now."""
+    return tuple(registry._entries)
+
+
+def read_target(value: Any) -> Target:
+    """What kind of target this is, or an error."""
+    if isinstance(value, nn.Module):
+        return Instance(value)
+    if isinstance(value, str):
+        return Glob(value)
+    if isinstance(value, type):
+        if not issubclass(value, nn.Module):
+            raise TargetError(f"a class as a target must be one of modules; got the class '{value.__name__}'")
+        return Class(value)
+    if callable(value):
+        return Predicate(value)
+    raise TargetError(
+        "a target is a module, a class of modules, a glob over dotted names or a predicate (name, module) -> bool; "
+        f"got a {type(value).__name__}"
+    )
+
+
+def _read_rule(rule: Any) -> Rule:
+    """The same for the same rule: what was made for it, and compiled, serves again."""
+    try:
+        hash(rule)
+    except TypeError:
+        return Rule(rule)
+    return _known_rule(rule)
+
+
+_known_rule = functools.lru_cache(maxsize=1024)(Rule)
+
+registry = Registry("default")
+
+
+def register(*targets: Any) -> Callable[[R], R]:
+    """A decorator that enters a rule into the default registry, `go.registry`, for these targets."""
+    return registry.register(*targets)

@@ -1,0 +1,282 @@
+"""Which rule is for which module: kinds of targets, precedence, errors. Contract, section 5."""
+
+import pytest
+import torch
+from oracles import exactly, noise
+from torch import nn
+
+import gradoverride as go
+from overrides.models import doubled, gradient, guided, guided_by_hand, mlp, negated, tripled
+
+
+@pytest.fixture
+def model():
+    return mlp()
+
+
+@pytest.fixture
+def x():
+    return noise(5, 3)
+
+
+TARGETS = {
+    "class": lambda model: nn.ReLU,
+    "base class": lambda model: nn.ReLU,
+    "glob": lambda model: "*1",
+    "predicate": lambda model: lambda name, module: isinstance(module, nn.ReLU),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_every_relu_that_a_target_names_is_guided(model, x, target):
+    with go.override(model, {target(model): guided}):
+        exactly(gradient(model, x), gradient(guided_by_hand(model_of()), x))
+    exactly(gradient(model, x), gradient(model_of(), x))
+
+
+def model_of():
+    return mlp()
+
+
+def test_module_as_a_target_is_overridden_alone(model, x):
+    with go.override(model, {model[0]: negated}) as plan:
+        assert [row.path for row in plan.table] == ["0"]
+
+
+def test_the_model_itself_may_be_a_target(model, x):
+    plain = gradient(model, x)
+    with go.override(model, {model: doubled}):
+        exactly(gradient(model, x), 2 * plain)
+
+
+def test_class_names_modules_of_derived_classes_too(x):
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(Own(3, 3)).double()
+    plain = gradient(model, x)
+    with go.override(model, {nn.Linear: doubled}):
+        exactly(gradient(model, x), 2 * plain)
+
+
+class Base(nn.Linear):
+    pass
+
+
+class Derived(Base):
+    pass
+
+
+# Of two targets for one `Derived`, the one that wins, from the most specific on.
+RANKED = {
+    "module": lambda model: model[0],
+    "glob": lambda model: "0",
+    "predicate": lambda model: lambda name, module: name == "0",
+    "exact class": lambda model: Derived,
+    "nearer base": lambda model: Base,
+    "farther base": lambda model: nn.Linear,
+}
+ORDER = list(RANKED)
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize(
+    ("winner", "loser"), [(ORDER[i], ORDER[j]) for i in range(len(ORDER)) for j in range(i + 1, len(ORDER))]
+)
+def test_the_more_specific_target_wins_wherever_it_stands(winner, loser, later):
+    model = nn.Sequential(Derived(3, 3)).double()
+    x = noise(2, 3)
+    plain = gradient(model, x)
+    entries = [(RANKED[winner](model), doubled), (RANKED[loser](model), tripled)]
+    with go.override(model, dict(reversed(entries) if later else entries)) as plan:
+        assert len(plan.table) == 1
+        exactly(gradient(model, x), 2 * plain)
+
+
+def test_later_entry_wins_a_tie(model, x):
+    plain = gradient(model, x)
+    with go.override(model, {"3": tripled, "[3]": doubled}):
+        exactly(gradient(model, x), 2 * plain)
+
+
+def test_shared_module_is_found_by_each_of_its_names_and_overridden_once(x):
+    shared = nn.Linear(3, 3)
+    model = nn.Sequential(shared, shared).double()
+    plain = gradient(model, x)
+    for names in ("0", "1", "*"):
+        with go.override(model, {names: doubled}) as plan:
+            assert len(plan.table) == 1
+            exactly(gradient(model, x), 4 * plain)
+
+
+def test_glob_crosses_dots_and_never_names_the_model_itself(model):
+    with go.override(model, {"*": doubled}) as plan:
+        assert [row.path for row in plan.table] == ["0", "1", "2", "2.0", "2.1", "3"]
+        plan_of_none_called(plan)
+
+
+def plan_of_none_called(plan):
+    with pytest.warns(go.GradOverrideWarning):
+        plan.remove()
+
+
+# --- registries ---
+
+
+def test_registry_is_applied_and_gives_the_rule_back(model, x):
+    registry = go.Registry("guided")
+    assert registry.register(nn.ReLU)(guided) is guided
+    with go.override(model, registry):
+        exactly(gradient(model, x), gradient(guided_by_hand(mlp()), x))
+
+
+def test_default_registry_is_applied_where_none_is_given(model, x, monkeypatch):
+    monkeypatch.setattr(go.registry, "_entries", [])
+    go.register(nn.ReLU)(guided)
+    assert list(go.registry) == [(nn.ReLU, guided)]
+    with go.override(model):
+        exactly(gradient(model, x), gradient(guided_by_hand(mlp()), x))
+
+
+def test_entry_with_several_targets_needs_one_that_matches(model):
+    registry = go.Registry("several")
+    registry.register(nn.Conv2d, nn.ReLU)(guided)
+    with go.override(model, registry) as plan:
+        assert {row.cls for row in plan.table} == {"ReLU"}
+        plan_of_none_called(plan)
+
+
+def test_merged_registries_have_the_entries_of_both_and_the_later_wins():
+    one, other = go.Registry("one", {nn.ReLU: guided}), go.Registry("other", {nn.ReLU: negated})
+    assert list(one | other) == [(nn.ReLU, guided), (nn.ReLU, negated)]
+    assert (one | other).name == "one | other"
+    assert list(one) == [(nn.ReLU, guided)]
+    assert list(one | {nn.Linear: doubled}) == [(nn.ReLU, guided), (nn.Linear, doubled)]
+    assert list({nn.Linear: doubled} | one) == [(nn.Linear, doubled), (nn.ReLU, guided)]
+    with pytest.raises(TypeError):
+        one | 3
+
+
+def test_registries_are_compared_by_name_and_entries():
+    assert go.Registry("a", {nn.ReLU: guided}) == go.Registry("a", {nn.ReLU: guided})
+    assert go.Registry("a", {nn.ReLU: guided}) != go.Registry("b", {nn.ReLU: guided})
+    assert go.Registry("a", {nn.ReLU: guided}) != go.Registry("a", {nn.ReLU: negated})
+    assert len(go.Registry("a", {nn.ReLU: guided})) == 1
+    assert repr(go.Registry("a", {nn.ReLU: guided})) == "Registry('a': class 'ReLU' -> guided)"
+
+
+def test_registry_changed_after_it_was_applied_changes_nothing(model, x):
+    registry = go.Registry("r", {"3": doubled})
+    plain = gradient(model, x)
+    with go.override(model, registry):
+        registry.register("3")(tripled)
+        exactly(gradient(model, x), 2 * plain)
+
+
+# --- errors, by their text; nothing is changed ---
+
+
+def everything(model):
+    return [(type(module), dict(module.__dict__)) for module in model.modules()]
+
+
+NOT_FOUND = {
+    "class": (nn.Conv2d, r"the class 'Conv2d'.*names none\. Its classes are 'Sequential', 'Linear', 'ReLU'"),
+    "class that is close": (nn.ReLU6, r"the class 'ReLU6'.*The closest classes in it are 'ReLU'"),
+    "glob": ("2.9", r"the glob '2\.9'.*names none\. The closest names are '2\.1', '2\.0', '2'"),
+    "glob far off": ("zzz", r"the glob 'zzz'.*Its modules are '0', '1', '2', '2\.0', '2\.1', '3'"),
+    "name of the model": ("", r"the glob ''.*The model itself has no name: give the module as the target"),
+    "predicate": (lambda name, module: False, r"the predicate '<lambda>' \(.*test_targets.py:\d+\).*said no to each"),
+    "module of another model": (nn.ReLU(), r"the module ReLU.*names none\. Of this class it has '1', '2\.1'"),
+}
+
+
+@pytest.mark.parametrize(("target", "text"), NOT_FOUND.values(), ids=NOT_FOUND)
+def test_target_that_names_nothing_is_an_error_before_anything_changes(model, target, text):
+    before = everything(model)
+    with pytest.raises(go.TargetNotFoundError, match=text) as caught:
+        go.override(model, {nn.ReLU: guided, target: negated})
+    assert str(caught.value).startswith("override of a 'Sequential': ")
+    assert "'negated' (" in str(caught.value)
+    assert isinstance(caught.value, LookupError)
+    assert everything(model) == before
+
+
+BAD_TARGETS = {
+    "number": (3, "a target is a module, a class of modules, a glob over dotted names or a predicate.*; got a int"),
+    "other class": (int, "a class as a target must be one of modules; got the class 'int'"),
+}
+
+
+@pytest.mark.parametrize(("target", "text"), BAD_TARGETS.values(), ids=BAD_TARGETS)
+def test_what_cannot_be_a_target_is_an_error(model, target, text):
+    with pytest.raises(go.TargetError, match=text):
+        go.override(model, {target: guided})
+    with pytest.raises(go.TargetError, match=text):
+        go.Registry().register(target)
+
+
+def test_register_without_a_target_is_an_error():
+    with pytest.raises(go.TargetError, match=r"register: give at least one target, .*; got none"):
+        go.Registry().register()
+
+
+def test_arguments_of_another_kind_are_errors(model):
+    with pytest.raises(go.TargetError, match="'model' must be a module; got a dict"):
+        go.override({nn.ReLU: guided}, model)
+    with pytest.raises(go.TargetError, match="'rules' must be a Registry or a mapping of targets to rules; got a list"):
+        go.override(model, [nn.ReLU, guided])
+    with pytest.raises(go.TargetError, match="'rules' must have an entry; Registry\\('': empty\\) has none"):
+        go.override(model, {})
+
+
+def test_rule_that_is_none_is_an_error_where_it_is_registered():
+    with pytest.raises(go.RuleSignatureError, match="must take the gradient as its first"):
+        go.Registry().register(nn.ReLU)(lambda: None)
+
+
+def test_name_that_a_module_does_not_have_is_an_error_that_says_which_module(model):
+    def rule(grad_output, wieght):
+        return grad_output
+
+    before = everything(model)
+    with pytest.raises(
+        go.RuleSignatureError,
+        match=r"override of '2\.0', a 'Linear': rule 'rule' \(.*\) asks for 'wieght', which does not exist\. "
+        r"'Linear' \(.*\) offers 'input', 'weight', 'bias'.*Did you mean 'weight'\?",
+    ):
+        go.override(model, {"1": guided, "2.0": rule})
+    assert everything(model) == before
+
+
+def test_script_module_is_refused():
+    model = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
+    with pytest.warns(DeprecationWarning):
+        model[1] = torch.jit.script(model[1])
+    with pytest.raises(
+        go.UnsupportedError, match=r"override of '1'.*it is a ScriptModule\. Override the module before"
+    ):
+        go.override(model, {"1": doubled})
+
+
+def test_lazy_module_is_refused_until_it_has_its_parameters():
+    model = nn.Sequential(nn.LazyLinear(2)).double()
+    with pytest.raises(go.UnsupportedError, match=r"override of '0', a 'LazyLinear'.*Call the model once before"):
+        go.override(model, {"0": doubled})
+    x = noise(2, 3)
+    plain = gradient(model, x)
+    with go.override(model, {"0": doubled}):
+        exactly(gradient(model, x), 2 * plain)
+
+
+def test_forward_on_the_instance_is_refused():
+    model = nn.Sequential(nn.ReLU())
+    model[0].forward = lambda x: x
+    with pytest.raises(go.UnsupportedError, match=r"override of '0', a 'ReLU'.*somebody has put another one on"):
+        go.override(model, {nn.ReLU: guided})
+
+
+def test_container_without_a_forward_is_refused():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ReLU()])})
+    with pytest.raises(go.UnsupportedError, match=r"override of 'blocks', a 'ModuleList'.*it is a container only"):
+        go.override(model, {nn.ModuleList: guided})
