@@ -107,7 +107,8 @@ class ForwardPass:
             call.graph = KeptGraph(sources) if call.params else KeptGraph.alone(sources)
             aliases = call.graph.start()
         elif mode == TRACED:
-            call.graph, aliases = TracedGraph.aliases_of(sources)
+            call.graph = TracedGraph(sources)
+            aliases = call.graph.start(plan.forward_may_write)
         else:
             call.graph = replay = Replay()
             aliases = [self._alias(tensor) for tensor in sources]
@@ -285,7 +286,8 @@ class ForwardPass:
         floating = saver.floating
         call.n_residuals = len(floating)
         if mode == TRACED and call.graph is not None:
-            call.alias_slots = saver.extras(aliases)
+            call.alias_slots = saver.extras(call.graph.aliases)
+            call.graph.aliases = []
         if isinstance(call.graph, KeptGraph):
             call.token = call.graph.end([*outs, *floating])
         call.first_out = len(inputs)

@@ -212,10 +212,14 @@ def _edge_of(tensor: Tensor) -> GradientEdge:
 class TracedGraph:
     """The inner graph of one call that Dynamo traces. Its aliases and results are inputs of the outer Function."""
 
-    @staticmethod
-    def aliases_of(tensors: Sequence[Tensor]) -> tuple[TracedGraph, list[Tensor]]:
-        """A graph that starts at aliases of `tensors`, and the aliases."""
-        return TracedGraph(), list(TracedCut.apply(TOKEN, *tensors))  # type: ignore[no-untyped-call]  # torch's
+    __slots__ = ("aliases",)
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.aliases = list(TracedCut.apply(TOKEN, *tensors))  # type: ignore[no-untyped-call]  # torch's
+
+    def start(self, forward_may_write: bool) -> list[Tensor]:
+        """What the forward is to run on: copies where it may write, for the graph starts at what was there before."""
+        return [alias.clone() for alias in self.aliases] if forward_may_write else self.aliases
 
     def pull(
         self,

@@ -75,7 +75,7 @@ class Chain:
         for rule in rules:
             self.forward = make_wrapper(Plan(forward_of(base, self.forward), rule), self.forward)
         self.traced: list[bool] = []  # whether it was compiled: calls of compiled code are not counted
-        self.note = evaluated_while_tracing(functools.partial(self.traced.append, True))
+        self.note = evaluated_while_tracing(lambda: self.traced.append(True))
 
 
 _chain = functools.lru_cache(maxsize=1024)(Chain)
@@ -167,7 +167,7 @@ def layers_of(module: nn.Module) -> tuple[Layer, ...]:
 
 def check(module: nn.Module, path: str, rule: Rule) -> None:
     """Raise what is wrong with this rule for this module, before anything is changed."""
-    who = f"override of '{path or type(module).__name__}', a '{type(module).__name__}'"
+    who = f"override of '{path}', a '{type(module).__name__}'" if path else f"override of a '{type(module).__name__}'"
     if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise UnsupportedError(
             f"{who}: a module must run Python code to be overridden; it is a ScriptModule. Override the module before "
@@ -186,17 +186,23 @@ def check(module: nn.Module, path: str, rule: Rule) -> None:
     base = base_of(module)
     if base.forward is nn.Module.forward:
         raise UnsupportedError(f"{who}: a module must have a 'forward' to be overridden; it is a container only")
-    forward = forward_of(base)
     try:
-        plan = Plan(forward, rule)
-        missing = [name for name, source in plan.sources.items() if source == "deferred" and rule.asks[name]]
-        if missing and not plan.hands_over:
+        wanted = _names_asked(base, base.forward, rule)
+        if wanted:
             offered = _names_of(module)
-            for name in missing:
+            for name in wanted:
                 if name not in offered:
-                    raise unknown_name(rule, forward, name, offered)
+                    raise unknown_name(rule, forward_of(base), name, offered)
     except RuleSignatureError as error:
         raise RuleSignatureError(f"{who}: {error}") from None
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_asked(base: Any, innermost: Any, rule: Rule) -> tuple[str, ...]:
+    """What the rule asks of a module of this class beyond the arguments of its forward. May raise for one of these."""
+    plan = Plan(forward_of(base, innermost), rule)
+    deferred = [name for name, source in plan.sources.items() if source == "deferred" and rule.asks[name]]
+    return () if plan.hands_over else tuple(deferred)
 
 
 def _names_of(module: nn.Module) -> list[str]:

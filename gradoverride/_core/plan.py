@@ -64,6 +64,7 @@ class Plan:
         attributes = self.reach.attributes if self.reach is not None else frozenset[str]()
         self.forward_is_arithmetic = scan.is_arithmetic(self.fn, attributes)
         self.forward_writes = scan.writes(self.fn)
+        self.forward_may_write = not scan.writes_nothing(self.fn, _is_known_method)
         self.forward_writes_arguments = scan.writes_arguments(self.fn)
         # By names: where a graph cannot be looked at, and evaluated while tracing, for Dynamo knows no cells.
         self.captured_names: Callable[[], str] = evaluated_while_tracing(lambda: ", ".join(captured_names(forward.fn)))

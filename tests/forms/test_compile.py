@@ -739,3 +739,46 @@ def test_compiled_autograd_keeps_the_rule(kind, x):
     with torch._dynamo.utils.maybe_enable_compiled_autograd(True, fullgraph=in_full, dynamic=False):
         form(x).sum().backward()
     closely(x.grad, torch.full_like(x, 7.0))
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.act(x)
+
+
+WRITING = {
+    "method": lambda x: x.relu_(),
+    "function": lambda x: nn.functional.relu(x, inplace=True),
+    "operator": lambda x: doubled_in_place(x),
+}
+
+
+def doubled_in_place(x):
+    x *= 2
+    return x.relu()
+
+
+@pytest.mark.parametrize("forward", [*WRITING.values(), InPlace], ids=[*WRITING, "submodule"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_vjp_of_a_forward_that_writes_in_place_compiles_to_what_it_is_in_eager(forward, backend):
+    def rule(grad_output, vjp):
+        return 3 * vjp(grad_output)
+
+    if forward is InPlace:
+        ours = type("Ours", (InPlace,), {"forward": go.custom_backward(rule)(InPlace.forward)})()
+    else:
+        ours = go.custom_backward(rule)(forward)
+    x = float64(-1.0, 2.0, -3.0, 4.0)
+
+    def run(x):
+        return (ours(x * 1.0) * torch.arange(1.0, 5.0, dtype=torch.float64)).sum()
+
+    factor = 6 if forward is WRITING["operator"] else 3
+    expected = factor * float64(0.0, 2.0, 0.0, 4.0, grad=False)
+    exactly(torch.autograd.grad(torch.compile(run, backend=backend, fullgraph=True)(x), x)[0], expected)
+    if forward is not WRITING["operator"]:
+        exactly(torch.autograd.grad(run(x), x)[0], expected)

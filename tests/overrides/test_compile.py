@@ -1,0 +1,110 @@
+"""Overrides before and after `torch.compile`, and undone. Contract, section 5."""
+
+import pytest
+import torch
+from oracles import closely, noise
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import gradoverride as go
+from overrides.models import Branching, doubled, gradient, guided, guided_by_hand, mlp, negated
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",  # Dynamo's own doing, for any Function
+    "ignore:.*torch.jit.*:DeprecationWarning",  # inductor's
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def x():
+    return noise(5, 3)
+
+
+def compiled(model, backend="aot_eager"):
+    return torch.compile(model, backend=backend, fullgraph=True)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("first", ["override", "compile", "first call"])
+def test_override_before_and_after_compiling_is_seen_and_its_undo_too(first, backend, x):
+    model = mlp()
+    by_hand, plain = gradient(guided_by_hand(mlp()), x), gradient(mlp(), x)
+    run = compiled(model, backend) if first != "override" else None
+    if first == "first call":
+        closely(gradient(run, x), plain)
+    handle = go.override(model, {nn.ReLU: guided})
+    run = compiled(model, backend) if run is None else run
+    closely(gradient(run, x), by_hand)
+    closely(gradient(run, x), by_hand)
+    handle.remove()
+    closely(gradient(run, x), plain)
+
+
+@pytest.mark.parametrize("rule", [doubled, negated, lambda grad_output, output: grad_output * (1 - output**2)])
+def test_twelve_equal_blocks_compile_once(rule, x):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.act = nn.Tanh()
+
+        def forward(self, x):
+            return self.act(self.linear(x))
+
+    blocks = nn.ModuleList([Block() for _ in range(12)]).double()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def through(x):
+        for block in blocks:
+            x = block(x)
+        return x
+
+    with go.override(blocks, {nn.Tanh: rule}):
+        expected = gradient(through, x)
+        for block in blocks:
+            block.compile(backend=counter, fullgraph=True)
+        closely(gradient(through, x), expected)
+    assert counter.frame_count == 1
+    with go.override(blocks, {nn.Tanh: rule}):
+        closely(gradient(through, x), expected)
+    assert counter.frame_count == 1
+
+
+def test_nested_overrides_compile_to_what_they_are_in_eager(x):
+    model = mlp()
+    with go.override(model, {nn.ReLU: guided}), go.override(model, {"1": doubled, "3": doubled}):
+        expected = gradient(model, x)
+        closely(gradient(compiled(model), x), expected)
+
+
+def test_override_of_a_model_with_keywords_and_a_dict_compiles(x):
+    model = Branching().double()
+    with go.override(model, {nn.ReLU: guided, model: doubled}):
+        expected = gradient(model, x)
+        closely(gradient(compiled(model), x), expected)
+
+
+def test_rule_that_ran_in_compiled_code_alone_is_not_reported(x):
+    model = mlp()
+    with go.override(model, {nn.ReLU: guided}) as plan:
+        gradient(compiled(model), x)
+        assert str(plan).splitlines()[1].endswith("compiled")
+
+
+def test_class_forward_replaced_while_overridden_is_refused_in_compiled_code(x):
+    class Own(nn.Linear):
+        pass
+
+    module = Own(3, 3).double()
+    with go.override(module, {module: doubled}):
+        Own.forward = lambda self, input: 5 * nn.functional.linear(input, self.weight, self.bias)
+        with pytest.raises(Exception, match="'Own' must keep its 'forward' while one is overridden and compiled"):
+            compiled(module)(x)
+        gradient(module, x)

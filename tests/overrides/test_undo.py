@@ -1,0 +1,403 @@
+"""After an override the model is as before, whatever happened meanwhile. Contract, section 5."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from oracles import closely, exactly, noise
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import gradoverride as go
+from overrides.models import Branching, doubled, gradient, guided, guided_by_hand, mlp, tripled
+
+RULES = {nn.ReLU: guided, nn.Linear: doubled}
+
+
+@pytest.fixture
+def model():
+    return mlp()
+
+
+@pytest.fixture
+def x():
+    return noise(5, 3)
+
+
+def state_of(model):
+    """All that an override might touch: classes, attributes, tables, hooks, parameters by identity, keys."""
+    classes = {cls: dict(cls.__dict__) for module in model.modules() for cls in type(module).__mro__}
+    return {
+        "types": [type(module) for module in model.modules()],
+        "bases": [type(module).__mro__ for module in model.modules()],
+        "attributes": [{name: id(value) for name, value in module.__dict__.items()} for module in model.modules()],
+        "tables": [
+            {
+                table: {name: id(v) for name, v in module.__dict__[table].items()}
+                for table in ("_parameters", "_modules")
+            }
+            for module in model.modules()
+        ],
+        "hooks": [len(module._forward_hooks) + len(module._backward_hooks) for module in model.modules()],
+        "state_dict": list(model.state_dict()),
+        "parameters": [id(parameter) for parameter in model.parameters()],
+        "classes": classes,
+    }
+
+
+@pytest.fixture
+def unchanged(model, x):
+    """Fails where the model is not as before, in all that can be seen and in its gradient."""
+    before, plain = state_of(model), gradient(model, x)
+    yield
+    assert state_of(model) == before
+    exactly(gradient(model, x), plain)
+
+
+@pytest.mark.usefixtures("unchanged")
+class TestModelIsAsBefore:
+    def test_after_the_context(self, model, x):
+        with go.override(model, RULES):
+            gradient(model, x)
+
+    def test_after_remove_twice(self, model, x):
+        handle = go.override(model, RULES)
+        gradient(model, x)
+        handle.remove()
+        handle.remove()
+
+    def test_after_remove_inside_the_context(self, model, x):
+        with go.override(model, RULES) as handle:
+            gradient(model, x)
+            handle.remove()
+
+    def test_after_an_exception_in_the_body(self, model):
+        with pytest.raises(ZeroDivisionError), go.override(model, RULES):
+            raise ZeroDivisionError
+
+    def test_after_an_exception_in_a_forward(self, model):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), go.override(model, RULES):
+            model(noise(5, 7))
+
+    def test_after_an_exception_in_a_rule(self, model, x):
+        def raising(grad_output):
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError), go.override(model, {nn.ReLU: raising}):
+            gradient(model, x)
+
+    def test_after_removal_in_any_order(self, model, x):
+        plain = gradient(model, x)
+        first = go.override(model, {"3": doubled})
+        second = go.override(model, {"3": tripled})
+        third = go.override(model, {"3": doubled})
+        closely(gradient(model, x), 12 * plain)
+        second.remove()
+        exactly(gradient(model, x), 4 * plain)
+        first.remove()
+        exactly(gradient(model, x), 2 * plain)
+        third.remove()
+
+    def test_after_remove_overrides(self, model, x):
+        handle = go.override(model, RULES)
+        go.override(model, {"3": tripled})
+        go.remove_overrides(model)
+        assert str(go.explain(model)) == "nothing is overridden"
+        handle.remove()
+
+    def test_after_an_override_that_was_refused(self, model):
+        with pytest.raises(go.TargetNotFoundError):
+            go.override(model, {**RULES, "nowhere": guided})
+
+
+# --- what a context decides ---
+
+
+def test_backward_after_the_context_has_the_rules_of_its_forward(model, x):
+    expected = gradient(guided_by_hand(mlp()), x)
+    with go.override(model, {nn.ReLU: guided}):
+        result = model(x)
+    weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result)
+    exactly(torch.autograd.grad((result * weights).sum(), x)[0], expected)
+
+
+def test_forward_before_the_context_keeps_its_own_gradient(model, x):
+    expected = gradient(model, x)
+    result = model(x)
+    with go.override(model, {nn.ReLU: guided}):
+        weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result)
+        exactly(torch.autograd.grad((result * weights).sum(), x)[0], expected)
+        model(x)
+
+
+def test_value_under_an_override_is_the_plain_one(model, x):
+    plain = model(x)
+    with go.override(model, RULES):
+        exactly(model(x), plain)
+        with torch.no_grad():
+            exactly(model(x), plain)
+
+
+def test_keyword_arguments_dict_results_and_residual_use(x):
+    model = Branching().double()
+    by_hand = guided_by_hand(model)
+    with go.override(model, {nn.ReLU: guided}):
+        exactly(gradient(model, x), gradient(by_hand, x))
+    plain = gradient(lambda x: model(x, scale=2.0), x)
+    with go.override(model, {model: doubled}):
+        exactly(gradient(lambda x: model(x, scale=2.0), x), 2 * plain)
+
+
+def test_outer_rule_has_the_gradient_of_the_inner_one_as_its_vjp(model, x):
+    seen = []
+
+    def outer(grad_output, vjp):
+        seen.append(vjp(grad_output))
+        return seen[-1]
+
+    by_hand = guided_by_hand(mlp())
+    with go.override(model, {nn.ReLU: guided}), go.override(model, {nn.ReLU: outer}):
+        exactly(gradient(model, x), gradient(by_hand, x))
+    assert len(seen) == 2
+
+
+def test_parameters_keep_their_gradients_and_an_optimizer_its_parameters(model, x):
+    plain = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with go.override(model, {nn.Linear: lambda grad_output, vjp: vjp(grad_output)}):
+        model(x).sum().backward()
+        optimizer.step()
+    plain(x).sum().backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        exactly(ours.grad, theirs.grad)
+        exactly(ours.data, theirs.data)
+
+
+# --- copies ---
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model: saved_and_loaded(model),
+    "state_dict of a deepcopy": lambda model: reloaded(model),
+}
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def reloaded(model):
+    other = copy.deepcopy(model)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_copy_has_the_override_for_good_and_its_own_weights(model, x, copied):
+    by_hand = guided_by_hand(mlp())
+    with go.override(model, {nn.ReLU: guided, "0": doubled}):
+        other = copied(model)
+        gradient(model, x)
+    with torch.no_grad():
+        other[0].weight.mul_(3)
+        by_hand[0].weight.mul_(3)
+    exactly(gradient(other, x), 2 * gradient(by_hand, x))
+    assert list(other.state_dict()) == list(model.state_dict())
+    go.remove_overrides(other)
+    assert [type(module) for module in other.modules()] == [type(module) for module in mlp().modules()]
+
+
+def test_shallow_copy_has_the_override_of_its_own(x):
+    module = nn.Linear(3, 3).double()
+    plain = gradient(module, x)
+    handle = go.override(module, {module: doubled})
+    other = copy.copy(module)
+    gradient(module, x)
+    handle.remove()
+    exactly(gradient(other, x), 2 * plain)
+    exactly(gradient(module, x), plain)
+    go.remove_overrides(other)
+    exactly(gradient(other, x), plain)
+
+
+def test_replica_for_data_parallel_has_the_override_and_its_own_weights(x):
+    module = nn.Linear(3, 3).double()
+    plain = gradient(module, x)
+
+    def rule(grad_output, input, weight, bias):
+        return {"input": 7 * grad_output @ weight, "weight": None, "bias": None}
+
+    with go.override(module, {module: rule}):
+        replica = module._replicate_for_data_parallel()
+        replica.weight = nn.Parameter(2 * module.weight.detach())
+        replica.bias = nn.Parameter(module.bias.detach())
+        closely(gradient(replica, x), 14 * plain)
+
+
+def test_lambda_in_a_pickle_is_an_error(model):
+    with go.override(model, {"3": lambda grad_output, vjp: vjp(grad_output)}):
+        with pytest.raises((AttributeError, pickle.PicklingError)):
+            pickle.dumps(model)
+        model(noise(5, 3))
+
+
+def test_module_is_freed_without_the_collector(x):
+    gc.collect()
+    gc.disable()
+    try:
+        model = mlp()
+        handle = go.override(model, RULES)
+        model(x).sum().backward()
+        reference = weakref.ref(model[1])
+        del model
+        assert reference() is None
+        handle.remove()
+    finally:
+        gc.enable()
+
+
+# --- other parties ---
+
+
+PARAMETRIZED = {
+    "weight_norm": (parametrizations.weight_norm, lambda m: parametrize.remove_parametrizations(m, "weight")),
+    "spectral_norm": (parametrizations.spectral_norm, lambda m: parametrize.remove_parametrizations(m, "weight")),
+}
+
+
+@pytest.mark.parametrize(("add", "drop"), PARAMETRIZED.values(), ids=PARAMETRIZED)
+@pytest.mark.parametrize("first", ["override", "parametrization"])
+@pytest.mark.parametrize("first_out", ["override", "parametrization"])
+def test_parametrizations_and_overrides_come_and_go_in_any_order(add, drop, first, first_out, x):
+    module = nn.Linear(3, 3).double().eval()
+    original = type(module)
+    if first == "override":
+        handle = go.override(module, {module: doubled})
+        add(module)
+    else:
+        add(module)
+        parametrized = type(module)
+        bases = parametrized.__bases__
+        handle = go.override(module, {module: doubled})
+    module.eval()
+    weight, bias = module.weight.detach(), module.bias.detach()
+    plain = gradient(lambda x: nn.functional.linear(x, weight, bias), x)
+    exactly(gradient(module, x), 2 * plain)
+    if first_out == "override":
+        handle.remove()
+        exactly(gradient(module, x), plain)
+        if first == "parametrization":
+            assert type(module) is parametrized
+            assert parametrized.__bases__ == bases
+        drop(module)
+    else:
+        drop(module)
+        exactly(gradient(module, x), 2 * gradient(lambda x: nn.functional.linear(x, module.weight, module.bias), x))
+        handle.remove()
+    plain = gradient(lambda x: nn.functional.linear(x, module.weight, module.bias), x)
+    exactly(gradient(module, x), plain)
+    if (first, first_out) != ("override", "override"):
+        assert type(module) is original
+
+
+def test_copy_of_a_parametrized_module_keeps_its_override_when_the_original_loses_it(x):
+    module = parametrizations.weight_norm(nn.Linear(3, 3).double())
+    plain = gradient(module, x)
+    handle = go.override(module, {module: doubled})
+    other = copy.deepcopy(module)
+    gradient(module, x)
+    handle.remove()
+    exactly(gradient(module, x), plain)
+    exactly(gradient(other, x), 2 * plain)
+    go.remove_overrides(other)
+    exactly(gradient(other, x), plain)
+
+
+def test_forward_that_wraps_ours_on_the_instance_keeps_working_when_we_go(x):
+    module = nn.Linear(3, 3).double()
+    plain = gradient(module, x)
+    handle = go.override(module, {module: doubled})
+    inner = module.forward
+    module.forward = lambda x: inner(x)
+    exactly(gradient(module, x), 2 * plain)
+    handle.remove()
+    exactly(gradient(module, x), plain)
+    del module.forward
+    exactly(gradient(module, x), plain)
+    assert type(module) is nn.Linear
+
+
+def test_class_forward_replaced_while_overridden_is_called(x):
+    class Own(nn.Linear):
+        pass
+
+    module = Own(3, 3).double()
+    plain = gradient(module, x)
+    with go.override(module, {module: doubled}):
+        Own.forward = lambda self, input: 5 * nn.functional.linear(input, self.weight, self.bias)
+        closely(gradient(module, x), 10 * plain)
+
+
+def test_user_hooks_see_the_overridden_module(model, x):
+    seen = []
+    model[3].register_forward_hook(lambda module, args, result: seen.append(result))
+    model[3].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    plain = gradient(model, x)
+    with go.override(model, {"3": doubled}):
+        exactly(gradient(model, x), 2 * plain)
+    assert len(seen) == 2
+
+
+# --- the table ---
+
+
+def test_table_says_what_is_overridden_and_how_often_it_ran(model, x):
+    with go.override(model, {nn.ReLU: guided, "3": doubled}) as plan:
+        model(x)
+        model(x)
+        lines = str(plan).splitlines()
+        assert [line.split()[:2] for line in lines[1:]] == [["1", "ReLU"], ["2.1", "ReLU"], ["3", "Linear"]]
+        assert "class 'ReLU'" in lines[1]
+        assert "'guided' (" in lines[1]
+        assert "models.py:" in lines[1]
+        assert lines[1].endswith("  2")
+        assert "glob '3'" in lines[3]
+        assert str(go.explain(model)) == str(plan)
+        assert plan._repr_html_().count("<tr>") == 4
+        assert "&#x27;3&#x27;" in plan._repr_html_()
+    assert str(plan).splitlines() == lines
+    assert str(go.explain(model)) == "nothing is overridden"
+
+
+def test_rule_that_never_ran_is_reported_when_it_is_removed(model, x):
+    def unused(grad_output):
+        return grad_output
+
+    handle = go.override(model, {nn.ReLU: guided, "3": unused})
+    model[:3](x)
+    with pytest.warns(go.GradOverrideWarning, match=r"the rule 'unused' \(.*\) of the glob '3' never ran.*'3' was"):
+        handle.remove()
+
+
+def test_output_projection_of_attention_is_not_called_and_reported():
+    attention = nn.MultiheadAttention(4, 2)
+    handle = go.override(attention, {"out_proj": doubled})
+    attention(*[torch.randn(3, 1, 4, requires_grad=True)] * 3)
+    with pytest.warns(go.GradOverrideWarning, match="override the module around it"):
+        handle.remove()
+
+
+def test_print_of_an_override_is_its_table(model):
+    handle = go.override(model, {"3": doubled})
+    assert repr(handle) == str(handle)
+    go.remove_overrides(model)
+    handle.remove()
