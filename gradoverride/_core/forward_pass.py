@@ -48,6 +48,7 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
     mode = EAGER
     if torch.compiler.is_dynamo_compiling():
         keep_own_frames_whole()
+        plan.traced()
         if transformed:
             fail(
                 UnsupportedError,

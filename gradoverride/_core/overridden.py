@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling as compiling
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import evaluated_while_tracing, fail
 from gradoverride._core.signature import Forward, Rule, unknown_name
 from gradoverride._core.targets import BASE
 from gradoverride._core.wrapper import make_wrapper
@@ -67,15 +67,25 @@ class Tally:
 class Chain:
     """The forward of a class under rules, the last one outermost. Modules of a class under the same rules share it."""
 
-    __slots__ = ("forward", "innermost", "note", "traced")
+    __slots__ = ("forward", "innermost", "traced")
 
     def __init__(self, base: Any, innermost: Any, rules: tuple[Rule, ...]) -> None:
         self.innermost = innermost  # the forward of the base, which somebody may replace
         self.forward = innermost
+        self.traced = False  # whether it was compiled: calls of compiled code are not counted
+
+        def on_trace() -> None:
+            self.traced = True
+            if base.forward is not innermost:
+                raise UnsupportedError(
+                    f"'{base.__name__}' must keep its 'forward' while one is overridden and compiled; it has been "
+                    "replaced since. Override the module after that"
+                )
+
         for rule in rules:
-            self.forward = make_wrapper(Plan(forward_of(base, self.forward), rule), self.forward)
-        self.traced: list[bool] = []  # whether it was compiled: calls of compiled code are not counted
-        self.note = evaluated_while_tracing(lambda: self.traced.append(True))
+            plan = Plan(forward_of(base, self.forward), rule)
+            plan.on_trace = on_trace
+            self.forward = make_wrapper(plan, self.forward)
 
 
 _chain = functools.lru_cache(maxsize=1024)(Chain)
@@ -89,17 +99,14 @@ def forward_of(base: Any, fn: Any = None) -> Forward:
 class Record:
     """What is in force on a module. It pickles as its layers."""
 
-    __slots__ = ("base", "chain", "layers", "tally")
+    __slots__ = ("base", "chain", "forward", "layers", "tally")
 
     def __init__(self, base: Any, layers: tuple[Layer, ...], tally: Tally) -> None:
         self.base = base
         self.layers = layers
         self.tally = tally
-        self.chain = self.chain_now()
-
-    def chain_now(self) -> Chain:
-        """The chain on the forward that the base has now."""
-        return _chain(self.base, self.base.forward, tuple([layer.rule for layer in self.layers]))
+        self.chain = chain = _chain(base, base.forward, tuple([layer.rule for layer in layers]))
+        self.forward = chain.forward  # as in `chain`, for each step on the way costs a guard in compiled code
 
     def __deepcopy__(self, memo: Any) -> Record:
         self.tally.copied = True
@@ -122,20 +129,11 @@ def overridden(base: Any) -> Any:
         record = self.__dict__.get(RECORD)
         if record is None:
             return base.forward(self, *args, **kwargs)
-        chain = record.chain
-        if torch.compiler.is_dynamo_compiling():
-            chain.note()
-            if base.forward is not chain.innermost:
-                fail(
-                    UnsupportedError,
-                    f"'{base.__name__}' must keep its 'forward' while one is overridden and compiled; it has "
-                    "been replaced since. Override the module after that",
-                )
-        else:
+        if not compiling():
             record.tally.calls += 1
-            if base.forward is not chain.innermost:
-                chain = record.chain_now()
-        return chain.forward(self, *args, **kwargs)
+            if base.forward is not record.chain.innermost:
+                record = Record(base, record.layers, record.tally)
+        return record.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         make, arguments, *rest = base.__reduce_ex__(self, protocol)

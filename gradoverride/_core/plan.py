@@ -50,6 +50,8 @@ class Plan:
         self.forward = forward
         self.rule = rule
         self.fn: Callable[..., Any] = forward.fn
+        self.on_trace: Callable[[], None] | None = None  # when Dynamo traces a call
+        self.traced: Callable[[], None] = evaluated_while_tracing(lambda: self.on_trace and self.on_trace())
         self.on_first_call: Callable[[Any, Any], None] | None = None  # of the first argument and the result
         self.takes_receiver = forward.is_method
         self.class_form = class_form  # the rule is a method called `backward`, whose self is a stand-in
@@ -64,6 +66,8 @@ class Plan:
         attributes = self.reach.attributes if self.reach is not None else frozenset[str]()
         self.forward_is_arithmetic = scan.is_arithmetic(self.fn, attributes)
         self.forward_writes = scan.writes(self.fn)
+        # Modules of torch have one forward for both, and `self.inplace` says which it is.
+        self.inplace_tells = self.forward_writes and "inplace" in attributes and not scan.writes(self.fn, but="inplace")
         self.forward_may_write = not scan.writes_nothing(self.fn, _is_known_method)
         self.forward_writes_arguments = scan.writes_arguments(self.fn)
         # By names: where a graph cannot be looked at, and evaluated while tracing, for Dynamo knows no cells.

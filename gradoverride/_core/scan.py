@@ -131,12 +131,16 @@ def strings(fn: Any) -> frozenset[str]:
     return frozenset(found)
 
 
-def writes(fn: Any) -> bool:
-    """Whether the code of `fn` may write into a tensor: `t[...] =`, `t += `, `t.mul_()`, `out=`."""
+def writes(fn: Any, but: str = "") -> bool:
+    """Whether the code of `fn` may write into a tensor: `t[...] =`, `t += `, `t.mul_()`, `out=`, `self.inplace`.
+
+    The option `but` is taken to be off.
+    """
+    options = {*_WRITING_OPTIONS} - {but}
     for _, code in reachable(fn):
-        if any(_is_inplace_name(name) for name in code.co_names):
+        if any(_is_inplace_name(name) or name in options for name in code.co_names):
             return True
-        if any(constant in _WRITING_OPTIONS for constant in _constants(code)):
+        if any(constant in options for constant in _constants(code)):
             return True
         if any(_is_write(instruction) for instruction in dis.get_instructions(code)):
             return True

@@ -30,7 +30,8 @@ class TracedPath:
         self.function = ShortFunction(plan, layout, places, TRACED)
         self.params = {f"_go_{name}": name for name in self.function.params}
         # Other calls take the general path.
-        self.exists = not plan.asks_vjp and not plan.forward_writes and not self.function.constants
+        writes = plan.forward_writes and not plan.inplace_tells
+        self.exists = not plan.asks_vjp and not writes and not self.function.constants
 
     def define(self, names: dict[str, Any]) -> None:
         """Put what the code refers to among the names of the wrapper, which has `_go_general` already."""
@@ -40,6 +41,7 @@ class TracedPath:
         @evaluated_while_tracing
         def fits(receiver: type) -> bool:
             keep_own_frames_whole()
+            plan.traced()
             known = plan.reach is None or (plan.reach.holds() and (not plan.takes_receiver or fitting[receiver]))
             return known and not in_functorch()
 
@@ -69,6 +71,8 @@ class TracedPath:
         if plan.reach is not None:
             numbers = sorted(plan.reach.attributes - {*self.params.values()})
             unfit += [f"not _go_is_number({receiver}, {name!r})" for name in numbers]
+        if plan.inplace_tells:
+            unfit.append(f"{receiver}.inplace")
         # Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604).
         twice = [f"{one} is {other}" for index, one in enumerate(inputs) for other in inputs[:index]]
         lines = [f"if {' or '.join(unfit)}:", general, *([f"if {' or '.join(twice)}:", general] if twice else [])]
