@@ -34,10 +34,10 @@ def override(model: nn.Module, rules: Rules | None = None, /) -> Override:
     >>> x = torch.ones(2, requires_grad=True)
     >>> with go.override(model, {torch.nn.ReLU: lambda grad_output: grad_output}) as plan:
     ...     y = model(x)
-    >>> print(plan)
-    module  class  target that won  rule      calls
-    1       ReLU   class 'ReLU'     <lambda>  1
+    >>> [(row.path, row.target, row.calls) for row in plan.table]
+    [('1', "class 'ReLU'", '1')]
     >>> handle = go.override(model, {"0": lambda grad_output, vjp: 2 * vjp(grad_output)})
+    >>> _ = model(x)
     >>> handle.remove()
 
     `rules` is a `Registry`, or a mapping of targets to rules; without it, the default registry. A target is a module,
