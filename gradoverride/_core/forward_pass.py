@@ -21,7 +21,7 @@ from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Asked, Call, is_
 from gradoverride._core.contract import Meta, what
 from gradoverride._core.function import fresh
 from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph, outer_of
-from gradoverride._core.plan import Layout, Plan
+from gradoverride._core.plan import MARK, Layout, Plan
 from gradoverride._core.private import (
     fail,
     forward_mode_depth,
@@ -291,6 +291,8 @@ class ForwardPass:
             call.graph.aliases = []
         if isinstance(call.graph, KeptGraph):
             call.token = call.graph.end([*outs, *floating])
+        elif self.plan.marked and mode == EAGER and saver.positions:
+            saver.slot(saver.extra(MARK))
         call.first_out = len(inputs)
         call.n_outs = len(outs)
         call.out_metas = [Meta(out) for out in outs]

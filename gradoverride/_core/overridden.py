@@ -84,7 +84,7 @@ class Chain:
 
         for rule in rules:
             plan = Plan(forward_of(base, self.forward), rule)
-            plan.on_trace = on_trace
+            plan.on_trace, plan.marked = on_trace, True
             self.forward = make_wrapper(plan, self.forward)
 
 

@@ -20,7 +20,13 @@ from gradoverride._core.reach import Reach
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.signature import Forward, Rule, resolve
 
-__all__ = ["Layout", "Plan"]
+__all__ = ["MARK", "Layout", "Plan"]
+
+
+MARK = torch.empty(0)
+"""Saved besides by an override that may be left: a checkpoint that replays the forward without it sees that what it
+gets is something else, and raises.
+"""
 
 
 class Layout:
@@ -50,6 +56,7 @@ class Plan:
         self.forward = forward
         self.rule = rule
         self.fn: Callable[..., Any] = forward.fn
+        self.marked = False  # whether what it saves is to be told from what the bare forward saves: see MARK
         self.on_trace: Callable[[], None] | None = None  # when Dynamo traces a call
         self.traced: Callable[[], None] = evaluated_while_tracing(lambda: self.on_trace and self.on_trace())
         self.on_first_call: Callable[[Any, Any], None] | None = None  # of the first argument and the result

@@ -24,7 +24,7 @@ from gradoverride._core.contract import Meta, read_answer, read_params
 from gradoverride._core.forward_pass import ForwardPass
 from gradoverride._core.function import plain_function
 from gradoverride._core.kept_graph import KeptGraph
-from gradoverride._core.plan import Layout, Plan
+from gradoverride._core.plan import MARK, Layout, Plan
 from gradoverride._core.private import any_autocast, use_count
 from gradoverride._core.vjp import ShortVjp
 
@@ -71,6 +71,7 @@ class ShortFunction:
         self.constants: list[str] = []
         for name, source in plan.sources.items():
             self._ask(name, source)
+        self.marked = plan.marked and mode == EAGER and bool(self.saves) and not plan.asks_vjp
         self.unsaved = [name for name in self.tensors if name not in self.saves]
         if isinstance(plan.rule.fn, FunctionType) and not hasattr(plan.rule.fn, "__wrapped__"):
             code = plan.rule.fn.__code__
@@ -107,6 +108,7 @@ class ShortFunction:
             "_go_fn": self.plan.fn,
             "_go_getrefcount": sys.getrefcount,
             "_go_is_tensor": torch.is_tensor,
+            "_go_MARK": MARK,
             "_go_note": self.note,
             "_go_path": self,
             "_go_plan": self.plan,
@@ -139,6 +141,8 @@ class ShortFunction:
         if self.constants:
             lines.append(f"    ctx.constants = ({', '.join(self.constants)},)")
         saves = [*self.saves, "token"] if self.plan.asks_vjp else self.saves
+        if self.marked:
+            saves = ["_go_MARK", *saves]
         if saves:
             lines.append(f"    ctx.save_for_backward({', '.join(saves)})")
         if self.unsaved:
@@ -201,7 +205,7 @@ class ShortFunction:
         if self.plan.asks_vjp:
             saved.append("token")
         if saved:
-            lines.append(f"    {', '.join(saved)}, = ctx.saved_tensors")
+            lines.append(f"    {'_, ' * self.marked}{', '.join(saved)}, = ctx.saved_tensors")
         handed = "grad_output"
         if self.plan.rule_writes:
             lines.append("    handed = grad_output.clone()")

@@ -11,6 +11,7 @@ import torch
 from oracles import closely, exactly, noise
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import gradoverride as go
 from overrides.models import Branching, doubled, gradient, guided, guided_by_hand, mlp, tripled
@@ -401,3 +402,38 @@ def test_print_of_an_override_is_its_table(model):
     assert repr(handle) == str(handle)
     go.remove_overrides(model)
     handle.remove()
+
+
+# --- checkpoints ---
+
+SAVING = {
+    "nothing": lambda grad_output: 3 * grad_output,
+    "input": lambda grad_output, input: grad_output * input,
+    "output": lambda grad_output, output: grad_output * output,
+    "vjp": doubled,
+}
+PARTS = {"saves its output": nn.Tanh, "saves its input": nn.Softplus, "saves nothing": nn.Identity}
+
+
+@pytest.mark.parametrize("rule", SAVING.values(), ids=SAVING)
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_checkpoint_replayed_inside_the_context_is_right(rule, part, x):
+    model = nn.Sequential(nn.Linear(3, 3), part(), nn.Linear(3, 3)).double()
+    with go.override(model, {"1": rule}):
+        expected = gradient(model, x)
+        exactly(gradient(lambda x: checkpoint(model, x, use_reentrant=False), x), expected)
+
+
+@pytest.mark.parametrize("rule", SAVING.values(), ids=SAVING)
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_checkpoint_replayed_outside_the_context_is_right_or_raises(rule, part, x):
+    model = nn.Sequential(nn.Linear(3, 3), part(), nn.Linear(3, 3)).double()
+    with go.override(model, {"1": rule}):
+        expected = gradient(model, x)
+        result = checkpoint(model, x, use_reentrant=False)
+    weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result)
+    try:
+        found = torch.autograd.grad((result * weights).sum(), x)[0]
+    except CheckpointError:
+        return
+    exactly(found, expected)
