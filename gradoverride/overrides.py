@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gradoverride._core.overridden import Layer, calls_under, check, layers_of, put_on, take_off
+from gradoverride._core.overridden import Layer, calls_under, check, has_forward, layers_of, put_on, take_off
 from gradoverride._core.targets import Match, class_of, matches
 from gradoverride.errors import GradOverrideWarning, TargetError
 from gradoverride.registries import Registry, as_registry, entries_of, registry
@@ -61,10 +61,16 @@ def override(model: nn.Module, rules: Rules | None = None, /) -> Override:
     owner = f"a '{class_of(model).__name__}'"
     if not len(chosen):
         raise TargetError(f"override of {owner}: 'rules' must have an entry; {chosen!r} has none")
-    found = matches(entries_of(chosen), model.named_modules(remove_duplicate=False), owner)
+    found = _without_containers(matches(entries_of(chosen), model.named_modules(remove_duplicate=False), owner))
     for match in found:
         check(match.module, match.path, match.rule)
     return Override(owner, found)
+
+
+def _without_containers(found: list[Match]) -> list[Match]:
+    """A pattern may name a list of modules by the way, which has no forward. Named alone it is an error (`check`)."""
+    called = {match.target for match in found if has_forward(match.module)}
+    return [match for match in found if has_forward(match.module) or match.target not in called]
 
 
 def remove_overrides(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from gradoverride._core import captured
 from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Asked, Call, is_differentiable, is_tensor
 from gradoverride._core.contract import Meta, what
 from gradoverride._core.function import fresh
-from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph, outer_of
+from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph, distinct, outer_of
 from gradoverride._core.plan import MARK, Layout, Plan
 from gradoverride._core.private import (
     fail,
@@ -279,7 +279,7 @@ class ForwardPass:
         call.specs = [skeleton(spec) for spec in call.specs]
         inputs: list[Tensor] = [*leaves, *[param.tensor for param in call.params]]
         if mode == TRACED:
-            inputs = [_distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
+            inputs = [distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
         saver = _Saver(mode, inputs, outs, aliases)
         self._collect(saver, residuals)
         if isinstance(call.graph, Replay):
@@ -309,7 +309,7 @@ class ForwardPass:
             inputs.append(tensor if not cut else fresh(tensor) if mode == EAGER else tensor.detach())
         inputs += [tensor.detach() for tensor in floating]
         if mode == TRACED:
-            inputs = [_distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
+            inputs = [distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
         call.saved = saver.positions
         if mode == EAGER:
             results = self.plan.apply(call, *inputs)
@@ -498,8 +498,3 @@ def _requires_grad_anywhere(tensor: Tensor) -> bool:
             return False
         tensor = inner
     return True
-
-
-def _distinct(tensor: Tensor, before: Sequence[Tensor]) -> Tensor:
-    """Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604)."""
-    return tensor.view_as(tensor) if any(tensor is other for other in before) else tensor

@@ -29,7 +29,7 @@ from gradoverride._core.function import TOKEN, Carry, Cut, Lifted, Tail, TracedC
 from gradoverride._core.private import fail, fast_apply, keeps_graph, pull, saves_plainly, trace_gradients
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["KeptGraph", "Replay", "TracedGraph", "outer_of"]
+__all__ = ["KeptGraph", "Replay", "TracedGraph", "distinct", "outer_of"]
 
 _cut = fast_apply(Cut)
 _carry = fast_apply(Carry)
@@ -41,12 +41,14 @@ _EMPTY = torch.empty(0)
 class KeptGraph:
     """The inner graph of one eager call."""
 
-    __slots__ = ("aliases", "edges", "ends", "metas", "node", "outer")
+    __slots__ = ("aliases", "edges", "ends", "metas", "natural", "node", "outer")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         # .data has a version counter of its own: a forward that writes in place spares the outer graph.
         self.aliases = list(_cut(TOKEN, *[tensor.data for tensor in tensors]))
-        self.node = self.aliases[0].grad_fn
+        # Without tensors (an embedding of integers) there is only what the forward met itself.
+        self.node: Any = self.aliases[0].grad_fn if tensors else None
+        self.natural = True
         self.edges: list[Any] = [GradientEdge(self.node, index) for index in range(len(tensors))]
         self.metas = [Meta(tensor) for tensor in tensors]
         inner = [tensor for tensor in tensors if tensor.requires_grad and not tensor.is_leaf]
@@ -69,7 +71,7 @@ class KeptGraph:
         graph = cls.__new__(cls)
         graph.aliases = graph.edges = graph.metas = aliases  # type: ignore[assignment]  # a tensor has what a Meta has
         graph.outer = tensors  # type: ignore[assignment]  # never written to
-        graph.node = None
+        graph.node, graph.natural = None, False
         return graph
 
     def start(self) -> list[Tensor]:
@@ -127,7 +129,7 @@ class KeptGraph:
         if not again:
             return found
         known = [(edge, outer) for edge, outer in zip(self.edges, self.outer, strict=True) if outer is not None]
-        return _tied(found, [*known, *_cuts(cut, given)], natural=self.node is not None)
+        return _tied(found, [*known, *_cuts(cut, given)], self.natural)
 
     def _ends_of(self, token: Tensor) -> Sequence[GradientEdge]:
         if not self.ends:
@@ -215,7 +217,8 @@ class TracedGraph:
     __slots__ = ("aliases",)
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.aliases = list(TracedCut.apply(TOKEN, *tensors))  # type: ignore[no-untyped-call]  # torch's
+        given = [distinct(tensor, tensors[:index]) for index, tensor in enumerate(tensors)]
+        self.aliases = list(TracedCut.apply(TOKEN, *given)) if given else []  # type: ignore[no-untyped-call]  # torch's
 
     def start(self, forward_may_write: bool) -> list[Tensor]:
         """What the forward is to run on: copies where it may write, for the graph starts at what was there before."""
@@ -230,9 +233,14 @@ class TracedGraph:
     ) -> list[Tensor]:
         """The gradients of the aliases `which`, for the gradients `grads` of the results."""
         pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if result.requires_grad]
-        if not pairs:
+        if not pairs or not which:
             return [torch.zeros_like(aliases[index]) for index in which]
         return list(trace_gradients([r for r, _ in pairs], [aliases[index] for index in which], [g for _, g in pairs]))
+
+
+def distinct(tensor: Tensor, before: Sequence[Tensor]) -> Tensor:
+    """Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604)."""
+    return tensor.view_as(tensor) if any(tensor is other for other in before) else tensor
 
 
 class Replay:

@@ -28,7 +28,7 @@ from gradoverride._core.targets import BASE
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
-__all__ = ["Layer", "calls_under", "check", "layers_of", "put_on", "take_off"]
+__all__ = ["Layer", "calls_under", "check", "has_forward", "layers_of", "put_on", "take_off"]
 
 RECORD = "_gradoverride"
 _new_object: Any = copyreg.__newobj__  # type: ignore[attr-defined]  # how objects without a recipe are pickled
@@ -182,7 +182,7 @@ def check(module: nn.Module, path: str, rule: Rule) -> None:
             "the instance, which would pass the override by. Override the module before that is done"
         )
     base = base_of(module)
-    if base.forward is nn.Module.forward:
+    if not has_forward(module):
         raise UnsupportedError(f"{who}: a module must have a 'forward' to be overridden; it is a container only")
     try:
         wanted = _names_asked(base, base.forward, rule)
@@ -201,6 +201,11 @@ def _names_asked(base: Any, innermost: Any, rule: Rule) -> tuple[str, ...]:
     plan = Plan(forward_of(base, innermost), rule)
     deferred = [name for name, source in plan.sources.items() if source == "deferred" and rule.asks[name]]
     return () if plan.hands_over else tuple(deferred)
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether it can be called: `nn.ModuleList` cannot."""
+    return base_of(module).forward is not nn.Module.forward
 
 
 def _names_of(module: nn.Module) -> list[str]:
