@@ -47,9 +47,10 @@ class KeptGraph:
         # .data has a version counter of its own: a forward that writes in place spares the outer graph.
         self.aliases = list(_cut(TOKEN, *[tensor.data for tensor in tensors]))
         # Without tensors (an embedding of integers) there is only what the forward met itself.
-        self.node: Any = self.aliases[0].grad_fn if tensors else None
+        node: Any = self.aliases[0].grad_fn if tensors else None
+        self.node = node
         self.natural = True
-        self.edges: list[Any] = [GradientEdge(self.node, index) for index in range(len(tensors))]
+        self.edges: list[Any] = [GradientEdge(node, index) for index in range(len(tensors))]
         self.metas = [Meta(tensor) for tensor in tensors]
         inner = [tensor for tensor in tensors if tensor.requires_grad and not tensor.is_leaf]
         carriers = iter(_carry(*inner) if inner else ())

@@ -205,7 +205,7 @@ def _names_asked(base: Any, innermost: Any, rule: Rule) -> tuple[str, ...]:
 
 def has_forward(module: nn.Module) -> bool:
     """Whether it can be called: `nn.ModuleList` cannot."""
-    return base_of(module).forward is not nn.Module.forward
+    return isinstance(module, torch.jit.ScriptModule) or base_of(module).forward is not nn.Module.forward
 
 
 def _names_of(module: nn.Module) -> list[str]:
