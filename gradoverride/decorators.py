@@ -19,7 +19,7 @@ from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, Rule, name_of
 from gradoverride._core.surrogate import SurrogateRule, pass_through
 from gradoverride._core.wrapper import make_wrapper
-from gradoverride.errors import DecorationError
+from gradoverride.errors import DecorationError, RuleSignatureError
 
 __all__ = ["custom_backward", "straight_through"]
 
@@ -122,9 +122,27 @@ def _attach(rule: Rule, target: Any, *, straight_through: bool = False, on_first
     plan = Plan(forward, rule, straight_through=straight_through)
     plan.on_first_call = on_first_call
     if not isinstance(target, type):
-        return make_wrapper(plan, target)
+        other = None
+        if forward.may_be_function:  # called with a tensor as its `self` it is one
+            other = _attach_to_function(rule, target, straight_through, on_first_call)
+        return make_wrapper(plan, target, of_tensors=other)
     target.forward = make_wrapper(plan, forward.fn)  # type: ignore[attr-defined]  # it has one
     return target
+
+
+def _attach_to_function(rule: Rule, target: Any, straight_through: bool, on_first_call: Any) -> Any:
+    """`target` with `rule`, as a function of all its parameters. What is wrong with that is known when it is called."""
+    try:
+        plan = Plan(Forward(target, method=False), rule, straight_through=straight_through)
+    except RuleSignatureError as error:
+        text = str(error)
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise RuleSignatureError(text)
+
+        return refuse
+    plan.on_first_call = on_first_call
+    return make_wrapper(plan, target)
 
 
 def _forward_of(target: Any) -> Forward:
@@ -150,7 +168,7 @@ def _forward_of_class(cls: Any, rule: Rule) -> Forward:
         raise DecorationError(
             f"class '{cls.__name__}' ({_place(cls)}) must have a 'forward', for the rule {rule.who} to be its backward"
         )
-    return Forward(forward, name=cls.__name__)
+    return Forward(forward, name=cls.__name__, method=True)
 
 
 def _with_own_backward(cls: Any) -> Any:
@@ -167,7 +185,7 @@ def _with_own_backward(cls: Any) -> Any:
             "its 'backward' to find parameters; give a rule instead: @custom_backward(rule)"
         )
     rule = Rule(cls.backward, method=True)
-    forward = Forward(cls.forward, name=cls.__name__)
+    forward = Forward(cls.forward, name=cls.__name__, method=True)
     cls.forward = make_wrapper(Plan(forward, rule, class_form=True), cls.forward)
     return cls
 

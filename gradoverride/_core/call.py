@@ -208,7 +208,7 @@ class Call:
         # A buffer or parameter called `params` comes before the reserved name.
         asks_all = plan.asks_params and "params" not in module._buffers and "params" not in module._parameters
         for param in params:
-            param.asked = asks_all or plan.class_form or param.name in plan.sources
+            param.asked = asks_all or plan.class_form or any([name in plan.sources for name in param.names])
         # Left to autograd, but reached through an alias: where the rule may answer for it all the same, and where
         # torch would run the parameter's hooks once more when the kept graph is asked for its gradient.
         explicit = self.mode == TRANSFORMED or plan.names_all
@@ -223,9 +223,9 @@ class Call:
 
     def _with_parametrized(self, module: nn.Module, params: list[Param]) -> list[Param]:
         """A parametrized weight that the rule asks for under its plain name stands in for what it is computed from."""
-        table = module._modules.get("parametrizations")
-        if table is None:
+        if "parametrizations" not in module._modules:
             return params
+        table: Any = module._modules["parametrizations"]
         for name, source in self.plan.sources.items():
             if source == "deferred" and name in table._modules:
                 prefix = f"parametrizations.{name}."

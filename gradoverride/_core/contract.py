@@ -19,7 +19,7 @@ from gradoverride._core.structure import LEAF, Node, describe, has_leaf
 from gradoverride.errors import RuleResultError
 
 if TYPE_CHECKING:
-    from gradoverride._core.call import Call
+    from gradoverride._core.call import Call, Param
 
 __all__ = ["Meta", "conform", "read_answer", "read_params", "shape_text", "what"]
 
@@ -66,17 +66,26 @@ def read_params(call: Call, answers: dict[str, Any]) -> dict[str, Tensor | None]
     """The gradients that were answered for parameters, checked; each one asked for must be among them."""
     checked: dict[str, Tensor | None] = {}
     for param in call.params:
-        if param.name in answers:
-            value = answers[param.name]
+        answered = [name for name in param.names if name in answers]
+        if answered:
+            value = answers[answered[0]]
+            if len(answered) > 1:  # one parameter under several names: its uses add up
+                value = _total(call, param, [answers[name] for name in answered])
             checked[param.name] = None if value is None else conform(call, (param.name,), value, param.meta)
         elif param.asked:
+            name = next((name for name in param.names if name in call.plan.sources), param.name)
             _refuse(
                 call,
-                f"asks for the parameter '{param.name}' and must answer for its gradient: return a dict with "
-                f"'{param.name}' in it (None stops the gradient). To read the value alone ask for 'module' and use "
-                f"module.{param.name}; for autograd's own gradient return vjp.by_name(grad_output)['{param.name}']",
+                f"asks for the parameter '{name}' and must answer for its gradient: return a dict with "
+                f"'{name}' in it (None stops the gradient). To read the value alone ask for 'module' and use "
+                f"module.{name}; for autograd's own gradient return vjp.by_name(grad_output)['{param.name}']",
             )
     return checked
+
+
+def _total(call: Call, param: Param, values: list[Any]) -> Tensor | None:
+    given = [conform(call, (param.name,), value, param.meta) for value in values if value is not None]
+    return torch.stack(given).sum(0) if given else None
 
 
 def conform(call: Call, path: tuple[Any, ...], value: Any, meta: Meta) -> Tensor:
@@ -146,7 +155,7 @@ def shape_text(shape: Any) -> str:
 
 def _by_name(call: Call, answer: dict[str, Any]) -> tuple[list[Tensor | None], dict[str, Any]]:
     known = call.groups
-    params = {param.name for param in call.params} if call.params else ()
+    params = {name for param in call.params for name in param.names} if call.params else ()
     for key in answer:
         if key not in known and key not in params and key not in call.frozen:
             _refuse_key(call, key)

@@ -232,16 +232,16 @@ class ShortPath:
         assert self.reach is not None, "`is_plain` has looked"
         tensors = [arguments[place] for place in self.places]
         params = [f"_go_{name}" for name in self.function.params]
-        unfit = [f"{receiver}._modules", f"len(_go_parameters) != {len(params)}"]
+        unfit = [f"{receiver}._modules", f"_go_len(_go_parameters) != {len(params)}"]
         for name in self.function.params:
-            unfit.append(f"type(_go_{name} := _go_parameters.get({name!r})) is not _go_Parameter")
+            unfit.append(f"_go_type(_go_{name} := _go_parameters.get({name!r})) is not _go_Parameter")
             unfit.append(f"not _go_{name}.requires_grad or {name!r} in _go_state")
         unfit += [
             f"not _go_is_number({receiver}, {name!r})"
             for name in sorted(self.reach.attributes - {*self.function.params})
         ]
         lines = [
-            f"    if not _go_fits[type({receiver})]:",
+            f"    if not _go_fits[_go_type({receiver})]:",
             general,
             f"    _go_state = {receiver}.__dict__",
             f"    _go_parameters = {receiver}._parameters",

@@ -330,7 +330,7 @@ class ForwardPass:
     def _collect(self, saver: _Saver, residuals: dict[str, Any]) -> None:
         """Find each value that the rule asks for, and say where its tensors are to be saved from."""
         call, plan, module, values = self.call, self.plan, self.module, self.values
-        own = {param.name: index for index, param in enumerate(call.params)}
+        own = {name: index for index, param in enumerate(call.params) for name in param.names}
         for name, source in plan.sources.items():
             if source == "argument":
                 indices = call.groups.get(name, ())

@@ -210,7 +210,7 @@ def has_forward(module: nn.Module) -> bool:
 
 def _names_of(module: nn.Module) -> list[str]:
     parametrized = getattr(module, "parametrizations", {})
-    named = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    named = [name for name, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers())]
     return [*parametrized, *named]
 
 

@@ -51,7 +51,10 @@ class Reach:
         for helper, code in scan.reachable(fn):
             if _depends_on_grad_mode(code) or (helper is not function and not _is_bare(helper)):
                 return None
-            for where, key, value in _named(helper, code):
+            named = [*_named(helper, code), *_of_modules(helper, code)]
+            if not all(_is_known_attribute(key, named) for key in _attribute_names(code) - (attributes or frozenset())):
+                return None
+            for where, key, value in named:
                 if value is not _NOTHING and type(value) not in SCALARS and not _is_free_of_tensors(value, own):
                     return None
                 names.append((where, key, value))
@@ -85,24 +88,61 @@ _NOTHING = object()
 def _named(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, str, Any]]:
     """Where the free and global names of `function` are, and what they stand for now."""
     for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield cell, key, cell.cell_contents
-        except ValueError:
-            yield cell, key, cell  # not assigned yet: nobody knows what it will be
+        yield cell, key, _content(cell)  # of one that is not assigned yet nobody knows what it will be
     for key in scan.global_names(code):
         if key in function.__globals__ or not hasattr(builtins, key):
             yield function.__globals__, key, function.__globals__.get(key, _NOTHING)
 
 
-def _is_free_of_tensors(value: Any, own: set[str]) -> bool:
+def _of_modules(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, str, Any]]:
+    """The same for what `code` takes from modules: `F.relu` is where `F` has its `relu`, and may be replaced there."""
+    module: Any = None
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            module = function.__globals__.get(step.argval)
+        elif step.opname == "LOAD_DEREF" and step.argval in function.__code__.co_freevars:
+            module = _content((function.__closure__ or ())[function.__code__.co_freevars.index(step.argval)])
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(module, ModuleType):
+            value = vars(module).get(step.argval, _NOTHING)
+            if value is not _NOTHING:
+                yield vars(module), step.argval, value
+            module = value
+        elif step.opname not in ("CACHE", "PRECALL", "PUSH_NULL", "EXTENDED_ARG"):
+            module = None
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return cell
+
+
+def _attribute_names(code: CodeType) -> set[str]:
+    return {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_ATTR", "LOAD_METHOD")}
+
+
+def _is_known_attribute(name: str, named: list[tuple[Any, str, Any]]) -> bool:
+    """Whether this is a tensor's, or what was found in a module: anybody may put a tensor on a tensor."""
+    return hasattr(torch.Tensor, name) or hasattr(str, name) or any(key == name for _, key, _ in named)
+
+
+def _is_free_of_tensors(value: Any, own: set[str], depth: int = 3) -> bool:
     """Whether `value` is a library's, or a function whose code is looked at itself."""
     if isinstance(value, ModuleType):
         return _is_of_library(value.__name__)
     if isinstance(value, FunctionType):
-        return value.__module__ in own or _is_of_library(value.__module__)
+        if value.__module__ in own:
+            return True
+        # By where it was written, not by where it says: `functools.wraps` copies that.
+        held = [*map(_content, value.__closure__ or ()), *(value.__defaults__ or ())]
+        known = depth > 0 and _is_of_library(value.__globals__.get("__name__"))
+        return known and all(type(part) in SCALARS or _is_free_of_tensors(part, own, depth - 1) for part in held)
     if isinstance(value, type):
         return _is_of_library(value.__module__)
-    return isinstance(value, BuiltinFunctionType) or type(value).__name__ == "method_descriptor"
+    if isinstance(value, BuiltinFunctionType):  # or a bound method of an object, such as a tensor
+        return isinstance(value.__self__, (ModuleType, type, type(None)))
+    return type(value).__name__ == "method_descriptor" or value is None
 
 
 def _is_of_library(module: str | None) -> bool:

@@ -46,7 +46,7 @@ class Forward:
         receiver: Any = None,
         signature: inspect.Signature | None = None,
         place: str | None = None,
-        method: bool = False,
+        method: bool | None = None,
     ) -> None:
         self.fn = fn
         self.name = name or _node_name(fn)
@@ -54,9 +54,16 @@ class Forward:
         self.signature = signature or _signature(fn)
         self.receiver = receiver  # the object that a bound method is bound to
         parameters = [] if self.signature is None else list(self.signature.parameters.values())
-        self.takes_self = receiver is None and bool(parameters) and (method or parameters[0].name in _RECEIVERS)
+        named_so = bool(parameters) and parameters[0].name in _RECEIVERS
+        self.takes_self = receiver is None and bool(parameters) and (named_so if method is None else method)
         self.parameters = None if self.signature is None else parameters[1 if self.takes_self else 0 :]
         self.is_method = self.takes_self or receiver is not None
+
+    @property
+    def may_be_function(self) -> bool:
+        """Whether it is a method by the name of its first parameter alone: it was not defined in a class."""
+        owner = getattr(self.fn, "__qualname__", "").rpartition(".")[0]
+        return self.takes_self and (not owner or owner.endswith("<locals>"))
 
     @property
     def names(self) -> list[str]:

@@ -62,11 +62,11 @@ class TracedPath:
         others = [name for place, name in enumerate(arguments) if place not in self.places]
         inputs = [*tensors, *self.params]
         general = f"    return _go_general({receiver}, {', '.join(arguments)})"
-        unfit = [f"not _go_traced_fits(type({receiver}))"]
+        unfit = [f"not _go_traced_fits(_go_type({receiver}))"]
         unfit += [f"{name!r} not in {receiver}._parameters" for name in self.params.values()]
         unfit += [f"not _go_is_tensor({name})" for name in tensors]
         unfit += [f"not {name}.is_floating_point()" for name in tensors]
-        unfit += [f"not isinstance({name}, _go_Scalar)" for name in others]
+        unfit += [f"not _go_isinstance({name}, _go_Scalar)" for name in others]
         unfit += [f"not ({variable} := {receiver}.{name}).requires_grad" for variable, name in self.params.items()]
         if plan.reach is not None:
             numbers = sorted(plan.reach.attributes - {*self.params.values()})

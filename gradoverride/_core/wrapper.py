@@ -35,12 +35,17 @@ from gradoverride._core.traced import TracedPath
 __all__ = ["make_wrapper"]
 
 
-def make_wrapper(plan: Plan, original: Any) -> FunctionType:
-    """A function with the name, signature and docstring of `original` that calls it under the rule of `plan`."""
+def make_wrapper(plan: Plan, original: Any, of_tensors: Any = None) -> FunctionType:
+    """A function with the name, signature and docstring of `original` that calls it under the rule of `plan`.
+
+    `of_tensors` is called instead where what stands for `self` is a tensor.
+    """
     general, runs = make_dispatch(plan)
     names: dict[str, Any] = {
         "_go_compiling": torch.compiler.is_dynamo_compiling,
         "_go_fn": plan.fn,
+        "_go_of_tensors": of_tensors,
+        "_go_Tensor": torch.Tensor,
         "_go_dual_levels": dual_levels,
         "_go_general": general,
         "_go_grad_enabled": torch.is_grad_enabled,
@@ -48,6 +53,10 @@ def make_wrapper(plan: Plan, original: Any) -> FunctionType:
         "_go_receiver": plan.forward.receiver,
         "_go_runs": runs,
         "_go_SCALARS": SCALARS,
+        # A parameter may be called like a builtin.
+        "_go_isinstance": isinstance,
+        "_go_len": len,
+        "_go_type": type,
     }
     source = _source(plan, names, short=runs is not None)
     exec(compile(source, f"<gradoverride wrapper of {plan.forward.name}>", "exec"), names)
@@ -75,10 +84,13 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
     if plan.forward.takes_self:
         receiver, positional = positional[0], positional[1:]
     head = [f"def wrapper({_declared(parameters, names)}):"]
+    first = [receiver] if plan.takes_receiver else []
+    stars = ([f"*{star}"] if star else []) + [f"{name}={name}" for name in keywords]
+    passed = [*first, *positional, *stars, *([f"**{rest}"] if rest else [])]
+    if names["_go_of_tensors"] is not None:
+        call = f"_go_of_tensors({', '.join(passed)})"
+        head += [f"    if _go_isinstance({receiver}, _go_Tensor):", f"        return {call}"]
     if not plan.hands_over:
-        first = [receiver] if plan.takes_receiver else []
-        stars = ([f"*{star}"] if star else []) + [f"{name}={name}" for name in keywords]
-        passed = [*first, *positional, *stars, *([f"**{rest}"] if rest else [])]
         head += [
             f"    if not _go_grad_enabled() and not _go_in_functorch() and not {IN_FORWARD_AD}:",
             f"        return _go_fn({', '.join(passed)})",
@@ -92,7 +104,7 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
         return "\n".join([*head, f"    return _go_general({receiver}, {values})\n"])
     arguments = [*positional, *keywords]
     general = f"return _go_general({receiver}, {values})"
-    kinds = ", ".join(f"type({name})" for name in arguments)
+    kinds = ", ".join(f"_go_type({name})" for name in arguments)
     otherwise = general if plan.takes_receiver else f"return _go_runs[{kinds},]({values})"
     places = guessed_places(plan)
     if not places:
@@ -100,7 +112,7 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
     path = ShortPath(plan, names["_go_runs"].layout, places)
     names.update({**path.globals(), **names})
     others = [
-        f"type({name}) is not _go_Tensor" if index in places else f"type({name}) not in _go_SCALARS"
+        f"_go_type({name}) is not _go_Tensor" if index in places else f"_go_type({name}) not in _go_SCALARS"
         for index, name in enumerate(arguments)
     ]
     traced = TracedPath(plan, names["_go_runs"].layout, places)
