@@ -28,6 +28,7 @@ from gradoverride._core.private import (
     in_forward_ad,
     in_functorch,
     keep_own_frames_whole,
+    versions_while_tracing,
 )
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.signature import unknown_name
@@ -95,6 +96,8 @@ class ForwardPass:
         # By leaf, its version before the forward: where that ran on the leaves themselves (`reach.py`), and then
         # where a gradient is wanted for it.
         self.versions: list[int | None] | None = None
+        # By alias, its version before a forward that may write, compiled or transformed.
+        self.before: tuple[int, ...] | None = None
 
     def run(self) -> Any:
         """The forward on aliases, and its result tied to the rule."""
@@ -115,6 +118,8 @@ class ForwardPass:
             aliases = [self._alias(tensor) for tensor in sources]
         if replay is not None and self.module is not None:
             self.buffers_before = {name: value.clone() for name, value in self.module.named_buffers()}
+        if mode != EAGER and plan.forward_may_write:
+            self.before = self._versions_of(aliases)
         result, residuals = self._forward(aliases)
         return self.finish(aliases, result, residuals)
 
@@ -139,7 +144,14 @@ class ForwardPass:
         if self.mode == EAGER:
             # .data has a version counter of its own, which shows a forward that writes in place.
             return tensor.data if tensor.requires_grad else tensor
-        return tensor.detach().clone() if self.plan.forward_writes else tensor.detach()
+        if self.mode == TRACED and not tensor.requires_grad:
+            return tensor
+        return tensor.detach().clone() if self.plan.forward_may_write else tensor.detach()
+
+    def _versions_of(self, aliases: list[Tensor]) -> tuple[int, ...]:
+        if self.mode == TRACED:
+            return versions_while_tracing(aliases)
+        return tuple([debug_unwrap(alias)._version for alias in aliases])
 
     def _forward(self, aliases: list[Tensor]) -> tuple[Any, dict[str, Any]]:
         call, plan, module, receiver = self.call, self.plan, self.module, self.receiver
@@ -231,22 +243,17 @@ class ForwardPass:
                 written = [i for i, (alias, leaf) in enumerate(pairs) if alias is not leaf and alias._version]
             else:
                 written = [i for i, v in enumerate(self.versions) if v is not None and aliases[i]._version != v]
-            if not written:
-                return
-            returned = [leaves[index] for index in call.alias_of if index is not None]
-            # A write into a tensor that was passed twice shows in both.
-            written = [i for i in written if i in call.alias_of or not any(leaves[i] is leaf for leaf in returned)]
-        elif self.plan.forward_writes:
-            # What was written cannot be seen here, but what is returned as it stands may have been.
-            written = [index for index in call.alias_of if index is not None]
-            if self.plan.forward_writes_arguments and not written:
-                fail(
-                    ForwardResultError,
-                    f"{self.plan.forward.who} writes into an argument in place and must return it, where it is "
-                    "compiled or transformed; it returned something else. Return it, or work on a copy",
-                )
+        elif self.before is not None:
+            after = self._versions_of(aliases)
+            pairs = zip(aliases, leaves, strict=False)
+            written = [i for i, (alias, leaf) in enumerate(pairs) if alias is not leaf and after[i] != self.before[i]]
         else:
             return
+        if not written:
+            return
+        returned = [leaves[index] for index in call.alias_of if index is not None]
+        # A write into a tensor that was passed twice shows in both.
+        written = [i for i in written if i in call.alias_of or not any([leaves[i] is leaf for leaf in returned])]
         for index in written:
             name = call.name_of_leaf(index)
             if index not in call.alias_of:
@@ -409,7 +416,7 @@ class ForwardPass:
 
         def forward(tensors: Sequence[Tensor]) -> list[Tensor]:
             given, rest = iter(tensors[:n_leaves]), iter(tensors[n_leaves + n_params :])
-            copied = [tensor.clone() if plan.forward_writes else tensor for tensor in given]
+            copied = [tensor.clone() if plan.forward_may_write else tensor for tensor in given]
             leaves = iter(copied)
             arguments = []
             for spec, kinds in specs:

@@ -76,7 +76,6 @@ class Plan:
         # Modules of torch have one forward for both, and `self.inplace` says which it is.
         self.inplace_tells = self.forward_writes and "inplace" in attributes and not scan.writes(self.fn, but="inplace")
         self.forward_may_write = not scan.writes_nothing(self.fn, _is_known_method)
-        self.forward_writes_arguments = scan.writes_arguments(self.fn)
         # By names: where a graph cannot be looked at, and evaluated while tracing, for Dynamo knows no cells.
         self.captured_names: Callable[[], str] = evaluated_while_tracing(lambda: ", ".join(captured_names(forward.fn)))
         self.rule_writes = not scan.writes_nothing(rule.fn, _is_known_method)

@@ -8,7 +8,7 @@ fallbacks too.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FunctionType
 from typing import Any, NoReturn, TypeVar
 
@@ -33,6 +33,7 @@ __all__ = [
     "saves_plainly",
     "trace_gradients",
     "use_count",
+    "versions_while_tracing",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -179,8 +180,12 @@ def keep_own_frames_whole() -> None:
     It inlines them. But where the graph breaks inside (in a forward that cannot be traced), it runs the call
     uncompiled and would take up each function within anew, in the middle of an eager call.
     """
+    global _comptime
     if not _OWN_FRAMES:
+        from torch._dynamo.comptime import comptime
         from torch._dynamo.eval_frame import skip_code
+
+        _comptime = comptime
 
         for name, module in list(sys.modules.items()):
             if name.partition(".")[0] == "gradoverride":
@@ -205,6 +210,29 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _nested(constant)
+
+
+# Dynamo's own door to what it knows while it traces. To import it costs 0.8 s, so that is done when Dynamo is there.
+_comptime: Any = None
+_noted: list[Any] = []
+
+
+def versions_while_tracing(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """How often each tensor has been written into, as numbers that are known while tracing (`_version` is not)."""
+    for tensor in tensors:
+        _note(tensor)
+    return _noted_versions()
+
+
+def _note(tensor: torch.Tensor) -> None:
+    _comptime(lambda context: _noted.append(context.get_local("tensor").as_fake()))
+
+
+@evaluated_while_tracing
+def _noted_versions() -> tuple[int, ...]:
+    versions = tuple([tensor._version for tensor in _noted])
+    _noted.clear()
+    return versions
 
 
 _overridden: list[bool] = []  # what the switch was before, while it is set

@@ -10,7 +10,7 @@ import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, MethodType, ModuleType
 from typing import Any
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "reachable",
     "strings",
     "writes",
-    "writes_arguments",
     "writes_nothing",
 ]
 
@@ -205,29 +204,6 @@ _ELEMENTWISE = frozenset(
 )
 
 
-def writes_arguments(fn: Any) -> bool:
-    """Whether `fn` visibly writes into one of its own arguments: `x.mul_(2)`, `x += 1`, `x[0] = 1`, `relu_(x)`."""
-    function = python_function(fn)
-    if function is None:
-        return _is_inplace_name(getattr(fn, "__name__", ""))
-    code = function.__code__
-    own = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    steps = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PRECALL", "PUSH_NULL", "EXTENDED_ARG")]
-    for index, step in enumerate(steps):
-        before = [earlier.argval for earlier in steps[max(0, index - 6) : index] if "LOAD_FAST" in earlier.opname]
-        after = steps[index + 1].argval if index + 1 < len(steps) else None
-        last = steps[index - 1].argval if index else None
-        if step.opname in ("LOAD_METHOD", "LOAD_ATTR") and _is_inplace_name(str(step.argval)):
-            if last in own or after in own:  # a method of the argument, or a function of it
-                return True
-        elif step.opname in ("STORE_SUBSCR", "STORE_SLICE"):
-            if any(name in own for name in before):
-                return True
-        elif _is_write(step) and after in own:
-            return True
-    return False
-
-
 def writes_nothing(fn: Any, known_method: Callable[[str], bool]) -> bool:
     """Whether the code of `fn` shows that it writes into no tensor that it is given.
 
@@ -237,7 +213,7 @@ def writes_nothing(fn: Any, known_method: Callable[[str], bool]) -> bool:
     if getattr(fn, "writes_nothing", False):  # says so itself
         return True
     found = list(reachable(fn))
-    if not found or writes(fn):
+    if not found or writes(fn) or any(_is_told_to_write(code) for _, code in found):
         return False
     own = {function.__module__ for function, _ in found}
     for function, code in found:
@@ -251,16 +227,33 @@ def writes_nothing(fn: Any, known_method: Callable[[str], bool]) -> bool:
     return all(_is_harmless(value, own) for function, _ in found for value in _named_values(function))
 
 
+def _is_told_to_write(code: CodeType) -> bool:
+    """Whether `True` may be the `inplace` of a function: `F.relu(x, True)`."""
+    return True in code.co_consts and any(name in _MAY_BE_IN_PLACE for name in code.co_names)
+
+
+_MAY_BE_IN_PLACE = frozenset(
+    {
+        *("alpha_dropout", "celu", "dropout", "dropout1d", "dropout2d", "dropout3d", "elu", "feature_alpha_dropout"),
+        *("hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu", "relu6", "rrelu", "selu", "silu"),
+        "threshold",
+    }
+)
+
+
 def _is_harmless(value: Any, own: set[str]) -> bool:
     if isinstance(value, ModuleType):
         return value.__name__.partition(".")[0] in ("torch", "math")
     if isinstance(value, FunctionType) and value.__module__ in own:
         return True
     if callable(value):
+        if not isinstance(value, (type, *_FUNCTIONS)):  # a module, an object: what it does is not known
+            return False
         return str(getattr(value, "__module__", "")).partition(".")[0] in ("torch", "math")
     return True
 
 
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodDescriptorType)
 _HARMLESS_BUILTINS = frozenset(
     {
         *("abs", "bool", "complex", "dict", "enumerate", "float", "int", "isinstance", "len", "list", "max", "min"),
@@ -285,6 +278,8 @@ def _is_inplace_name(name: str) -> bool:
         "__array__",
         "copyto",
         "set_data",
+        *("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub"),
+        *("itruediv", "ixor"),
     }
 
 

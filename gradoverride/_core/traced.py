@@ -30,7 +30,7 @@ class TracedPath:
         self.function = ShortFunction(plan, layout, places, TRACED)
         self.params = {f"_go_{name}": name for name in self.function.params}
         # Other calls take the general path.
-        writes = plan.forward_writes and not plan.inplace_tells
+        writes = plan.forward_may_write and not plan.inplace_tells
         self.exists = not plan.asks_vjp and not writes and not self.function.constants
 
     def define(self, names: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Where a forward's reach is taken for known, no tensor that requires grad may hide, whatever is changed later."""
 
+import functools
 import sys
 import types
 
@@ -270,6 +271,49 @@ HIDDEN_IN_MODULES = {
         helper_method,
     )
 }
+
+
+def bound_method_of_a_tensor(weight):
+    times = weight.mul
+    return lambda x: times(x)
+
+
+def method_of_a_dict(weight):
+    get = {"weight": weight}.get
+    return lambda x: x * get("weight")
+
+
+def function_that_says_it_is_torchs(weight):
+    @functools.wraps(F.relu)
+    def act(x):
+        return torch.relu(x) * weight
+
+    return lambda x: act(x)
+
+
+def function_of_torch_that_holds_it(weight):
+    _, pull = torch.func.vjp(lambda v: v * weight, torch.ones(2, dtype=torch.float64))
+    return lambda x: pull(x)[0]
+
+
+@pytest.mark.parametrize("rule", [lambda grad_output: 3 * grad_output, lambda grad_output, vjp: vjp(grad_output)])
+@pytest.mark.parametrize(
+    "hidden",
+    [bound_method_of_a_tensor, method_of_a_dict, function_that_says_it_is_torchs, function_of_torch_that_holds_it],
+)
+def test_tensor_held_by_what_looks_like_a_function_of_torch_is_found(hidden, rule):
+    weight = float64(2.0, 3.0)
+    with pytest.raises(go.CapturedTensorError):
+        go.custom_backward(rule)(hidden(weight))(float64(1.0, 2.0))
+
+
+def test_function_of_torch_that_is_replaced_is_looked_at_anew(monkeypatch):
+    weight = float64(2.0, 3.0)
+    ours = go.custom_backward(lambda grad_output: 3 * grad_output)(lambda x: F.softplus(x))
+    ours(float64(1.0, 2.0))
+    monkeypatch.setattr(F, "softplus", lambda x: x * weight)
+    with pytest.raises(go.CapturedTensorError):
+        ours(float64(1.0, 2.0))
 
 
 @pytest.mark.parametrize("where", HIDDEN_IN_MODULES)

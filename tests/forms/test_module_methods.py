@@ -661,3 +661,86 @@ def test_parameter_that_the_forward_does_not_use_stays_none():
     model = Model()
     model(float64(5.0)).backward()
     assert (model.used.grad.item(), model.unused.grad) == (5.0, None)
+
+
+# --- names ---
+
+
+def test_receiver_of_a_class_may_have_any_name():
+    @go.custom_backward
+    class Odd(nn.Module):
+        def __init__(this):
+            super().__init__()
+            this.weight = nn.Parameter(float64(2.0, 2.0))
+
+        def forward(this, x):
+            return x * this.weight
+
+        def backward(this, grad_output, x):
+            this.weight.grad = 5 * grad_output * x
+            return 7 * grad_output
+
+    module, x = Odd(), float64(3.0, 4.0)
+    module(x).sum().backward()
+    exactly(x.grad, float64(7.0, 7.0, grad=False))
+    exactly(module.weight.grad, float64(15.0, 20.0, grad=False))
+
+
+def test_function_whose_first_parameter_is_called_self_is_one_when_it_is_given_a_tensor():
+    @go.custom_backward(lambda grad_output, self: 5 * grad_output * self)
+    def relu(self, type="a", len=1, isinstance=None):
+        return self.clamp(min=0)
+
+    x = float64(3.0, 4.0)
+    relu(x).sum().backward()
+    exactly(x.grad, float64(15.0, 20.0, grad=False))
+
+
+def test_method_defined_outside_of_its_class_is_one():
+    @go.custom_backward(lambda grad_output, weight: {"x": 3 * grad_output, "weight": 5 * grad_output})
+    def forward(self, x):
+        return x * self.weight
+
+    module = type("Own", (type(scale_module(by_name)),), {"forward": forward})()
+    x = float64(3.0, 4.0)
+    module(x).sum().backward()
+    exactly(x.grad, float64(3.0, 3.0, grad=False))
+    exactly(module.weight.grad, float64(5.0, 5.0, grad=False))
+    with pytest.raises(go.RuleSignatureError, match="asks for 'weight', which does not exist"):
+        forward(x, x)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Parameter(float64(2.0, 2.0))
+        self.other = self.one
+
+
+TIED = {
+    "asked by the other name": (lambda grad_output, x, other: {"x": grad_output, "other": 5 * grad_output}, 5.0),
+    "answered by the other name": (lambda grad_output, x: {"x": grad_output, "other": 5 * grad_output}, 5.0),
+    "both": (None, 7.0),
+}
+
+
+@pytest.mark.parametrize(("rule", "expected"), TIED.values(), ids=TIED)
+def test_tied_parameter_is_known_by_each_of_its_names(rule, expected):
+    def by_names(grad_output, x, one, other):
+        return {"x": grad_output, "one": 5 * grad_output, "other": 2 * grad_output}
+
+    rule = by_names if expected == 7.0 else rule
+    module = type("Ours", (Tied,), {"forward": go.custom_backward(rule)(lambda self, x: x * self.other)})()
+    module(float64(3.0, 4.0)).sum().backward()
+    exactly(module.one.grad, float64(expected, expected, grad=False))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_module_has_the_rule_and_its_own_gradients():
+    plain = nn.Linear(2, 2).double()
+    scripted = torch.jit.script(copy.deepcopy(plain))
+    x, y = float64(3.0, 4.0), float64(3.0, 4.0)
+    go.custom_backward(lambda grad_output: 3 * grad_output)(scripted)(x).sum().backward()
+    plain(y).sum().backward()
+    exactly(x.grad, float64(3.0, 3.0, grad=False))
+    closely(dict(scripted.named_parameters())["weight"].grad, plain.weight.grad)
