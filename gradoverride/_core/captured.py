@@ -6,13 +6,13 @@ without a word. Only when that happens are the names looked up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from gradoverride._core import scan
-from gradoverride._core.private import fail
+from gradoverride._core.private import evaluated_while_tracing, fail, note_while_tracing, take_noted
 from gradoverride.errors import CapturedTensorError
 
 __all__ = ["captured_names", "foreign_leaf", "refuse"]
@@ -44,6 +44,21 @@ def foreign_leaf(results: list[Tensor], known: set[int], stops: set[Any]) -> Ten
             if below is not None:
                 stack.append(below)
     return None
+
+
+def foreign_while_tracing(results: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
+    """Whether there is such a leaf, for tensors that Dynamo traces. `known` may have a history of their own."""
+    for tensor in (*results, *known):
+        note_while_tracing(tensor)
+    return _noted_foreign(len(results))
+
+
+@evaluated_while_tracing
+def _noted_foreign(count: int) -> bool:
+    noted = take_noted()
+    known = noted[count:]
+    stops = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
+    return foreign_leaf(noted[:count], {id(tensor) for tensor in known}, stops) is not None
 
 
 def refuse(who: str, names: str, leaf: Tensor | None = None) -> NoReturn:

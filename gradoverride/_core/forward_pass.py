@@ -19,7 +19,7 @@ from torch.func import debug_unwrap
 from gradoverride._core import captured
 from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Asked, Call, is_differentiable, is_tensor
 from gradoverride._core.contract import Meta, what
-from gradoverride._core.function import fresh
+from gradoverride._core.function import TOKEN, fresh
 from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph, distinct, outer_of
 from gradoverride._core.plan import MARK, Layout, Plan
 from gradoverride._core.private import (
@@ -219,10 +219,13 @@ class ForwardPass:
             return
         own_graph = bool(call.natural) or isinstance(call.graph, (KeptGraph, TracedGraph))
         if self.mode != EAGER:
-            names = self.plan.captured_names()
-            if names or not own_graph:
-                captured.refuse(forward.who, names)
-            return
+            if self.mode == TRACED and own_graph:
+                starts = call.graph.aliases if call.graph is not None else []
+                own = [param.tensor for param in call.natural]
+                # A decorated call inside starts its graph at TOKEN.
+                if not captured.foreign_while_tracing(tracked, [*starts, *own, TOKEN]):
+                    return
+            captured.refuse(forward.who, self.plan.captured_names())
         stops = {param.tensor.grad_fn for param in call.natural}
         known = {id(param.tensor) for param in call.natural}
         if call.graph is not None:

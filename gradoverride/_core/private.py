@@ -29,8 +29,10 @@ __all__ = [
     "in_functorch",
     "keep_own_frames_whole",
     "keeps_graph",
+    "note_while_tracing",
     "pull",
     "saves_plainly",
+    "take_noted",
     "trace_gradients",
     "use_count",
     "versions_while_tracing",
@@ -220,19 +222,25 @@ _noted: list[Any] = []
 def versions_while_tracing(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """How often each tensor has been written into, as numbers that are known while tracing (`_version` is not)."""
     for tensor in tensors:
-        _note(tensor)
+        note_while_tracing(tensor)
     return _noted_versions()
 
 
-def _note(tensor: torch.Tensor) -> None:
+def note_while_tracing(tensor: torch.Tensor) -> None:
+    """Note what stands for this tensor while tracing, for a function that is evaluated then: `take_noted`."""
     _comptime(lambda context: _noted.append(context.get_local("tensor").as_fake()))
+
+
+def take_noted() -> list[torch.Tensor]:
+    """What was noted since, in order."""
+    noted = list(_noted)
+    _noted.clear()
+    return noted
 
 
 @evaluated_while_tracing
 def _noted_versions() -> tuple[int, ...]:
-    versions = tuple([tensor._version for tensor in _noted])
-    _noted.clear()
-    return versions
+    return tuple([tensor._version for tensor in take_noted()])
 
 
 _overridden: list[bool] = []  # what the switch was before, while it is set

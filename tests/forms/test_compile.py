@@ -840,3 +840,90 @@ def into_an_intermediate(x):
 def test_forward_that_writes_elsewhere_than_into_its_argument_is_right(forward, run):
     ours = go.custom_backward(seven_times)(forward)
     exactly(gradient_of(run, ours, float64(1.0, 2.0)), float64(7.0, 7.0, grad=False))
+
+
+# --- captured tensors, found in the graph that is traced ---
+
+WEIGHT = float64(2.0)
+TEACHER = nn.Linear(2, 2, dtype=torch.float64)
+
+
+def times_weight(x):
+    return x * WEIGHT
+
+
+class Holder:
+    weight = WEIGHT
+
+
+def under_no_grad(x):
+    with torch.no_grad():
+        y = TEACHER(x)
+    return x * y
+
+
+CAPTURING = {
+    "by a helper": lambda x: times_weight(x),
+    "by an object": lambda x: x * Holder.weight,
+    "by a module": lambda x: TEACHER(x),
+}
+NOT_CAPTURING = {
+    "a number of a module": lambda x: x * TEACHER.in_features,
+    "a teacher under no_grad": under_no_grad,
+    "a teacher detached": lambda x: x * TEACHER(x).detach(),
+}
+
+
+@pytest.mark.parametrize("forward", CAPTURING.values(), ids=CAPTURING)
+def test_captured_tensor_is_refused_where_the_graph_is_kept(forward):
+    ours = go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(forward)
+    with pytest.raises(Exception, match="must get each tensor that wants a gradient as an argument"):
+        compiled(ours)(float64(1.0, 2.0))
+
+
+@pytest.mark.parametrize("forward", NOT_CAPTURING.values(), ids=NOT_CAPTURING)
+def test_what_only_looks_captured_is_right_where_the_graph_is_kept(forward):
+    ours = go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))(forward)
+    x = float64(1.0, 2.0)
+    expected = torch.autograd.grad(forward(x).sum(), x)[0]
+    closely(torch.autograd.grad(compiled(ours)(x).sum(), x)[0], 3 * expected)
+
+
+class Outside(nn.Module):
+    """Parts that are a child, and parts that a list hides."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 2, dtype=torch.float64)
+        self.hidden = [nn.Linear(2, 2, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("rule", [seven_times, lambda grad_output, vjp: vjp(grad_output)], ids=["natural", "vjp"])
+def test_part_that_a_list_hides_is_refused_as_in_eager(rule):
+    forward = go.custom_backward(rule)(lambda self, x: self.hidden[0](self.inner(x)))
+    module = type("Ours", (Outside,), {"forward": forward})()
+    for run in (module, compiled(module)):
+        with pytest.raises(Exception, match="must get each tensor that wants a gradient as an argument"):
+            run(float64(1.0, 2.0))
+
+
+@pytest.mark.parametrize("outer", [seven_times, lambda grad_output, vjp: vjp(grad_output)], ids=["natural", "vjp"])
+@pytest.mark.parametrize("inner", [seven_times, lambda grad_output, vjp: vjp(grad_output)], ids=["natural", "vjp"])
+def test_decorated_modules_inside_a_decorated_module_capture_nothing(outer, inner):
+    part = type("Part", (nn.Linear,), {"forward": go.custom_backward(inner)(nn.Linear.forward)})
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = part(2, 2, dtype=torch.float64)
+            self.two = part(2, 2, dtype=torch.float64)
+
+        @go.custom_backward(outer)
+        def forward(self, x):
+            return self.two(self.one(x))
+
+    module, x = Whole(), float64(1.0, 2.0)
+    expected = torch.autograd.grad(module(x).sum(), [x, *module.parameters()])
+    found = torch.autograd.grad(compiled(module)(x).sum(), [x, *module.parameters()])
+    for ours, theirs in zip(found, expected, strict=True):
+        closely(ours, theirs)
