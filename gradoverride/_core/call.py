@@ -226,8 +226,9 @@ class Call:
         if "parametrizations" not in module._modules:
             return params
         table: Any = module._modules["parametrizations"]
-        for name, source in self.plan.sources.items():
-            if source == "deferred" and name in table._modules:
+        asked = [name for name, source in self.plan.sources.items() if source == "deferred"]
+        for name in list(table._modules):
+            if name in asked or self.plan.class_form:
                 prefix = f"parametrizations.{name}."
                 value = getattr(module, name)
                 params = [param for param in params if not param.name.startswith(prefix)]

@@ -519,3 +519,30 @@ def test_exception_in_backward_does_not_spoil_the_next_one():
     layer.factor = 0
     layer(x).sum().backward()
     exactly((x.grad, layer.weight.grad), (torch.ones_like(x), torch.full_like(x, 5)))
+
+
+def test_parametrized_weight_is_assigned_under_its_plain_name():
+    @go.custom_backward
+    class Affine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(noise(2, 2, grad=False))
+
+        def forward(self, x):
+            return x @ self.weight.T
+
+        def backward(self, grad_output, x):
+            self.weight.grad = grad_output.T @ x
+            return grad_output @ self.weight
+
+    module, plain = Affine(), nn.Linear(2, 2, bias=False, dtype=torch.float64)
+    plain.load_state_dict(module.state_dict())
+    torch.nn.utils.parametrizations.weight_norm(module)
+    torch.nn.utils.parametrizations.weight_norm(plain)
+    x, y = noise(3, 2), noise(3, 2)
+    y.data.copy_(x)
+    module(x).square().sum().backward()
+    plain(y).square().sum().backward()
+    closely(x.grad, y.grad)
+    for ours, theirs in zip(module.parameters(), plain.parameters(), strict=True):
+        closely(ours.grad, theirs.grad)
