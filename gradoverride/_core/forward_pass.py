@@ -32,7 +32,7 @@ from gradoverride._core.private import (
 )
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.signature import unknown_name
-from gradoverride._core.standin import stand_in, write_back
+from gradoverride._core.standin import stand_in, with_parameters, write_back
 from gradoverride._core.structure import LEAF, Node, flatten, skeleton, unchanged, unflatten
 from gradoverride.errors import ForwardResultError, UnsupportedError
 
@@ -68,6 +68,8 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
             )
     call = Call(plan, layout, mode)
     leaves = call.take_apart(values)
+    if isinstance(receiver, nn.Module) and "_is_replica" in receiver.__dict__:
+        receiver = with_parameters(receiver)
     module = receiver if isinstance(receiver, nn.Module) else None
     if module is not None:
         call.find_params(module)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Collector", "stand_in", "write_back"]
+__all__ = ["Collector", "stand_in", "with_parameters", "write_back"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _RNN_WEIGHTS = "_flat_weights"  # nn.RNNBase keeps its weights in this list besides, and its forward reads it
@@ -78,6 +78,20 @@ def _stand_in(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, cop
     state["_modules"] = children
     if _RNN_WEIGHTS in state:
         state[_RNN_WEIGHTS] = [_counterpart(item, parameters, swapped) for item in state[_RNN_WEIGHTS]]
+    clone.__dict__.update(state)
+    return clone
+
+
+def with_parameters(replica: nn.Module) -> nn.Module:
+    """A stand-in for a replica of DataParallel, which has its parameters as plain attributes, with parameters."""
+    state = dict(replica.__dict__)
+    former = state.get("_former_parameters") or {}
+    state["_parameters"] = {**state["_parameters"], **former}
+    for name in former:
+        state.pop(name, None)
+    children = state["_modules"].items()
+    state["_modules"] = {name: None if child is None else with_parameters(child) for name, child in children}
+    clone: nn.Module = object.__new__(type(replica))
     clone.__dict__.update(state)
     return clone
 

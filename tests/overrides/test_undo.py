@@ -230,18 +230,37 @@ def test_shallow_copy_has_the_override_of_its_own(x):
     exactly(gradient(other, x), plain)
 
 
-def test_replica_for_data_parallel_has_the_override_and_its_own_weights(x):
+def replica_of(module):
+    """As DataParallel makes it: the parameters are plain attributes, computed from those of the module."""
+    replica = module._replicate_for_data_parallel()
+    replica._former_parameters = {}
+    for name, parameter in module.named_parameters():
+        copied = 2 * parameter
+        setattr(replica, name, copied)
+        replica._former_parameters[name] = copied
+    return replica
+
+
+def asking(grad_output, input, weight, bias):
+    return {"input": 2 * grad_output @ weight, "weight": 2 * grad_output.T @ input, "bias": 2 * grad_output.sum(0)}
+
+
+@pytest.mark.parametrize("rule", [doubled, asking], ids=["vjp", "by name"])
+def test_replica_for_data_parallel_has_the_override_and_its_own_weights(rule, x):
     module = nn.Linear(3, 3).double()
-    plain = gradient(module, x)
-
-    def rule(grad_output, input, weight, bias):
-        return {"input": 7 * grad_output @ weight, "weight": None, "bias": None}
-
+    plain = copy.deepcopy(module)
+    left = 1 if rule is doubled else 2  # parameters that the rule does not answer for keep autograd's own gradient
+    expected = [
+        factor * grad for factor, grad in zip((2, left, left), gradients_of(replica_of(plain), plain, x), strict=True)
+    ]
     with go.override(module, {module: rule}):
-        replica = module._replicate_for_data_parallel()
-        replica.weight = nn.Parameter(2 * module.weight.detach())
-        replica.bias = nn.Parameter(module.bias.detach())
-        closely(gradient(replica, x), 14 * plain)
+        found = gradients_of(replica_of(module), module, x)
+    for ours, theirs in zip(found, expected, strict=True):
+        closely(ours, theirs)
+
+
+def gradients_of(replica, module, x):
+    return torch.autograd.grad(replica(x).square().sum(), [x, *module.parameters()])
 
 
 def test_lambda_in_a_pickle_is_an_error(model):
