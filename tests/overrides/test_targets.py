@@ -252,7 +252,7 @@ def test_name_that_a_module_does_not_have_is_an_error_that_says_which_module(mod
 
 def test_script_module_is_refused():
     model = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
-    with pytest.warns(DeprecationWarning, match="script"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="script"):  # the latter since torch 2.15
         model[1] = torch.jit.script(model[1])
     with pytest.raises(
         go.UnsupportedError, match=r"override of '1'.*it is a ScriptModule\. Override the module before"
