@@ -9,25 +9,49 @@ from __future__ import annotations
 import html
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
+import torch
 from torch import nn
 
-from gradoverride._core.overridden import Layer, calls_under, check, has_forward, layers_of, put_on, take_off
-from gradoverride._core.targets import Match, class_of, matches
-from gradoverride.errors import GradOverrideWarning, TargetError
-from gradoverride.registries import Registry, as_registry, entries_of, registry
+from gradoverride._core import everywhere
+from gradoverride._core.class_patch import calls_on_class, check_class
+from gradoverride._core.function_mode import calls_of
+from gradoverride._core.functions import name_of_function
+from gradoverride._core.layers import FunctionLayer, Layer, next_order
+from gradoverride._core.overridden import (
+    base_of,
+    calls_under,
+    can_be_scoped,
+    check,
+    check_order,
+    check_rule,
+    functions_of,
+    has_forward,
+    layers_of,
+    take_off,
+)
+from gradoverride._core.paths import check_names, check_path, find
+from gradoverride._core.puts import Put, on_class, on_model, on_module, on_path, on_thread
+from gradoverride._core.signature import Forward, Rule
+from gradoverride._core.targets import Class, Entry, Function, ImportPath, Match, Target, class_of, matches
+from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
+from gradoverride.registries import Registry, as_registry, entries_of, read_target, registry
 
 __all__ = ["override", "remove_overrides", "explain", "Override"]
 
-Rules = Registry | Mapping[Any, Callable[..., Any]]
+Rules = Registry | Mapping[Any, Callable[..., Any]] | str
 
 
-def override(model: nn.Module, rules: Rules | None = None, /) -> Override:
-    """Give modules of `model` the backward that `rules` say: now, and until the override is removed.
+@overload
+def override(model: nn.Module, rules: Rules | None = None, /) -> Override: ...
+@overload
+def override(rules: Rules, /) -> Override: ...
+def override(model: Any, rules: Any = None, /) -> Override:
+    """Give modules of `model`, and functions that they call, the backward that `rules` say: until it is removed.
 
     >>> import torch, gradoverride as go
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
@@ -40,31 +64,158 @@ def override(model: nn.Module, rules: Rules | None = None, /) -> Override:
     >>> _ = model(x)
     >>> handle.remove()
 
-    `rules` is a `Registry`, or a mapping of targets to rules; without it, the default registry. A target is a module,
-    a class, a glob or a predicate; the most specific one wins (see `Registry`). A rule is one of `custom_backward`.
+    `rules` is a `Registry`, or a mapping of targets to rules, or the name of a published registry, such as
+    `"guided_backprop"`; without it, the default registry. A target is a module, a class, a glob, a predicate, a
+    function of torch, which stands for all its spellings, or an import path `"package.module:attribute"`; the most
+    specific one wins (see `Registry`). A rule is one of `custom_backward`.
+
+    Functions and paths are overridden in calls of `model` and of its modules. Without a model, classes, functions and
+    paths are overridden in the whole process (functions of torch: in this thread).
 
     It is decided when a forward runs: a backward after the removal has the rules of its forward. Overrides nest: the
     later one is outside, and its `vjp` is the gradient of the earlier one. Copies and pickles of a module take its
     rules along, and have them for good (`remove_overrides`).
 
-    Raises `TargetNotFoundError` for an entry that names no module, `TargetError` for what cannot be a target,
+    Raises `TargetNotFoundError` for an entry that names nothing, `TargetError` for what cannot be a target,
     `UnsupportedError` for a module that cannot be overridden, `RuleSignatureError` for a rule that asks for a name
     which the module does not have. Then nothing is changed.
     """
     if not isinstance(model, nn.Module):
-        raise TargetError(
-            f"override: 'model' must be a module; got {_kind(model)}. Give the model first, then the rules"
-        )
-    if rules is not None and not isinstance(rules, (Registry, Mapping)):
+        if rules is not None or not isinstance(model, (Registry, Mapping, str)):
+            raise TargetError(
+                f"override: 'model' must be a module; got {_kind(model)}. Give the model first, then the rules; or the "
+                "rules alone, for the whole process"
+            )
+        return _override_everywhere(_read(model))
+    return _override_in(model, registry if rules is None else _read(rules))
+
+
+def _read(rules: Any) -> Registry:
+    if isinstance(rules, str):
+        from gradoverride.published import published  # reads what is installed
+
+        return published(rules)
+    if not isinstance(rules, (Registry, Mapping)):
         raise TargetError(f"override: 'rules' must be a Registry or a mapping of targets to rules; got {_kind(rules)}")
-    chosen = registry if rules is None else as_registry(rules)
+    return as_registry(rules)
+
+
+def _override_in(model: nn.Module, rules: Registry) -> Override:
     owner = f"a '{class_of(model).__name__}'"
-    if not len(chosen):
-        raise TargetError(f"override of {owner}: 'rules' must have an entry; {chosen!r} has none")
-    found = _without_containers(matches(entries_of(chosen), model.named_modules(remove_duplicate=False), owner))
+    entries = _entries(rules, owner)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = _without_containers(matches(entries, modules.items(), owner))
     for match in found:
-        check(match.module, match.path, match.rule)
-    return Override(owner, found)
+        check(match.module, match.path)
+        check_rule(match.module, match.path, match.rule)
+    order = next_order()
+    layers = {id(match.module): Layer(match.rule, match.path, _named(match.target), order) for match in found}
+    puts: list[Callable[[], Put]] = [partial(on_module, match.module, layers[id(match.module)]) for match in found]
+    everything = list(dict.fromkeys(modules.values()))
+    of_functions: dict[int, list[FunctionLayer]] = {id(module): [] for module in everything}
+    called = _called(entries)
+    if called:
+        _check_calls(model, modules)
+    for target, rule in called:
+        name = str(target.name)
+        nth = max([_how_many(module, name, rule) for module in everything])
+        layer = FunctionLayer(name, rule, "", _named(target), order, nth)
+        where = [module for module in everything if can_be_scoped(module, frozenset({name}))]
+        for module in where:
+            of_functions[id(module)].append(layer)
+        puts.append(partial(on_model, model, where, layer))
+        if isinstance(target, ImportPath):
+            puts.append(partial(on_path, target.value, layer, scoped=True))
+    for module in everything:
+        own = layers.get(id(module))
+        if of_functions[id(module)] or (own is not None and everywhere.functions):
+            check_order(module, [] if own is None else [own], of_functions[id(module)])
+    return Override(owner, puts)
+
+
+def _override_everywhere(rules: Registry) -> Override:
+    owner = "the whole process"
+    order = next_order()
+    puts: list[Callable[[], Put]] = []
+    entries = _entries(rules, owner)
+    for entry in entries:
+        for target in entry.targets:
+            if isinstance(target, Class):
+                check_class(target, entry.rule)
+                puts.append(partial(on_class, target, Layer(entry.rule, EVERYWHERE, _named(target), order)))
+            elif not isinstance(target, (Function, ImportPath)):
+                raise TargetError(
+                    f"override of {owner}: a target must be a class, a function of torch or an import path; the "
+                    f"{target.kind} {target} names modules of a model. Give the model first"
+                )
+    for target, rule in _called(entries):
+        name = str(target.name)
+        nth = 1 + max([layer.key.nth for layer in everywhere.functions if _is_same(layer, name, rule)], default=0)
+        layer = FunctionLayer(name, rule, EVERYWHERE, _named(target), order, -nth)
+        if isinstance(target, ImportPath):
+            puts.append(partial(on_path, target.value, layer, scoped=False))
+        else:
+            puts.append(partial(on_thread, layer))
+    return Override(owner, puts)
+
+
+EVERYWHERE = "(everywhere)"
+
+
+def _entries(rules: Registry, owner: str) -> list[Entry]:
+    """The entries, with what the paths name instead of those whose modules are there; or an error."""
+    entries = entries_of(rules)
+    if not entries:
+        raise TargetError(f"override of {owner}: 'rules' must have an entry; {rules!r} has none")
+    return [Entry(tuple([_resolved(target, entry.rule) for target in entry.targets]), entry.rule) for entry in entries]
+
+
+def _resolved(target: Target, rule: Rule) -> Target:
+    """A class of modules or a function of torch for a path that names one, checked."""
+    if isinstance(target, ImportPath):
+        value = find(target.value)
+        if (isinstance(value, type) and issubclass(value, nn.Module)) or name_of_function(value) is not None:
+            target = read_target(value)
+        else:
+            check_path(target.value, value, rule)
+    if isinstance(target, Function):
+        check_names(Forward(target.value, name=target.name, method=False), rule)
+    return target
+
+
+def _called(entries: Sequence[Entry]) -> list[tuple[Function | ImportPath, Rule]]:
+    """The functions among the targets, each once: a later entry wins."""
+    found: dict[str, tuple[Function | ImportPath, Rule]] = {}
+    for entry in entries:
+        for target in entry.targets:
+            if isinstance(target, (Function, ImportPath)):
+                found[target.name] = target, entry.rule
+    return list(found.values())
+
+
+def _check_calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Raise if calls of functions in this model cannot be seen."""
+    if has_forward(model):
+        check(model, "")
+    for path, module in modules.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                f"override of '{path}', a '{class_of(module).__name__}': a module must run Python code for the "
+                "functions that it calls to be overridden; it is a ScriptModule. Override modules of the model that "
+                "have none within"
+            )
+
+
+def _how_many(module: nn.Module, name: str, rule: Rule) -> int:
+    return sum(_is_same(layer, name, rule) for layer in functions_of(module))
+
+
+def _is_same(layer: FunctionLayer, name: str, rule: Rule) -> bool:
+    return layer.key.name == name and layer.rule is rule
+
+
+def _named(target: Target) -> str:
+    return f"{target.kind} {target}"
 
 
 def _without_containers(found: list[Match]) -> list[Match]:
@@ -76,28 +227,46 @@ def _without_containers(found: list[Match]) -> list[Match]:
 def remove_overrides(model: nn.Module) -> None:
     """Take all rules off the modules of `model`, whoever put them there, those that a copy has brought along too."""
     for module in model.modules():
-        for layer in reversed(layers_of(module)):
+        for layer in layers_of(module)[::-1]:
             take_off(module, layer)
+        for function in functions_of(module)[::-1]:
+            take_off(module, function)
 
 
-def explain(model: nn.Module) -> Table:
-    """A table of the rules in force on the modules of `model` now: an outer one below an inner one."""
-    return Table([_row(path, module, layer) for path, module in model.named_modules() for layer in layers_of(module)])
+def explain(model: nn.Module | None = None) -> Table:
+    """A table of the rules in force on `model` now, an outer one below an inner one; or in the whole process."""
+    rows: list[Row] = []
+    seen: set[FunctionLayer] = set()
+    if model is not None:
+        for path, module in model.named_modules():
+            of_class = everywhere.layers_on(base_of(module)) if has_forward(module) else []
+            for layer in of_class:
+                rows.append(_row(path, class_of(module).__name__, layer, calls_on_class(layer)))
+            for own in layers_of(module):
+                rows.append(_row(path, class_of(module).__name__, own, calls_under(module, own)))
+            for function in functions_of(module):
+                if function not in seen:
+                    seen.add(function)
+                    rows.append(_row(path, class_of(module).__name__, function, calls_of(function)))
+    else:
+        for target, layer in everywhere.classes:
+            rows.append(_row(EVERYWHERE, target.value.__name__, layer, calls_on_class(layer)))
+    for function in everywhere.functions:
+        rows.append(_row(EVERYWHERE, "", function, calls_of(function)))
+    return Table(rows)
 
 
 class Override:
-    """Rules in force on a model: a context manager, a handle with `remove()`, and a table of what is overridden."""
+    """Rules in force: a context manager, a handle with `remove()`, and a table of what is overridden."""
 
-    def __init__(self, owner: str, found: Sequence[Match]) -> None:
+    def __init__(self, owner: str, puts: Sequence[Callable[[], Put]]) -> None:
         self._owner = owner
         self._lock = threading.Lock()
-        self._put: list[tuple[weakref.ref[nn.Module], Layer]] = []
+        self._puts: list[Put] = []
         self._rows: list[Row] = []
         try:
-            for match in found:
-                layer = Layer(match.rule, match.path, f"{match.target.kind} {match.target}")
-                put_on(match.module, layer)
-                self._put.append((weakref.ref(match.module), layer))
+            for put in puts:
+                self._puts.append(put())
         except BaseException:
             self._take_off()
             raise
@@ -105,8 +274,8 @@ class Override:
     @property
     def table(self) -> Table:
         """What is overridden, and how often it has been called; after the removal what it was then."""
-        rows = [_row(layer.path, module(), layer) for module, layer in self._put]
-        return Table(rows or self._rows)
+        rows = {put.layer: _row(put.layer.path, put.cls, put.layer, put.calls()) for put in self._puts}
+        return Table(list(rows.values()) or self._rows)
 
     def __str__(self) -> str:
         return str(self.table)
@@ -118,13 +287,21 @@ class Override:
 
     def remove(self) -> None:
         """Take the rules off again. Warns of a rule that never ran. A second time it does nothing."""
-        for path, layer in self._take_off():
+        self._remove(stacklevel=3)
+
+    def _remove(self, stacklevel: int) -> None:
+        for layer in self._take_off():
+            called = f"'{layer.path}' was" if isinstance(layer, Layer) and layer.path != EVERYWHERE else "it was"
+            hint = (
+                "Some modules read the weights of a part and do not call it: override the module around it"
+                if isinstance(layer, Layer)
+                else "Some functions are called by another name, or in compiled code of torch's own"
+            )
             warnings.warn(
                 f"override of {self._owner}: the rule {layer.rule.who} of the {layer.target} never ran while it was in "
-                f"force; '{path}' was not called. Some modules read the weights of a part and do not call it: override "
-                "the module around it",
+                f"force; {called} not called. {hint}",
                 GradOverrideWarning,
-                stacklevel=2,
+                stacklevel=stacklevel,
             )
 
     def __enter__(self) -> Override:
@@ -134,28 +311,27 @@ class Override:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self.remove()
+            self._remove(stacklevel=3)
         else:
             self._take_off()
 
-    def _take_off(self) -> list[tuple[str, Layer]]:
-        """Take the rules off, and give those that never ran, each with one of its modules."""
+    def _take_off(self) -> list[Layer | FunctionLayer]:
+        """Take the rules off, and give those that never ran, each with one of its places."""
         with self._lock:
-            if not self._put:
+            if not self._puts:
                 return []
             self._rows = list(self.table)
-            put, self._put = self._put, []
-        idle: dict[Any, tuple[str, Layer]] = {}
+            puts, self._puts = self._puts, []
+        idle: dict[Rule, Layer | FunctionLayer] = {}
         ran = set()
-        for reference, layer in reversed(put):
-            module = reference()
-            if module is None or calls_under(module, layer) != 0:
-                ran.add(layer.rule)
+        for put in reversed(puts):
+            if put.calls() == 0:
+                idle[put.layer.rule] = put.layer
             else:
-                idle[layer.rule] = layer.path, layer
-            if module is not None:
-                take_off(module, layer)
-        return [found for rule, found in idle.items() if rule not in ran]
+                ran.add(put.layer.rule)
+        for put in reversed(puts):
+            put.take_off()
+        return [layer for rule, layer in idle.items() if rule not in ran]
 
 
 class Row(NamedTuple):
@@ -192,12 +368,9 @@ def _cells(row: Row, tag: str) -> str:
     return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row) + "</tr>"
 
 
-def _row(path: str, module: nn.Module | None, layer: Layer) -> Row:
-    if module is None:
-        return Row(path, "(gone)", layer.target, layer.rule.who, "")
-    calls = calls_under(module, layer)
+def _row(path: str, cls: str, layer: Layer | FunctionLayer, calls: int | None) -> Row:
     said = "compiled" if calls is None else str(calls)
-    return Row(path or "(the model)", class_of(module).__name__, layer.target, layer.rule.who, said)
+    return Row(path or "(the model)", cls, layer.target, layer.rule.who, said)
 
 
 def _kind(value: Any) -> str:

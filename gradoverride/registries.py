@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from gradoverride._core.signature import Rule
-from gradoverride._core.targets import Class, Entry, Glob, Instance, Predicate, Target
+from gradoverride._core.functions import is_of_torch, name_of_function
+from gradoverride._core.scan import location
+from gradoverride._core.signature import Rule, name_of, takes
+from gradoverride._core.targets import Class, Entry, Function, Glob, ImportPath, Instance, Predicate, Target
 from gradoverride.errors import TargetError
 
 __all__ = ["Registry", "register", "registry"]
@@ -105,17 +107,33 @@ def read_target(value: Any) -> Target:
     if isinstance(value, nn.Module):
         return Instance(value)
     if isinstance(value, str):
-        return Glob(value)
+        return ImportPath(value) if ":" in value else Glob(value)
     if isinstance(value, type):
         if not issubclass(value, nn.Module):
             raise TargetError(f"a class as a target must be one of modules; got the class '{value.__name__}'")
         return Class(value)
     if callable(value):
-        return Predicate(value)
+        return _read_function(value)
     raise TargetError(
         "a target is a module, a class of modules, a glob over dotted names or a predicate (name, module) -> bool; "
         f"got a {type(value).__name__}"
     )
+
+
+def _read_function(value: Any) -> Target:
+    """A function of torch, or a predicate, which takes two."""
+    name = name_of_function(value)
+    if name is not None:
+        return Function(value, name)
+    own = is_of_torch(value) and not isinstance(value, functools.partial)
+    if own or not takes(value, 2):
+        kind = "one of torch that no override can see" if own else "a function of one's own"
+        raise TargetError(
+            f"a function as a target must be one of torch that works on tensors, such as F.relu, or a predicate "
+            f"(name, module) -> bool; '{name_of(value)}' ({location(value)}) is {kind}. Give the import path of "
+            f"another function: 'package.module:{name_of(value)}'"
+        )
+    return Predicate(value)
 
 
 def _read_rule(rule: Any) -> Rule:

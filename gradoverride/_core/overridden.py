@@ -10,10 +10,12 @@ What is in force is an immutable `Record` in the module's `__dict__`. It is repl
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,36 +24,32 @@ from torch.compiler import is_dynamo_compiling as compiling
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
+from gradoverride._core.chain import chain_of, forward_of, links
+from gradoverride._core.everywhere import bare_forward
+from gradoverride._core.functions import calls_that_are, is_of_torch
+from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.plan import Plan
-from gradoverride._core.signature import Forward, Rule, unknown_name
-from gradoverride._core.targets import BASE
-from gradoverride._core.wrapper import make_wrapper
+from gradoverride._core.signature import Rule, unknown_name
+from gradoverride._core.targets import BASE, RECORD, class_of
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
-__all__ = ["Layer", "calls_under", "check", "has_forward", "layers_of", "put_on", "take_off"]
+__all__ = [
+    "base_of",
+    "calls_under",
+    "can_be_scoped",
+    "check",
+    "check_order",
+    "check_rule",
+    "functions_of",
+    "has_forward",
+    "layers_of",
+    "put_on",
+    "records",
+    "take_off",
+]
 
-RECORD = "_gradoverride"
 _new_object: Any = copyreg.__newobj__  # type: ignore[attr-defined]  # how objects without a recipe are pickled
 _lock = threading.RLock()
-
-
-class Layer:
-    """One rule on a module, put there by one override."""
-
-    __slots__ = ("path", "rule", "since", "target")
-
-    def __init__(self, rule: Rule, path: str, target: str) -> None:
-        self.rule = rule
-        self.path = path
-        self.target = target
-        self.since = 0  # what the module's tally was
-
-    def __reduce__(self) -> Any:
-        return _layer_again, (self.rule.fn, self.path, self.target)
-
-
-def _layer_again(rule: Callable[..., Any], path: str, target: str) -> Layer:
-    return Layer(Rule(rule), path, target)
 
 
 class Tally:
@@ -64,61 +62,61 @@ class Tally:
         self.copied = copied
 
 
-class Chain:
-    """The forward of a class under rules, the last one outermost. Modules of a class under the same rules share it."""
-
-    __slots__ = ("forward", "innermost", "traced")
-
-    def __init__(self, base: Any, innermost: Any, rules: tuple[Rule, ...]) -> None:
-        self.innermost = innermost  # the forward of the base, which somebody may replace
-        self.forward = innermost
-        self.traced = False  # whether it was compiled: calls of compiled code are not counted
-
-        def on_trace() -> None:
-            self.traced = True
-            if base.forward is not innermost:
-                raise UnsupportedError(
-                    f"'{base.__name__}' must keep its 'forward' while one is overridden and compiled; it has been "
-                    "replaced since. Override the module after that"
-                )
-
-        for rule in rules:
-            plan = Plan(forward_of(base, self.forward), rule)
-            plan.on_trace, plan.marked = on_trace, True
-            self.forward = make_wrapper(plan, self.forward)
-
-
-_chain = functools.lru_cache(maxsize=1024)(Chain)
-
-
-def forward_of(base: Any, fn: Any = None) -> Forward:
-    """The forward of a class of modules, or what stands for it, as a rule sees it."""
-    return Forward(base.forward if fn is None else fn, name=base.__name__, method=True)
-
-
 class Record:
     """What is in force on a module. It pickles as its layers."""
 
-    __slots__ = ("base", "chain", "forward", "layers", "tally")
+    __slots__ = (
+        *("__weakref__", "base", "chain", "counted", "forward", "functions", "layers", "leaf", "plain"),
+        *("seen", "tally"),
+    )
 
-    def __init__(self, base: Any, layers: tuple[Layer, ...], tally: Tally) -> None:
+    def __init__(
+        self,
+        base: Any,
+        layers: tuple[Layer, ...],
+        functions: tuple[FunctionLayer, ...],
+        tally: Tally,
+        leaf: bool,
+        plain: bool,
+    ) -> None:
         self.base = base
         self.layers = layers
+        self.functions = functions
         self.tally = tally
-        self.chain = chain = _chain(base, base.forward, tuple([layer.rule for layer in layers]))
-        self.forward = chain.forward  # as in `chain`, for each step on the way costs a guard in compiled code
+        self.leaf = leaf
+        self.plain = plain
+        self.refresh()
+        records.add(self)
+
+    def refresh(self) -> None:
+        """Look again at what is in force everywhere, and at the forward of the class."""
+        base = self.base
+        self.seen = base.forward
+        found = links(base, self.layers, self.functions, leaf=self.leaf, plain=self.plain)
+        self.counted = found.counted
+        self.chain = chain_of(base, found)
+        self.forward = self.chain.forward  # as in `chain`, for each step on the way costs a guard in compiled code
+
+    def but(self, layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
+        """The same with these layers instead."""
+        return Record(self.base, layers, functions, self.tally, self.leaf, self.plain)
 
     def __deepcopy__(self, memo: Any) -> Record:
         self.tally.copied = True
-        layers = [Layer(layer.rule, layer.path, layer.target) for layer in self.layers]
-        return Record(self.base, tuple(layers), Tally(copied=True))
+        layers = tuple([layer.again() for layer in self.layers])
+        return Record(self.base, layers, copy.deepcopy(self.functions, memo), Tally(copied=True), self.leaf, self.plain)
 
     def __reduce__(self) -> Any:
-        return _record_again, (self.base, self.layers)
+        return _record_again, (self.base, self.layers, self.functions, self.leaf, self.plain)
 
 
-def _record_again(base: type[nn.Module], layers: tuple[Layer, ...]) -> Record:
-    return Record(base, layers, Tally())
+records: weakref.WeakSet[Record] = weakref.WeakSet()
+
+
+def _record_again(
+    base: type[nn.Module], layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...], leaf: bool, plain: bool
+) -> Record:
+    return Record(base, layers, functions, Tally(), leaf, plain)
 
 
 @functools.cache
@@ -131,8 +129,10 @@ def overridden(base: Any) -> Any:
             return base.forward(self, *args, **kwargs)
         if not compiling():
             record.tally.calls += 1
-            if base.forward is not record.chain.innermost:
-                record = Record(base, record.layers, record.tally)
+            for layer in record.counted:
+                layer.calls += 1
+            if base.forward is not record.seen:
+                record.refresh()
         return record.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
@@ -163,9 +163,15 @@ def layers_of(module: nn.Module) -> tuple[Layer, ...]:
     return () if record is None else record.layers
 
 
-def check(module: nn.Module, path: str, rule: Rule) -> None:
-    """Raise what is wrong with this rule for this module, before anything is changed."""
-    who = f"override of '{path}', a '{type(module).__name__}'" if path else f"override of a '{type(module).__name__}'"
+def functions_of(module: nn.Module) -> tuple[FunctionLayer, ...]:
+    """The rules in force for functions of torch that are called in a module."""
+    record = module.__dict__.get(RECORD)
+    return () if record is None else record.functions
+
+
+def check(module: nn.Module, path: str) -> None:
+    """Raise what is in the way of an override of this module, before anything is changed."""
+    who = _who(module, path)
     if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise UnsupportedError(
             f"{who}: a module must run Python code to be overridden; it is a ScriptModule. Override the module before "
@@ -181,18 +187,48 @@ def check(module: nn.Module, path: str, rule: Rule) -> None:
             f"{who}: a module must have the forward of its class to be overridden; somebody has put another one on "
             "the instance, which would pass the override by. Override the module before that is done"
         )
-    base = base_of(module)
     if not has_forward(module):
         raise UnsupportedError(f"{who}: a module must have a 'forward' to be overridden; it is a container only")
+
+
+def check_rule(module: nn.Module, path: str, rule: Rule) -> None:
+    """Raise what is wrong with this rule for this module, before anything is changed."""
+    base = base_of(module)
     try:
-        wanted = _names_asked(base, base.forward, rule)
+        wanted = _names_asked(base, bare_forward(base), rule)
         if wanted:
             offered = _names_of(module)
             for name in wanted:
                 if name not in offered:
                     raise unknown_name(rule, forward_of(base), name, offered)
     except RuleSignatureError as error:
-        raise RuleSignatureError(f"{who}: {error}") from None
+        raise RuleSignatureError(f"{_who(module, path)}: {error}") from None
+
+
+def check_order(module: nn.Module, layers: Sequence[Layer], functions: Sequence[FunctionLayer]) -> None:
+    """Raise if these cannot be put on it as they should be: outside of what is there."""
+    links(
+        base_of(module),
+        (*layers_of(module), *layers),
+        (*functions_of(module), *functions),
+        leaf=not module._modules,
+        plain=not module._parameters,
+    )
+
+
+def can_be_scoped(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether a module may call one of these functions, and can be told to have rules for them."""
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        return False
+    if "forward" in module.__dict__ or not has_forward(module):
+        return False
+    base = base_of(module)
+    return bool(module._modules) or not is_of_torch(base) or bool(names & calls_that_are(base))
+
+
+def _who(module: nn.Module, path: str) -> str:
+    kind = class_of(module).__name__
+    return f"override of '{path}', a '{kind}'" if path else f"override of a '{kind}'"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -205,7 +241,9 @@ def _names_asked(base: Any, innermost: Any, rule: Rule) -> tuple[str, ...]:
 
 def has_forward(module: nn.Module) -> bool:
     """Whether it can be called: `nn.ModuleList` cannot."""
-    return isinstance(module, torch.jit.ScriptModule) or base_of(module).forward is not nn.Module.forward
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+        return True
+    return base_of(module).forward is not nn.Module.forward
 
 
 def _names_of(module: nn.Module) -> list[str]:
@@ -233,17 +271,27 @@ def _is_parametrized_class(module: nn.Module) -> bool:
     return is_parametrized(module) and type(module).__name__.startswith("Parametrized")
 
 
-def put_on(module: nn.Module, layer: Layer) -> None:
-    """Put a rule on a module, outside of those that it has."""
+def put_on(module: nn.Module, layer: Layer | FunctionLayer) -> None:
+    """Put a rule on a module, outside of those that it has, or one for functions that it calls."""
     with _lock:
         record = module.__dict__.get(RECORD)
-        if record is None:
-            base = base_of(module)
-            module.__dict__[RECORD] = Record(base, (layer,), Tally())
-            _derive(module, base, overridden(base))
+        layers: tuple[Layer, ...] = ()
+        functions: tuple[FunctionLayer, ...] = ()
+        if record is not None:
+            layers, functions = record.layers, record.functions
+        if isinstance(layer, FunctionLayer):
+            functions = (*functions, layer)
         else:
-            layer.since = record.tally.calls
-            module.__dict__[RECORD] = Record(record.base, (*record.layers, layer), record.tally)
+            layers = (*layers, layer)
+        if record is not None:
+            if isinstance(layer, Layer):
+                layer.since = record.tally.calls
+            module.__dict__[RECORD] = record.but(layers, functions)
+        else:
+            base = base_of(module)
+            leaf, plain = not module._modules, not module._parameters
+            module.__dict__[RECORD] = Record(base, layers, functions, Tally(), leaf, plain)
+            _derive(module, base, overridden(base))
 
 
 def calls_under(module: nn.Module, layer: Layer) -> int | None:
@@ -254,15 +302,16 @@ def calls_under(module: nn.Module, layer: Layer) -> int | None:
     return record.tally.calls - layer.since or (None if record.chain.traced else 0)
 
 
-def take_off(module: nn.Module, layer: Layer) -> None:
+def take_off(module: nn.Module, layer: Layer | FunctionLayer) -> None:
     """Take a rule off a module. It may be gone already: `remove_overrides`."""
     with _lock:
         record = module.__dict__.get(RECORD)
-        if record is None or layer not in record.layers:
+        if record is None or (layer not in record.layers and layer not in record.functions):
             return
-        left = tuple(other for other in record.layers if other is not layer)
-        if left:
-            module.__dict__[RECORD] = Record(record.base, left, record.tally)
+        layers = tuple([other for other in record.layers if other is not layer])
+        functions = tuple([other for other in record.functions if other is not layer])
+        if layers or functions:
+            module.__dict__[RECORD] = record.but(layers, functions)
         else:
             del module.__dict__[RECORD]
             _derive(module, overridden(record.base), record.base, record.tally.copied)

@@ -8,8 +8,8 @@ fallbacks too.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from types import CodeType, FunctionType
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import CodeType, FrameType, FunctionType
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -27,11 +27,15 @@ __all__ = [
     "forward_mode_depth",
     "in_forward_ad",
     "in_functorch",
+    "is_compiled_graph",
+    "let_dynamo_show",
+    "dynamo_shows",
     "keep_own_frames_whole",
     "keeps_graph",
     "note_while_tracing",
     "pull",
     "saves_plainly",
+    "take_off_stack",
     "take_noted",
     "trace_gradients",
     "use_count",
@@ -39,6 +43,12 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def evaluated_while_tracing(fn: F) -> F:
+    """`torch.compiler.assume_constant_result`, which takes 0.8 s to set this mark, for it imports all of Dynamo."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the mark
+    return fn
 
 
 def fast_apply(function: type[Function]) -> Callable[..., Any]:
@@ -95,10 +105,66 @@ _run_backward = getattr(_engine, "run_backward", None)
 use_count: Callable[[torch.Tensor], int] = getattr(torch.Tensor, "_use_count", lambda tensor: 2)
 
 
-def evaluated_while_tracing(fn: F) -> F:
-    """`torch.compiler.assume_constant_result`, which takes 0.8 s to set this mark, for it imports all of Dynamo."""
-    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the mark
-    return fn
+def let_dynamo_show(functions: Iterable[Any]) -> None:
+    """Have Dynamo show these functions to modes, as torch does.
+
+    It knows which functions it is to show from a list of torch that lacks those in place, such as `torch.relu_`: a
+    mode that is traced would not see them.
+    """
+
+    def add(module: Any) -> None:
+        known: set[Any] = getattr(module, "get_overridable_functions", set)()
+        known.update(functions)
+        _shown.append(module)
+
+    if not _shown:
+        import wrapt  # takes 30 ms, and most programs override no functions
+
+        wrapt.register_post_import_hook(add, "torch._dynamo.variables.torch")
+
+
+_shown: list[Any] = []
+
+
+@evaluated_while_tracing
+def dynamo_shows(function: Any = torch.relu_) -> bool:
+    """Whether Dynamo, which traces now, shows a function in place to modes."""
+    return any(function in getattr(module, "get_overridable_functions", set)() for module in _shown)
+
+
+def is_compiled_graph(frame: FrameType | None) -> bool:
+    """Whether this frame runs a graph that Dynamo has traced, as its backend "eager" does, in Python.
+
+    The rules are in that graph already. Dynamo marks it with why it ended; what torch.fx makes of a model otherwise
+    looks the same.
+    """
+    while frame is not None:
+        if hasattr(frame.f_locals.get("self"), "compile_subgraph_reason"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+_modes = [
+    getattr(torch.overrides, name, None) for name in ("_get_current_function_mode_stack", "_pop_mode", "_push_mode")
+]
+
+
+def take_off_stack(mode: Any) -> bool:
+    """Leave a mode of functions that others may have been entered above. `with` can leave only the one on top.
+
+    Without this the mode stays where it is, and whoever asks must have made it do nothing.
+    """
+    stack, pop, push = _modes
+    if stack is None or pop is None or push is None:
+        return False
+    if any(other is mode for other in stack()):
+        above = []
+        while (top := pop()) is not mode:
+            above.append(top)
+        for other in reversed(above):
+            push(other)
+    return True
 
 
 _probe = torch.zeros((), requires_grad=True)

@@ -17,7 +17,7 @@ import torch
 
 from gradoverride._core import scan
 
-__all__ = ["SCALARS", "Reach"]
+__all__ = ["SCALARS", "Reach", "named", "of_modules"]
 
 SCALARS = frozenset({int, float, bool, complex, str, type(None), torch.dtype, torch.device})
 """Types of values that are no tensor and hold none."""
@@ -51,10 +51,10 @@ class Reach:
         for helper, code in scan.reachable(fn):
             if _depends_on_grad_mode(code) or (helper is not function and not _is_bare(helper)):
                 return None
-            named = [*_named(helper, code), *_of_modules(helper, code)]
-            if not all(_is_known_attribute(key, named) for key in _attribute_names(code) - (attributes or frozenset())):
+            found = [*named(helper, code), *of_modules(helper, code)]
+            if not all(_is_known_attribute(key, found) for key in _attribute_names(code) - (attributes or frozenset())):
                 return None
-            for where, key, value in named:
+            for where, key, value in found:
                 if value is not _NOTHING and type(value) not in SCALARS and not _is_free_of_tensors(value, own):
                     return None
                 names.append((where, key, value))
@@ -85,7 +85,7 @@ class Reach:
 _NOTHING = object()
 
 
-def _named(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, str, Any]]:
+def named(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, str, Any]]:
     """Where the free and global names of `function` are, and what they stand for now."""
     for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         yield cell, key, _content(cell)  # of one that is not assigned yet nobody knows what it will be
@@ -94,7 +94,7 @@ def _named(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, str, A
             yield function.__globals__, key, function.__globals__.get(key, _NOTHING)
 
 
-def _of_modules(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, str, Any]]:
+def of_modules(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, str, Any]]:
     """The same for what `code` takes from modules: `F.relu` is where `F` has its `relu`, and may be replaced there."""
     module: Any = None
     for step in dis.get_instructions(code):

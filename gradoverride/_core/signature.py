@@ -16,7 +16,7 @@ from typing import Any
 from gradoverride._core import scan
 from gradoverride.errors import RuleSignatureError
 
-__all__ = ["RESERVED", "Forward", "Rule", "name_of", "resolve", "unknown_name"]
+__all__ = ["RESERVED", "Forward", "Rule", "name_of", "resolve", "takes", "unknown_name"]
 
 RESERVED = ("input", "output", "vjp", "needs", "params", "module", "forward")
 
@@ -179,6 +179,15 @@ def _signature(fn: Any) -> inspect.Signature | None:
         return inspect.signature(fn)
     except (ValueError, TypeError):  # builtins such as torch.round have none
         return _scripted_signature(fn)
+
+
+def takes(fn: Any, count: int) -> bool:
+    """Whether `fn` may be called with so many positional arguments."""
+    try:
+        inspect.signature(fn).bind(*[None] * count)
+    except (TypeError, ValueError):  # builtins may have no signature
+        return False
+    return True
 
 
 def _scripted_signature(fn: Any) -> inspect.Signature | None:

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradoverride._core.targets import RECORD
+
 __all__ = ["Collector", "stand_in", "with_parameters", "write_back"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _RNN_WEIGHTS = "_flat_weights"  # nn.RNNBase keeps its weights in this list besides, and its forward reads it
+_NOT_OF_THE_FORWARD = (*_TABLES, _RNN_WEIGHTS, RECORD)  # another thread may take an override off meanwhile
 
 
 class _Given(nn.Module):
@@ -120,11 +123,11 @@ def write_back(clone: nn.Module, module: nn.Module) -> None:
         return
     own, theirs = clone.__dict__, module.__dict__
     for name, value in own.items():
-        if name in _TABLES or name == _RNN_WEIGHTS or theirs.get(name, _MISSING) is value:
+        if name in _NOT_OF_THE_FORWARD or theirs.get(name, _MISSING) is value:
             continue
         theirs[name] = value
-    for name in [name for name in theirs if name not in own]:
-        del theirs[name]
+    for name in [name for name in theirs if name not in own and name != RECORD]:
+        theirs.pop(name, None)
     for name, buffer in own["_buffers"].items():
         if theirs["_buffers"].get(name) is not buffer:
             theirs["_buffers"][name] = buffer.detach() if isinstance(buffer, torch.Tensor) else buffer

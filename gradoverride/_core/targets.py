@@ -1,7 +1,8 @@
 """What a target names among the modules of a model, and which of several wins.
 
 From the most specific to the least: the module itself, a glob over dotted names, a predicate, a class (the nearer in
-the MRO first, so the exact one before its bases). A later entry wins a tie. Pure: nothing is changed here.
+the MRO first, so the exact one before its bases), a function of torch. A later entry wins a tie. Pure: nothing is
+changed here.
 """
 
 from __future__ import annotations
@@ -15,8 +16,21 @@ from gradoverride._core.scan import location
 from gradoverride._core.signature import Rule, name_of
 from gradoverride.errors import TargetNotFoundError
 
-__all__ = ["Class", "Entry", "Glob", "Instance", "Match", "Predicate", "Target", "class_of", "matches"]
+__all__ = [
+    "Class",
+    "Entry",
+    "Function",
+    "Glob",
+    "ImportPath",
+    "Instance",
+    "Match",
+    "Predicate",
+    "Target",
+    "class_of",
+    "matches",
+]
 
+RECORD = "_gradoverride"  # the attribute of a module that says what is in force on it
 BASE = "_gradoverride_base"  # a class that stands in for another while it is overridden has it under this name
 
 
@@ -94,7 +108,11 @@ class Class(Target):
     kind, rank = "class", 3
 
     def distance(self, path: str, module: Any) -> int | None:
-        mro = [cls for cls in type(module).__mro__ if BASE not in cls.__dict__]
+        return self.distance_of(type(module))
+
+    def distance_of(self, cls: type) -> int | None:
+        """How far up in the MRO of `cls` this class is."""
+        mro = [base for base in cls.__mro__ if BASE not in base.__dict__]
         return mro.index(self.value) if self.value in mro else None
 
     def closest(self, modules: Mapping[str, Any]) -> str:
@@ -104,6 +122,38 @@ class Class(Target):
 
     def __str__(self) -> str:
         return f"'{self.value.__name__}'"
+
+
+class Function(Target):
+    """A function of torch in all its spellings."""
+
+    kind, rank = "function", 4
+
+    def __init__(self, value: Any, name: str) -> None:
+        super().__init__(value)
+        self.name = name
+
+    def distance(self, path: str, module: Any) -> int | None:
+        return None  # it is called in modules, and is none
+
+    def __str__(self) -> str:
+        return f"'{self.name}'"
+
+
+class ImportPath(Target):
+    """What a module has, or will have when it is imported: `"package.module:attribute"`."""
+
+    kind, rank = "path", 5
+
+    def __init__(self, value: str) -> None:
+        super().__init__(value)
+        self.name = value
+
+    def distance(self, path: str, module: Any) -> int | None:
+        return None
+
+    def __str__(self) -> str:
+        return f"'{self.value}'"
 
 
 class Entry(NamedTuple):
@@ -146,7 +196,7 @@ def matches(entries: Sequence[Entry], modules: Iterable[tuple[str, Any]], owner:
                     order = target.rank, distance, -index
                     ranked.setdefault(id(module), []).append((order, path, target, entry.rule))
     for index, entry in enumerate(entries):
-        if index not in used:
+        if index not in used and not any(isinstance(target, (Function, ImportPath)) for target in entry.targets):
             target = entry.targets[0]
             raise TargetNotFoundError(
                 f"override of {owner}: the {target.kind} {target}, a target of the rule {entry.rule.who}, must name a "

@@ -1,0 +1,122 @@
+"""The forward of a class of modules under the layers in force on a module: one rule in another."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from gradoverride._core import everywhere
+from gradoverride._core.function_mode import quieted, scoped
+from gradoverride._core.functions import ANY, calls_that_are
+from gradoverride._core.layers import FunctionLayer, FunctionRule, Layer
+from gradoverride._core.plan import Plan
+from gradoverride._core.signature import Forward, Rule
+from gradoverride._core.targets import RECORD
+from gradoverride._core.wrapper import make_wrapper
+from gradoverride.errors import RuleSignatureError, UnsupportedError
+
+__all__ = ["Chain", "Links", "chain_of", "forward_of", "links"]
+
+
+def forward_of(base: Any, fn: Any = None) -> Forward:
+    """The forward of a class of modules, or what stands for it, as a rule sees it."""
+    return Forward(everywhere.bare_forward(base) if fn is None else fn, name=base.__name__, method=True)
+
+
+class Links(NamedTuple):
+    """What a chain is made of."""
+
+    rules: tuple[Rule, ...]  # the last one outermost
+    scope: tuple[FunctionRule, ...]  # for what the forward calls
+    quiet: tuple[FunctionRule, ...]  # not for what it calls: it has another rule for that
+    counted: tuple[Layer | FunctionLayer, ...]  # whose rules are among `rules`, and that are not of this module alone
+
+
+def links(base: Any, layers: Sequence[Layer], functions: Sequence[FunctionLayer], *, leaf: bool, plain: bool) -> Links:
+    """What is in force on a module of the class `base` that has these layers of its own, and in which order.
+
+    A module that is nothing but a call of a function has one rule of each override: its own, not that of the function;
+    and where only a later override has one for the function, that is outside of the earlier ones, as a rule of the
+    module. `leaf`: it has no modules within; `plain`: nor parameters.
+    """
+    own = sorted((*layers, *everywhere.layers_on(base)), key=lambda layer: layer.order)
+    within = sorted((*functions, *everywhere.functions), key=lambda layer: layer.order)
+    called = calls_that_are(base) if leaf and own and within else frozenset[str]()
+    steps: list[tuple[int, Rule]] = [(layer.order, layer.rule) for layer in own]
+    quiet: list[FunctionRule] = []
+    counted: list[Layer | FunctionLayer] = [layer for layer in own if layer not in layers]
+    for layer in within:
+        if layer.key.name not in called and ANY not in called:
+            continue
+        if any(layer.order == other.order for other in own):
+            quiet.append(layer.key)
+        elif layer.order > own[0].order:
+            _check_outside(base, layer, own[0], plain)
+            steps.append((layer.order, layer.rule))
+            quiet.append(layer.key)
+            counted.append(layer)
+    steps.sort(key=lambda step: step[0])
+    scope = tuple([layer.key for layer in within if layer.key not in quiet]) if functions else ()
+    return Links(tuple([rule for _, rule in steps]), scope, tuple(quiet), tuple(counted))
+
+
+def _check_outside(base: Any, layer: FunctionLayer, earlier: Layer, plain: bool) -> None:
+    """Whether a rule for a function can be one for modules of `base`, which are nothing but a call of it."""
+    forward = forward_of(base)
+    fits = plain and forward.parameters is not None and len(forward.parameters) == 1
+    if fits:
+        try:
+            Plan(forward, layer.rule)
+        except RuleSignatureError:
+            fits = False
+    if not fits:
+        raise UnsupportedError(
+            f"override of function '{layer.key.name}': the rule {layer.rule.who} must be outside of the earlier rule "
+            f"{earlier.rule.who} of the '{base.__name__}' that calls it; it is one of the call inside. Give it the "
+            f"target '{base.__name__}'"
+        )
+
+
+class Chain:
+    """The forward of a class under rules. Modules of a class under the same rules share it."""
+
+    __slots__ = ("forward", "innermost", "traced")
+
+    def __init__(self, base: Any, innermost: Any, found: Links) -> None:
+        self.innermost = innermost  # the forward of the base, which somebody may replace
+        self.traced = False  # whether it was compiled: calls of compiled code are not counted
+        forward: Callable[..., Any] = innermost
+        if found.scope:
+            forward = scoped(forward, found.scope, _functions_on)
+
+        def on_trace() -> None:
+            self.traced = True
+            if everywhere.bare_forward(base) is not innermost:
+                raise UnsupportedError(
+                    f"'{base.__name__}' must keep its 'forward' while one is overridden and compiled; it has been "
+                    "replaced since. Override the module after that"
+                )
+
+        for rule in found.rules:
+            plan = Plan(forward_of(base, forward), rule)
+            plan.on_trace, plan.marked = on_trace, True
+            forward = make_wrapper(plan, forward)
+        if found.quiet and found.rules:
+            forward = quieted(forward, found.quiet)
+        self.forward = forward
+
+
+@functools.lru_cache(maxsize=1024)
+def _chain(base: Any, innermost: Any, rules: Any, scope: Any, quiet: Any) -> Chain:
+    return Chain(base, innermost, Links(rules, scope, quiet, ()))
+
+
+def chain_of(base: Any, found: Links) -> Chain:
+    """The forward of modules of the class `base` made of these."""
+    return _chain(base, everywhere.bare_forward(base), found.rules, found.scope, found.quiet)
+
+
+def _functions_on(module: Any) -> Sequence[FunctionLayer]:
+    functions: Sequence[FunctionLayer] = module.__dict__[RECORD].functions
+    return functions

@@ -1,0 +1,179 @@
+"""A class of modules while it is overridden in the whole process: its `forward`, and that of each class derived from
+it, is replaced on the class.
+
+The forward that is put there looks the class of the module up: a class that defines a forward and calls `super()` in
+it is called under its rule once. Classes that are derived later are found by `__init_subclass__`.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from torch.compiler import is_dynamo_compiling as compiling
+
+from gradoverride._core import everywhere
+from gradoverride._core.chain import Chain, chain_of, links
+from gradoverride._core.layers import Layer
+from gradoverride._core.overridden import records
+from gradoverride._core.targets import BASE, RECORD, Class, class_of
+from gradoverride.errors import UnsupportedError
+
+__all__ = ["calls_on_class", "check_class", "put_on_class", "refresh", "take_off_class"]
+
+_lock = threading.RLock()
+_patches: dict[type, _Patch] = {}
+_watched: dict[type, Any] = {}  # by class with our `__init_subclass__`, the one that it had itself
+
+
+class _Patch:
+    """Our forward on a class that defines one."""
+
+    def __init__(self, cls: Any) -> None:
+        self.cls = cls
+        self.original = original = cls.__dict__["forward"]
+        self.runs: dict[type, Callable[..., Any]] = {}
+        self.counted: dict[type, Sequence[Any]] = {}
+        self.chains: dict[type, Chain] = {}
+        runs, counted = self.runs, self.counted
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if RECORD in self.__dict__:  # it has the rules of its class among its own
+                return original(self, *args, **kwargs)
+            run = runs.get(type(self), original)
+            if not compiling():
+                for layer in counted.get(type(self), ()):
+                    layer.calls += 1
+            return run(self, *args, **kwargs)
+
+        self.forward = functools.update_wrapper(forward, original, updated=())
+        everywhere.originals[self.forward] = original
+        cls.forward = self.forward
+
+    def clear(self) -> None:
+        """Forget which rules are in force: it is the original then."""
+        for table in (self.runs, self.counted, self.chains):
+            table.clear()
+
+    def take_off(self) -> None:
+        """Put the original back; where somebody has replaced ours, ours does nothing from now on."""
+        self.clear()
+        if self.cls.__dict__.get("forward") is self.forward:
+            self.cls.forward = self.original
+            del everywhere.originals[self.forward]
+
+
+def check_class(target: Class, rule: Any) -> None:
+    """Raise what is in the way of an override of all modules of a class, before anything is changed."""
+    for module in _instances(target.value):
+        if "forward" in module.__dict__ and RECORD not in module.__dict__:
+            raise UnsupportedError(
+                f"override of the class '{target.value.__name__}': its modules must have the forward of their class; "
+                f"somebody has put another one on one of them, a '{class_of(module).__name__}', which would pass the "
+                "override by. Override the class before that is done"
+            )
+
+
+def _instances(cls: type) -> Iterator[nn.Module]:
+    for value in gc.get_objects():
+        if issubclass(type(value), cls):  # `isinstance` would ask proxies
+            yield value
+
+
+def put_on_class(target: Class, layer: Layer) -> None:
+    """Put a rule on all modules of a class, those that there are and those to come."""
+    with _lock:
+        everywhere.classes.append((target, layer))
+        try:
+            refresh()
+        except BaseException:
+            take_off_class(layer)
+            raise
+
+
+def take_off_class(layer: Layer) -> None:
+    """Take it off again."""
+    with _lock:
+        left = [pair for pair in everywhere.classes if pair[1] is not layer]
+        if len(left) != len(everywhere.classes):
+            everywhere.classes[:] = left
+            refresh()
+
+
+def calls_on_class(layer: Layer) -> int | None:
+    """How often modules were called under a layer on their class. None if that is not known: compiled code."""
+    traced = any(
+        chain.traced and layer in patch.counted[cls]
+        for patch in _patches.values()
+        for cls, chain in patch.chains.items()
+    )
+    return layer.calls or (None if traced else 0)
+
+
+def refresh() -> None:
+    """Have the forwards of all classes, and those of the modules that are overridden, be as `everywhere` says."""
+    with _lock:
+        targets = {target.value for target, _ in everywhere.classes}
+        wanted: dict[type, set[type]] = {}
+        for cls in {derived for target in targets for derived in _family(target)}:
+            wanted.setdefault(_definer(cls), set()).add(cls)
+        for cls in [cls for cls in _patches if cls not in wanted]:
+            _patches.pop(cls).take_off()
+        for owner, classes in wanted.items():
+            patch = _patches.get(owner)
+            if patch is None or owner.__dict__.get("forward") is not patch.forward:
+                patch = _patches[owner] = _Patch(owner)
+            patch.clear()
+            for cls in classes:
+                found = links(cls, (), (), leaf=True, plain=True)
+                chain = patch.chains[cls] = chain_of(cls, found)
+                patch.runs[cls], patch.counted[cls] = chain.forward, found.counted
+        for cls in [cls for cls in _watched if cls not in targets]:
+            _unwatch(cls)
+        for cls in targets - _watched.keys():
+            _watch(cls)
+        for record in list(records):
+            record.refresh()
+        everywhere.forget_compiled()
+
+
+def _family(cls: type) -> Iterator[type]:
+    """A class and those derived from it, but for those that are ours."""
+    if BASE not in cls.__dict__:
+        yield cls
+    subclasses: list[type] = type.__subclasses__(cls)
+    for derived in subclasses:
+        yield from _family(derived)
+
+
+def _definer(cls: type) -> type:
+    """The class whose forward modules of `cls` have."""
+    return next(base for base in cls.__mro__ if "forward" in base.__dict__ and BASE not in base.__dict__)
+
+
+def _watch(cls: Any) -> None:
+    """Be told of classes that are derived from this one."""
+    own = cls.__dict__.get("__init_subclass__")
+
+    def __init_subclass__(derived: Any, /, **kwargs: Any) -> None:
+        if own is not None:
+            own.__func__(derived, **kwargs)
+        else:
+            super(cls, derived).__init_subclass__(**kwargs)
+        if BASE not in derived.__dict__:
+            refresh()
+
+    _watched[cls] = own
+    cls.__init_subclass__ = classmethod(__init_subclass__)
+
+
+def _unwatch(cls: Any) -> None:
+    own = _watched.pop(cls)
+    if own is None:
+        del cls.__init_subclass__
+    else:
+        cls.__init_subclass__ = own

@@ -1,0 +1,42 @@
+"""What is in force in the whole process: layers on classes, and on functions. Only the state and how to ask it.
+
+`class_patch.py` and `thread_mode.py` put things here; the chains of modules that are overridden ask (`chain.py`).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from gradoverride._core.layers import FunctionLayer, Layer
+from gradoverride._core.targets import Class
+
+__all__ = ["bare_forward", "classes", "forget_compiled", "functions", "layers_on", "originals"]
+
+classes: list[tuple[Class, Layer]] = []
+functions: list[FunctionLayer] = []
+originals: dict[Any, Any] = {}  # by forward that was put on a class: the one that it replaced
+
+
+def bare_forward(cls: Any) -> Any:
+    """The forward of a class without ours."""
+    forward = cls.forward
+    return originals.get(forward, forward)
+
+
+def layers_on(cls: Any) -> list[Layer]:
+    """The layers in force on modules of this class: of each override the one whose target is nearest."""
+    best: dict[int, tuple[int, Layer]] = {}
+    for target, layer in classes:
+        distance = target.distance_of(cls)
+        if distance is not None and distance <= best.get(layer.order, (distance, layer))[0]:
+            best[layer.order] = distance, layer
+    return [best[order][1] for order in sorted(best)]
+
+
+def forget_compiled() -> None:
+    """Have all compiled code compiled anew: Dynamo does not see that the forward of a class was replaced."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

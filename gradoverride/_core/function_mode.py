@@ -1,0 +1,242 @@
+"""Rules for functions of torch: a mode that is entered around the calls of certain modules.
+
+torch shows a mode each function that is called under it, with the mode itself left meanwhile. What is in force is noted
+per thread: a module within another that has entered the mode does not enter it again, a call that is under its rule
+already is let through, and so is one inside of a module that is nothing but that call and has a rule of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling as compiling
+from torch.overrides import TorchFunctionMode
+
+from gradoverride._core import everywhere
+from gradoverride._core.functions import every_spelling, reaching, spellings, turned
+from gradoverride._core.layers import FunctionLayer, FunctionRule
+from gradoverride._core.plan import Plan
+from gradoverride._core.private import dynamo_shows, fail, is_compiled_graph, let_dynamo_show
+from gradoverride._core.signature import Forward
+from gradoverride._core.wrapper import make_wrapper
+from gradoverride.errors import RuleSignatureError, UnsupportedError
+
+__all__ = ["FunctionMode", "calls_of", "count", "here", "mode_of", "quieted", "scoped", "traced"]
+
+
+class _Here(threading.local):
+    """What is in force in this thread now."""
+
+    active: tuple[FunctionRule, ...] = ()  # entered by the modules around
+    quiet: tuple[FunctionRule, ...] = ()  # of these, not to be applied here
+    layers: tuple[FunctionLayer, ...] = ()  # whose calls are counted
+
+
+here = _Here()
+
+
+class FunctionMode(TorchFunctionMode):
+    """The rules `keys`, the last one outermost."""
+
+    def __init__(self, keys: tuple[FunctionRule, ...] = ()) -> None:
+        super().__init__()
+        self.set(keys)
+
+    def set(self, keys: tuple[FunctionRule, ...]) -> None:
+        """Have these rules from now on."""
+        names = frozenset(key.name for key in keys)
+        let_dynamo_show(every_spelling())
+        self.keys = keys
+        self.runs: dict[Any, Callable[..., Any]] = {}
+        for name in names:
+            of_name = tuple([key for key in keys if key.name == name])
+            for function in spellings(name):
+                self.runs[function] = _run(function, of_name)
+        self.bodies = reaching(names)  # what the code of these calls is to be seen too
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        run = self.runs.get(func)
+        if run is not None:
+            return run(*args, **kwargs)
+        body = self.bodies.get(func)
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
+        if compiling():
+            name = getattr(func, "__name__", "")
+            if getattr(Tensor, name, None) is func:  # Dynamo knows the methods of a tensor, not what is behind some
+                return getattr(args[0], name)(*args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+
+mode_of = functools.lru_cache(maxsize=256)(FunctionMode)
+
+
+def _run(function: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
+    """What is called for `function` under these rules."""
+    other_way = turned(function)
+    bare = other_way or function
+    outermost = bare
+    for key in keys:
+        outermost = _under(key, outermost)
+    several = len(keys) > 1
+    some = _step_by_step(bare, keys) if several else bare
+    internal = keys[0].name in _USED_BY_THE_ENGINE
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("out") is not None:  # which torch refuses where a gradient is wanted
+            return bare(*args, **kwargs)
+        before = here.quiet
+        now = [key for key in keys if key not in before]
+        if not now:
+            return bare(*args, **kwargs)
+        if not compiling():
+            if _is_not_of_the_model(sys._getframe(2), internal):
+                return bare(*args, **kwargs)
+            count(now)
+        if several and len(now) < len(keys):
+            return some(*args, **kwargs)
+        here.quiet = (*before, *keys)
+        try:
+            return outermost(*args, **kwargs)
+        finally:
+            here.quiet = before
+
+    if other_way is None:
+        return run
+    return lambda first, second, *rest, **kwargs: run(second, first, *rest, **kwargs)
+
+
+def _step_by_step(bare: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
+    """The same where some of the rules are quiet: each step looks whether it is."""
+
+    def innermost(*args: Any, **kwargs: Any) -> Any:
+        before = here.quiet
+        here.quiet = (*before, *keys)
+        try:
+            return bare(*args, **kwargs)
+        finally:
+            here.quiet = before
+
+    step = functools.update_wrapper(innermost, bare, updated=())
+    for key in keys:
+        step = functools.update_wrapper(_one_step(key, step), bare, updated=())
+    return step
+
+
+def _one_step(key: FunctionRule, beneath: Callable[..., Any]) -> Callable[..., Any]:
+    above = _under(key, beneath)
+    return lambda *args, **kwargs: (beneath if key in here.quiet else above)(*args, **kwargs)
+
+
+def _under(key: FunctionRule, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, a spelling of the function or what stands for it, under the rule of `key`."""
+    try:
+        plan = Plan(Forward(forward, name=key.name, method=False), key.rule)
+    except RuleSignatureError as error:  # this spelling does not offer what another does
+        text = str(error)
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise RuleSignatureError(text)
+
+        return refuse
+    plan.marked = True
+    plan.on_trace = functools.partial(_traced, key)
+    return make_wrapper(plan, forward)
+
+
+def _traced(key: FunctionRule) -> None:
+    if key.name in ("detach", "view_as"):
+        raise UnsupportedError(
+            f"override of function '{key.name}': the rule {key.rule.who} must run uncompiled, for gradoverride uses "
+            "this function itself in compiled code"
+        )
+    traced.add(key)
+
+
+traced: set[FunctionRule] = set()
+"""The rules that have been compiled into something: calls of compiled code are not counted."""
+
+
+_USED_BY_THE_ENGINE = frozenset({"clone", "copy", "detach", "view_as", "zeros_like", "ones_like", "as_subclass"})
+_PYTHON_OF_TORCH = ("torch.overrides", "torch.nn.functional", "torch.functional", "torch._tensor")
+_HOME = str(Path(__file__).parent.parent)
+
+
+def _is_not_of_the_model(caller: FrameType, internal: bool) -> bool:
+    """Whether the engine calls this for itself, or compiled code, which has the rules within."""
+    while caller.f_globals.get("__name__") in _PYTHON_OF_TORCH and caller.f_back is not None:
+        caller = caller.f_back
+    filename = caller.f_code.co_filename
+    if internal and filename.startswith((_HOME, "<gradoverride")):
+        return True
+    return filename.startswith("<eval_with_key>") and is_compiled_graph(caller)
+
+
+def calls_of(layer: FunctionLayer) -> int | None:
+    """How often the function was called under this layer. None if that is not known: compiled code does not count."""
+    return layer.calls or (None if layer.key in traced else 0)
+
+
+def count(keys: list[FunctionRule]) -> None:
+    """Count a call under these rules."""
+    for layer in (*here.layers, *everywhere.functions):
+        if layer.key in keys:
+            layer.calls += 1
+
+
+# --- around modules
+
+
+def scoped(forward: Callable[..., Any], keys: tuple[FunctionRule, ...], layers_of: Any) -> Callable[..., Any]:
+    """The forward of a module, with these rules in force for what is called in it."""
+    mode = mode_of(keys)
+
+    def scope(self: Any, *args: Any, **kwargs: Any) -> Any:
+        active, layers = here.active, here.layers
+        if all([key in active for key in keys]):
+            return forward(self, *args, **kwargs)
+        here.active = (*active, *keys)
+        if not compiling():
+            here.layers = tuple(dict.fromkeys((*layers, *layers_of(self))))
+        try:
+            if not mode.runs:
+                return forward(self, *args, **kwargs)
+            if compiling() and not dynamo_shows():
+                fail(UnsupportedError, _NOT_SHOWN)
+            with mode:
+                return forward(self, *args, **kwargs)
+        finally:
+            here.active = active
+            if not compiling():
+                here.layers = layers
+
+    return functools.update_wrapper(scope, forward, updated=())
+
+
+_NOT_SHOWN = (
+    "an override of functions of torch must see the calls of all of them; this release of torch.compile does not show "
+    "functions in place, such as torch.relu_, to a TorchFunctionMode. Leave the model uncompiled"
+)
+
+
+def quieted(forward: Callable[..., Any], keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
+    """The forward of a module that has a rule for what is one call of a function: that has no other rule then."""
+
+    def quiet(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = here.quiet
+        here.quiet = (*before, *keys)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            here.quiet = before
+
+    return functools.update_wrapper(quiet, forward, updated=())

@@ -1,0 +1,262 @@
+"""The functions of torch as targets: all spellings of one, and which function a module is a spelling of.
+
+`F.relu`, `torch.relu`, `x.relu()`, `torch.relu_`, `F.relu(x, inplace=True)` are one function, `relu`. torch hands each
+to a mode as an object of its own; here they are found by their names.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import get_ignored_functions, resolve_name
+
+from gradoverride._core import scan
+from gradoverride._core.reach import named, of_modules
+
+__all__ = [
+    "ANY",
+    "calls_that_are",
+    "every_spelling",
+    "is_of_torch",
+    "name_of_function",
+    "reaching",
+    "spellings",
+    "turned",
+]
+
+ANY = "*"
+"""Among the names of `calls_that_are`: its one call is of something that its code does not tell."""
+
+
+def is_of_torch(value: Any) -> bool:
+    """Whether this is a function of torch, overridable or not: no predicate."""
+    own = str(getattr(value, "__module__", "") or "").partition(".")[0] == "torch"
+    return own or resolve_name(value) is not None
+
+
+def name_of_function(value: Any) -> str | None:
+    """The one name of a function of torch in any spelling: `relu` of `torch.relu_`; None if a mode does not see it."""
+    try:
+        full = None if value in get_ignored_functions() else resolve_name(value)
+    except TypeError:  # not hashable
+        return None
+    if full is None or full.endswith(("__get__", "__set__", "__delete__")):
+        return None
+    if value in _separate():
+        return full
+    owner, _, name = full.rpartition(".")
+    name = _DUNDERS.get(name, name)
+    if not name.startswith("__"):
+        name = name.rstrip("_")
+    space = owner.removeprefix("torch").strip(".")
+    if space not in ("", "functional", "nn.functional", "Tensor"):
+        name = f"{space}.{name}"
+    return _ALIASES.get(name, name)
+
+
+def spellings(name: str) -> tuple[Any, ...]:
+    """All functions of this name, as torch hands them to a mode."""
+    return tuple(_known().get(name, ()))
+
+
+def every_spelling() -> Iterator[Any]:
+    """All functions that a mode is shown."""
+    for group in _known().values():
+        yield from group
+
+
+@functools.cache
+def _known() -> dict[str, dict[Any, None]]:
+    found: dict[str, dict[Any, None]] = {}
+    for space in (F, torch, Tensor, torch.special, torch.linalg, torch.fft):
+        for attribute in dir(space):
+            value = getattr(space, attribute)
+            if callable(value) and not isinstance(value, type):
+                name = name_of_function(value)
+                if name is not None and not name.rpartition(".")[2].startswith("_"):
+                    found.setdefault(name, {}).setdefault(value, None)
+    return found
+
+
+@functools.cache
+def _separate() -> frozenset[Any]:
+    """What bears the name of another function, and means something else or takes its tensors in another order."""
+    same_name = (torch.embedding, torch.embedding_bag, torch.batch_norm, torch.instance_norm)
+    return frozenset({*same_name, Tensor.unfold, Tensor.bernoulli_, Tensor.normal_})
+
+
+_ARITHMETIC = ("add", "sub", "mul", "matmul", "pow")
+_DUNDERS = {
+    **{f"__{prefix}{name}__": name for name in _ARITHMETIC for prefix in ("", "r", "i")},
+    **{f"__{prefix}{name}__": "div" for name in ("truediv", "div") for prefix in ("", "r", "i")},
+    **{f"__{prefix}floordiv__": "floor_divide" for prefix in ("", "r", "i")},
+    **{f"__{prefix}mod__": "remainder" for prefix in ("", "r", "i")},
+    **{"__neg__": "neg", "__abs__": "abs", "__pos__": "positive"},
+}
+# torch documents these as other names of the same functions.
+_ALIASES = {
+    **{"absolute": "abs", "arccos": "acos", "arccosh": "acosh", "arcsin": "asin", "arcsinh": "asinh"},
+    **{"arctan": "atan", "arctan2": "atan2", "arctanh": "atanh", "clip": "clamp", "concat": "cat"},
+    **{"concatenate": "cat", "divide": "div", "true_divide": "div", "fix": "trunc", "ger": "outer"},
+    **{"linalg.det": "det", "linalg.matmul": "matmul", "moveaxis": "movedim", "multiply": "mul", "negative": "neg"},
+    **{"row_stack": "vstack", "special.digamma": "digamma", "special.erf": "erf", "special.erfc": "erfc"},
+    **{"special.erfinv": "erfinv", "special.exp2": "exp2", "special.expit": "sigmoid", "special.expm1": "expm1"},
+    **{"special.gammaln": "lgamma", "special.i0": "i0", "special.log1p": "log1p", "special.log_softmax": "log_softmax"},
+    **{"special.logit": "logit", "special.logsumexp": "logsumexp", "special.psi": "digamma", "special.round": "round"},
+    **{"special.sinc": "sinc", "special.softmax": "softmax", "special.xlogy": "xlogy", "subtract": "sub"},
+    **{"swapaxes": "transpose", "swapdims": "transpose"},
+}
+
+
+def turned(fn: Any) -> Callable[..., Any] | None:
+    """For a spelling whose first two arguments stand the other way round: a function of them in the usual order."""
+    if fn is Tensor.where:
+
+        def where(condition: Any, input: Any, other: Any) -> Any:
+            return Tensor.where(input, condition, other)
+
+        return where
+    if fn in (Tensor.__rsub__, Tensor.__rtruediv__, Tensor.__rpow__, Tensor.__rmatmul__):
+
+        def swapped(input: Any, other: Any) -> Any:
+            return fn(other, input)
+
+        swapped.__name__ = swapped.__qualname__ = str(name_of_function(fn))
+        return swapped
+    return None
+
+
+# --- functions of torch that are Python code and call others
+
+
+@functools.lru_cache(maxsize=256)
+def reaching(names: frozenset[str]) -> dict[Any, Callable[..., Any]]:
+    """Functions of torch in Python from which one of these functions may be called, opened: `opened`."""
+    wanted = {spelling.__name__ for name in names for spelling in _known().get(name, {})}
+    wanted.update(operator for operator, name in _DUNDERS.items() if name in names)
+    return {
+        function: opened(function)
+        for function, mentioned in _mentioned().items()
+        if wanted & mentioned and name_of_function(function) not in names
+    }
+
+
+@functools.cache
+def _mentioned() -> dict[FunctionType, set[str]]:
+    """By function of torch in Python, the names and operators in its code and in that of its helpers."""
+    functions = [function for group in _known().values() for function in group if isinstance(function, FunctionType)]
+    own: dict[FunctionType, set[str]] = {}
+
+    def within(function: FunctionType, seen: set[FunctionType]) -> set[str]:
+        seen.add(function)
+        if function not in own:
+            own[function] = {*function.__code__.co_names, *_operators_in(function.__code__)}
+        found = set(own[function])
+        for name in function.__code__.co_names:
+            helper = function.__globals__.get(name)
+            if isinstance(helper, FunctionType) and helper not in seen and helper.__module__ == function.__module__:
+                found |= within(helper, seen)
+        return found
+
+    return {function: within(function, set()) for function in functions}
+
+
+_OPERATORS = {
+    "+": "add",
+    "-": "sub",
+    "*": "mul",
+    "/": "truediv",
+    "**": "pow",
+    "@": "matmul",
+    "//": "floordiv",
+    "%": "mod",
+}
+
+
+def _operators_in(code: CodeType) -> set[str]:
+    signs = {step.argrepr.rstrip("=") for step in dis.get_instructions(code) if step.opname == "BINARY_OP"}
+    return {f"__{name}__" for sign, name in _OPERATORS.items() if sign in signs}
+
+
+@functools.cache
+def opened(function: FunctionType) -> Callable[..., Any]:
+    """`function` of torch without its question at the top whether somebody overrides it: its body runs.
+
+    A mode that has seen it may so enter itself again, to see what its body calls.
+    """
+    # Without `__name__` Dynamo takes the names from here, and not from the module.
+    known = {key: value for key, value in function.__globals__.items() if key != "__name__"}
+    known.update({key: _nobody for key in known if key.startswith("has_torch_function")})
+    body = FunctionType(function.__code__, known, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
+def _nobody(*_: Any) -> bool:
+    return False
+
+
+# --- modules that are nothing but a call of such a function
+
+
+@functools.cache
+def calls_that_are(cls: type) -> frozenset[str]:
+    """The functions of torch that a module of this class is another spelling of: `linear` for `nn.Linear`.
+
+    A class of torch is one of what its forward calls itself, another class if its forward is one call and no more.
+    """
+    forward = scan.python_function(getattr(cls, "forward", None))
+    if forward is None:
+        return frozenset()
+    if is_of_torch(cls):
+        found = frozenset(_functions_in(cls, forward, set()))
+        return found if found or not _is_one_call(forward) else frozenset(_methods_in(forward))
+    while True:
+        if not _is_one_call(forward):
+            return frozenset()
+        own = [method for name in forward.__code__.co_names if (method := _method(cls, name)) is not None]
+        if not own:
+            return frozenset({*_functions_in(cls, forward, set()), *_methods_in(forward)}) or frozenset({ANY})
+        if own[0] is forward:
+            return frozenset()
+        forward = own[0]
+
+
+def _is_one_call(function: FunctionType) -> bool:
+    steps = list(dis.get_instructions(function.__code__))
+    return sum(step.opname in _CALLS for step in steps) == 1 and not any(s.opname.startswith(_WORK) for s in steps)
+
+
+_CALLS = ("CALL", "CALL_KW", "CALL_METHOD", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX")
+_WORK = ("BINARY_", "UNARY_", "COMPARE_", "FOR_", "STORE_", "POP_JUMP", "INPLACE_")
+
+
+def _method(cls: type, name: str) -> FunctionType | None:
+    method = getattr(cls, name, None)
+    return method if isinstance(method, FunctionType) and not hasattr(nn.Module, name) else None
+
+
+def _functions_in(cls: type, function: FunctionType, seen: set[FunctionType]) -> Iterator[str]:
+    seen.add(function)
+    for _, _, value in (*named(function, function.__code__), *of_modules(function, function.__code__)):
+        name = name_of_function(value) if callable(value) and not isinstance(value, type) else None
+        if name is not None and not name.startswith("_"):
+            yield name
+    for name in function.__code__.co_names:
+        method = _method(cls, name)
+        if method is not None and method not in seen:
+            yield from _functions_in(cls, method, seen)
+
+
+def _methods_in(function: FunctionType) -> Iterator[str]:
+    for name in function.__code__.co_names:
+        found = name_of_function(getattr(Tensor, name, None))
+        if found is not None:
+            yield found

@@ -1,0 +1,91 @@
+"""One rule, put somewhere by one override: on a module, on a function of torch within a model, on a class.
+
+Layers are ordered by `order`, the number of their override: a later one is outside of an earlier one.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from gradoverride._core.signature import Rule
+
+__all__ = ["FunctionLayer", "FunctionRule", "Layer", "next_order"]
+
+_orders = itertools.count()
+
+
+def next_order() -> int:
+    """The number of a new override."""
+    return next(_orders)
+
+
+class Layer:
+    """One rule on a module or a class of modules."""
+
+    __slots__ = ("calls", "order", "path", "rule", "since", "target")
+
+    def __init__(self, rule: Rule, path: str, target: str, order: int) -> None:
+        self.rule = rule
+        self.path = path
+        self.target = target
+        self.order = order
+        self.since = 0  # on a module: what its tally was
+        self.calls = 0  # on a class
+
+    def again(self) -> Layer:
+        """The same for a copy of the module, with a count of its own."""
+        return Layer(self.rule, self.path, self.target, self.order)
+
+    def __reduce__(self) -> Any:
+        return _layer_again, (self.rule.fn, self.path, self.target)
+
+
+def _layer_again(rule: Callable[..., Any], path: str, target: str) -> Layer:
+    return Layer(Rule(rule), path, target, next_order())
+
+
+class FunctionRule:
+    """A rule for a function of a name. The same for each time that an override is entered: so is the compiled code."""
+
+    __slots__ = ("name", "nth", "rule")
+
+    def __init__(self, name: str, rule: Rule, nth: int) -> None:
+        self.name = name
+        self.rule = rule
+        self.nth = nth  # which of several that are the same and in force together
+
+
+_same = functools.lru_cache(maxsize=1024)(FunctionRule)
+
+
+class FunctionLayer:
+    """One rule for a function in all its spellings, as far as it is called in certain modules."""
+
+    __slots__ = ("calls", "key", "order", "path", "target")
+
+    def __init__(self, name: str, rule: Rule, path: str, target: str, order: int, nth: int = 0) -> None:
+        self.key = _same(name, rule, nth)
+        self.path = path
+        self.target = target
+        self.order = order
+        self.calls = 0
+
+    @property
+    def rule(self) -> Rule:
+        return self.key.rule
+
+    def __deepcopy__(self, memo: Any) -> FunctionLayer:
+        """One for all modules of the copy."""
+        copied = FunctionLayer(self.key.name, self.rule, self.path, self.target, self.order, self.key.nth)
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self) -> Any:
+        return _function_layer_again, (self.key.name, self.rule.fn, self.path, self.target, self.key.nth)
+
+
+def _function_layer_again(name: str, rule: Callable[..., Any], path: str, target: str, nth: int) -> FunctionLayer:
+    return FunctionLayer(name, Rule(rule), path, target, next_order(), nth)

@@ -1,0 +1,326 @@
+"""What an import path names, `"package.module:attribute"`, and how a function there is replaced: now, or when its
+module is imported.
+
+A plain function stands in its place (Dynamo would see through a proxy of wrapt), in the module, and in each module that
+has imported it by name. When the rules are gone it is taken out again; where somebody has kept it, it calls the
+original.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import gc
+import importlib.util
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from types import CellType, FrameType, ModuleType
+from typing import Any
+
+from torch.compiler import is_dynamo_compiling as compiling
+
+from gradoverride._core import everywhere, scan
+from gradoverride._core.function_mode import count, here, traced
+from gradoverride._core.layers import FunctionLayer
+from gradoverride._core.overridden import records
+from gradoverride._core.plan import Plan
+from gradoverride._core.residuals import save_for_backward
+from gradoverride._core.signature import Forward, Rule, resolve
+from gradoverride._core.wrapper import make_wrapper
+from gradoverride.errors import GradOverrideWarning, TargetError, TargetNotFoundError
+
+__all__ = ["PENDING", "check_names", "check_path", "find", "put_on_path", "take_off_path", "when_imported"]
+
+PENDING = object()
+"""What a path names whose module has not been imported yet."""
+
+_lock = threading.RLock()
+
+
+# --- what a path names
+
+
+def find(path: str) -> Any:
+    """What the path names: a class, a function; `PENDING` while its module has not been imported."""
+    module_name, attribute = _parts(path)
+    module = sys.modules.get(module_name)
+    if module is None:
+        _check_module(module_name, path)
+        return PENDING
+    try:
+        return _resolve(module, attribute)[2]
+    except AttributeError:
+        owner: Any = module
+        for part in attribute.split(".")[:-1]:
+            owner = getattr(owner, part, None)
+        names = [name for name in dir(owner) if not name.startswith("__")]
+        close = difflib.get_close_matches(attribute.rpartition(".")[2], names, n=3, cutoff=0.5)
+        hint = f"The closest names are {_listed(close)}" if close else f"None of its {len(names)} names is like it"
+        raise TargetNotFoundError(
+            f"override of path '{path}': the module '{module_name}' must have '{attribute}'; it has not. {hint}"
+        ) from None
+
+
+def _parts(path: str) -> tuple[str, str]:
+    module_name, _, attribute = path.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
+        raise TargetError(
+            "an import path as a target reads 'package.module:attribute', or 'package.module:Class.attribute'; got "
+            f"'{path}'"
+        )
+    return module_name, attribute
+
+
+def _resolve(module: ModuleType, attribute: str) -> tuple[Any, str, Any]:
+    """The object that has it, its name there, and the value as it stands there: a staticmethod is one."""
+    import wrapt  # takes 30 ms, and most programs give no paths
+
+    try:
+        found: tuple[Any, str, Any] = wrapt.resolve_path(module, attribute)
+        return found
+    except Exception as error:  # wrapt has had several classes for this
+        raise AttributeError(attribute) from error
+
+
+def _check_module(name: str, path: str) -> None:
+    """Raise if there is no module of this name, as far as that can be known without importing its packages."""
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        prefix = ".".join(parts[:end])
+        if prefix in sys.modules:
+            continue
+        try:
+            spec = importlib.util.find_spec(prefix)
+        except (ImportError, ValueError):  # a module that somebody made by hand has no spec
+            return
+        if spec is None:
+            raise TargetNotFoundError(
+                f"override of path '{path}': a module '{prefix}' must be there, to be imported later; there is none"
+            )
+        return
+
+
+def check_path(path: str, value: Any, rule: Rule) -> None:
+    """Raise what is in the way of an override of the function `value`, before anything is changed."""
+    if value is PENDING:
+        return
+    inner = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    if isinstance(inner, type) or not callable(inner):
+        kind = f"the class '{inner.__name__}'" if isinstance(inner, type) else f"a {type(inner).__name__}"
+        raise TargetError(
+            f"override of path '{path}': it must name a function, a method or a class of modules; it names {kind}"
+        )
+    attribute = path.partition(":")[2]
+    check_names(_forward(value, attribute, in_class="." in attribute), rule)
+
+
+def _in_models(layer: FunctionLayer, above: Callable[..., Any], beneath: Callable[..., Any]) -> Callable[..., Any]:
+    key = layer.key
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        if key not in here.active:
+            return beneath(*args, **kwargs)
+        if not compiling():
+            count([key])
+        return above(*args, **kwargs)
+
+    return step
+
+
+def _anywhere(layer: FunctionLayer, above: Callable[..., Any], _: Callable[..., Any]) -> Callable[..., Any]:
+    def called() -> None:
+        layer.calls += 1
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        if not compiling():
+            called()
+        return above(*args, **kwargs)
+
+    return step
+
+
+def check_names(forward: Forward, rule: Rule) -> None:
+    """Raise if the rule asks for what a forward does not offer."""
+    resolve(rule, forward, may_defer=forward.is_method or scan.calls(forward.fn, save_for_backward))
+
+
+def when_imported(path: str, then: Callable[[Any], None]) -> None:
+    """Call `then` with what the path names, when its module is imported."""
+    module_name, attribute = _parts(path)
+
+    def imported(module: ModuleType) -> None:
+        try:
+            value = _resolve(module, attribute)[2]
+        except AttributeError:
+            warnings.warn(
+                f"override of path '{path}': the module '{module_name}' has been imported and has no '{attribute}'; "
+                "nothing is overridden",
+                GradOverrideWarning,
+                stacklevel=2,
+            )
+            return
+        then(value)
+
+    import wrapt  # as above
+
+    wrapt.register_post_import_hook(imported, module_name)
+
+
+# --- a function that is replaced
+
+
+class _Replacement:
+    """Our function where another stands, and the rules in force on it."""
+
+    def __init__(self, path: str) -> None:
+        module_name, self.attribute = _parts(path)
+        self.path = path
+        self.layers: tuple[tuple[FunctionLayer, bool], ...] = ()
+        parent, name, self.original = _resolve(sys.modules[module_name], self.attribute)
+        self.kind = type(self.original) if isinstance(self.original, (staticmethod, classmethod)) else None
+        self.function = self.original.__func__ if self.kind is not None else self.original
+        self.in_class = isinstance(parent, type)
+        self.places: list[tuple[Any, str, bool]] = [(parent, name, name in vars(parent))]
+        self.places += [place for place in _named_so(self.original) if place[:2] != (parent, name)]
+        self._warn_of_others()
+
+        run = self.function
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            return run(*args, **kwargs)
+
+        def run_from_now_on(under_rules: Callable[..., Any]) -> None:
+            nonlocal run  # Dynamo may see no object of ours here
+            run = under_rules
+
+        self.run_from_now_on = run_from_now_on
+
+        functools.update_wrapper(stand_in, self.function, updated=())
+        self.stand_in: Any = stand_in if self.kind is None else self.kind(stand_in)
+        for place, attribute, _ in self.places:
+            setattr(place, attribute, self.stand_in)
+
+    def set(self, layers: tuple[tuple[FunctionLayer, bool], ...]) -> None:
+        """Have these rules, the last one outermost; each with whether it is for certain models only."""
+        self.layers = layers
+        run = self.function
+        for layer, scoped in layers:
+            run = self._step(layer, scoped, run)
+        self.run_from_now_on(run)
+        self._tell()
+
+    def _tell(self) -> None:
+        """What was made of the function before is made anew."""
+        if self.in_class:
+            for record in list(records):
+                record.refresh()
+        everywhere.forget_compiled()
+
+    def _step(self, layer: FunctionLayer, scoped: bool, beneath: Callable[..., Any]) -> Callable[..., Any]:
+        plan = Plan(_forward(self.original, self.attribute, in_class=self.in_class, fn=beneath), layer.rule)
+        plan.marked = True
+        plan.on_trace = functools.partial(traced.add, layer.key)
+        step = (_in_models if scoped else _anywhere)(layer, make_wrapper(plan, beneath), beneath)
+        return functools.update_wrapper(step, beneath, updated=())
+
+    def take_out(self) -> None:
+        """Put the original back wherever ours stands."""
+        self.set(())
+        for place, attribute, own in [*self.places, *_named_so(self.stand_in)]:
+            if vars(place).get(attribute) is not self.stand_in:
+                continue  # somebody has put another one there
+            if own:
+                setattr(place, attribute, self.original)
+            else:
+                delattr(place, attribute)
+        self._tell()
+
+    def _warn_of_others(self) -> None:
+        """What holds the function otherwise than by a name of a module goes on calling it."""
+        others = sorted(set(_holders(self.original, [place for place, _, _ in self.places])))
+        if others:
+            warnings.warn(
+                f"override of path '{self.path}': it is also held by {', '.join(others)}; what is called through that "
+                "is not overridden. Override before it is handed out, or what calls it",
+                GradOverrideWarning,
+                stacklevel=5,
+            )
+
+
+def _forward(original: Any, attribute: str, *, in_class: bool, fn: Any = None) -> Forward:
+    """A function as its rule sees it. In a class it is a method, if it is not static."""
+    inner = original.__func__ if isinstance(original, (staticmethod, classmethod)) else original
+    return Forward(fn or inner, name=attribute, method=in_class and not isinstance(original, staticmethod))
+
+
+def _named_so(value: Any) -> Iterator[tuple[Any, str, bool]]:
+    """The modules that have `value` under some name."""
+    modules: list[tuple[str, Any]] = list(sys.modules.items())
+    for name, module in modules:
+        if isinstance(module, ModuleType) and name.partition(".")[0] != "gradoverride":
+            for attribute, found in list(vars(module).items()):
+                if found is value:
+                    yield module, attribute, True
+
+
+def _holders(value: Any, known: list[Any]) -> Iterator[str]:
+    """What else holds a function, in words."""
+    modules = [id(vars(place)) for place in known if isinstance(place, ModuleType)]
+    classes = [vars(cls).keys() for place in known if isinstance(place, type) for cls in place.__mro__]
+    for holder in gc.get_referrers(value):
+        if id(holder) in modules or isinstance(holder, FrameType) or _is_ours(holder):
+            continue
+        if isinstance(holder, CellType):
+            # One of a function that runs now is held by no closure; it may be our own.
+            if any(isinstance(closure, tuple) for closure in gc.get_referrers(holder)):
+                yield "a closure"
+        elif isinstance(holder, dict):
+            # A class has its names in a dict that is not to be had; whoever wraps it holds it in a closure as well.
+            if holder.keys() not in classes and holder.get("__wrapped__") is not value:
+                yield "a dict"
+        elif isinstance(holder, (list, tuple, set)):
+            yield f"a {type(holder).__name__}"
+        else:
+            yield f"an object of class '{type(holder).__name__}'"
+
+
+def _is_ours(holder: Any) -> bool:
+    """Whether this is an object of this library, its `__dict__`, or the names of a function that it has generated."""
+    owners = [holder]
+    if isinstance(holder, dict):
+        if "_go_fn" in holder:
+            return True
+        owners = [owner for owner in gc.get_referrers(holder) if getattr(owner, "__dict__", None) is holder]
+    return any(type(owner).__module__.startswith("gradoverride.") for owner in owners)
+
+
+_replacements: list[_Replacement] = []
+
+
+def put_on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> None:
+    """Put a rule on the function that a path names: if `scoped`, where its key is active alone."""
+    with _lock:
+        standing = find(path)
+        found = [replacement for replacement in _replacements if replacement.stand_in is standing]
+        if not found:
+            found = [_Replacement(path)]
+            _replacements.extend(found)
+        found[0].set((*found[0].layers, (layer, scoped)))
+
+
+def take_off_path(layer: FunctionLayer) -> None:
+    """Take it off again."""
+    with _lock:
+        for replacement in list(_replacements):
+            left = tuple([pair for pair in replacement.layers if pair[0] is not layer])
+            if not left:
+                _replacements.remove(replacement)
+                replacement.take_out()
+            elif left != replacement.layers:
+                replacement.set(left)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)

@@ -1,0 +1,104 @@
+"""What an override has put somewhere, to be told of and taken off again; one function for each kind of place."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from gradoverride._core import overridden
+from gradoverride._core.class_patch import calls_on_class, put_on_class, take_off_class
+from gradoverride._core.function_mode import calls_of
+from gradoverride._core.layers import FunctionLayer, Layer
+from gradoverride._core.paths import PENDING, find, put_on_path, take_off_path, when_imported
+from gradoverride._core.targets import Class, class_of
+from gradoverride._core.thread_mode import put_on_thread, take_off_thread
+
+__all__ = ["Put", "on_class", "on_model", "on_module", "on_path", "on_thread"]
+
+
+class Put(NamedTuple):
+    """One layer, put somewhere."""
+
+    layer: Layer | FunctionLayer
+    cls: str  # what it is on
+    calls: Callable[[], int | None]  # under it; None if that is not known
+    take_off: Callable[[], None]
+
+
+def on_module(module: nn.Module, layer: Layer) -> Put:
+    """A rule for one module."""
+    reference = weakref.ref(module)
+
+    def calls() -> int | None:
+        alive = reference()
+        return None if alive is None else overridden.calls_under(alive, layer)
+
+    overridden.put_on(module, layer)
+    return Put(layer, class_of(module).__name__, calls, _off([module], layer))
+
+
+def on_model(model: nn.Module, modules: Sequence[nn.Module], layer: FunctionLayer) -> Put:
+    """A rule for a function, as far as these modules of a model call it."""
+    take_off = _off(modules, layer)
+    try:
+        for module in modules:
+            overridden.put_on(module, layer)
+    except BaseException:
+        take_off()
+        raise
+    return Put(layer, class_of(model).__name__, lambda: calls_of(layer), take_off)
+
+
+def _off(modules: Sequence[nn.Module], layer: Layer | FunctionLayer) -> Callable[[], None]:
+    references = [weakref.ref(module) for module in modules]
+
+    def take_off() -> None:
+        for reference in references:
+            module = reference()
+            if module is not None:
+                overridden.take_off(module, layer)
+
+    return take_off
+
+
+def on_class(target: Class, layer: Layer) -> Put:
+    """A rule for all modules of a class."""
+    put_on_class(target, layer)
+    return Put(layer, target.value.__name__, lambda: calls_on_class(layer), lambda: take_off_class(layer))
+
+
+def on_thread(layer: FunctionLayer) -> Put:
+    """A rule for a function of torch in this thread."""
+    put_on_thread(layer)
+    return Put(layer, "", lambda: calls_of(layer), lambda: take_off_thread(layer))
+
+
+def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Put:
+    """A rule for what a path names, now or when it is imported; if `scoped`, in modules that have the layer too."""
+    puts: list[Put] = []
+    state = {"on": True}
+
+    def put(value: Any) -> None:
+        if not state["on"]:
+            return
+        if isinstance(value, type) and issubclass(value, nn.Module):
+            of_class = Layer(layer.rule, layer.path, layer.target, layer.order)
+            puts.append(on_class(Class(value), of_class))
+        else:
+            put_on_path(path, layer, scoped=scoped)
+
+    def take_off() -> None:
+        state["on"] = False
+        take_off_path(layer)
+        for of_class in puts:
+            of_class.take_off()
+
+    value = find(path)
+    if value is PENDING:
+        when_imported(path, put)
+    else:
+        put(value)
+    return Put(layer, "", lambda: puts[0].calls() if puts else calls_of(layer), take_off)

@@ -1,0 +1,570 @@
+"""Functions of torch as targets: every spelling, in a model and its parts. Contract, section 5."""
+
+import copy
+import io
+import math
+import operator
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import closely, exactly, noise
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+import gradoverride as go
+from overrides.models import GuidedByHand, doubled, gradient, guided, mlp, negated, tripled
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",  # Dynamo's own doing, for any Function
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    torch._dynamo.reset()
+
+
+class Calls(nn.Module):
+    """A model that calls one function, within a part of its own."""
+
+    def __init__(self, function, *parts):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x * 1)
+
+
+@pytest.fixture
+def x():
+    return noise(5, 3)
+
+
+RELUS = {
+    "F.relu": lambda model, x: F.relu(x),
+    "F.relu in place": lambda model, x: F.relu(x, inplace=True),
+    "F.relu_": lambda model, x: F.relu_(x),
+    "torch.relu": lambda model, x: torch.relu(x),
+    "torch.relu_": lambda model, x: torch.relu_(x),
+    "x.relu()": lambda model, x: x.relu(),
+    "x.relu_()": lambda model, x: x.relu_(),
+    "Tensor.relu": lambda model, x: torch.Tensor.relu(x),
+    "written into the argument": lambda model, x: [x.relu_(), x][1],
+    "nn.ReLU": lambda model, x: model.parts[0](x),
+    "nn.ReLU in place": lambda model, x: model.parts[1](x),
+}
+TARGETS = [F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_]
+
+
+def relus(spelling):
+    return Calls(RELUS[spelling], nn.ReLU(), nn.ReLU(inplace=True))
+
+
+@pytest.mark.parametrize("spelling", RELUS)
+class TestEverySpelling:
+    @pytest.mark.parametrize("target", TARGETS, ids=lambda target: getattr(target, "__qualname__", target.__name__))
+    def test_has_the_rule_whichever_is_the_target(self, spelling, target, x):
+        model = relus(spelling)
+        with go.override(model, {target: guided}) as plan:
+            closely(gradient(model, x), gradient(GuidedByHand(), x))
+            assert [(row.path, row.target, row.calls) for row in plan.table] == [
+                ("(the model)", "function 'relu'", "1")
+            ]
+
+    def test_has_a_rule_of_the_gradient_alone(self, spelling, x):
+        model = relus(spelling)
+        with go.override(model, {F.relu: negated}):
+            closely(gradient(model, x), -torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3))
+
+    def test_has_one_rule_beside_that_of_the_class(self, spelling, x):
+        model = relus(spelling)
+        plain = gradient(model, x)
+        with go.override(model, {nn.ReLU: doubled, torch.relu: doubled}):
+            closely(gradient(model, x), 2 * plain)
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    @pytest.mark.parametrize("rules", [{F.relu: guided}, {nn.ReLU: guided, F.relu: guided}], ids=["F.relu", "both"])
+    def test_has_the_rule_in_one_compiled_graph(self, spelling, x, backend, rules):
+        model = relus(spelling)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        plain = gradient(model, x)
+        closely(gradient(compiled, x), plain)
+        with go.override(model, rules):
+            closely(gradient(compiled, x), gradient(GuidedByHand(), x))
+        closely(gradient(compiled, x), plain)
+
+    def test_is_the_plain_one_afterwards(self, spelling, x):
+        model = relus(spelling)
+        plain = gradient(model, x)
+        with go.override(model, {F.relu: doubled}):
+            gradient(model, x)
+        exactly(gradient(model, x), plain)
+
+
+OPERATORS = {
+    torch.add: [lambda x, y: x + y, operator.iadd, torch.Tensor.add, torch.Tensor.add_],
+    torch.sub: [lambda x, y: x - y, operator.isub, torch.subtract, torch.Tensor.sub_],
+    torch.mul: [lambda x, y: x * y, operator.imul, torch.multiply, torch.Tensor.mul_],
+    torch.div: [lambda x, y: x / y, operator.itruediv, torch.true_divide, torch.Tensor.div_],
+    torch.pow: [lambda x, y: x**y, torch.Tensor.pow],
+    torch.matmul: [lambda x, y: x @ y, torch.Tensor.matmul],
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "operation"), [(target, one) for target, operations in OPERATORS.items() for one in operations]
+)
+def test_operators_are_spellings(target, operation):
+    def to_both(grad_output, vjp):
+        first, second = vjp(grad_output)
+        return 2 * first, 3 * second
+
+    class Pair(nn.Module):
+        def forward(self, x, y):
+            return operation(x.clone(), y)
+
+    x, y = noise(3, 3).abs().requires_grad_(), (noise(3, 3).abs() + 1).requires_grad_()
+    model, weights = Pair(), noise(3, 3)
+    first, second = torch.autograd.grad((model(x, y) * weights).sum(), [x, y])
+    with go.override(model, {target: to_both}):
+        found = torch.autograd.grad((model(x, y) * weights).sum(), [x, y])
+    closely(found[0], 2 * first)
+    closely(found[1], 3 * second)
+
+
+@pytest.mark.parametrize(
+    ("target", "operation"),
+    [
+        (torch.add, lambda x: 2 + x),
+        (torch.sub, lambda x: 2 - x),
+        (torch.mul, lambda x: 2 * x),
+        (torch.div, lambda x: 2 / x),
+        (torch.pow, lambda x: 2**x),
+        (torch.neg, lambda x: -x),
+        (torch.abs, abs),
+        (torch.sigmoid, torch.special.expit),
+        (torch.clamp, lambda x: x.clip(min=0.1)),
+        (torch.where, lambda x: x.where(x > 0, 0)),
+        (torch.where, lambda x: torch.where(x > 0, x, 0)),
+    ],
+)
+def test_numbers_and_other_names_too(target, operation, x):
+    model = Calls(lambda _, x: operation(x))
+    with go.override(model, {target: lambda grad_output: grad_output}):
+        closely(gradient(model, x), torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3))
+
+
+def test_the_arguments_of_where_stand_in_one_order():
+    class Chosen(nn.Module):
+        def forward(self, x, y):
+            return x.where(x > 0, y), torch.where(x > 0, x, y)
+
+    def swapped(grad_output, vjp):
+        condition, first, second = vjp(grad_output)
+        assert condition is None
+        return None, 2 * first, 3 * second
+
+    x, y, model = noise(4).requires_grad_(), noise(4).requires_grad_(), Chosen()
+    for which in (0, 1):
+        with go.override(model, {torch.where: swapped}):
+            found = torch.autograd.grad(model(x, y)[which].sum(), [x, y])
+        closely(found[0], 2 * (x > 0).double())
+        closely(found[1], 3 * (x <= 0).double())
+
+
+class TestWhatIsNotASpelling:
+    def test_unfold_of_a_tensor_is_not_that_of_images(self):
+        model = Calls(lambda _, x: x.unfold(0, 2, 1).sum((1, 2)))
+        x = noise(5, 3)
+        plain = gradient(model, x)
+        with pytest.warns(go.GradOverrideWarning, match="never ran"), go.override(model, {F.unfold: negated}):
+            exactly(gradient(model, x), plain)
+
+
+class TestWhatTorchCallsItself:
+    """Functions of torch in Python call others: these are seen as well."""
+
+    @pytest.fixture
+    def attention(self):
+        torch.manual_seed(0)
+        return nn.MultiheadAttention(4, 2, batch_first=True).double()
+
+    def by_hand(self, attention, x, scale):
+        """Self-attention with the gradients of its two projections scaled."""
+
+        def scaled(y):
+            return Scaled.apply(y, scale)
+
+        class Scaled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, y, scale):
+                ctx.scale = scale
+                return y.clone()
+
+            @staticmethod
+            def backward(ctx, grad_output):
+                return grad_output * ctx.scale, None
+
+        projected = scaled(x @ attention.in_proj_weight.T + attention.in_proj_bias)
+        q, k, v = (part.view(2, 3, 2, 2).transpose(1, 2) for part in projected.split(4, -1))
+        weights = torch.softmax(q @ k.transpose(-1, -2) / 2**0.5, -1)
+        mixed = (weights @ v).transpose(1, 2).reshape(2, 3, 4)
+        return scaled(mixed @ attention.out_proj.weight.T + attention.out_proj.bias)
+
+    @pytest.mark.parametrize("need_weights", [True, False])
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_the_projections_of_attention_have_the_rule_of_linear(self, attention, need_weights, compiled):
+        def tenfold(grad_output, vjp):
+            return tuple(None if grad is None else 10 * grad for grad in vjp(grad_output))
+
+        x = noise(2, 3, 4)
+        model = Calls(lambda model, x: model.parts[0](x, x, x, need_weights=need_weights)[0], attention)
+        expected = gradient(lambda x: self.by_hand(attention, x, 10), x)
+        call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        with go.override(model, {F.linear: tenfold}) as plan:
+            closely(gradient(call, x), expected)
+            assert plan.table[0].calls == ("compiled" if compiled else "2")
+
+    def test_the_fast_path_of_an_encoder_layer_is_not_taken_where_it_would_pass_the_rule_by(self):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).double().eval()
+
+        def cut(x):
+            first = layer.norm1(x + layer.self_attn(x, x, x)[0])
+            return layer.norm2(first + layer.linear2(layer.linear1(first).relu().detach()))
+
+        x = noise(2, 3, 4)
+        with go.override(layer, {F.relu: lambda grad_output: torch.zeros_like(grad_output)}) as plan:
+            closely(gradient(layer, x), gradient(cut, x))
+            assert plan.table[0].calls == "1"
+
+
+class TestOrder:
+    """Overrides nest: the later one is outside, whichever has the function and whichever the module."""
+
+    @staticmethod
+    def told(name, told, factor):
+        def rule(grad_output, vjp):
+            told.append(name)
+            return factor * vjp(grad_output)
+
+        return rule
+
+    def in_order(self, model, x, first, second):
+        told = []
+        rules = [{target: self.told(name, told, 2)} for name, target in (("first", first), ("second", second))]
+        plain = gradient(model, x)
+        with go.override(model, rules[0]), go.override(model, rules[1]):
+            closely(gradient(model, x), 4 * plain)
+        assert told == ["second", "first"]
+
+    @pytest.mark.parametrize("second", [F.relu, nn.ReLU, torch.relu_])
+    @pytest.mark.parametrize("first", [F.relu, nn.ReLU, torch.relu_])
+    @pytest.mark.parametrize("spelling", ["nn.ReLU", "nn.ReLU in place"])
+    def test_the_later_one_is_outside(self, x, spelling, first, second):
+        self.in_order(relus(spelling), x, first, second)
+
+    @pytest.mark.parametrize("spelling", ["F.relu", "x.relu_()"])
+    def test_of_two_functions_too(self, x, spelling):
+        self.in_order(relus(spelling), x, F.relu, torch.relu)
+
+    def test_three_deep_on_a_part_and_the_whole(self, x):
+        inner = relus("F.relu")
+        model, told = nn.Sequential(inner), []
+        with (
+            go.override(inner, {F.relu: self.told("part", told, 2)}),
+            go.override(model, {F.relu: self.told("whole", told, 3)}),
+            go.override(inner, {F.relu: self.told("part again", told, 5)}),
+        ):
+            gradient(model, x)
+        assert told == ["part again", "whole", "part"]
+
+    def test_removal_out_of_order(self, x):
+        model = relus("F.relu")
+        plain = gradient(model, x)
+        first = go.override(model, {F.relu: doubled})
+        second = go.override(model, {F.relu: tripled})
+        closely(gradient(model, x), 6 * plain)
+        first.remove()
+        closely(gradient(model, x), 3 * plain)
+        second.remove()
+        exactly(gradient(model, x), plain)
+
+    def test_a_rule_that_cannot_be_outside_is_refused_and_nothing_is_changed(self, x):
+        model = nn.Sequential(nn.Linear(3, 3)).double()
+        with go.override(model, {nn.Linear: doubled}):
+            gradient(model, x)
+            before = copy.copy(model[0].__dict__)
+            with pytest.raises(go.UnsupportedError, match=r"(?s)'linear'.*must be outside.*target 'Linear'"):
+                go.override(model, {F.linear: tripled})
+            assert model[0].__dict__ == before
+
+    def test_the_same_override_has_the_module_of_its_own_rule(self, x):
+        model = nn.Sequential(nn.Linear(3, 3)).double()
+        plain = gradient(model, x)
+        with (
+            pytest.warns(go.GradOverrideWarning, match=r"'negated' .* of the function 'linear' never ran"),
+            go.override(model, {nn.Linear: doubled, F.linear: negated}),
+        ):
+            closely(gradient(model, x), 2 * plain)
+
+    def test_a_call_inside_of_an_overridden_container_is_one_of_its_own(self, x):
+        class Block(nn.Module):
+            def forward(self, x):
+                hidden = F.relu(x)
+                return hidden + hidden
+
+        model = nn.Sequential(Block())
+        plain = gradient(model, x)
+        with go.override(model, {Block: doubled, F.relu: tripled}):
+            closely(gradient(model, x), 6 * plain)
+
+    def test_of_several_entries_for_a_function_the_later_wins(self, x):
+        model = relus("F.relu")
+        plain = gradient(model, x)
+        with go.override(model, {F.relu: doubled, torch.relu: tripled}):
+            closely(gradient(model, x), 3 * plain)
+
+
+class TestScope:
+    def test_other_models_are_as_ever(self, x):
+        model, other = relus("F.relu"), relus("F.relu")
+        plain = gradient(other, x)
+        with go.override(model, {F.relu: doubled}):
+            gradient(model, x)
+            exactly(gradient(other, x), plain)
+            exactly(gradient(F.relu, x), plain)
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_a_part_called_by_itself_has_the_rule(self, x, compiled):
+        model = nn.Sequential(nn.Sequential(relus("F.relu")), nn.ReLU())
+        plain = gradient(model[0], x)
+        with go.override(model, {F.relu: doubled}):
+            part = torch.compile(model[0], backend="aot_eager", fullgraph=True) if compiled else model[0]
+            closely(gradient(part, x), 2 * plain)
+            closely(gradient(model[1], x), 2 * plain)
+
+    def test_a_compiled_part_of_a_model_that_is_not_has_the_rule(self, x):
+        model = nn.Sequential(relus("F.relu"), relus("torch.relu"))
+        plain = gradient(model, x)
+        model[0].compile(backend="aot_eager", fullgraph=True)
+        with go.override(model, {F.relu: doubled}):
+            closely(gradient(model, x), 4 * plain)
+            closely(gradient(model[0], x), 2 * plain)
+
+    def test_a_checkpoint_is_replayed_within(self, x):
+        inner = relus("F.relu")
+        model = Calls(lambda model, x: checkpoint(model.parts[0], x, use_reentrant=False), inner)
+        plain = gradient(model, x)
+        with go.override(model, {F.relu: doubled}):
+            closely(gradient(model, x), 2 * plain)
+
+    def test_a_checkpoint_replayed_after_it_is_an_error(self, x):
+        inner = relus("F.relu")
+        model = Calls(lambda model, x: checkpoint(model.parts[0], x, use_reentrant=False), inner)
+        x = x.requires_grad_()
+        with go.override(model, {F.relu: guided}):
+            y = model(x)
+        with pytest.raises(torch.utils.checkpoint.CheckpointError):
+            y.sum().backward()
+
+    def test_backward_after_it_has_the_rule_of_the_forward(self, x):
+        model, x = relus("F.relu"), x.requires_grad_()
+        with go.override(model, {F.relu: lambda grad_output: 7 * grad_output}):
+            y = model(x)
+        exactly(torch.autograd.grad(y.sum(), x)[0], torch.full_like(x, 7.0))
+
+    def test_modes_of_others_are_seen(self, x):
+        seen = []
+
+        class Listening(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                seen.append(getattr(func, "__name__", ""))
+                return func(*args, **(kwargs or {}))
+
+        model = relus("torch.relu")
+        plain = gradient(model, x)
+        with go.override(model, {F.relu: doubled}), Listening():
+            closely(gradient(model, x), 2 * plain)
+        assert "relu" in seen
+
+    def test_threads_do_not_meet(self, x):
+        model, plain = relus("F.relu"), gradient(relus("F.relu"), x)
+        failures = []
+
+        def work():
+            for _ in range(20):
+                if not torch.allclose(gradient(model, x), 2 * plain):
+                    failures.append("overridden")
+                if not torch.allclose(gradient(F.relu, x), plain):
+                    failures.append("plain")
+
+        with go.override(model, {F.relu: doubled}):
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert not failures
+
+    def test_an_exception_in_the_forward_leaves_nothing_behind(self, x):
+        def fail(model, x):
+            F.relu(x)
+            raise ZeroDivisionError
+
+        model = Calls(fail)
+        with pytest.raises(ZeroDivisionError), go.override(model, {F.relu: doubled}):
+            model(x)
+        exactly(gradient(F.relu, x), gradient(relus("F.relu"), x))
+        assert torch.overrides._get_current_function_mode_stack() == []
+
+    def test_functional_transforms(self, x):
+        model = relus("F.relu")
+        with go.override(model, {F.relu: tripled}):
+            found = torch.func.grad(lambda x: model(x).sum())(x)
+            closely(found, 3 * (x > 0).double())
+            each = torch.func.vmap(torch.func.grad(lambda row: model(row).sum()))(x)
+            closely(each, 3 * (x > 0).double())
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model: torch.load(saved(model), weights_only=False),
+}
+
+
+class TestCopies:
+    @pytest.mark.parametrize("kind", COPIES)
+    def test_a_copy_has_the_rules_for_good(self, kind, x):
+        model = nn.Sequential(nn.Linear(3, 3), Relu()).double()
+        plain = gradient(model, x)
+        with go.override(model, {F.relu: doubled}):
+            copied = COPIES[kind](model)
+        closely(gradient(copied, x), 2 * plain)
+        exactly(gradient(model, x), plain)
+        assert [row.target for row in go.explain(copied)] == ["function 'relu'"]
+        go.remove_overrides(copied)
+        exactly(gradient(copied, x), plain)
+        assert [type(module) for module in copied.modules()] == [type(module) for module in model.modules()]
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return file
+
+
+class Relu(nn.Module):
+    def forward(self, x):
+        return F.relu(x)
+
+
+class TestErrors:
+    def test_of_an_unknown_function(self):
+        with pytest.raises(go.TargetError, match=r"'sin' \(built in\) is a function of one's own.*'package.module:s"):
+            go.override(mlp(), {math.sin: guided})
+
+    def test_of_a_function_that_no_override_sees(self):
+        with pytest.raises(go.TargetError, match=r"'manual_seed' .* is one of torch that no override can see"):
+            go.override(mlp(), {torch.manual_seed: guided})
+
+    def test_of_a_function_of_ones_own(self):
+        def own(x):
+            return x
+
+        with pytest.raises(go.TargetError, match=r"'own' \(.*test_functions.py:\d+\) is a function of one's own"):
+            go.override(mlp(), {own: guided})
+
+    def test_of_a_rule_whose_names_do_not_fit(self):
+        def asks(grad_output, weigth):
+            return grad_output
+
+        with pytest.raises(
+            go.RuleSignatureError, match=r"asks for 'weigth', which does not exist. 'relu' .* offers 'in"
+        ):
+            go.override(mlp(), {F.relu: asks})
+
+    def test_of_a_spelling_that_lacks_a_name_at_the_call(self, x):
+        def asks(grad_output, inplace):
+            return grad_output
+
+        model = relus("torch.relu")
+        with (
+            pytest.raises(go.RuleSignatureError, match=r"asks for 'inplace'.*has no signature"),
+            go.override(model, {F.relu: asks}),
+        ):
+            model(x.requires_grad_())
+
+    def test_of_a_scripted_part(self):
+        model = nn.Sequential(torch.jit.script(nn.ReLU()), nn.ReLU())
+        with pytest.raises(go.UnsupportedError, match=r"override of '0', a 'RecursiveScriptModule'.*ScriptModule"):
+            go.override(model, {F.relu: guided})
+        assert type(model[1]) is nn.ReLU
+
+    def test_a_rule_that_never_ran_is_told(self, x):
+        model = mlp()
+        with (
+            pytest.warns(go.GradOverrideWarning, match=r"rule 'guided' .* of the function 'tanh' never ran"),
+            go.override(model, {torch.tanh: guided}),
+        ):
+            gradient(model, x)
+
+
+def test_out_is_left_to_torch(x):
+    model = Calls(lambda model, x: torch.sigmoid(x, out=torch.empty_like(x)))
+    handle = go.override(model, {torch.sigmoid: negated})
+    assert torch.equal(model(x.detach()), torch.sigmoid(x))
+    with pytest.raises(RuntimeError, match="out="):
+        model(x.requires_grad_())
+    with pytest.warns(go.GradOverrideWarning, match="never ran"):
+        handle.remove()
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.relu = Relu()
+
+    def forward(self, x):
+        return x + self.relu(self.linear(x))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("rules", [{F.relu: guided}, {F.relu: doubled, nn.Linear: doubled}], ids=["one", "two"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_twelve_equal_blocks_compile_once(x, backend, rules, whole):
+    counter = CompileCounterWithBackend(backend)
+    blocks = [Block().double() for _ in range(12)]
+    model = (nn.Sequential if whole else nn.ModuleList)(*(blocks if whole else [blocks]))
+
+    def through(x):
+        for block in blocks:
+            x = block(x)
+        return x
+
+    call = model if whole else through
+    with go.override(model, rules):
+        expected = gradient(call, x)
+    for block in blocks:
+        block.compile(backend=counter, fullgraph=True)
+    for _ in range(2):
+        with go.override(model, rules):
+            closely(gradient(call, x), expected)
+    assert counter.frame_count == 1
+
+
+def test_a_function_that_the_library_uses_itself_has_the_rule_only_where_it_is_called(x):
+    model = nn.Sequential(nn.ReLU(inplace=True), Calls(lambda model, x: x.detach() + x.clone()), nn.ReLU()).double()
+    with go.override(model, {torch.Tensor.detach: lambda grad_output: grad_output, nn.ReLU: doubled}) as plan:
+        closely(gradient(lambda x: model(x * 1), x), 8 * gradient(F.relu, x))
+        assert [row.calls for row in plan.table if "detach" in row.target] == ["1"]

@@ -1,0 +1,411 @@
+"""Import paths as targets: what is there, what is made later, what is imported later. Contract, section 5."""
+
+import functools
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import closely, exactly, noise
+from torch import nn
+
+import gradoverride as go
+from overrides.models import doubled, gradient, guided, negated, tripled
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",  # Dynamo's own doing, for any Function
+)
+
+SOURCE = {
+    "__init__": "",
+    "functions": """
+        import torch
+        from torch import nn
+
+        def cube(x, scale=1.0):
+            return scale * x**3
+
+        def through(x):
+            return cube(x)
+
+        class Block(nn.Module):
+            def forward(self, x):
+                return self.step(x) + self.still(x)
+
+            def step(self, x):
+                return cube(x)
+
+            @staticmethod
+            def still(x):
+                return 2 * x
+
+            @classmethod
+            def of_class(cls, x):
+                return 3 * x
+
+        class Derived(Block):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        NUMBER = 3
+    """,
+    "users": """
+        from thirdparty.functions import Block, cube
+
+        def uses(x):
+            return cube(x)
+
+        class Model(Block):
+            def forward(self, x):
+                return cube(x)
+    """,
+    "late": """
+        from thirdparty.functions import cube as renamed
+
+        def late(x):
+            return renamed(x)
+    """,
+}
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package `thirdparty`, of which nothing is imported yet."""
+    torch.compiler.reset()
+    for name, source in SOURCE.items():
+        file = tmp_path / "thirdparty" / f"{name}.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(textwrap.dedent(source))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "thirdparty"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def functions(package):
+    import thirdparty.functions
+
+    return thirdparty.functions
+
+
+@pytest.fixture
+def users(functions):
+    import thirdparty.users
+
+    return thirdparty.users
+
+
+@pytest.fixture
+def x():
+    return noise(5, 3)
+
+
+CUBE = "thirdparty.functions:cube"
+
+
+class TestFunctionThatIsThere:
+    def test_has_the_rule(self, functions, x):
+        plain = gradient(functions.cube, x)
+        with go.override({CUBE: doubled}) as plan:
+            closely(gradient(functions.cube, x), 2 * plain)
+            assert [(row.path, row.target, row.calls) for row in plan.table] == [
+                ("(everywhere)", f"path '{CUBE}'", "1")
+            ]
+        exactly(gradient(functions.cube, x), plain)
+
+    def test_under_the_names_that_others_have_imported_it_by(self, users, functions, x):
+        plain = gradient(users.uses, x)
+        before = functions.cube
+        with go.override({CUBE: doubled}):
+            for call in (functions.through, users.uses, users.cube, users.Model(), lambda x: users.Model().step(x)):
+                closely(gradient(call, x), 2 * plain)
+        assert functions.cube is before is users.cube
+
+    def test_by_a_module_that_is_imported_while_it_is_in_force(self, functions, x):
+        plain = gradient(functions.cube, x)
+        with go.override({CUBE: doubled}):
+            import thirdparty.late
+
+            closely(gradient(thirdparty.late.late, x), 2 * plain)
+        assert thirdparty.late.renamed is functions.cube
+        exactly(gradient(thirdparty.late.late, x), plain)
+
+    def test_rule_asks_for_its_arguments(self, functions, x):
+        def by_hand(grad_output, x, scale):
+            return 30 * scale * x**2 * grad_output
+
+        with go.override({CUBE: by_hand}):
+            closely(gradient(lambda x: functions.cube(x, scale=2.0), x), 20 * gradient(lambda x: x**3, x))
+
+    def test_keeps_its_name_and_signature(self, functions, x):
+        import inspect
+
+        before = inspect.signature(functions.cube)
+        with go.override({CUBE: doubled}):
+            assert functions.cube.__name__ == "cube"
+            assert inspect.signature(functions.cube) == before
+            gradient(functions.cube, x)
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_compiled_before_and_after(self, users, x, backend):
+        compiled = torch.compile(users.uses, backend=backend, fullgraph=True)
+        plain = gradient(compiled, x)
+        for _ in range(2):
+            with go.override({CUBE: doubled}):
+                closely(gradient(compiled, x), 2 * plain)
+                closely(gradient(torch.compile(users.Model(), backend=backend, fullgraph=True), x), 2 * plain)
+            closely(gradient(compiled, x), plain)
+
+    def test_what_somebody_holds_besides_is_warned_of(self, functions, x):
+        kept = {"cube": functions.cube}
+        with pytest.warns(go.GradOverrideWarning, match="also held by a dict; what is called through that is not"):
+            handle = go.override({CUBE: doubled})
+        assert kept["cube"] is not functions.cube
+        gradient(functions.cube, x)
+        handle.remove()
+
+    def test_what_has_been_kept_meanwhile_is_plain_afterwards(self, functions, x):
+        plain = gradient(functions.cube, x)
+        with go.override({CUBE: doubled}):
+            kept = functools.partial(functions.cube)
+            closely(gradient(kept, x), 2 * plain)
+        exactly(gradient(kept, x), plain)
+
+    def test_where_another_has_wrapped_it_meanwhile_theirs_stays(self, functions, x):
+        plain = gradient(functions.cube, x)
+        with go.override({CUBE: doubled}):
+            ours = functions.cube
+            functions.cube = theirs = lambda x: 5 * ours(x)
+            closely(gradient(functions.cube, x), 10 * plain)
+        assert functions.cube is theirs
+        closely(gradient(functions.cube, x), 5 * plain)
+
+
+class TestMethod:
+    @pytest.mark.parametrize(
+        ("name", "call"),
+        [
+            ("step", lambda cls, x: cls().step(x)),
+            ("still", lambda cls, x: cls.still(x)),
+            ("still", lambda cls, x: cls().still(x)),
+            ("of_class", lambda cls, x: cls.of_class(x)),
+            ("forward", lambda cls, x: cls()(x)),
+        ],
+    )
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_has_the_rule(self, functions, x, name, call, compiled):
+        def run(x):
+            return call(functions.Block, x)
+
+        before = vars(functions.Block)[name]
+        plain = gradient(run, x)
+        called = torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run
+        with go.override({f"thirdparty.functions:Block.{name}": doubled}):
+            closely(gradient(called, x), 2 * plain)
+        assert vars(functions.Block)[name] is before
+        closely(gradient(called, x), plain)
+
+    def test_of_a_derived_class_is_put_there_and_taken_off(self, functions, x):
+        plain = gradient(functions.Block().step, x)
+        with go.override({"thirdparty.functions:Derived.step": doubled}):
+            exactly(gradient(functions.Block().step, x), plain)
+            closely(gradient(functions.Derived().step, x), 2 * plain)
+        assert "step" not in vars(functions.Derived)
+
+
+class TestClass:
+    def test_is_overridden_with_its_modules_there_are_and_to_come(self, functions, users, x):
+        block = functions.Block()
+        plain = gradient(block, x)
+        before = dict(vars(functions.Block))
+        with go.override({"thirdparty.functions:Block": doubled}):
+            closely(gradient(block, x), 2 * plain)
+            closely(gradient(functions.Block(), x), 2 * plain)
+            closely(gradient(users.Model(), x), 2 * gradient(lambda x: x**3, x))
+        assert dict(vars(functions.Block)) == before
+        exactly(gradient(block, x), plain)
+
+    def test_is_a_class_target_in_a_model(self, functions, x):
+        model = nn.Sequential(functions.Block())
+        plain = gradient(model, x)
+        with go.override(model, {"thirdparty.functions:Block": doubled}) as plan:
+            closely(gradient(model, x), 2 * plain)
+            exactly(gradient(functions.Block(), x), plain)
+            assert [(row.path, row.target) for row in plan.table] == [("0", "class 'Block'")]
+
+
+class TestWhatIsImportedLater:
+    @pytest.mark.parametrize("path", [CUBE, "thirdparty.functions:Block", "thirdparty.functions:Block.step"])
+    def test_has_the_rule(self, package, x, path):
+        with go.override({path: lambda grad_output, vjp: 2 * vjp(grad_output)}) as plan:
+            assert plan.table[0].calls == "0"
+            import thirdparty.functions
+            from thirdparty.functions import Block, cube
+
+            called = cube if path == CUBE else Block().step if "step" in path else Block()
+            plain = {CUBE: 1, "thirdparty.functions:Block.step": 1}.get(path)
+            expected = gradient(lambda x: 2 * x**3 if plain else 2 * (x**3 + 2 * x), x)
+            closely(gradient(called, x), expected)
+            assert plan.table[0].calls == "1"
+        closely(gradient(thirdparty.functions.cube, x), gradient(lambda x: x**3, x))
+
+    def test_is_plain_when_the_override_has_gone_before(self, package, x):
+        with (
+            pytest.warns(go.GradOverrideWarning, match="never ran"),
+            go.override({CUBE: lambda grad_output: grad_output}),
+        ):
+            pass
+        import thirdparty.functions
+
+        exactly(gradient(thirdparty.functions.cube, x), gradient(lambda x: 1.0 * x**3, x))
+
+    def test_in_a_model(self, package, x):
+        class Model(nn.Module):
+            def forward(self, x):
+                from thirdparty.functions import cube
+
+                return cube(x)
+
+        model = Model()
+        with go.override(model, {CUBE: doubled}):
+            closely(gradient(model, x), 2 * gradient(lambda x: x**3, x))
+            import thirdparty.functions
+
+            closely(gradient(thirdparty.functions.cube, x), gradient(lambda x: x**3, x))
+
+    def test_without_the_name_is_warned_of(self, package):
+        handle = go.override({"thirdparty.functions:cub": doubled})
+        with pytest.warns(go.GradOverrideWarning, match="has been imported and has no 'cub'"):
+            import thirdparty.functions
+        assert thirdparty.functions.NUMBER == 3
+        with pytest.warns(go.GradOverrideWarning, match="never ran"):
+            handle.remove()
+
+
+class TestInAModel:
+    def test_calls_elsewhere_are_as_ever(self, users, functions, x):
+        model = nn.Sequential(users.Model())
+        plain = gradient(model, x)
+        with go.override(model, {CUBE: doubled}) as plan:
+            closely(gradient(model, x), 2 * plain)
+            exactly(gradient(functions.cube, x), plain)
+            exactly(gradient(users.Model(), x), plain)
+            assert [(row.path, row.target, row.calls) for row in plan.table] == [("(the model)", f"path '{CUBE}'", "1")]
+        exactly(gradient(model, x), plain)
+
+    def test_compiled(self, users, x):  # once: Dynamo keeps modules by name, and these are imported anew for each test
+        model = nn.Sequential(users.Model())
+        plain = gradient(model, x)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        gradient(compiled, x)
+        with go.override(model, {CUBE: doubled}):
+            closely(gradient(compiled, x), 2 * plain)
+        closely(gradient(compiled, x), plain)
+
+    def test_of_several_the_later_is_outside(self, users, x):
+        told = []
+
+        def telling(name):
+            def rule(grad_output, vjp):
+                told.append(name)
+                return 2 * vjp(grad_output)
+
+            return rule
+
+        model = nn.Sequential(users.Model())
+        plain = gradient(model, x)
+        with go.override({CUBE: telling("first")}), go.override(model, {CUBE: telling("second")}):
+            closely(gradient(model, x), 4 * plain)
+            assert told == ["second", "first"]
+            closely(gradient(users.uses, x), 2 * plain)
+
+    def test_removal_out_of_order(self, users, functions, x):
+        plain, before = gradient(functions.cube, x), functions.cube
+        first = go.override({CUBE: doubled})
+        second = go.override({CUBE: tripled})
+        closely(gradient(functions.cube, x), 6 * plain)
+        first.remove()
+        closely(gradient(functions.cube, x), 3 * plain)
+        second.remove()
+        assert functions.cube is before is users.cube
+
+    def test_two_paths_of_one_function(self, users, functions, x):
+        plain, before = gradient(functions.cube, x), functions.cube
+        first = go.override({CUBE: doubled})
+        second = go.override({"thirdparty.users:cube": tripled})
+        closely(gradient(users.uses, x), 6 * plain)
+        first.remove()
+        closely(gradient(users.uses, x), 3 * plain)
+        second.remove()
+        assert functions.cube is before is users.cube
+
+
+class TestFunctionOfTorch:
+    def test_is_one_in_all_its_spellings(self, x):
+        class Model(nn.Module):
+            def forward(self, x):
+                return x.relu() + torch.relu(x)
+
+        model = Model()
+        plain = gradient(model, x)
+        with go.override(model, {"torch.nn.functional:relu": doubled}) as plan:
+            closely(gradient(model, x), 2 * plain)
+            assert plan.table[0].target == "function 'relu'"
+
+
+class TestErrors:
+    @pytest.mark.usefixtures("functions")
+    @pytest.mark.parametrize(
+        ("path", "text"),
+        [
+            ("thirdparty.functions:cub", "must have 'cub'; it has not. The closest names are 'cube'"),
+            ("thirdparty.functions:Block.stp", "must have 'Block.stp'; it has not. The closest names are 'step'"),
+            ("thirdparty.functons:cube", "a module 'thirdparty.functons' must be there, to be imported later"),
+            ("thirdprty.functions:cube", "a module 'thirdprty' must be there"),
+        ],
+    )
+    def test_of_what_is_not_there(self, path, text):
+        with pytest.raises(go.TargetNotFoundError, match=text):
+            go.override({path: doubled})
+
+    @pytest.mark.usefixtures("functions")
+    @pytest.mark.parametrize(
+        ("path", "text"),
+        [
+            ("thirdparty.functions:NUMBER", "must name a function, a method or a class of modules; it names a int"),
+            ("thirdparty.functions:", "reads 'package.module:attribute'"),
+            (":cube", "reads 'package.module:attribute'"),
+            ("a b:cube", "reads 'package.module:attribute'"),
+            ("collections:OrderedDict", "it names the class 'OrderedDict'"),
+        ],
+    )
+    def test_of_what_cannot_be_overridden(self, path, text):
+        with pytest.raises(go.TargetError, match=text):
+            go.override({path: doubled})
+
+    def test_of_a_rule_whose_names_do_not_fit_and_nothing_is_changed(self, functions):
+        before = functions.cube
+        with pytest.raises(go.RuleSignatureError, match=r"asks for 'skale', which does not exist.*mean 'scale'"):
+            go.override({CUBE: lambda grad_output, skale: grad_output})
+        assert functions.cube is before
+
+
+def test_a_path_in_a_registry_beside_other_targets(users, x):
+    rules = go.Registry("mixed")
+    rules.register(CUBE, nn.ReLU, F.relu)(doubled)
+    model = nn.Sequential(users.Model(), nn.ReLU())
+    plain = gradient(model, x)
+    with go.override(model, rules):
+        closely(gradient(model, x), 4 * plain)
+
+
+def test_nothing_is_warned_of_where_all_is_reached(users, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with go.override({CUBE: negated}):
+            gradient(users.uses, x)
+        with go.override({"thirdparty.functions:Block.step": guided}):
+            gradient(users.Block(), x)
