@@ -1,5 +1,6 @@
 """gradoverride: give any function or module the backward you choose."""
 
+from gradoverride import presets, rules
 from gradoverride._core.residuals import save_for_backward
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import (
@@ -8,6 +9,7 @@ from gradoverride.errors import (
     ForwardResultError,
     GradOverrideError,
     GradOverrideWarning,
+    RuleOptionError,
     RuleResultError,
     RuleSignatureError,
     SurrogateError,
@@ -29,10 +31,13 @@ __all__ = [
     "Registry",
     "registry",
     "register",
+    "rules",
+    "presets",
     "GradOverrideError",
     "DecorationError",
     "RuleSignatureError",
     "RuleResultError",
+    "RuleOptionError",
     "ForwardResultError",
     "CapturedTensorError",
     "SurrogateError",

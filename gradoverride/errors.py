@@ -17,6 +17,7 @@ __all__ = [
     "UnsupportedError",
     "TargetError",
     "TargetNotFoundError",
+    "RuleOptionError",
     "GradOverrideWarning",
 ]
 
@@ -49,6 +50,10 @@ class SurrogateError(GradOverrideError, ValueError):
     """A surrogate's shape is not the shape of the result it stands for."""
 
 
+class RuleOptionError(GradOverrideError, ValueError):
+    """A ready-made rule was given an option out of its range."""
+
+
 class UnsupportedError(GradOverrideError, NotImplementedError):
     """Refused: torch gives no way to have the right gradient here, so there is none rather than a wrong one."""
 
@@ -59,6 +64,10 @@ class TargetError(GradOverrideError, TypeError):
 
 class TargetNotFoundError(GradOverrideError, LookupError):
     """No module, function or path matches a target."""
+
+
+class RuleOptionError(GradOverrideError, ValueError):
+    """An option of a ready-made rule is not in its range."""
 
 
 class GradOverrideWarning(UserWarning):

@@ -167,7 +167,9 @@ def _entries(rules: Registry, owner: str) -> list[Entry]:
     entries = entries_of(rules)
     if not entries:
         raise TargetError(f"override of {owner}: 'rules' must have an entry; {rules!r} has none")
-    return [Entry(tuple([_resolved(target, entry.rule) for target in entry.targets]), entry.rule) for entry in entries]
+    return [
+        entry._replace(targets=tuple([_resolved(target, entry.rule) for target in entry.targets])) for entry in entries
+    ]
 
 
 def _resolved(target: Target, rule: Rule) -> Target:

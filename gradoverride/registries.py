@@ -44,14 +44,17 @@ class Registry:
         for target, rule in (rules or {}).items():
             self.register(target)(rule)
 
-    def register(self, *targets: Any) -> Callable[[R], R]:
-        """A decorator that enters a rule for these targets, and gives the rule back."""
+    def register(self, *targets: Any, optional: bool = False) -> Callable[[R], R]:
+        """A decorator that enters a rule for these targets, and gives the rule back.
+
+        `override` raises where none of the targets names anything in the model, unless the entry is `optional`.
+        """
         if not targets:
             raise TargetError("register: give at least one target, such as register(nn.ReLU)(rule); got none")
         read = tuple(read_target(target) for target in targets)
 
         def enter(rule: R) -> R:
-            self._entries.append(Entry(read, _read_rule(rule)))
+            self._entries.append(Entry(read, _read_rule(rule), optional))
             return rule
 
         return enter
@@ -150,6 +153,6 @@ _known_rule = functools.lru_cache(maxsize=1024)(Rule)
 registry = Registry("default")
 
 
-def register(*targets: Any) -> Callable[[R], R]:
+def register(*targets: Any, optional: bool = False) -> Callable[[R], R]:
     """A decorator that enters a rule into the default registry, `go.registry`, for these targets."""
-    return registry.register(*targets)
+    return registry.register(*targets, optional=optional)

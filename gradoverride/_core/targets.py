@@ -157,10 +157,11 @@ class ImportPath(Target):
 
 
 class Entry(NamedTuple):
-    """A rule and its targets."""
+    """A rule and its targets. Unless it is optional, one of them must name something."""
 
     targets: tuple[Target, ...]
     rule: Rule
+    optional: bool = False
 
 
 class Match(NamedTuple):
@@ -196,7 +197,8 @@ def matches(entries: Sequence[Entry], modules: Iterable[tuple[str, Any]], owner:
                     order = target.rank, distance, -index
                     ranked.setdefault(id(module), []).append((order, path, target, entry.rule))
     for index, entry in enumerate(entries):
-        if index not in used and not any(isinstance(target, (Function, ImportPath)) for target in entry.targets):
+        called = any(isinstance(target, (Function, ImportPath)) for target in entry.targets)
+        if index not in used and not called and not entry.optional:
             target = entry.targets[0]
             raise TargetNotFoundError(
                 f"override of {owner}: the {target.kind} {target}, a target of the rule {entry.rule.who}, must name a "

@@ -1,0 +1,79 @@
+"""Ready-made registries of rules, for `override`.
+
+>>> import torch, gradoverride as go
+>>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+>>> x = torch.rand(4, requires_grad=True)
+>>> with go.override(model, go.presets.guided_backprop):
+...     model(x).sum().backward()
+
+Each is published under its name too: `go.override(model, "guided_backprop")`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gradoverride import rules
+from gradoverride.registries import Registry
+
+__all__ = ["guided_backprop", "deconvnet", "epsilon_plus", "epsilon_alpha2_beta1", "epsilon_gamma_box"]
+
+_CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus)
+_ACTIVATION_FUNCTIONS = (F.relu, F.leaky_relu, F.elu, F.gelu, F.silu, F.softplus, torch.tanh, torch.sigmoid)
+
+guided_backprop = Registry("guided_backprop")
+"""Guided backpropagation: ReLUs in all spellings pass positive gradients alone, where their input is positive."""
+guided_backprop.register(nn.ReLU, F.relu)(rules.guided_relu)
+
+deconvnet = Registry("deconvnet")
+"""A deconvolutional network: ReLUs in all spellings pass positive gradients alone."""
+deconvnet.register(nn.ReLU, F.relu)(rules.deconv_relu)
+
+
+_AVERAGES = (
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+)
+
+
+def _composite(name: str, convolution: Any) -> Registry:
+    """LRP-epsilon for dense layers and averages, another rule for convolutions; activations pass the relevance on.
+
+    Max pooling gives it to the largest, as its gradient does. Normalisation layers, and linear functions that are not
+    modules, are not covered: they have their gradient.
+    """
+    registry = Registry(name)
+    registry.register(*_ACTIVATIONS, *_ACTIVATION_FUNCTIONS)(rules.pass_through)
+    registry.register(nn.Linear, *_AVERAGES, optional=True)(rules.epsilon())
+    registry.register(*_CONVOLUTIONS, optional=True)(convolution)
+    return registry
+
+
+epsilon_plus = _composite("epsilon_plus", rules.z_plus())
+"""LRP: epsilon for dense layers, z-plus for convolutions (Montavon et al. 2019)."""
+
+epsilon_alpha2_beta1 = _composite("epsilon_alpha2_beta1", rules.alpha_beta(2.0, 1.0))
+"""LRP: epsilon for dense layers, alpha-beta (2, 1) for convolutions (Lapuschkin et al. 2017)."""
+
+
+def epsilon_gamma_box(first: Any, low: Any, high: Any) -> Registry:
+    """LRP: epsilon for dense layers, gamma for convolutions, z-box for the first layer (Montavon et al. 2019).
+
+    `first` is the target that names the first layer, such as `"features.0"`, whose inputs lie between `low` and `high`
+    (numbers, or tensors that broadcast to the input): no registry can know these.
+
+    >>> import gradoverride as go
+    >>> go.presets.epsilon_gamma_box("0", low=0.0, high=1.0).name
+    'epsilon_gamma_box'
+    """
+    registry = _composite("epsilon_gamma_box", rules.gamma())
+    registry.register(first)(rules.z_box(low, high))
+    return registry
