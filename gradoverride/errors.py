@@ -66,9 +66,5 @@ class TargetNotFoundError(GradOverrideError, LookupError):
     """No module, function or path matches a target."""
 
 
-class RuleOptionError(GradOverrideError, ValueError):
-    """An option of a ready-made rule is not in its range."""
-
-
 class GradOverrideWarning(UserWarning):
     """Something was asked for and had no effect."""

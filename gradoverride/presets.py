@@ -51,16 +51,16 @@ def _composite(name: str, convolution: Any) -> Registry:
     modules, are not covered: they have their gradient.
     """
     registry = Registry(name)
-    registry.register(*_ACTIVATIONS, *_ACTIVATION_FUNCTIONS)(rules.pass_through)
-    registry.register(nn.Linear, *_AVERAGES, optional=True)(rules.epsilon())
+    registry.register(*_ACTIVATIONS, *_ACTIVATION_FUNCTIONS)(rules.lrp_identity)
+    registry.register(nn.Linear, *_AVERAGES, optional=True)(rules.lrp_epsilon())
     registry.register(*_CONVOLUTIONS, optional=True)(convolution)
     return registry
 
 
-epsilon_plus = _composite("epsilon_plus", rules.z_plus())
+epsilon_plus = _composite("epsilon_plus", rules.lrp_z_plus)
 """LRP: epsilon for dense layers, z-plus for convolutions (Montavon et al. 2019)."""
 
-epsilon_alpha2_beta1 = _composite("epsilon_alpha2_beta1", rules.alpha_beta(2.0, 1.0))
+epsilon_alpha2_beta1 = _composite("epsilon_alpha2_beta1", rules.lrp_alpha_beta(2.0, 1.0))
 """LRP: epsilon for dense layers, alpha-beta (2, 1) for convolutions (Lapuschkin et al. 2017)."""
 
 
@@ -74,6 +74,6 @@ def epsilon_gamma_box(first: Any, low: Any, high: Any) -> Registry:
     >>> go.presets.epsilon_gamma_box("0", low=0.0, high=1.0).name
     'epsilon_gamma_box'
     """
-    registry = _composite("epsilon_gamma_box", rules.gamma())
-    registry.register(first)(rules.z_box(low, high))
+    registry = _composite("epsilon_gamma_box", rules.lrp_gamma())
+    registry.register(first)(rules.lrp_z_box(low, high))
     return registry

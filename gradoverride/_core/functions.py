@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import get_ignored_functions, resolve_name
 
 from gradoverride._core import scan
+from gradoverride._core.everywhere import bare_forward
 from gradoverride._core.reach import named, of_modules
 
 __all__ = [
@@ -206,13 +207,17 @@ def _nobody(*_: Any) -> bool:
 # --- modules that are nothing but a call of such a function
 
 
-@functools.cache
-def calls_that_are(cls: type) -> frozenset[str]:
+def calls_that_are(cls: Any) -> frozenset[str]:
     """The functions of torch that a module of this class is another spelling of: `linear` for `nn.Linear`.
 
     A class of torch is one of what its forward calls itself, another class if its forward is one call and no more.
     """
-    forward = scan.python_function(getattr(cls, "forward", None))
+    return _calls_that_are(cls, bare_forward(cls))
+
+
+@functools.lru_cache(maxsize=1024)
+def _calls_that_are(cls: type, fn: Any) -> frozenset[str]:
+    forward = scan.python_function(fn)
     if forward is None:
         return frozenset()
     if is_of_torch(cls):

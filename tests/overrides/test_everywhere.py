@@ -1,0 +1,270 @@
+"""Overrides of the whole process: classes and functions without a model. Contract, section 5."""
+
+import copy
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import closely, exactly, noise
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.overrides import TorchFunctionMode
+
+import gradoverride as go
+from overrides.models import doubled, gradient, guided, mlp, negated, tripled
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",  # Dynamo's own doing, for any Function
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def x():
+    return noise(5, 3)
+
+
+class Own(nn.ReLU):
+    """Has no forward of its own."""
+
+
+class Twice(nn.ReLU):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Other(nn.Module):
+    def forward(self, x):
+        return F.relu(x)
+
+
+def classes():
+    return {cls: dict(vars(cls)) for cls in (nn.ReLU, Own, Twice, Other)}
+
+
+@pytest.fixture(autouse=True)
+def _classes_are_as_before():
+    before = classes()
+    yield
+    gc.collect()
+    assert classes() == before
+    assert torch.overrides._get_current_function_mode_stack() == []
+    assert str(go.explain()) == "nothing is overridden"
+
+
+class TestClass:
+    @pytest.mark.parametrize("cls", [nn.ReLU, Own, Twice])
+    def test_modules_there_are_and_to_come_have_the_rule_once(self, cls, x):
+        before = cls()
+        plain = gradient(before, x)
+        with go.override({nn.ReLU: doubled}) as plan:
+            for module in (before, cls(), copy.deepcopy(before)):
+                closely(gradient(module, x), 2 * plain)
+            (row,) = plan.table
+            assert (row.path, row.cls, row.target, row.calls) == ("(everywhere)", "ReLU", "class 'ReLU'", "3")
+        exactly(gradient(before, x), plain)
+
+    def test_modules_of_other_classes_have_it_not(self, x):
+        plain = gradient(Other(), x)
+        with go.override({nn.ReLU: doubled}):
+            gradient(nn.ReLU(), x)
+            exactly(gradient(Other(), x), plain)
+            exactly(gradient(F.relu, x), plain)
+
+    def test_a_class_derived_meanwhile_has_it(self, x):
+        with go.override({nn.ReLU: doubled}):
+
+            class Later(nn.ReLU):
+                def forward(self, x):
+                    return 3 * super().forward(x)
+
+            closely(gradient(Later(), x), 6 * gradient(Other(), x))
+        closely(gradient(Later(), x), 3 * gradient(Other(), x))
+
+    def test_the_nearest_class_wins(self, x):
+        plain = gradient(nn.ReLU(), x)
+        with go.override({nn.ReLU: doubled, Twice: tripled}):
+            closely(gradient(nn.ReLU(), x), 2 * plain)
+            closely(gradient(Own(), x), 2 * plain)
+            closely(gradient(Twice(), x), 3 * 2 * plain)
+
+    def test_a_derived_class_alone(self, x):
+        plain = gradient(nn.ReLU(), x)
+        with go.override({Own: doubled}):
+            closely(gradient(Own(), x), 2 * plain)
+            exactly(gradient(nn.ReLU(), x), plain)
+
+    def test_nested_in_any_order_with_that_of_a_model(self, x):
+        told = []
+
+        def telling(name):
+            def rule(grad_output, vjp):
+                told.append(name)
+                return 2 * vjp(grad_output)
+
+            return rule
+
+        model = nn.Sequential(nn.ReLU())
+        plain = gradient(model, x)
+        for outer in ("model", "everywhere"):
+            rules = {nn.ReLU: telling("first")}, {nn.ReLU: telling("second")}
+            first, second = (rules[0],), (model, rules[1])
+            if outer == "everywhere":
+                first, second = (model, rules[0]), (rules[1],)
+            told.clear()
+            with go.override(*first), go.override(*second):
+                closely(gradient(model, x), 4 * plain)
+                assert told == ["second", "first"]
+        exactly(gradient(model, x), plain)
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_compiled_code_is_never_stale(self, x, backend):
+        model = nn.Sequential(nn.ReLU(), Twice(), Own())
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        plain = gradient(compiled, x)
+        for _ in range(2):
+            with go.override({nn.ReLU: doubled}):
+                closely(gradient(compiled, x), 8 * plain)
+                with go.override(model, {nn.ReLU: tripled}):
+                    closely(gradient(compiled, x), 27 * 8 * plain)
+                closely(gradient(compiled, x), 8 * plain)
+            closely(gradient(compiled, x), plain)
+
+    def test_a_parametrized_module_has_it(self, x):
+        module = parametrizations.weight_norm(nn.Linear(3, 2)).double()
+        plain = gradient(module, x)
+        with go.override({nn.Linear: doubled}):
+            closely(gradient(module, x), 2 * plain)
+
+    def test_a_forward_that_somebody_has_put_on_an_instance_is_refused(self, x):
+        module = nn.ReLU()
+        module.forward = lambda x: x.relu()
+        with pytest.raises(go.UnsupportedError, match=r"class 'ReLU'.* put another one on one of them, a 'ReLU'"):
+            go.override({nn.ReLU: doubled})
+
+    def test_removal_out_of_order(self, x):
+        plain = gradient(nn.ReLU(), x)
+        first, second = go.override({nn.ReLU: doubled}), go.override({nn.ReLU: tripled})
+        closely(gradient(nn.ReLU(), x), 6 * plain)
+        first.remove()
+        closely(gradient(nn.ReLU(), x), 3 * plain)
+        second.remove()
+        second.remove()
+
+    def test_where_another_has_replaced_the_forward_meanwhile_theirs_stays(self, x):
+        class Mine(nn.Module):
+            def forward(self, x):
+                return F.relu(x)
+
+        plain = gradient(Mine(), x)
+        with go.override({Mine: doubled}):
+            ours = Mine.forward
+            Mine.forward = theirs = lambda self, x: 5 * ours(self, x)
+            closely(gradient(Mine(), x), 10 * plain)
+        assert Mine.forward is theirs
+        closely(gradient(Mine(), x), 5 * plain)
+
+    def test_it_is_told_in_a_model(self, x):
+        model = mlp()
+        with go.override({nn.ReLU: doubled}):
+            gradient(model, x)
+            assert [(row.path, row.target) for row in go.explain(model)] == [
+                ("1", "class 'ReLU'"),
+                ("2.1", "class 'ReLU'"),
+            ]
+
+
+class TestFunction:
+    @pytest.mark.parametrize("call", [F.relu, torch.relu, torch.Tensor.relu, nn.ReLU(), Twice()])
+    def test_every_call_has_the_rule(self, call, x):
+        plain = gradient(call, x)
+        with go.override({torch.relu: doubled}) as plan:
+            closely(gradient(call, x), 2 * plain)
+            assert [(row.path, row.target, row.calls) for row in plan.table] == [
+                ("(everywhere)", "function 'relu'", "1")
+            ]
+        exactly(gradient(call, x), plain)
+
+    def test_one_rule_for_a_class_and_its_function(self, x):
+        plain = gradient(nn.ReLU(), x)
+        with go.override({nn.ReLU: doubled, F.relu: doubled}):
+            closely(gradient(nn.ReLU(), x), 2 * plain)
+            closely(gradient(F.relu, x), 2 * plain)
+
+    @pytest.mark.parametrize("second", [nn.ReLU, F.relu])
+    @pytest.mark.parametrize("first", [nn.ReLU, F.relu])
+    @pytest.mark.parametrize("where", ["model model", "model process", "process model", "process process"])
+    def test_the_later_one_is_outside(self, where, first, second, x):
+        told = []
+
+        def telling(name):
+            def rule(grad_output, vjp):
+                told.append(name)
+                return 2 * vjp(grad_output)
+
+            return rule
+
+        model = nn.Sequential(nn.ReLU())
+        plain = gradient(model, x)
+        rules = {first: telling("first")}, {second: telling("second")}
+        arguments = [
+            (model, rule) if place == "model" else (rule,) for place, rule in zip(where.split(), rules, strict=True)
+        ]
+        with go.override(*arguments[0]), go.override(*arguments[1]):
+            closely(gradient(model, x), 4 * plain)
+        assert told == ["second", "first"]
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_compiled(self, x, backend):
+        model = nn.Sequential(nn.ReLU(), Other())
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        plain = gradient(compiled, x)
+        with go.override({F.relu: doubled}):
+            closely(gradient(compiled, x), 4 * plain)
+        closely(gradient(compiled, x), plain)
+
+    def test_removed_beneath_the_mode_of_another(self, x):
+        class Listening(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                return func(*args, **(kwargs or {}))
+
+        plain = gradient(F.relu, x)
+        handle = go.override({F.relu: doubled})
+        with Listening() as listening:
+            closely(gradient(F.relu, x), 2 * plain)
+            handle.remove()
+            assert torch.overrides._get_current_function_mode_stack() == [listening]
+            exactly(gradient(F.relu, x), plain)
+
+    def test_backward_within_runs_the_rule_as_it_is_written(self, x):
+        def calls_it(grad_output, input):
+            return grad_output * torch.relu(input)
+
+        with go.override({F.relu: calls_it}):
+            found = gradient(F.relu, x, weights=torch.ones_like(x))
+        closely(found, x.detach().clamp(min=0))
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        (nn.ReLU(), "the module ReLU names modules of a model. Give the model first"),
+        ("encoder.*", r"the glob 'encoder.\*' names modules of a model"),
+        (lambda name, module: True, "the predicate .* names modules of a model"),
+    ],
+)
+def test_what_names_modules_of_a_model_needs_one(target, text):
+    with pytest.raises(go.TargetError, match=text):
+        go.override({target: guided})
+
+
+def test_what_is_no_registry_is_an_error():
+    with pytest.raises(go.TargetError, match=r"'model' must be a module; got a int.*or the rules alone"):
+        go.override(3)
+    with pytest.raises(go.TargetError, match="'model' must be a module; got a dict"):
+        go.override({nn.ReLU: negated}, {nn.ReLU: negated})

@@ -1,0 +1,144 @@
+"""Presets: guided backpropagation on every ReLU there is, LRP composites. Contract, section 5."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import closely, exactly, noise
+from torch import nn
+
+import gradoverride as go
+from gradoverride import rules
+from overrides.models import RuleByHand, gradient
+
+
+class Net(nn.Module):
+    """`relu` is how it calls its ReLUs."""
+
+    def __init__(self, relu):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.act, self.other, self.inplace = nn.ReLU(), nn.ReLU(), nn.ReLU(inplace=True)
+        self.relu = relu
+
+    def forward(self, x):
+        return self.relu(self, x)
+
+
+NETS = {
+    "plain": lambda net, x, relu: net.second(relu(net.act, net.first(x))),
+    "in place": lambda net, x, relu: net.second(relu(net.inplace, net.first(x))),
+    "shared": lambda net, x, relu: net.second(relu(net.act, relu(net.act, net.first(x)) - 0.3)),
+    "shared in parallel": lambda net, x, relu: net.second(
+        relu(net.act, net.first(x)) * relu(net.act, -net.first(x) + 1)
+    ),
+    "h + relu(h)": lambda net, x, relu: (lambda h: net.second(h + relu(net.act, h)))(net.first(x)),
+    "h + relu(h) in place": lambda net, x, relu: (lambda h: net.second(h * 1 + relu(net.inplace, h)))(net.first(x)),
+    "F.relu": lambda net, x, relu: net.second(relu(F.relu, net.first(x))),
+    "torch.relu": lambda net, x, relu: net.second(relu(torch.relu, net.first(x))),
+    "x.relu()": lambda net, x, relu: net.second(relu(torch.Tensor.relu, net.first(x))),
+    "relu_": lambda net, x, relu: net.second(relu(torch.relu_, net.first(x))),
+    "of all kinds": lambda net, x, relu: net.second(
+        relu(net.act, net.first(x)) + relu(F.relu, -net.first(x)) - relu(torch.relu_, net.first(x) * 2)
+    ),
+}
+
+
+def net(name):
+    torch.manual_seed(2)
+    return Net(lambda net, x: NETS[name](net, x, lambda relu, h: relu(h))).double()
+
+
+def with_hand_made_relus(name):
+    torch.manual_seed(2)
+    return Net(lambda net, x: NETS[name](net, x, lambda relu, h: RuleByHand.apply(h))).double()
+
+
+@pytest.mark.parametrize("name", NETS)
+class TestGuidedBackprop:
+    def test_is_that_of_hand_made_relus(self, name):
+        x, model = noise(5, 3), net(name)
+        plain = gradient(model, x)
+        with go.override(model, go.presets.guided_backprop):
+            closely(gradient(model, x), gradient(with_hand_made_relus(name), x))
+        exactly(gradient(model, x), plain)
+
+    def test_by_its_name(self, name):
+        x, model = noise(5, 3), net(name)
+        with go.override(model, "guided_backprop"):
+            closely(gradient(model, x), gradient(with_hand_made_relus(name), x))
+
+    def test_everywhere(self, name):
+        x, model = noise(5, 3), net(name)
+        with go.override("guided_backprop"):
+            closely(gradient(model, x), gradient(with_hand_made_relus(name), x))
+
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
+    def test_compiled(self, name):
+        torch.compiler.reset()
+        x, model = noise(5, 3), net(name)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with go.override(model, "guided_backprop"):
+            closely(gradient(compiled, x), gradient(with_hand_made_relus(name), x))
+
+    def test_two_forwards_before_the_first_backward(self, name):
+        model, hand_made = net(name), with_hand_made_relus(name)
+        inputs = [noise(5, 3), noise(5, 3)]
+        with go.override(model, go.presets.guided_backprop):
+            results = [model(x) for x in inputs]
+        for x, result in zip(inputs, results, strict=True):
+            closely(torch.autograd.grad(result.sum(), x), torch.autograd.grad(hand_made(x).sum(), x))
+
+
+def test_deconvnet_passes_positive_gradients_alone():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).double(), noise(1, 3)
+    expected = (model[2].weight.clamp(min=0) @ model[0].weight).detach()
+    with go.override(model, go.presets.deconvnet):
+        closely(gradient(model, x, weights=torch.ones(1, 1, dtype=torch.float64)), expected)
+
+
+def convolutional():
+    torch.manual_seed(4)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 2), nn.ReLU(inplace=True), nn.AvgPool2d(2), nn.Flatten(),
+        nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3),
+    ).double()  # fmt: skip
+
+
+COMPOSITES = {
+    "epsilon_plus": (go.presets.epsilon_plus, rules.lrp_z_plus, rules.lrp_z_plus),
+    "epsilon_alpha2_beta1": (go.presets.epsilon_alpha2_beta1, rules.lrp_alpha_beta(), rules.lrp_alpha_beta()),
+    "epsilon_gamma_box": (go.presets.epsilon_gamma_box("0", 0.0, 1.0), rules.lrp_z_box(0.0, 1.0), rules.lrp_gamma()),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_composite_is_its_rules_layer_by_layer(name):
+    composite, first, others = COMPOSITES[name]
+    model, x = convolutional(), torch.rand(2, 1, 7, 7, dtype=torch.float64)
+    r = torch.eye(3, dtype=torch.float64)[:2]
+    with go.override(model, composite):
+        leaf = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad(model(leaf), leaf, r)
+    inputs = [x]
+    for layer in convolutional():
+        inputs.append(layer(inputs[-1].clone()).detach())
+    for index in reversed(range(len(model))):
+        layer, leaf = convolutional()[index], inputs[index].clone().requires_grad_()
+        if isinstance(layer, nn.ReLU):
+            continue
+        rule = first if index == 0 else others if isinstance(layer, nn.Conv2d) else rules.lrp_epsilon()
+        if not isinstance(layer, nn.Flatten):
+            layer = alone(layer, rule)
+        (r,) = torch.autograd.grad(layer(leaf), leaf, r)
+    closely(found, r)
+
+
+def alone(layer, rule):
+    go.override(layer, {layer: rule})
+    return layer
+
+
+def test_composite_needs_no_convolution():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double(), noise(2, 3)
+    with go.override(model, go.presets.epsilon_plus):
+        assert gradient(model, x).isfinite().all()
