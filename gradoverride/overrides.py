@@ -25,17 +25,17 @@ from gradoverride._core.layers import FunctionLayer, Layer, next_order
 from gradoverride._core.overridden import (
     base_of,
     calls_under,
-    can_be_scoped,
     check,
     check_order,
     check_rule,
+    functions_called,
     functions_of,
     has_forward,
     layers_of,
     take_off,
 )
 from gradoverride._core.paths import check_names, check_path, find
-from gradoverride._core.puts import Put, on_class, on_model, on_module, on_path, on_thread
+from gradoverride._core.puts import Put, on_class, on_modules, on_path, on_thread
 from gradoverride._core.signature import Forward, Rule
 from gradoverride._core.targets import Class, Entry, Function, ImportPath, Match, Target, class_of, matches
 from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
@@ -110,33 +110,35 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
         check_rule(match.module, match.path, match.rule)
     order = next_order()
     layers = {id(match.module): Layer(match.rule, match.path, _named(match.target), order) for match in found}
-    puts: list[Callable[[], Put]] = [partial(on_module, match.module, layers[id(match.module)]) for match in found]
     everything = list(dict.fromkeys(modules.values()))
-    of_functions: dict[int, list[FunctionLayer]] = {id(module): [] for module in everything}
+    placed: dict[nn.Module, list[Layer | FunctionLayer]] = {module: [] for module in everything}
+    for match in found:
+        placed[match.module].append(layers[id(match.module)])
+    puts: list[Callable[[], list[Put]]] = []
     called = _called(entries)
     if called:
         _check_calls(model, modules)
+    seen = {module: functions_called(module) for module in everything if called}
     for target, rule in called:
         name = str(target.name)
         nth = max([_how_many(module, name, rule) for module in everything])
         layer = FunctionLayer(name, rule, "", _named(target), order, nth)
-        where = [module for module in everything if can_be_scoped(module, frozenset({name}))]
-        for module in where:
-            of_functions[id(module)].append(layer)
-        puts.append(partial(on_model, model, where, layer))
+        for module, names in seen.items():
+            if names is None or name in names:
+                placed[module].append(layer)
         if isinstance(target, ImportPath):
             puts.append(partial(on_path, target.value, layer, scoped=True))
-    for module in everything:
-        own = layers.get(id(module))
-        if of_functions[id(module)] or (own is not None and everywhere.functions):
-            check_order(module, [] if own is None else [own], of_functions[id(module)])
+    if called or everywhere.functions:
+        for module, added in placed.items():
+            check_order(module, added)
+    puts.insert(0, partial(on_modules, model, [(module, added) for module, added in placed.items() if added]))
     return Override(owner, puts)
 
 
 def _override_everywhere(rules: Registry) -> Override:
     owner = "the whole process"
     order = next_order()
-    puts: list[Callable[[], Put]] = []
+    puts: list[Callable[[], list[Put]]] = []
     entries = _entries(rules, owner)
     for entry in entries:
         for target in entry.targets:
@@ -261,14 +263,14 @@ def explain(model: nn.Module | None = None) -> Table:
 class Override:
     """Rules in force: a context manager, a handle with `remove()`, and a table of what is overridden."""
 
-    def __init__(self, owner: str, puts: Sequence[Callable[[], Put]]) -> None:
+    def __init__(self, owner: str, puts: Sequence[Callable[[], list[Put]]]) -> None:
         self._owner = owner
         self._lock = threading.Lock()
         self._puts: list[Put] = []
         self._rows: list[Row] = []
         try:
             for put in puts:
-                self._puts.append(put())
+                self._puts.extend(put())
         except BaseException:
             self._take_off()
             raise

@@ -40,6 +40,8 @@ def links(base: Any, layers: Sequence[Layer], functions: Sequence[FunctionLayer]
     and where only a later override has one for the function, that is outside of the earlier ones, as a rule of the
     module. `leaf`: it has no modules within; `plain`: nor parameters.
     """
+    if not functions and not everywhere.classes and not everywhere.functions:
+        return Links(tuple([layer.rule for layer in layers]), (), (), ())
     own = sorted((*layers, *everywhere.layers_on(base)), key=lambda layer: layer.order)
     within = sorted((*functions, *everywhere.functions), key=lambda layer: layer.order)
     called = calls_that_are(base) if leaf and own and within else frozenset[str]()

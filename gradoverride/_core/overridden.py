@@ -22,7 +22,6 @@ import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling as compiling
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils.parametrize import is_parametrized
 
 from gradoverride._core.chain import chain_of, forward_of, links
 from gradoverride._core.everywhere import bare_forward
@@ -36,10 +35,10 @@ from gradoverride.errors import RuleSignatureError, UnsupportedError
 __all__ = [
     "base_of",
     "calls_under",
-    "can_be_scoped",
     "check",
     "check_order",
     "check_rule",
+    "functions_called",
     "functions_of",
     "has_forward",
     "layers_of",
@@ -205,25 +204,27 @@ def check_rule(module: nn.Module, path: str, rule: Rule) -> None:
         raise RuleSignatureError(f"{_who(module, path)}: {error}") from None
 
 
-def check_order(module: nn.Module, layers: Sequence[Layer], functions: Sequence[FunctionLayer]) -> None:
+def check_order(module: nn.Module, added: Sequence[Layer | FunctionLayer]) -> None:
     """Raise if these cannot be put on it as they should be: outside of what is there."""
+    if not added:
+        return
     links(
         base_of(module),
-        (*layers_of(module), *layers),
-        (*functions_of(module), *functions),
+        (*layers_of(module), *[layer for layer in added if isinstance(layer, Layer)]),
+        (*functions_of(module), *[layer for layer in added if isinstance(layer, FunctionLayer)]),
         leaf=not module._modules,
         plain=not module._parameters,
     )
 
 
-def can_be_scoped(module: nn.Module, names: frozenset[str]) -> bool:
-    """Whether a module may call one of these functions, and can be told to have rules for them."""
+def functions_called(module: nn.Module) -> frozenset[str] | None:
+    """The functions of torch that a module may call and have rules for, by name. None: it may call any."""
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-        return False
+        return frozenset()
     if "forward" in module.__dict__ or not has_forward(module):
-        return False
+        return frozenset()
     base = base_of(module)
-    return bool(module._modules) or not is_of_torch(base) or bool(names & calls_that_are(base))
+    return calls_that_are(base) if is_of_torch(base) and not module._modules else None
 
 
 def _who(module: nn.Module, path: str) -> str:
@@ -268,24 +269,25 @@ def _beneath(module: nn.Module) -> Any:
 
 
 def _is_parametrized_class(module: nn.Module) -> bool:
-    return is_parametrized(module) and type(module).__name__.startswith("Parametrized")
+    # `is_parametrized` asks by `hasattr`, which for a module that is none takes 2 us.
+    return "parametrizations" in module._modules and type(module).__name__.startswith("Parametrized")
 
 
-def put_on(module: nn.Module, layer: Layer | FunctionLayer) -> None:
-    """Put a rule on a module, outside of those that it has, or one for functions that it calls."""
+def put_on(module: nn.Module, added: Sequence[Layer | FunctionLayer]) -> None:
+    """Put rules on a module, outside of those that it has, and for functions that it calls."""
     with _lock:
         record = module.__dict__.get(RECORD)
         layers: tuple[Layer, ...] = ()
         functions: tuple[FunctionLayer, ...] = ()
         if record is not None:
             layers, functions = record.layers, record.functions
-        if isinstance(layer, FunctionLayer):
-            functions = (*functions, layer)
-        else:
-            layers = (*layers, layer)
+        for layer in added:
+            if isinstance(layer, FunctionLayer):
+                functions = (*functions, layer)
+            else:
+                layer.since = 0 if record is None else record.tally.calls
+                layers = (*layers, layer)
         if record is not None:
-            if isinstance(layer, Layer):
-                layer.since = record.tally.calls
             module.__dict__[RECORD] = record.but(layers, functions)
         else:
             base = base_of(module)
@@ -321,6 +323,6 @@ def _derive(module: nn.Module, before: Any, after: Any, copied: bool = False) ->
     """Put the class `after` where `before` is. Where others have derived from it, theirs stays as it is."""
     cls: Any = type(module)
     if cls is before:
-        module.__class__ = after
+        object.__setattr__(module, "__class__", after)  # that of modules looks parameters up before
     elif _is_parametrized_class(module) and cls.__bases__ == (before,) and not copied:
         cls.__bases__ = (after,)  # copies share a parametrized class

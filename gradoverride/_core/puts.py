@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -16,7 +17,7 @@ from gradoverride._core.paths import PENDING, find, put_on_path, take_off_path, 
 from gradoverride._core.targets import Class, class_of
 from gradoverride._core.thread_mode import put_on_thread, take_off_thread
 
-__all__ = ["Put", "on_class", "on_model", "on_module", "on_path", "on_thread"]
+__all__ = ["Put", "on_class", "on_modules", "on_path", "on_thread"]
 
 
 class Put(NamedTuple):
@@ -28,28 +29,31 @@ class Put(NamedTuple):
     take_off: Callable[[], None]
 
 
-def on_module(module: nn.Module, layer: Layer) -> Put:
-    """A rule for one module."""
-    reference = weakref.ref(module)
-
-    def calls() -> int | None:
-        alive = reference()
-        return None if alive is None else overridden.calls_under(alive, layer)
-
-    overridden.put_on(module, layer)
-    return Put(layer, class_of(module).__name__, calls, _off([module], layer))
-
-
-def on_model(model: nn.Module, modules: Sequence[nn.Module], layer: FunctionLayer) -> Put:
-    """A rule for a function, as far as these modules of a model call it."""
-    take_off = _off(modules, layer)
+def on_modules(model: nn.Module, placed: Sequence[tuple[nn.Module, Sequence[Layer | FunctionLayer]]]) -> list[Put]:
+    """Rules for modules of a model, and for functions as far as these modules call them: all of an override at once."""
+    of_layer: dict[Layer | FunctionLayer, list[nn.Module]] = {}
+    done: list[Put] = []
     try:
-        for module in modules:
-            overridden.put_on(module, layer)
+        for module, layers in placed:
+            overridden.put_on(module, layers)
+            for layer in layers:
+                of_layer.setdefault(layer, []).append(module)
     except BaseException:
-        take_off()
+        for layer, modules in of_layer.items():
+            _off(modules, layer)()
         raise
-    return Put(layer, class_of(model).__name__, lambda: calls_of(layer), take_off)
+    for layer, modules in of_layer.items():
+        if isinstance(layer, FunctionLayer):
+            done.append(Put(layer, class_of(model).__name__, partial(calls_of, layer), _off(modules, layer)))
+        else:
+            calls = partial(_calls_on, weakref.ref(modules[0]), layer)
+            done.append(Put(layer, class_of(modules[0]).__name__, calls, _off(modules, layer)))
+    return done
+
+
+def _calls_on(reference: weakref.ref[nn.Module], layer: Layer) -> int | None:
+    module = reference()
+    return None if module is None else overridden.calls_under(module, layer)
 
 
 def _off(modules: Sequence[nn.Module], layer: Layer | FunctionLayer) -> Callable[[], None]:
@@ -64,19 +68,19 @@ def _off(modules: Sequence[nn.Module], layer: Layer | FunctionLayer) -> Callable
     return take_off
 
 
-def on_class(target: Class, layer: Layer) -> Put:
+def on_class(target: Class, layer: Layer) -> list[Put]:
     """A rule for all modules of a class."""
     put_on_class(target, layer)
-    return Put(layer, target.value.__name__, lambda: calls_on_class(layer), lambda: take_off_class(layer))
+    return [Put(layer, target.value.__name__, lambda: calls_on_class(layer), lambda: take_off_class(layer))]
 
 
-def on_thread(layer: FunctionLayer) -> Put:
+def on_thread(layer: FunctionLayer) -> list[Put]:
     """A rule for a function of torch in this thread."""
     put_on_thread(layer)
-    return Put(layer, "", lambda: calls_of(layer), lambda: take_off_thread(layer))
+    return [Put(layer, "", lambda: calls_of(layer), lambda: take_off_thread(layer))]
 
 
-def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Put:
+def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> list[Put]:
     """A rule for what a path names, now or when it is imported; if `scoped`, in modules that have the layer too."""
     puts: list[Put] = []
     state = {"on": True}
@@ -86,7 +90,7 @@ def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Put:
             return
         if isinstance(value, type) and issubclass(value, nn.Module):
             of_class = Layer(layer.rule, layer.path, layer.target, layer.order)
-            puts.append(on_class(Class(value), of_class))
+            puts.extend(on_class(Class(value), of_class))
         else:
             put_on_path(path, layer, scoped=scoped)
 
@@ -101,4 +105,4 @@ def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Put:
         when_imported(path, put)
     else:
         put(value)
-    return Put(layer, "", lambda: puts[0].calls() if puts else calls_of(layer), take_off)
+    return [Put(layer, "", lambda: puts[0].calls() if puts else calls_of(layer), take_off)]

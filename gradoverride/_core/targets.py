@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -107,13 +108,19 @@ class Class(Target):
 
     kind, rank = "class", 3
 
+    def __init__(self, value: Any) -> None:
+        super().__init__(value)
+        self._known: weakref.WeakKeyDictionary[type, int | None] = weakref.WeakKeyDictionary()
+
     def distance(self, path: str, module: Any) -> int | None:
         return self.distance_of(type(module))
 
     def distance_of(self, cls: type) -> int | None:
         """How far up in the MRO of `cls` this class is."""
-        mro = [base for base in cls.__mro__ if BASE not in base.__dict__]
-        return mro.index(self.value) if self.value in mro else None
+        if cls not in self._known:
+            mro = [base for base in cls.__mro__ if BASE not in base.__dict__]
+            self._known[cls] = mro.index(self.value) if self.value in mro else None
+        return self._known[cls]
 
     def closest(self, modules: Mapping[str, Any]) -> str:
         names = list(dict.fromkeys(class_of(module).__name__ for module in modules.values()))
