@@ -8,9 +8,9 @@ the relevance R of a layer's result, and a rule gives that of its input. Start i
 
 The rules differ in the contributions that they count. Alike in all of them:
 
-- They are for linear layers with a bias or without: dense, convolutions, transposed ones. `lrp_epsilon` asks for
-  nothing but `vjp`, and is for pooling too. The others evaluate the layer again with other weights, and so must know
-  them: one parameter, and another one called `bias`. Anything else is refused.
+- They are for linear layers with a bias or without: dense, convolutions, transposed ones; `lrp_epsilon` for pooling
+  too. They evaluate the layer again. All but `lrp_epsilon` do so with other weights, and so must know them: one
+  parameter, and another one called `bias`. Anything else is refused.
 - The bias stands among the contributions where its formula says so, and keeps what falls to it (Bach et al.,
   section 2.3): then the sum of R_in is that of R without the share of the bias.
 - Where nothing contributes, nothing is passed on: R / 0 counts as 0.
@@ -116,7 +116,7 @@ class lrp_epsilon:
     """Relevance in proportion to all contributions, the bias among them: `x * vjp(R / (y + epsilon * sign(y)))`.
 
     `sign(0)` is 1. `epsilon` (default 1e-6) takes up relevance where contributions cancel: the sum of R_in is that of
-    R, but for its share and that of the bias. For anything linear: a layer, pooling by averages, `F.linear`.
+    R, but for its share and that of the bias. For anything linear: a layer, pooling by averages.
 
     >>> import torch, gradoverride as go
     >>> from gradoverride.rules import lrp_epsilon
@@ -141,13 +141,16 @@ class lrp_epsilon:
         _check("lrp_epsilon", "epsilon", self.epsilon, fits, "a number that is not negative")
 
     def __call__(
-        self, grad_output: Tensor, input: Tensor, output: Tensor, vjp: Any, needs: Any, params: Any
+        self, grad_output: Tensor, input: Tensor, module: Any, forward: Any, needs: Any, params: Any
     ) -> dict[str, Any]:
         """The relevance of the input."""
+        if module is None:
+            fail(UnsupportedError, "lrp_epsilon is for modules; it is in force on a function. Use a module for it")
+        # Evaluated again: a ReLU in place may have overwritten the result.
+        output, pullback, *_ = torch.func.vjp(forward, input)
+        _check_result(output, grad_output, module)
         stabilised = torch.where(output < 0, output - self.epsilon, output + self.epsilon)
-        pulled = vjp(_divided(grad_output, stabilised))
-        pulled = pulled if isinstance(pulled, Tensor) else pulled[0]  # a function has its weights as arguments
-        return _of_input(input * pulled, needs, params)
+        return _of_input(input * pullback(_divided(grad_output, stabilised))[0], needs, params)
 
 
 def lrp_z_plus(grad_output: Tensor, input: Tensor, module: Any, needs: Any, params: Any) -> dict[str, Any]:
@@ -376,15 +379,19 @@ def _distributed(relevance: Tensor, module: Any, *parts: Part) -> Tensor:
         return results[0] if len(results) == 1 else results[0] + results[1]
 
     total, pullback, *_ = torch.func.vjp(forward, *inputs)
-    if total.shape != relevance.shape:
-        fail(
-            UnsupportedError,
-            f"an LRP rule of a '{class_of(module).__name__}' calls it again with its input alone; it had further "
-            "arguments, such as 'output_size', and gave another shape. Use lrp_epsilon for it",
-        )
+    _check_result(total, relevance, module)
     pulled = pullback(_divided(relevance, total))
     shares = [value * grad for value, grad in zip(inputs, pulled, strict=True)]
     return shares[0] if len(shares) == 1 else shares[0] + shares[1]
+
+
+def _check_result(result: Tensor, relevance: Tensor, module: Any) -> None:
+    if result.shape != relevance.shape:
+        fail(
+            UnsupportedError,
+            f"an LRP rule of a '{class_of(module).__name__}' calls it again with its input alone; it had further "
+            "arguments, such as 'output_size', and gave another shape. Wrap the call in a module of its own",
+        )
 
 
 def _forward_with(
@@ -406,7 +413,7 @@ def _names_of_layer(module: Any) -> list[str]:
         fail(
             UnsupportedError,
             "this LRP rule is for modules, whose weights it must know; it is in force on a function. Use a module in "
-            "its place, or lrp_epsilon",
+            "its place",
         )
     own = [name for name, parameter in module._parameters.items() if parameter is not None]
     within = module._modules
