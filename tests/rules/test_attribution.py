@@ -220,3 +220,31 @@ class TestRelus:
 def test_options_out_of_range_are_errors_at_once(make, text):
     with pytest.raises(go.RuleOptionError, match=text):
         make()
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_as_the_backward_of_a_class_it_is_that_of_an_override(name):
+    rule = BY_HAND[name][0]
+
+    @go.custom_backward(rule)
+    class Decorated(nn.Linear):
+        pass
+
+    torch.manual_seed(1)
+    model, x = Decorated(3, 3).double(), torch.rand(2, 3, dtype=torch.float64)
+    r, plain = torch.rand(2, 3, dtype=torch.float64), nn.Linear(3, 3).double()
+    plain.load_state_dict(model.state_dict())
+    with go.override(plain, {plain: rule}):
+        exactly(relevance_of(model, x, r), relevance_of(plain, x, r))
+
+
+def test_epsilon_does_not_mind_a_relu_in_place_behind():
+    torch.manual_seed(1)
+    layer, x = nn.Linear(3, 3).double(), torch.rand(2, 3, dtype=torch.float64)
+    r = torch.rand(2, 3, dtype=torch.float64)
+    found = []
+    for relu in (nn.ReLU(), nn.ReLU(inplace=True)):
+        model = nn.Sequential(layer, relu)
+        with go.override(model, {nn.Linear: rules.lrp_epsilon(), nn.ReLU: rules.lrp_identity}):
+            found.append(relevance_of(model, x, r))
+    exactly(*found)
