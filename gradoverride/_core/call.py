@@ -46,6 +46,15 @@ def _is_tracked(tensor: Tensor) -> bool:
     return debug_unwrap(tensor, recurse=False) is not tensor
 
 
+def sharded_part(module: nn.Module, name: str) -> str | None:
+    """The part of `module` on the way to the parameter `name` that FSDP2 shards on its own."""
+    from torch.distributed.fsdp import FSDPModule
+
+    steps = name.split(".")[:-1]
+    paths = [".".join(steps[: index + 1]) for index in range(len(steps))]
+    return next((path for path in paths if isinstance(module.get_submodule(path), FSDPModule)), None)
+
+
 class Param:
     """A trainable parameter of the module, in one call."""
 
@@ -191,12 +200,8 @@ class Call:
         plan = self.plan
         found: dict[Tensor, Param] = {}
         for name, tensor in module.named_parameters(remove_duplicate=False):
-            if self.mode == EAGER and is_lazy(tensor):
-                fail(
-                    UnsupportedError,
-                    f"{plan.forward.who} must have all its parameters when a gradient is wanted; '{name}' of "
-                    f"'{type(module).__name__}' is lazy and not there yet. Call the module once under torch.no_grad()",
-                )
+            if self.mode == EAGER and type(tensor) is not nn.Parameter:
+                self._check_present(module, name, tensor)
             if tensor in found:
                 found[tensor].names.append(name)
             elif tensor.requires_grad or (self.mode == TRANSFORMED and _is_tracked(tensor)):
@@ -220,6 +225,23 @@ class Call:
             for param in params:
                 param.asked = False
         self.params = [*self.aliased, *self.natural]
+
+    def _check_present(self, module: nn.Module, name: str, tensor: Tensor) -> None:
+        who = self.plan.forward.who
+        if is_lazy(tensor):
+            fail(
+                UnsupportedError,
+                f"{who} must have all its parameters when a gradient is wanted; '{name}' of "
+                f"'{type(module).__name__}' is lazy and not there yet. Call the module once under torch.no_grad()",
+            )
+        part = sharded_part(module, name) if hasattr(tensor, "full_tensor") else None
+        if part is not None:
+            fail(
+                UnsupportedError,
+                f"{who} must have all its parameters when a gradient is wanted; '{name}' is put together later, for "
+                f"'{part}' is sharded on its own. Override '{part}' and the other parts instead, or shard "
+                "the whole at once",
+            )
 
     def _with_parametrized(self, module: nn.Module, params: list[Param]) -> list[Param]:
         """A parametrized weight that the rule asks for under its plain name stands in for what it is computed from."""

@@ -32,7 +32,7 @@ from gradoverride._core.private import (
 )
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.signature import unknown_name
-from gradoverride._core.standin import stand_in, with_parameters, write_back
+from gradoverride._core.standin import Copied, stand_in, with_parameters, write_back
 from gradoverride._core.structure import LEAF, Node, flatten, skeleton, unchanged, unflatten
 from gradoverride.errors import ForwardResultError, UnsupportedError
 
@@ -110,7 +110,8 @@ class ForwardPass:
         if not keeps:
             aliases = [self._alias(tensor) for tensor in sources]
         elif mode == EAGER:
-            call.graph = KeptGraph(sources) if call.params else KeptGraph.alone(sources)
+            natural: list[Any] = [param.tensor for param in call.natural]
+            call.graph = KeptGraph(sources, natural) if call.params else KeptGraph.alone(sources)
             aliases = call.graph.start()
         elif mode == TRACED:
             call.graph = TracedGraph(sources)
@@ -163,9 +164,10 @@ class ForwardPass:
             for index, (spec, value) in enumerate(zip(call.specs, self.values, strict=True))
         ]
         inner = receiver
+        copied: list[Copied] = []
         if call.aliased and module is not None:
             tensors = {name: alias for param, alias in zip(call.aliased, given, strict=True) for name in param.names}
-            inner = stand_in(module, tensors)
+            inner = stand_in(module, tensors, copied)
         frame: dict[str, Any] = {}
         if plan.hands_over or plan.takes_receiver:
             frame = open_frame()
@@ -176,8 +178,7 @@ class ForwardPass:
         else:
             result = plan.invoke(call.layout, inner, arguments)
         self._refuse_changed(arguments, aliases)
-        if inner is not receiver and module is not None:
-            write_back(inner, module)
+        write_back(copied)
         return result, frame
 
     def _refuse_changed(self, arguments: Sequence[Any], aliases: Sequence[Tensor]) -> None:
@@ -290,6 +291,9 @@ class ForwardPass:
         call, mode, leaves = self.call, self.mode, self.leaves
         call.specs = [skeleton(spec) for spec in call.specs]
         inputs: list[Tensor] = [*leaves, *[param.tensor for param in call.params]]
+        if isinstance(call.graph, Replay):
+            for index in call.copies:  # it is needed as it was, and is about to be written into
+                inputs[index] = leaves[index].clone()
         if mode == TRACED:
             inputs = [distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
         saver = _Saver(mode, inputs, outs, aliases)

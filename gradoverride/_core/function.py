@@ -165,17 +165,17 @@ class Tail(Function):
 
 
 class Lifted(Function):
-    """Derivatives that were computed in a kept graph, as functions of the outer tensors. `tie` knows how."""
+    """`derivatives` that were computed in a kept graph, as functions of the outer tensors. `tie` knows how."""
 
     @staticmethod
-    def forward(ctx: Any, tie: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, tie: Any, derivatives: Sequence[Tensor], *outer: Tensor) -> tuple[Tensor, ...]:
         ctx.tie = tie
         ctx.set_materialize_grads(False)
-        return tuple([fresh(tensor) for tensor in tensors[: len(tie.ends)]])
+        return tuple(derivatives)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.tie.backward(grads))
+        return (None, None, *ctx.tie.backward(grads))
 
 
 class Refused(Function):

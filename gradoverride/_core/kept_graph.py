@@ -43,13 +43,17 @@ class KeptGraph:
 
     __slots__ = ("aliases", "edges", "ends", "metas", "natural", "node", "outer")
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], natural: Sequence[Tensor] = ()) -> None:
+        """`natural`: parameters that the forward meets themselves, no aliases of them."""
         # .data has a version counter of its own: a forward that writes in place spares the outer graph.
         self.aliases = list(_cut(TOKEN, *[tensor.data for tensor in tensors]))
         # Without tensors (an embedding of integers) there is only what the forward met itself.
         node: Any = self.aliases[0].grad_fn if tensors else None
         self.node = node
-        self.natural = True
+        # For those that are not leaves now: keeping them would keep their memory.
+        self.natural = [
+            (None, tensor) if tensor.is_leaf else (_edge_of(tensor), _carry(tensor)[0]) for tensor in natural
+        ]
         self.edges: list[Any] = [GradientEdge(node, index) for index in range(len(tensors))]
         self.metas = [Meta(tensor) for tensor in tensors]
         inner = [tensor for tensor in tensors if tensor.requires_grad and not tensor.is_leaf]
@@ -72,7 +76,7 @@ class KeptGraph:
         graph = cls.__new__(cls)
         graph.aliases = graph.edges = graph.metas = aliases  # type: ignore[assignment]  # a tensor has what a Meta has
         graph.outer = tensors  # type: ignore[assignment]  # never written to
-        graph.node, graph.natural = None, False
+        graph.node, graph.natural = None, []
         return graph
 
     def start(self) -> list[Tensor]:
@@ -130,7 +134,8 @@ class KeptGraph:
         if not again:
             return found
         known = [(edge, outer) for edge, outer in zip(self.edges, self.outer, strict=True) if outer is not None]
-        return _tied(found, [*known, *_cuts(cut, given)], self.natural)
+        known += [(edge or _edge_of(outer), outer) for edge, outer in self.natural]
+        return _tied(found, [*known, *_cuts(cut, given)])
 
     def _ends_of(self, token: Tensor) -> Sequence[GradientEdge]:
         if not self.ends:
@@ -143,37 +148,33 @@ class KeptGraph:
 
 
 class Tie:
-    """How derivatives that end at `ends` depend on outer tensors, each known inside by an edge or an alias.
+    """How derivatives that end at `ends` depend on outer tensors, each known inside by an edge or an alias."""
 
-    What they depend on besides (parameters left to autograd, if `natural`) gets its share by torch's own graph.
-    """
+    __slots__ = ("ends", "pairs")
 
-    __slots__ = ("ends", "natural", "pairs")
-
-    def __init__(self, ends: Sequence[GradientEdge], pairs: Sequence[tuple[Any, Tensor]], natural: bool) -> None:
+    def __init__(self, ends: Sequence[GradientEdge], pairs: Sequence[tuple[Any, Tensor]]) -> None:
         self.ends = ends
         self.pairs = pairs
-        self.natural = natural
 
     def backward(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of the derivatives, for torch's own graph, and of the outer tensors."""
+        """The gradients of the outer tensors, for those of the derivatives."""
         again = torch.is_grad_enabled()
         cut = _cut_off(grads) if again else grads
         found = _pull(self.ends, cut, [inner for inner, _ in self.pairs])
         if again:
-            found = _tied(found, [*self.pairs, *_cuts(cut, grads)], self.natural)
-        return [*(grads if self.natural else [None] * len(grads)), *found]
+            found = _tied(found, [*self.pairs, *_cuts(cut, grads)])
+        return found
 
 
-def _tied(found: Sequence[Tensor | None], pairs: Sequence[tuple[Any, Tensor]], natural: bool) -> list[Tensor | None]:
+def _tied(found: Sequence[Tensor | None], pairs: Sequence[tuple[Any, Tensor]]) -> list[Tensor | None]:
     """`found`, computed inside, as functions of the outer tensors of `pairs`."""
     depending = [index for index, grad in enumerate(found) if grad is not None and grad.requires_grad]
     results = list(found)
     if depending:
         inner = [grad for grad in found if grad is not None and grad.requires_grad]
-        tie = Tie([_edge_of(grad) for grad in inner], pairs, natural)
-        given = inner if natural else [grad.detach() for grad in inner]
-        for index, grad in zip(depending, _lift(tie, *given, *[outer for _, outer in pairs]), strict=True):
+        tie = Tie([_edge_of(grad) for grad in inner], pairs)
+        given = [grad.detach() for grad in inner]
+        for index, grad in zip(depending, _lift(tie, given, *[outer for _, outer in pairs]), strict=True):
             results[index] = grad
     return results
 

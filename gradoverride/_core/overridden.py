@@ -118,10 +118,14 @@ def _record_again(
     return Record(base, layers, functions, Tally(), leaf, plain)
 
 
-@functools.cache
 def overridden(base: Any) -> Any:
     """The class of modules of the class `base` that are overridden."""
+    with _lock:  # one for all threads
+        return _overridden(base)
 
+
+@functools.cache
+def _overridden(base: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         record = self.__dict__.get(RECORD)
         if record is None:
@@ -258,8 +262,14 @@ def base_of(module: nn.Module) -> Any:
     record = module.__dict__.get(RECORD)
     if record is not None:
         return record.base
-    cls: Any = _beneath(module)
-    return cls.__dict__.get(BASE, cls)
+    return _base_of_class(_beneath(module))
+
+
+@functools.cache
+def _base_of_class(cls: Any) -> Any:
+    """Without ours: that may be beneath, where another party has derived from it, and serves again."""
+    ours = next((one for one in cls.__mro__ if BASE in one.__dict__), None)
+    return cls if ours is None or cls.forward is not ours.forward else ours.__dict__[BASE]
 
 
 def _beneath(module: nn.Module) -> Any:

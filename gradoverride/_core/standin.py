@@ -3,25 +3,35 @@
 Forwards reach parameters through `self`. To give a rule the say over their gradients, the forward must meet aliases
 of them, and the live module must not be touched: another thread may be in it. So the forward gets a stand-in, made
 without `__init__`; `super()`, `isinstance`, hooks and submodules work on it. What the forward assigns to plain
-attributes and buffers is written back. Only modules on the way to a replaced parameter are copied.
+attributes and buffers, and only that, is written back. Only modules on the way to a replaced parameter are copied.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gradoverride._core.targets import RECORD
 
-__all__ = ["Collector", "stand_in", "with_parameters", "write_back"]
+__all__ = ["Collector", "Copied", "stand_in", "with_parameters", "write_back"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _RNN_WEIGHTS = "_flat_weights"  # nn.RNNBase keeps its weights in this list besides, and its forward reads it
-_NOT_OF_THE_FORWARD = (*_TABLES, _RNN_WEIGHTS, RECORD)  # another thread may take an override off meanwhile
+_NOT_OF_THE_FORWARD = (*_TABLES, _RNN_WEIGHTS, RECORD)
+_MISSING = object()
+
+
+class Copied(NamedTuple):
+    """A module that a stand-in has a copy of."""
+
+    module: nn.Module
+    clone: nn.Module
+    attributes: dict[str, Any]  # of the clone, before the forward
+    buffers: dict[str, Tensor | None]
 
 
 class _Given(nn.Module):
@@ -48,12 +58,13 @@ def _computed(name: str) -> Callable[[Any], Any]:
     return lambda self: self.parametrizations[name]()
 
 
-def stand_in(module: nn.Module, tensors: Mapping[str, Tensor], copy_buffers: bool = False) -> nn.Module:
-    """A stand-in for `module` with `tensors`, by dotted name, in place of its parameters and buffers."""
-    return _stand_in(module, tensors, "", copy_buffers)
+def stand_in(
+    module: nn.Module, tensors: Mapping[str, Tensor], copied: list[Copied] | None = None, prefix: str = ""
+) -> nn.Module:
+    """A stand-in for `module` with `tensors`, by dotted name, in place of its parameters and buffers.
 
-
-def _stand_in(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, copy_buffers: bool) -> nn.Module:
+    What is copied for it is added to `copied`, for `write_back`.
+    """
     state = dict(module.__dict__)
     table = state["_modules"].get("parametrizations")
     given = () if table is None else tuple(name for name in table._modules if prefix + name in tensors)
@@ -64,8 +75,6 @@ def _stand_in(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, cop
     swapped = {name: tensors.get(prefix + name, value) for name, value in parameters.items()}
     state["_parameters"] = swapped
     buffers = {name: tensors.get(prefix + name, value) for name, value in state["_buffers"].items()}
-    if copy_buffers:
-        buffers = {name: None if value is None else value.clone() for name, value in buffers.items()}
     state["_buffers"] = buffers
     children: dict[str, nn.Module | None] = {}
     for name, child in state["_modules"].items():
@@ -73,15 +82,17 @@ def _stand_in(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, cop
         if child is None:
             children[name] = None
         elif name == "parametrizations":
-            children[name] = _parametrizations(child, tensors, prefix, path, copy_buffers)
-        elif copy_buffers or any(key.startswith(path) for key in tensors):
-            children[name] = _stand_in(child, tensors, path, copy_buffers)
+            children[name] = _parametrizations(child, tensors, copied, prefix, path)
+        elif any(key.startswith(path) for key in tensors):
+            children[name] = stand_in(child, tensors, copied, path)
         else:
             children[name] = child
     state["_modules"] = children
     if _RNN_WEIGHTS in state:
         state[_RNN_WEIGHTS] = [_counterpart(item, parameters, swapped) for item in state[_RNN_WEIGHTS]]
     clone.__dict__.update(state)
+    if copied is not None:
+        copied.append(Copied(module, clone, state, dict(buffers)))
     return clone
 
 
@@ -100,10 +111,10 @@ def with_parameters(replica: nn.Module) -> nn.Module:
 
 
 def _parametrizations(
-    child: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: str, copy_buffers: bool
+    child: nn.Module, tensors: Mapping[str, Tensor], copied: list[Copied] | None, prefix: str, path: str
 ) -> nn.Module:
     """The table of parametrizations, where a value given under a plain name is not computed again."""
-    clone = _stand_in(child, tensors, path, copy_buffers)
+    clone = stand_in(child, tensors, copied, path)
     for name in child._modules:
         if prefix + name in tensors:
             clone._modules[name] = _Given(tensors[prefix + name])
@@ -117,26 +128,22 @@ def _counterpart(item: Any, before: Mapping[str, Any], after: Mapping[str, Any])
     return item
 
 
-def write_back(clone: nn.Module, module: nn.Module) -> None:
-    """Give `module` the plain attributes and buffers that a forward assigned on its stand-in."""
-    if clone is module:
-        return
-    own, theirs = clone.__dict__, module.__dict__
-    for name, value in own.items():
-        if name in _NOT_OF_THE_FORWARD or theirs.get(name, _MISSING) is value:
-            continue
-        theirs[name] = value
-    for name in [name for name in theirs if name not in own and name != RECORD]:
-        theirs.pop(name, None)
-    for name, buffer in own["_buffers"].items():
-        if theirs["_buffers"].get(name) is not buffer:
-            theirs["_buffers"][name] = buffer.detach() if isinstance(buffer, torch.Tensor) else buffer
-    for name, child in own["_modules"].items():
-        if child is not None and name in theirs["_modules"] and name != "parametrizations":
-            write_back(child, theirs["_modules"][name])
+def write_back(copied: Sequence[Copied]) -> None:
+    """Give modules the plain attributes and buffers that a forward assigned on their stand-ins.
 
-
-_MISSING = object()
+    What it has left alone stays: a hook or another thread may have changed it on the module meanwhile.
+    """
+    for module, clone, attributes, buffers in copied:
+        own, theirs = clone.__dict__, module.__dict__
+        for name, value in own.items():
+            if name not in _NOT_OF_THE_FORWARD and attributes.get(name, _MISSING) is not value:
+                theirs[name] = value
+        for name in attributes:
+            if name not in own:
+                theirs.pop(name, None)
+        for name, buffer in own["_buffers"].items():
+            if buffers.get(name) is not buffer:
+                theirs["_buffers"][name] = buffer.detach() if isinstance(buffer, Tensor) else buffer
 
 
 class _Collected(Tensor):
@@ -171,7 +178,6 @@ class Collector:
         *,
         traced: bool,
     ) -> None:
-        self.module = module
         self.traced = traced
         if traced:
             # Dynamo knows no properties on tensors, so what was there before tells what was assigned.
@@ -185,11 +191,12 @@ class Collector:
         tensors = {**buffers, **{name: tensor.detach() for name, tensor in frozen.items()}}
         for name, (names, _) in params.items():
             tensors.update(dict.fromkeys(names, self.params[name]))
-        self.stand_in = stand_in(module, tensors)
+        self.copied: list[Copied] = []
+        self.stand_in = stand_in(module, tensors, self.copied)
 
     def collected(self) -> dict[str, Any]:
         """By name, the gradients that were assigned. Plain attributes that were are given to the module."""
-        write_back(self.stand_in, self.module)
+        write_back(self.copied)
         if self.traced:
             return {name: param.grad for name, param in self.params.items() if param.grad is not self.before[name]}
         return {
