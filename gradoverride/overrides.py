@@ -109,20 +109,20 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
         check(match.module, match.path)
         check_rule(match.module, match.path, match.rule)
     order = next_order()
-    layers = {id(match.module): Layer(match.rule, match.path, _named(match.target), order) for match in found}
-    everything = list(dict.fromkeys(modules.values()))
-    placed: dict[nn.Module, list[Layer | FunctionLayer]] = {module: [] for module in everything}
+    names_of = {target: f"{target.kind} {target}" for entry in entries for target in entry.targets}
+    placed: dict[nn.Module, list[Layer | FunctionLayer]] = {module: [] for module in modules.values()}
     for match in found:
-        placed[match.module].append(layers[id(match.module)])
+        placed[match.module].append(Layer(match.rule, match.path, names_of[match.target], order))
     puts: list[Callable[[], list[Put]]] = []
     called = _called(entries)
     if called:
         _check_calls(model, modules)
-    seen = {module: functions_called(module) for module in everything if called}
+    seen = {module: functions_called(module) for module in placed if called}
+    before = [functions for module in placed if (functions := functions_of(module))]
     for target, rule in called:
         name = str(target.name)
-        nth = max([_how_many(module, name, rule) for module in everything])
-        layer = FunctionLayer(name, rule, "", _named(target), order, nth)
+        nth = max([sum([_is_same(layer, name, rule) for layer in functions]) for functions in before], default=0)
+        layer = FunctionLayer(name, rule, "", names_of[target], order, nth)
         for module, names in seen.items():
             if names is None or name in names:
                 placed[module].append(layer)
@@ -210,10 +210,6 @@ def _check_calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _how_many(module: nn.Module, name: str, rule: Rule) -> int:
-    return sum(_is_same(layer, name, rule) for layer in functions_of(module))
-
-
 def _is_same(layer: FunctionLayer, name: str, rule: Rule) -> bool:
     return layer.key.name == name and layer.rule is rule
 
@@ -231,10 +227,7 @@ def _without_containers(found: list[Match]) -> list[Match]:
 def remove_overrides(model: nn.Module) -> None:
     """Take all rules off the modules of `model`, whoever put them there, those that a copy has brought along too."""
     for module in model.modules():
-        for layer in layers_of(module)[::-1]:
-            take_off(module, layer)
-        for function in functions_of(module)[::-1]:
-            take_off(module, function)
+        take_off(module, (*layers_of(module), *functions_of(module)))
 
 
 def explain(model: nn.Module | None = None) -> Table:

@@ -23,8 +23,8 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling as compiling
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from gradoverride._core import everywhere
 from gradoverride._core.chain import chain_of, forward_of, links
-from gradoverride._core.everywhere import bare_forward
 from gradoverride._core.functions import calls_that_are, is_of_torch
 from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.plan import Plan
@@ -127,7 +127,7 @@ def overridden(base: Any) -> Any:
 @functools.cache
 def _overridden(base: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        record = self.__dict__.get(RECORD)
+        record = getattr(self, RECORD, None)  # of `__dict__` Dynamo would guard more
         if record is None:
             return base.forward(self, *args, **kwargs)
         if not compiling():
@@ -198,7 +198,7 @@ def check_rule(module: nn.Module, path: str, rule: Rule) -> None:
     """Raise what is wrong with this rule for this module, before anything is changed."""
     base = base_of(module)
     try:
-        wanted = _names_asked(base, bare_forward(base), rule)
+        wanted = _names_asked(base, everywhere.bare_forward(base), rule)
         if wanted:
             offered = _names_of(module)
             for name in wanted:
@@ -210,7 +210,7 @@ def check_rule(module: nn.Module, path: str, rule: Rule) -> None:
 
 def check_order(module: nn.Module, added: Sequence[Layer | FunctionLayer]) -> None:
     """Raise if these cannot be put on it as they should be: outside of what is there."""
-    if not added:
+    if not added or not (RECORD in module.__dict__ or everywhere.classes or everywhere.functions):
         return
     links(
         base_of(module),
@@ -314,14 +314,16 @@ def calls_under(module: nn.Module, layer: Layer) -> int | None:
     return record.tally.calls - layer.since or (None if record.chain.traced else 0)
 
 
-def take_off(module: nn.Module, layer: Layer | FunctionLayer) -> None:
-    """Take a rule off a module. It may be gone already: `remove_overrides`."""
+def take_off(module: nn.Module, gone: Sequence[Layer | FunctionLayer]) -> None:
+    """Take rules off a module. They may be gone already: `remove_overrides`."""
     with _lock:
         record = module.__dict__.get(RECORD)
-        if record is None or (layer not in record.layers and layer not in record.functions):
+        if record is None:
             return
-        layers = tuple([other for other in record.layers if other is not layer])
-        functions = tuple([other for other in record.functions if other is not layer])
+        layers = tuple([layer for layer in record.layers if layer not in gone])
+        functions = tuple([layer for layer in record.functions if layer not in gone])
+        if len(layers) == len(record.layers) and len(functions) == len(record.functions):
+            return
         if layers or functions:
             module.__dict__[RECORD] = record.but(layers, functions)
         else:

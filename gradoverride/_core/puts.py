@@ -31,24 +31,22 @@ class Put(NamedTuple):
 
 def on_modules(model: nn.Module, placed: Sequence[tuple[nn.Module, Sequence[Layer | FunctionLayer]]]) -> list[Put]:
     """Rules for modules of a model, and for functions as far as these modules call them: all of an override at once."""
-    of_layer: dict[Layer | FunctionLayer, list[nn.Module]] = {}
-    done: list[Put] = []
+    on: dict[Layer | FunctionLayer, nn.Module] = {}
+    take_off = _taking_off(placed)
     try:
         for module, layers in placed:
             overridden.put_on(module, layers)
             for layer in layers:
-                of_layer.setdefault(layer, []).append(module)
+                on.setdefault(layer, module)
     except BaseException:
-        for layer, modules in of_layer.items():
-            _off(modules, layer)()
+        take_off()
         raise
-    for layer, modules in of_layer.items():
-        if isinstance(layer, FunctionLayer):
-            done.append(Put(layer, class_of(model).__name__, partial(calls_of, layer), _off(modules, layer)))
-        else:
-            calls = partial(_calls_on, weakref.ref(modules[0]), layer)
-            done.append(Put(layer, class_of(modules[0]).__name__, calls, _off(modules, layer)))
-    return done
+    return [
+        Put(layer, class_of(model).__name__, partial(calls_of, layer), take_off)
+        if isinstance(layer, FunctionLayer)
+        else Put(layer, class_of(module).__name__, partial(_calls_on, weakref.ref(module), layer), take_off)
+        for layer, module in on.items()
+    ]
 
 
 def _calls_on(reference: weakref.ref[nn.Module], layer: Layer) -> int | None:
@@ -56,14 +54,16 @@ def _calls_on(reference: weakref.ref[nn.Module], layer: Layer) -> int | None:
     return None if module is None else overridden.calls_under(module, layer)
 
 
-def _off(modules: Sequence[nn.Module], layer: Layer | FunctionLayer) -> Callable[[], None]:
-    references = [weakref.ref(module) for module in modules]
+def _taking_off(placed: Sequence[tuple[nn.Module, Sequence[Layer | FunctionLayer]]]) -> Callable[[], None]:
+    """What takes off all of them, the last first. A second time it does nothing."""
+    remaining = [(weakref.ref(module), layers) for module, layers in placed]
 
     def take_off() -> None:
-        for reference in references:
+        while remaining:
+            reference, layers = remaining.pop()
             module = reference()
             if module is not None:
-                overridden.take_off(module, layer)
+                overridden.take_off(module, layers)
 
     return take_off
 

@@ -172,13 +172,12 @@ class Entry(NamedTuple):
 
 
 class Match(NamedTuple):
-    """A module, the target and the rule that won it, and the targets that lost."""
+    """A module, and the target and the rule that won it."""
 
     path: str
     module: Any
     target: Target
     rule: Rule
-    lost: tuple[Target, ...]
 
 
 def class_of(module: Any) -> type:
@@ -195,14 +194,20 @@ def matches(entries: Sequence[Entry], modules: Iterable[tuple[str, Any]], owner:
     named = dict(modules)
     ranked: dict[int, list[tuple[tuple[int, int, int], str, Target, Rule]]] = {}
     used: set[int] = set()
+    candidates = [(index, target, entry.rule) for index, entry in enumerate(entries) for target in entry.targets]
+    of_class: dict[type, list[tuple[int, Target, Rule]]] = {}
     for path, module in named.items():
-        for index, entry in enumerate(entries):
-            for target in entry.targets:
-                distance = target.distance(path, module)
-                if distance is not None:
-                    used.add(index)
-                    order = target.rank, distance, -index
-                    ranked.setdefault(id(module), []).append((order, path, target, entry.rule))
+        cls = type(module)
+        if cls not in of_class:  # targets that are classes name all modules of a class, or none
+            of_class[cls] = [
+                one for one in candidates if not isinstance(one[1], Class) or one[1].distance_of(cls) is not None
+            ]
+        for index, target, rule in of_class[cls]:
+            distance = target.distance(path, module)
+            if distance is not None:
+                used.add(index)
+                order = target.rank, distance, -index
+                ranked.setdefault(id(module), []).append((order, path, target, rule))
     for index, entry in enumerate(entries):
         called = any(isinstance(target, (Function, ImportPath)) for target in entry.targets)
         if index not in used and not called and not entry.optional:
@@ -213,12 +218,10 @@ def matches(entries: Sequence[Entry], modules: Iterable[tuple[str, Any]], owner:
             )
     found = []
     for path, module in named.items():
-        candidates = ranked.pop(id(module), None)
-        if candidates is not None:
-            candidates.sort(key=lambda candidate: candidate[0])
-            _, won_at, target, rule = candidates[0]
-            lost = dict.fromkeys(other for _, _, other, _ in candidates[1:] if other is not target)
-            found.append(Match(won_at or path, module, target, rule, tuple(lost)))
+        rivals = ranked.pop(id(module), None)
+        if rivals is not None:
+            _, won_at, target, rule = min(rivals, key=lambda rival: rival[0])
+            found.append(Match(won_at or path, module, target, rule))
     return found
 
 

@@ -69,10 +69,10 @@ class TracedPath:
         unfit += [f"not _go_isinstance({name}, _go_Scalar)" for name in others]
         unfit += [f"not ({variable} := {receiver}.{name}).requires_grad" for variable, name in self.params.items()]
         if plan.reach is not None:
-            numbers = sorted(plan.reach.attributes - {*self.params.values()})
-            unfit += [f"not _go_is_number({receiver}, {name!r})" for name in numbers]
+            numbers = plan.reach.attributes - {*self.params.values()} - ({"inplace"} if plan.inplace_tells else set())
+            unfit += [f"not _go_is_number({receiver}, {name!r})" for name in sorted(numbers)]
         if plan.inplace_tells:
-            unfit.append(f"{receiver}.inplace")
+            unfit.append(f"{receiver}.inplace is not False")
         # Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604).
         twice = [f"{one} is {other}" for index, one in enumerate(inputs) for other in inputs[:index]]
         lines = [f"if {' or '.join(unfit)}:", general, *([f"if {' or '.join(twice)}:", general] if twice else [])]

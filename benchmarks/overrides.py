@@ -1,0 +1,158 @@
+"""Models whose modules are overridden, against the same models with hand-written Functions in their place.
+
+And how long it takes to put rules on a large model, and to take them off again.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+import gradoverride as go
+from benchmarks import compiled
+from benchmarks.timing import MILLISECONDS, Case, Effort, Pair, Samples, forward_and_backward, leaf, ratio, undisturbed
+
+DEPTH = 12  # overridden modules in a model
+MODULES = 1000  # in the large one
+SIZES = {"small": (32, 64), "large": (256, 512)}  # rows and width: where overhead shows, and as it is used
+
+Rules = dict[Any, Callable[..., Any]]
+
+
+def cases() -> list[Case]:
+    return [
+        *(
+            ratio(f"overrides: {DEPTH} {kind}, {size}", 1.05, functools.partial(pair, kind, shape))
+            for kind in MODELS
+            for size, shape in SIZES.items()
+        ),
+        *(
+            ratio(
+                f"overrides: {DEPTH} {kind}, {size}, compiled",
+                1.02,
+                functools.partial(compiled.pair, functools.partial(sides_of, kind, shape)),
+            )
+            for kind in MODELS
+            for size, shape in SIZES.items()
+        ),
+        *(
+            Case(
+                f"overrides: {what} {name}, {MODULES} modules", 20, functools.partial(timed, rules, place), MILLISECONDS
+            )
+            for name, rules in APPLIED.items()
+            for place, what in enumerate(("apply", "remove"))
+        ),
+    ]
+
+
+# Rules, and the same by hand.
+
+
+def guided(grad_output: Tensor, output: Tensor) -> Tensor:
+    return grad_output.clamp(min=0) * (output > 0)
+
+
+class Guided(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        result = x.relu()
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        (output,) = ctx.saved_tensors
+        return grad_output.clamp(min=0) * (output > 0)
+
+
+class GuidedByHand(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return Guided.apply(x)  # type: ignore[no-untyped-call]  # torch's own
+
+
+def linear(grad_output: Tensor, input: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    return {"input": grad_output @ weight, "weight": grad_output.T @ input, "bias": grad_output.sum(0)}
+
+
+class Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad_output @ weight, grad_output.T @ x, grad_output.sum(0)
+
+
+class LinearByHand(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return Linear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]  # torch's own
+
+
+MODELS: dict[str, tuple[Rules, type[nn.Module], type[nn.Module]]] = {
+    "ReLUs": ({nn.ReLU: guided}, nn.Linear, GuidedByHand),
+    "linear layers": ({nn.Linear: linear}, LinearByHand, nn.ReLU),
+}
+
+
+def sides_of(kind: str, shape: tuple[int, int]) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
+    rules, linear_by_hand, relu_by_hand = MODELS[kind]
+    ours, reference = model(shape[1], nn.Linear, nn.ReLU), model(shape[1], linear_by_hand, relu_by_hand)
+    go.override(ours, rules)
+    return ours, reference, (shape,)
+
+
+def model(width: int, linear: Any, relu: Any) -> nn.Module:
+    return nn.Sequential(*[part for _ in range(DEPTH) for part in (linear(width, width), relu())])
+
+
+def pair(kind: str, shape: tuple[int, int]) -> Pair:
+    ours, reference, _ = sides_of(kind, shape)
+    x, grad = leaf(*shape), torch.ones(shape)
+    return Pair(
+        forward_and_backward(ours, x, grad=grad),
+        forward_and_backward(reference, x, grad=grad),
+        (x, *ours.parameters(), *reference.parameters()),
+    )
+
+
+APPLIED: dict[str, Any] = {
+    "on two classes": {nn.ReLU: guided, nn.Linear: linear},
+    "on a glob": {"*.1": guided},
+    "on a function": {F.relu: guided},
+    "guided_backprop": "guided_backprop",
+    "epsilon_plus": "epsilon_plus",
+}
+
+
+def timed(rules: Any, place: int, effort: Effort) -> Samples:
+    """How long it takes to apply (0) or to remove (1), beside a walk over the model."""
+    blocks = MODULES // 4
+    large = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Tanh()) for _ in range(blocks)])
+    x = torch.zeros(1, 4)
+    samples = Samples()
+    go.override(large, rules).__exit__(KeyError, None, None)  # what is looked up once
+    with undisturbed():
+        end = time.perf_counter() + effort.seconds
+        while len(samples.values) < 3 or time.perf_counter() < end:
+            start = time.perf_counter()
+            handle = go.override(large, rules)
+            applied = time.perf_counter()
+            large(x)
+            ready = time.perf_counter()
+            handle.remove()
+            removed = time.perf_counter()
+            for _ in large.named_modules():
+                pass
+            samples.values.append(1e3 * (applied - start, removed - ready)[place])
+            samples.references.append(time.perf_counter() - removed)
+    return samples
