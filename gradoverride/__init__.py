@@ -3,12 +3,14 @@
 from gradoverride import presets, rules
 from gradoverride._core.residuals import save_for_backward
 from gradoverride.decorators import custom_backward, straight_through
+from gradoverride.edits import GradientEdit, edit_gradient, edit_gradient_, find_nodes
 from gradoverride.errors import (
     CapturedTensorError,
     DecorationError,
     ForwardResultError,
     GradOverrideError,
     GradOverrideWarning,
+    GraphError,
     RuleOptionError,
     RuleResultError,
     RuleSignatureError,
@@ -24,6 +26,10 @@ __all__ = [
     "custom_backward",
     "straight_through",
     "save_for_backward",
+    "edit_gradient",
+    "edit_gradient_",
+    "find_nodes",
+    "GradientEdit",
     "override",
     "Override",
     "remove_overrides",
@@ -44,6 +50,7 @@ __all__ = [
     "UnsupportedError",
     "TargetError",
     "TargetNotFoundError",
+    "GraphError",
     "GradOverrideWarning",
 ]
 

@@ -17,6 +17,7 @@ __all__ = [
     "UnsupportedError",
     "TargetError",
     "TargetNotFoundError",
+    "GraphError",
     "RuleOptionError",
     "GradOverrideWarning",
 ]
@@ -48,6 +49,10 @@ class CapturedTensorError(GradOverrideError, RuntimeError):
 
 class SurrogateError(GradOverrideError, ValueError):
     """A surrogate's shape is not the shape of the result it stands for."""
+
+
+class GraphError(GradOverrideError, ValueError):
+    """A tensor or a node is not where it must be in a graph: it has none, or one already, or needs no gradient."""
 
 
 class RuleOptionError(GradOverrideError, ValueError):

@@ -26,6 +26,7 @@ TREE = {
     "SurrogateError": ValueError,
     "UnsupportedError": NotImplementedError,
     "TargetNotFoundError": LookupError,
+    "GraphError": ValueError,
 }
 
 

@@ -119,7 +119,7 @@ class Backward:
 
     def _ask_rule(self, grad_output: Any, supplied: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The rule's answer, and for the class form what it assigned to parameters."""
-        rule = self.plan.rule.fn
+        rule = self.call.rule
         collector = self._collector() if self.plan.class_form else None
         first = (grad_output,) if collector is None else (collector.stand_in, grad_output)
         if self.traced:

@@ -23,7 +23,7 @@ from gradoverride._core.forward_mode import transpose
 from gradoverride._core.function import fresh
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import fail, in_forward_ad
-from gradoverride._core.structure import LEAF, Constant, flatten, unflatten
+from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten
 from gradoverride.errors import ForwardResultError, RuleResultError, UnsupportedError
 
 __all__ = ["EAGER", "TRACED", "TRANSFORMED", "Asked", "Call", "Param", "is_differentiable", "is_tensor"]
@@ -90,6 +90,7 @@ class Call:
     plan: Plan
     layout: Layout
     mode: str
+    rule: Any  # that of the plan, or one of the same code
     names: tuple[str, ...]  # of the arguments, from the layout
     groups: dict[str, tuple[int, ...]]
     variadic: str | None
@@ -136,10 +137,11 @@ class Call:
 
     __slots__ = tuple(__annotations__)
 
-    def __init__(self, plan: Plan, layout: Layout, mode: str) -> None:
+    def __init__(self, plan: Plan, layout: Layout, mode: str, rule: Any = None) -> None:
         self.plan = plan
         self.layout = layout
         self.mode = mode
+        self.rule = plan.rule.fn if rule is None else rule
         self.names = layout.names
         self.groups = layout.groups
         self.variadic = layout.variadic
@@ -188,6 +190,16 @@ class Call:
         self.n_leaves = len(places)
         self.metas = metas
         self.wanted = list(wanted)
+
+    def describe_tuple(self, metas: list[Meta]) -> None:
+        """As `take_apart`, for a call whose only argument was a tuple of tensors."""
+        self.specs = [Node(tuple, None, [LEAF] * len(metas))]
+        self.ends = [len(metas)]
+        self.holders = [0]
+        self.single = 0
+        self.n_leaves = len(metas)
+        self.metas = metas
+        self.wanted = [True] * len(metas)
 
     def describe_params(self, names: Sequence[str], metas: Sequence[Meta]) -> None:
         """As `find_params`, for parameters that the rule asks for."""
@@ -259,6 +271,11 @@ class Call:
                 else:
                     self.frozen[name] = value
         return params
+
+    @property
+    def answers_dict_bare(self) -> bool:
+        """Whether a dict as the answer is the gradient of a dict, and not gradients by the names of arguments."""
+        return self.plan.mirrors and isinstance(self.specs[0], Node) and issubclass(self.specs[0].kind, dict)
 
     def needs(self) -> dict[str, bool]:
         """By argument name, whether a gradient is wanted; by dotted name for parameters."""

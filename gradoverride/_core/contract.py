@@ -30,7 +30,7 @@ def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str,
         first = call.holders[0]
         entry = _entry(call, first, answer)
         return [*entry, *[None] * (call.n_leaves - len(entry))], {}
-    if isinstance(answer, dict) and not dataclasses.is_dataclass(answer):
+    if not call.answers_dict_bare and isinstance(answer, dict) and not dataclasses.is_dataclass(answer):
         return _by_name(call, answer)
     names, specs = call.names, call.specs
     if call.single is not None and not (isinstance(answer, (tuple, list)) and not _is_sequence(specs[call.single])):

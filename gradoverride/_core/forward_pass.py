@@ -39,8 +39,8 @@ from gradoverride.errors import ForwardResultError, UnsupportedError
 __all__ = ["ForwardPass", "differentiate"]
 
 
-def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[Any]) -> Any:
-    """Call the forward of `plan` with its rule in force, if a gradient is wanted at all."""
+def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[Any], rule: Any = None) -> Any:
+    """Call the forward of `plan` with its rule in force, or with `rule`, if a gradient is wanted at all."""
     if plan.class_form:
         plan = plan.of_class(type(receiver))
     transformed = in_functorch() or in_forward_ad()
@@ -66,7 +66,7 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
                 f"{plan.forward.who} is called in forward mode within forward mode (jvp of jvp, jacfwd of jacfwd), "
                 "where torch loses the tangents of every autograd.Function. Use reverse mode for one of the two",
             )
-    call = Call(plan, layout, mode)
+    call = Call(plan, layout, mode, rule)
     leaves = call.take_apart(values)
     if isinstance(receiver, nn.Module) and "_is_replica" in receiver.__dict__:
         receiver = with_parameters(receiver)

@@ -6,6 +6,7 @@ the Function only ties the result to the inputs, with the rule as its gradient. 
 as ever. On the short path a forward of known reach runs inside, as one does that is written by hand.
 
     plain_function  plain tensors in, one tensor out: what most calls need (`short_function.py` writes its code)
+    alias_function  the identity, whose gradient a rule edits (`edit.py`)
     General         everything else, eager or traced
     Transformed     the same for torch.func: a generated vmap rule, and `jvp`, on which Dynamo breaks its graph
     Cut             aliases that the kept graph behind `vjp` starts from: gradients end there
@@ -24,10 +25,22 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gradoverride._core.private import call_directly, fail
+from gradoverride._core.private import call_directly, can_call_directly, fail
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["Carry", "Cut", "General", "Lifted", "Refused", "Tail", "Transformed", "fresh", "named", "plain_function"]
+__all__ = [
+    "Carry",
+    "Cut",
+    "General",
+    "Lifted",
+    "Refused",
+    "Tail",
+    "Transformed",
+    "alias_function",
+    "fresh",
+    "named",
+    "plain_function",
+]
 
 
 def named(base: type[Function], name: str) -> type[Function]:
@@ -46,6 +59,15 @@ def plain_function(name: str, forward: Callable[..., Any], backward: Callable[..
     return function
 
 
+def alias_function(name: str, backward: Callable[..., Any], *, keeps: bool) -> type[Function]:
+    """A Function whose result is an alias of its tensor. What the gradient becomes, `backward` reads in `ctx.rule`."""
+    function = named(KeptAlias if keeps else Alias, name)
+    function.backward = staticmethod(backward)  # type: ignore[method-assign]  # of this class
+    if can_call_directly():
+        call_directly(function, backward)
+    return function
+
+
 def fresh(tensor: Tensor) -> Tensor:
     """A new tensor object with the storage of `tensor`: torch would make `tensor` itself a node's output, and turn a
     parameter or a cached buffer that a forward returns into a non-leaf.
@@ -53,6 +75,25 @@ def fresh(tensor: Tensor) -> Tensor:
     alias = tensor.detach()
     # A view stays one, so that torch refuses to write into it in place (it could not tell its base).
     return alias.view_as(alias) if tensor._is_view() else alias
+
+
+class Alias(Function):
+    """An alias of `tensor`, which is not kept. It is a view, so that torch refuses to write into it in place."""
+
+    @staticmethod
+    def forward(ctx: Any, rule: Any, tensor: Tensor) -> Tensor:
+        ctx.rule = rule
+        return tensor[...]  # in two thirds of the time of `view_as`
+
+
+class KeptAlias(Function):
+    """The same of a tensor that is kept for the rule."""
+
+    @staticmethod
+    def forward(ctx: Any, rule: Any, tensor: Tensor) -> Tensor:
+        ctx.rule = rule
+        ctx.save_for_backward(tensor)
+        return tensor[...]
 
 
 class General(Function):

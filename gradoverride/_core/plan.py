@@ -20,7 +20,7 @@ from gradoverride._core.reach import Reach
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.signature import Forward, Rule, resolve
 
-__all__ = ["MARK", "Layout", "Plan"]
+__all__ = ["MARK", "Layout", "Plan", "is_known_method"]
 
 
 MARK = torch.empty(0)
@@ -63,6 +63,7 @@ class Plan:
         self.takes_receiver = forward.is_method
         self.class_form = class_form  # the rule is a method called `backward`, whose self is a stand-in
         self.straight_through = straight_through  # the rule answers for the first differentiable argument alone
+        self.mirrors = False  # the rule answers in the structure of the only argument, if that is a dict too
         self.hands_over = scan.calls(self.fn, save_for_backward)
         self.sources = resolve(rule, forward, may_defer=forward.is_method or self.hands_over)
         reserved = {name for name, source in self.sources.items() if source == "reserved"}
@@ -75,10 +76,10 @@ class Plan:
         self.forward_writes = scan.writes(self.fn)
         # Modules of torch have one forward for both, and `self.inplace` says which it is.
         self.inplace_tells = self.forward_writes and "inplace" in attributes and not scan.writes(self.fn, but="inplace")
-        self.forward_may_write = not scan.writes_nothing(self.fn, _is_known_method)
+        self.forward_may_write = not scan.writes_nothing(self.fn, is_known_method)
         # By names: where a graph cannot be looked at, and evaluated while tracing, for Dynamo knows no cells.
         self.captured_names: Callable[[], str] = evaluated_while_tracing(lambda: ", ".join(captured_names(forward.fn)))
-        self.rule_writes = not scan.writes_nothing(rule.fn, _is_known_method)
+        self.rule_writes = not scan.writes_nothing(rule.fn, is_known_method)
         self.rule_is_arithmetic = scan.is_arithmetic(rule.fn)
         self.rule_is_scaling = scan.is_scaling(rule.fn)
         # A rule that mentions these may answer for parameters that it does not ask for.
@@ -141,5 +142,6 @@ class Plan:
             close_frame()
 
 
-def _is_known_method(name: str) -> bool:
+def is_known_method(name: str) -> bool:
+    """Whether a method of this name is one of torch, or of what a rule is given: see `writes_nothing`."""
     return hasattr(Tensor, name) or hasattr(torch, name) or hasattr(F, name) or name in ("by_name", "items", "values")

@@ -8,6 +8,7 @@ fallbacks too.
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NoReturn, TypeVar
@@ -17,6 +18,8 @@ from torch.autograd import Function, forward_ad
 
 __all__ = [
     "IN_FORWARD_AD",
+    "OWNERS_IF_RETURNED",
+    "after_backward",
     "any_autocast",
     "can_call_directly",
     "call_directly",
@@ -25,15 +28,20 @@ __all__ = [
     "fail",
     "fast_apply",
     "forward_mode_depth",
+    "hook_on_result",
     "in_forward_ad",
     "in_functorch",
     "is_compiled_graph",
+    "is_freed",
     "let_dynamo_show",
     "dynamo_shows",
     "keep_own_frames_whole",
     "keeps_graph",
     "note_while_tracing",
+    "passes_on",
     "pull",
+    "results_of",
+    "returned_by_pass",
     "saves_plainly",
     "take_off_stack",
     "take_noted",
@@ -103,6 +111,99 @@ _run_backward = getattr(_engine, "run_backward", None)
 
 # How many C++ owners a tensor has. Without it a result is taken for shared, and detached.
 use_count: Callable[[torch.Tensor], int] = getattr(torch.Tensor, "_use_count", lambda tensor: 2)
+
+
+def results_of(node: Any) -> list[tuple[torch.Size, torch.dtype, torch.device]] | None:
+    """Shape, dtype and device of the results of a node, in order. None where that is not known."""
+    known = getattr(node, "_input_metadata", None)
+    return known and [(torch.Size(result.shape), result.dtype, result.device) for result in known]
+
+
+def hook_on_result(node: Any, index: int, hook: Callable[[Any], Any]) -> Callable[[], None] | None:
+    """Run `hook` on the gradient of a result of `node`, as a tensor's hook is run; gives what takes it off again.
+
+    A public prehook of the node is run only where the node itself is: `torch.autograd.grad` with respect to its result
+    would not be edited. None where there is no way.
+    """
+    register = getattr(node, "_register_hook_dict", None)
+    if register is None:
+        return None
+    # It takes hooks, and the place of the result, from a tensor.
+    stands_for = torch.empty(index + 1, requires_grad=True).unbind()[index]
+    hooks: dict[int, Callable[[Any], Any]] = OrderedDict({0: hook})
+    stands_for._backward_hooks = hooks  # as torch keeps them
+    register(stands_for)
+    return hooks.clear
+
+
+def returned_by_pass() -> tuple[Any, ...]:
+    """What the gradients are returned of by the backward pass that runs now: the `inputs` of `torch.autograd.grad`.
+
+    torch says so nowhere. It is read from the call of the engine, in this thread or, where the hooks run in the
+    thread of a device, in the one that waits for it.
+    """
+    passes = list(_passes(sys._getframe()))[:1]
+    if not passes:
+        passes = [found for frame in sys._current_frames().values() for found in list(_passes(frame))[:1]]
+    return tuple(inputs for found in passes for inputs in found)
+
+
+def _passes(frame: FrameType | None) -> Iterator[tuple[Any, ...]]:
+    """By each backward pass around this frame, from the inmost on, what it returns gradients of."""
+    while frame is not None:
+        if frame.f_code is pull.__code__:  # in kept graphs, which are nobody's to edit
+            yield ()
+        elif frame.f_code is _ENGINE_CODE:
+            called = frame.f_locals
+            yield () if called["kwargs"].get("accumulate_grad") else tuple(called["args"][3])
+        frame = frame.f_back
+
+
+_ENGINE_CODE = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "__code__", None)
+
+
+def passes_on(node: Any) -> bool:
+    """Whether the backward pass that runs now goes on behind `node`. It then hands out the gradient as it was before
+    the hooks on the result of `node`, and otherwise as it is after them.
+    """
+    will_run = getattr(torch._C, "_will_engine_execute_node", None)
+    if will_run is None:
+        return True
+    for following, _ in node.next_functions:
+        try:
+            if following is not None and will_run(following):
+                return True
+        except RuntimeError:  # a leaf whose gradient is returned
+            return True
+    return False
+
+
+OWNERS_IF_RETURNED = 3
+"""How many C++ owners the gradient has that a hook is given, where a pass that goes on returns it and nobody else has
+it: the engine's list, the results, and its Python object.
+"""
+
+
+def is_freed(node: Any) -> bool:
+    """Whether a backward pass has gone through `node` and freed what it had saved. Of one that saves nothing, no."""
+    try:
+        if hasattr(type(node), "_raw_saved_tensors"):  # of a Python Function
+            _ = node._raw_saved_tensors
+        else:
+            for name in [name for name in dir(node) if name.startswith("_raw_saved_")][:1]:  # of tensors
+                getattr(node, name.removeprefix("_raw"))
+    except RuntimeError as error:
+        return "second time" in str(error)
+    return False
+
+
+def after_backward(callback: Callable[[], None]) -> bool:
+    """Run `callback` when the backward pass that runs now has ended, as a part of it. False where there is no way."""
+    queue = getattr(_engine, "queue_callback", None)
+    if queue is None:
+        return False
+    queue(callback)
+    return True
 
 
 def let_dynamo_show(functions: Iterable[Any]) -> None:

@@ -146,17 +146,17 @@ def writes(fn: Any, but: str = "") -> bool:
     return False
 
 
-def is_arithmetic(fn: Any, attributes: frozenset[str] = frozenset()) -> bool:
+def is_arithmetic(fn: Any, attributes: frozenset[str] = frozenset(), *, free: bool = False) -> bool:
     """Whether `fn` is an expression of its own arguments, constants and these attributes in operators and elementwise
-    functions of torch alone, or a tuple or dict of such.
+    functions of torch alone, or a tuple or dict of such. If `free`, of the values in its closure too.
 
     Such a function writes nowhere, reaches nothing else, stays on its device, and means the same under autocast.
     """
-    if not isinstance(fn, FunctionType) or fn.__closure__ or writes(fn):
+    if not isinstance(fn, FunctionType) or (fn.__closure__ and not free) or writes(fn):
         return False
     functions = calls = 0
     for step in dis.get_instructions(fn.__code__):
-        known = step.opname in _ARITHMETIC
+        known = step.opname in _ARITHMETIC or (free and step.opname in ("COPY_FREE_VARS", "LOAD_DEREF"))
         if step.opname in ("LOAD_METHOD", "LOAD_ATTR"):
             known = step.argval in _ELEMENTWISE or step.argval in attributes
             functions += step.argval in _ELEMENTWISE
@@ -171,10 +171,13 @@ def is_arithmetic(fn: Any, attributes: frozenset[str] = frozenset()) -> bool:
     return calls == functions  # or it calls one of its arguments
 
 
-def is_scaling(fn: Any) -> bool:
-    """Whether `fn` is an expression of one argument and real numbers in +, -, *, /: its result is like the argument."""
+def is_scaling(fn: Any, *, free: bool = False) -> bool:
+    """Whether `fn` is an expression of one argument and real numbers in +, -, *, /: its result is like the argument.
+
+    If `free`, what is in its closure is taken for such numbers.
+    """
     return (
-        is_arithmetic(fn)
+        is_arithmetic(fn, free=free)
         and fn.__code__.co_argcount == fn.__code__.co_nlocals == 1
         and not fn.__code__.co_names
         and not any(step.opname in (*_BUILDS, "COMPARE_OP") for step in dis.get_instructions(fn.__code__))

@@ -50,7 +50,7 @@ class Forward:
     ) -> None:
         self.fn = fn
         self.name = name or _node_name(fn)
-        self.place = place or scan.location(fn)
+        self.place = scan.location(fn) if place is None else place
         self.signature = signature or _signature(fn)
         self.receiver = receiver  # the object that a bound method is bound to
         parameters = [] if self.signature is None else list(self.signature.parameters.values())
@@ -71,8 +71,8 @@ class Forward:
 
     @property
     def who(self) -> str:
-        """`'scale' (file.py:3)`: how messages begin."""
-        return f"'{self.name}' ({self.place})"
+        """`'scale' (file.py:3)`: how messages begin. What is this library's own has no place."""
+        return f"'{self.name}' ({self.place})" if self.place else f"'{self.name}'"
 
 
 class Rule:

@@ -38,7 +38,9 @@ class Vjp:
             leaves = self._kept
         given = iter(leaves)
         # Of a dict argument it comes in a tuple: a bare dict would be an answer by names.
-        if call.single is not None and getattr(call.specs[call.single], "kind", None) is not dict:
+        if call.single is not None and (
+            call.answers_dict_bare or getattr(call.specs[call.single], "kind", None) is not dict
+        ):
             return unflatten(call.specs[call.single], given, constants=False)
         return tuple([unflatten(spec, given, constants=False) for spec in call.specs])
 

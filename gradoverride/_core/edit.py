@@ -1,0 +1,206 @@
+"""The gradient of a value, edited on its way: the rule of `edit_gradient`, and what reads its answers.
+
+For one tensor nothing is generated: one Function serves all rules (`alias_function`), for a rule is often a lambda
+that is made anew in each call. Structures, `vjp` and its like go the general way, as a forward that returns its
+argument.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradoverride._core.ambient import Autocast
+from gradoverride._core.call import EAGER, Call, is_differentiable
+from gradoverride._core.contract import Meta, read_answer, shape_text, what
+from gradoverride._core.forward_pass import differentiate
+from gradoverride._core.function import alias_function
+from gradoverride._core.plan import Plan
+from gradoverride._core.private import (
+    any_autocast,
+    dual_levels,
+    evaluated_while_tracing,
+    fail,
+    fast_apply,
+    in_forward_ad,
+    in_functorch,
+)
+from gradoverride._core.reading import Reading, Readings, holds_numbers, keep_plan, kept_plan, unbound
+from gradoverride._core.short_function import FLOATING
+from gradoverride._core.signature import Forward, name_of
+from gradoverride._core.structure import flatten, unflatten
+from gradoverride.errors import GraphError, RuleResultError
+
+__all__ = ["ask", "ask_several", "edit"]
+
+
+def edit(x: Any, rule: Any) -> Any:
+    """`x`, whose gradient goes through `rule`."""
+    if _compiling():
+        return _edit_traced(x, rule)
+    reading = _of_rule(rule)
+    kind = type(x)
+    if (
+        (kind is Tensor or kind is nn.Parameter)
+        and reading.of_values
+        and not (in_functorch() or dual_levels._current_level >= 0 or any_autocast())
+    ):
+        if x.requires_grad and _grad_enabled():
+            return (_apply_keeping if reading.sources else _apply)((rule, reading), x)
+        if x.dtype in FLOATING:
+            return x
+    return _general(reading.plan_for(rule), x, rule)
+
+
+_compiling, _grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled  # each dot takes 20 ns
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+_readings = Readings(Forward(_same, name="edit_gradient", place=""))
+_of_rule = _readings.of
+VALUES = frozenset({"x", "input", "output"})  # names of the value: they are all the same here
+
+
+def _general(plan: Plan, x: Any, rule: Any) -> Any:
+    leaves: list[Tensor] = []
+    spec = flatten(x, is_differentiable, leaves)
+    if not leaves:
+        fail(
+            GraphError,
+            f"edit_gradient: 'x' must be a floating or complex tensor, or hold one, for its gradient to be edited; "
+            f"got {what(x)}{f' of {x.dtype}' if isinstance(x, Tensor) else ''}",
+        )
+    plan.mirrors = True
+    result = differentiate(plan, plan.layout(0, ()), None, (x,), rule)
+    if in_functorch() or in_forward_ad():  # `requires_grad` does not tell
+        return result
+    edited: list[Tensor] = []
+    flatten(result, is_differentiable, edited)
+    # A constant beside what has a gradient stays one.
+    kept = [new if old.requires_grad else old for old, new in zip(leaves, edited, strict=True)]
+    return unflatten(spec, iter(kept))
+
+
+# --- the Function for one tensor
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[None, Any]:
+    rule, reading = ctx.rule
+    if reading.scales and (not reading.holds or holds_numbers(rule)):
+        answer = rule(grad_output)
+        if type(answer) is Tensor:
+            return None, answer
+    value = ctx.saved_tensors[0] if reading.sources else None
+    if any_autocast():  # there was none in the forward, or the call would have gone the general way
+        with _NO_AUTOCAST.restored():
+            return None, ask(rule, reading, grad_output, value)
+    return None, ask(rule, reading, grad_output, value)
+
+
+_NO_AUTOCAST = Autocast.none()
+_apply = fast_apply(alias_function("edit_gradient", _backward, keeps=False))
+_apply_keeping = fast_apply(alias_function("edit_gradient", _backward, keeps=True))
+
+
+def ask(rule: Any, reading: Reading, grad_output: Tensor, value: Tensor | None) -> Tensor | None:
+    """The answer of `rule` for the gradient of a tensor, checked. `value`: that tensor, if the rule asks for it."""
+    copied = reading.hands_copy(rule) if reading.holds else reading.writes
+    handed = grad_output.clone() if copied else grad_output
+    version = handed._version
+    try:
+        answer = rule(handed, **dict.fromkeys(reading.sources, value)) if reading.sources else rule(handed)
+    except Exception as error:
+        _call(rule, reading).note(error)
+        raise
+    if not copied and handed._version != version and not _compiling():
+        _call(rule, reading).refuse_written()
+    if (
+        type(answer) is Tensor
+        and answer.dtype is grad_output.dtype
+        and answer.shape == grad_output.shape
+        and ((answer.is_cpu and grad_output.is_cpu) or answer.device == grad_output.device)
+    ):
+        return answer
+    call = _call(rule, reading)
+    call.describe_plain([0], [Meta(grad_output)], [True])
+    return read_answer(call, answer)[0][0]
+
+
+def ask_several(rule: Any, reading: Reading, grads: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """The same for a tuple of gradients: of all results of a node."""
+    call = _call(rule, reading)
+    call.describe_tuple([Meta(grad) for grad in grads])
+    try:
+        answer = rule(tuple([grad.clone() for grad in grads]) if reading.writes or reading.holds else grads)
+    except Exception as error:
+        call.note(error)
+        raise
+    return read_answer(call, answer)[0]
+
+
+def _call(rule: Any, reading: Reading) -> Call:
+    plan = reading.plan_for(rule)
+    return Call(plan, plan.layout(0, ()), EAGER)
+
+
+# --- while Dynamo traces
+
+
+def _edit_traced(x: Any, rule: Any) -> Any:
+    names = _names_of_value(rule)
+    if names is None or not is_differentiable(x) or in_functorch():
+        return _general(kept_plan(_name_of_plan(*unbound(rule))), x, rule)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x
+    return (_Keeping if names else _NotKeeping).apply((rule, names), x)
+
+
+def _names_of_value(rule: Any) -> tuple[str, ...] | None:
+    """By which names `rule` asks for the value; None if it asks for anything else."""
+    if isinstance(rule, FunctionType):
+        code = rule.__code__
+        names = code.co_varnames[1 : code.co_argcount]
+        plain = code.co_argcount and not code.co_kwonlyargcount and not code.co_flags & _STARRED
+        if plain and all([name in VALUES for name in names]):
+            return names
+    return _names_read(*unbound(rule))
+
+
+_STARRED = 0x04 | 0x08  # *args, **kwargs: what `inspect` calls CO_VARARGS and CO_VARKEYWORDS
+
+
+@evaluated_while_tracing
+def _name_of_plan(rule: Any, bound: tuple[str, ...]) -> str:
+    return keep_plan(_readings, rule, bound)
+
+
+@evaluated_while_tracing
+def _names_read(rule: Any, bound: tuple[str, ...]) -> tuple[str, ...] | None:
+    sources = kept_plan(keep_plan(_readings, rule, bound)).sources
+    return tuple(sources) if VALUES.issuperset(sources) else None
+
+
+def _backward_traced(ctx: Any, grad_output: Tensor) -> tuple[None, Any]:
+    rule, names = ctx.rule
+    handed = grad_output.clone()  # a compiler removes the copy where nothing is written
+    answer = rule(handed, **dict.fromkeys(names, ctx.saved_tensors[0])) if names else rule(handed)
+    if answer is not None and (not isinstance(answer, Tensor) or answer.shape != grad_output.shape):
+        fail(
+            RuleResultError,
+            f"rule '{name_of(rule)}' of 'edit_gradient' must return a gradient of shape "
+            f"{shape_text(grad_output.shape)}, the shape of 'x' itself; it returned {what(answer)}. Reduce or expand "
+            "it: torch would do so silently",
+        )
+    if answer is not None and answer.dtype != grad_output.dtype:
+        answer = answer.to(grad_output.dtype)
+    return None, answer
+
+
+_NotKeeping = alias_function("edit_gradient", _backward_traced, keeps=False)
+_Keeping = alias_function("edit_gradient", _backward_traced, keeps=True)

@@ -1,0 +1,87 @@
+"""A result of a node in a built graph, whose gradient is edited: right for `torch.autograd.grad` too.
+
+A tensor's hooks are run once for each gradient. But where a pass goes on behind the node *and* returns the gradient of
+its result (`torch.autograd.grad(loss, [middle, x])`), it returns what came before the hooks. So the answer is put into
+that very tensor, if nobody else has it; if somebody has, it is refused.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from gradoverride._core.private import OWNERS_IF_RETURNED, passes_on, returned_by_pass, use_count
+from gradoverride.errors import UnsupportedError
+
+__all__ = ["EDITED", "EditedResult"]
+
+EDITED = "gradoverride"
+"""The key in the metadata of a node under which its edited results are listed."""
+
+
+class EditedResult:
+    """The hook on result `index` of `node`. It does not hold the node, which holds it."""
+
+    def __init__(self, node: Node, index: int, answer: Callable[[Any], Tensor | None]) -> None:
+        self.index = index
+        self.answer = answer
+        self.metadata: dict[Any, Any] = node.metadata  # type: ignore[assignment]  # a property, in truth
+        self.metadata.setdefault(EDITED, []).append(self)
+
+    def forget(self, then: Callable[[], None] = lambda: None) -> None:
+        """Take it off the list of its node, and call `then`."""
+        listed = self.metadata.get(EDITED, [])
+        if self in listed:
+            listed.remove(self)
+        if not listed:
+            self.metadata.pop(EDITED, None)
+        then()
+
+    def __call__(self, grad: Tensor | None) -> Tensor | None:
+        answer = self.answer(grad)
+        if grad is None:
+            return None
+        if answer is None:  # which would leave the gradient as it is
+            answer = torch.zeros_like(grad)
+        node = self._returned()
+        if node is None or not passes_on(node):
+            return answer
+        answer = answer.detach()  # it may be the gradient of another result, which is about to be changed
+        self._put_into_returned(grad, answer)
+        return answer
+
+    def _returned(self) -> Node | None:
+        """The node, if the pass that runs now returns the gradient of this result."""
+        for asked in returned_by_pass():
+            edge = asked if isinstance(asked, GradientEdge) else get_gradient_edge(asked)
+            metadata: Any = edge.node.metadata
+            if edge.output_nr == self.index and self in metadata.get(EDITED, ()):
+                return edge.node
+        return None
+
+    def _put_into_returned(self, grad: Tensor, answer: Tensor) -> None:
+        before, returned = _last.pair
+        original = returned() if before() is grad else grad  # another edit has been here
+        if original is None or torch.is_grad_enabled() or use_count(original) != OWNERS_IF_RETURNED:
+            raise UnsupportedError(
+                f"edit_gradient_: torch.autograd.grad is asked for the edited gradient of a tensor of shape "
+                f"{tuple(grad.shape)} and for others behind it, and torch would return it as it was before the edit. "
+                "Ask for it in a call of its own, with retain_graph=True"
+            )
+        original.data = answer
+        _last.pair = weakref.ref(answer), weakref.ref(original)
+
+
+class _Last(threading.local):
+    """The last answer that was put into a returned gradient, and that gradient."""
+
+    pair: tuple[Callable[[], Tensor | None], Callable[[], Tensor | None]] = (lambda: None), (lambda: None)
+
+
+_last = _Last()

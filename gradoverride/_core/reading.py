@@ -1,0 +1,156 @@
+"""What is known of a rule by its code, for forwards whose rule comes with each call: a lambda is made anew every time.
+
+A `Plan` takes 400 us to make, and what it says follows from the code of the rule and the names that it takes. So it
+is kept by these; the rule itself, with all that its closure holds, is that of the `Call`.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import CellType, CodeType, FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradoverride._core.plan import Plan, is_known_method
+from gradoverride._core.scan import is_scaling, writes_nothing
+from gradoverride._core.signature import Forward, Rule, resolve
+
+__all__ = ["Reading", "Readings", "holds_numbers", "keep_plan", "kept_plan", "unbound"]
+
+
+class Reading:
+    """What is known of rules of one code for one forward, whatever their closures and defaults hold."""
+
+    __slots__ = ("code", "forward", "holds", "of_values", "plan", "scales", "sources", "writes")
+
+    def __init__(self, forward: Forward, rule: Any) -> None:
+        function = _function_in(rule)
+        self.forward = forward
+        self.code = function and function.__code__  # kept, for its id is what this reading is found by
+        self.holds = function is not None and bool(function.__closure__)
+        self.sources = resolve(Rule(rule), forward, may_defer=False)
+        # Whether it asks for nothing but arguments and the result.
+        self.of_values = all(
+            source == "argument" or name in ("input", "output") for name, source in self.sources.items()
+        )
+        # Writes nothing, and its answer is like the gradient, under autocast too: if its closure holds real numbers.
+        self.scales = is_scaling(rule, free=True)
+        self.writes = not writes_nothing(rule, is_known_method)
+        self.plan: Plan | None = None
+
+    def hands_copy(self, rule: Any) -> bool:
+        """Whether a rule of this code is to be given a copy of the gradient."""
+        if self.writes or not self.holds:
+            return self.writes
+        function = rule if type(rule) is FunctionType else _function_in(rule)
+        cells = function.__closure__  # type: ignore[union-attr]  # it has one
+        return not all([type(_content(cell)) in _PLAIN for cell in cells or ()])
+
+    def plan_for(self, rule: Any) -> Plan:
+        """The plan of the forward and of rules of this code. It does not hold the rule, which is the call's."""
+        if self.plan is None:
+            self.plan = Plan(self.forward, Rule(rule))
+            self.plan.rule.fn = _given_with_the_call
+            self.plan.rule_writes = self.writes or self.holds  # and what that is differs
+        return self.plan
+
+
+class Readings(dict[Any, Reading]):
+    """The readings for one forward."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+
+    def of(self, rule: Any) -> Reading:
+        """What is known of `rule`. Raises `RuleSignatureError`."""
+        bare = type(rule) is FunctionType and rule.__defaults__ is None and rule.__kwdefaults__ is None
+        key = id(rule.__code__) if bare else _key(rule)
+        found = None if key is None else self.get(key)
+        if found is None:
+            found = Reading(self.forward, rule)
+            if key is not None and not _is_wrapped(rule):
+                if len(self) >= 1000:
+                    self.clear()
+                self[key] = found
+        return found
+
+
+def _key(rule: Any) -> Any:
+    """The same for rules of the same code that take the same names. None for what is known by no code."""
+    if isinstance(rule, FunctionType):
+        return id(rule.__code__), len(rule.__defaults__ or ()), *(rule.__kwdefaults__ or ())
+    if isinstance(rule, functools.partial):
+        inner = _key(rule.func)
+        return None if inner is None else (inner, len(rule.args), *sorted(rule.keywords))
+    return None
+
+
+def _is_wrapped(rule: Any) -> bool:
+    """Whether the code is that of a wrapper, and the names it takes are those of what it wraps."""
+    return hasattr(_function_in(rule), "__wrapped__")
+
+
+def _function_in(rule: Any) -> FunctionType | None:
+    while isinstance(rule, functools.partial):
+        rule = rule.func
+    return rule if isinstance(rule, FunctionType) else None
+
+
+def holds_numbers(rule: FunctionType) -> bool:
+    """Whether its closure holds real numbers alone."""
+    return all([type(_content(cell)) in _NUMBERS for cell in rule.__closure__ or ()])
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return cell
+
+
+_NUMBERS = frozenset({bool, int, float})
+_PLAIN = frozenset({*_NUMBERS, Tensor, nn.Parameter, complex, str, type(None)})  # what cannot write for a rule
+
+
+def _given_with_the_call(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("the rule is that of the call")
+
+
+# --- while Dynamo traces, where a lambda that is made within is no object yet
+
+
+def unbound(rule: Any) -> tuple[Any, tuple[str, ...]]:
+    """What stands for a rule as an argument of a function that is evaluated while tracing: it holds no tensors."""
+    bound: list[str] = []
+    while isinstance(rule, functools.partial) and not rule.args:
+        bound += rule.keywords
+        rule = rule.func
+    if isinstance(rule, FunctionType) and rule.__code__.co_freevars:
+        rule = rule.__code__
+    return rule, tuple(bound)
+
+
+def keep_plan(readings: Readings, rule: Any, bound: tuple[str, ...]) -> str:
+    """Keep the plan for an `unbound` rule, under a name that this returns: `kept_plan`.
+
+    Where only the code is there, it has lost its defaults.
+    """
+    if isinstance(rule, CodeType):
+        rule = FunctionType(rule, {}, closure=tuple([CellType() for _ in rule.co_freevars]))
+    if bound:
+        rule = functools.partial(rule, **dict.fromkeys(bound))
+    plan = readings.of(rule).plan_for(rule)
+    name = f"plan_{id(plan)}"
+    setattr(_Plans, name, plan)
+    return name
+
+
+def kept_plan(name: str) -> Plan:
+    """The plan that was kept under this name."""
+    plan: Plan = getattr(_Plans, name)
+    return plan
+
+
+class _Plans:
+    """Plans as attributes: Dynamo needs a place to know an object by."""

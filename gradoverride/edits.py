@@ -1,0 +1,330 @@
+"""`edit_gradient` and `edit_gradient_`: a gradient on its way through a graph, before that is built and after.
+
+In x -> operation -> more operations -> result, what comes back from `more operations` is edited before `operation`
+has it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+from gradoverride._core.call import is_differentiable
+from gradoverride._core.contract import what
+from gradoverride._core.edit import ask, ask_several, edit
+from gradoverride._core.edited_result import EditedResult
+from gradoverride._core.private import hook_on_result, is_freed, results_of
+from gradoverride._core.reading import Reading, Readings
+from gradoverride._core.signature import Forward, Rule
+from gradoverride.errors import GraphError, RuleSignatureError, UnsupportedError
+
+__all__ = ["GradientEdit", "edit_gradient", "edit_gradient_", "find_nodes"]
+
+X = TypeVar("X")
+
+
+def edit_gradient(x: X, rule: Callable[..., Any]) -> X:
+    """`x`, with a gradient that goes through `rule` on its way to it. The value is the same.
+
+    >>> import torch, gradoverride as go
+    >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
+    >>> y = go.edit_gradient(x * 2, lambda grad_output: grad_output / grad_output.norm())
+    >>> y.backward(torch.tensor([3.0, 4.0]))
+    >>> x.grad
+    tensor([1.2000, 1.6000])
+
+    `x` is a tensor or any structure of them: the rule is given the structure of `x` and returns it, with None for
+    what is no tensor and for a gradient that is to stop; a tensor in it without a gradient stays as it is. A rule may
+    ask for the value besides, as `x` (or `input`, `output`), and a rule of the gradient alone keeps nothing.
+
+    Shapes, dtypes: a gradient has the shape and device of its tensor; a differing floating dtype is cast.
+
+    The result is a view of `x`, so torch refuses to write into it in place: write into `.clone()`. Raises `GraphError`
+    if there is no floating or complex tensor in `x`, `RuleSignatureError` and `RuleResultError` for a wrong rule.
+    """
+    result: X = edit(x, rule)
+    return result
+
+
+def edit_gradient_(tensor_or_node: Tensor | Node, rule: Callable[..., Any]) -> GradientEdit:
+    """Edit a gradient in a graph that is already built: that of a tensor, or of the result of a node.
+
+    >>> import torch, gradoverride as go
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> middle = x * 3
+    >>> loss = (middle * 5).sum()
+    >>> with go.edit_gradient_(middle, lambda grad_output: -grad_output):
+    ...     loss.backward(retain_graph=True)
+    >>> x.grad
+    tensor([-15., -15.])
+
+    What comes back can be left or removed (`handle.remove()`), and is in force until then: for every backward pass,
+    and for `torch.autograd.grad` with respect to the tensor itself. Of a leaf (a parameter) it is the gradient of each
+    backward pass, before it is accumulated. Several edits of one tensor follow each other in the order in which they
+    were made.
+
+    The rule of a tensor may ask for its value, as in `edit_gradient`. That of a node is given the gradient of the
+    node's result; of one with several (a `chunk`) a tuple of them, zeros where there is none, and returns a tuple.
+
+    Raises `GraphError` for a tensor that needs no gradient, and for a graph that a backward pass has freed.
+    """
+    if isinstance(tensor_or_node, Tensor):
+        return _edit_tensor(tensor_or_node, rule)
+    if not isinstance(tensor_or_node, Node):
+        raise GraphError(
+            f"edit_gradient_: 'tensor_or_node' must be a tensor that requires grad, or a node of a graph "
+            f"(tensor.grad_fn, or one of find_nodes); got {what(tensor_or_node)}"
+        )
+    variable = getattr(tensor_or_node, "variable", None)
+    if isinstance(variable, Tensor):  # where a leaf's gradient is accumulated: the node lives as long as a graph does
+        return _edit_tensor(variable, rule)
+    return _edit_node(tensor_or_node, rule)
+
+
+class GradientEdit:
+    """An edit of a built graph, in force until it is left or removed."""
+
+    def __init__(self, what: str, remove: Callable[[], None]) -> None:
+        self._what = what
+        self._remove: Callable[[], None] | None = remove
+
+    def remove(self) -> None:
+        """Take the edit back. Once more does nothing."""
+        remove, self._remove = self._remove, None
+        if remove is not None:
+            remove()
+
+    def __enter__(self) -> GradientEdit:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"GradientEdit({self._what}{'' if self._remove else ', removed'})"
+
+
+_of_tensor = Readings(Forward(lambda x: x, name="edit_gradient_", place=""))
+
+
+def _edit_tensor(tensor: Tensor, rule: Any) -> GradientEdit:
+    reading = _of_tensor.of(rule)
+    if not reading.of_values:
+        asked = next(name for name in reading.sources if name not in ("x", "input", "output"))
+        raise RuleSignatureError(
+            f"rule {Rule(rule).who} asks for '{asked}', which edit_gradient_ does not have: it offers the value of the "
+            "tensor, as 'x', 'input' or 'output'. Use edit_gradient before the graph is built"
+        )
+    if not tensor.requires_grad:
+        kind = "" if is_differentiable(tensor) else f" of {tensor.dtype}, which has no gradient"
+        raise GraphError(
+            f"edit_gradient_: 'tensor_or_node' must require grad, for there to be a gradient to edit; got "
+            f"{what(tensor)}{kind} that does not. Call requires_grad_() before the graph is built on it"
+        )
+    value = _Value(tensor) if reading.sources else None
+
+    def answer(grad: Tensor) -> Tensor | None:
+        return ask(rule, reading, grad, value() if value else None)
+
+    name = f"a tensor of shape {tuple(tensor.shape)}"
+    if tensor.grad_fn is None:
+        return GradientEdit(name, _hook_on_leaf(tensor, answer))
+    _refuse_freed(tensor.grad_fn)
+    result = EditedResult(tensor.grad_fn, tensor.output_nr, answer)
+    hook = tensor.register_hook(result)
+    return GradientEdit(name, lambda: result.forget(hook.remove))
+
+
+def _hook_on_leaf(leaf: Tensor, answer: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
+    def hook(grad: Tensor) -> Tensor:
+        answered = answer(grad)
+        return torch.zeros_like(grad) if answered is None else answered  # None would leave it as it is
+
+    handle = leaf.register_hook(hook)
+    hooks, held = leaf._backward_hooks, weakref.ref(leaf)
+
+    def remove() -> None:
+        handle.remove()
+        leaf = held()
+        if leaf is not None and leaf._backward_hooks is hooks and not hooks:
+            leaf._backward_hooks = None  # as it was: torch leaves an empty dict
+
+    return remove
+
+
+class _Value:
+    """The value of a tensor for the rule of its own hook. The tensor itself would hold its node, which has the hook."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.live = weakref.ref(tensor)
+        self.detached = tensor.detach()
+        self.version = tensor._version
+
+    def __call__(self) -> Tensor:
+        if self.detached._version != self.version:
+            raise GraphError(
+                f"edit_gradient_: the tensor of shape {tuple(self.detached.shape)} has been written into in place, and "
+                "the rule asks for its value, which is gone. Write into a clone, or edit the gradient of the new value"
+            )
+        live = self.live()
+        if live is None and torch.is_grad_enabled():
+            raise UnsupportedError(
+                "edit_gradient_: the second derivative through the value of a tensor needs the tensor, which is gone. "
+                "Keep a reference to it, or use edit_gradient before the graph is built"
+            )
+        return self.detached if live is None else live
+
+
+def _edit_node(node: Node, rule: Any) -> GradientEdit:
+    reading = _of_tensor.of(rule)
+    if reading.sources:
+        raise RuleSignatureError(
+            f"rule {Rule(rule).who} asks for '{next(iter(reading.sources))}', and a node keeps no value of its result. "
+            "Give edit_gradient_ the tensor instead of the node"
+        )
+    _refuse_freed(node)
+    metas = results_of(node)
+    if metas is None:
+        raise UnsupportedError(
+            f"edit_gradient_: what the node '{node.name()}' results in is not known to this version of torch. Give it "
+            "the tensor"
+        )
+    if len(metas) == 1:
+        results = [EditedResult(node, 0, lambda grad: ask(rule, reading, grad, None))]
+        hooks: list[Callable[[Any], Any]] = [results[0]]
+    else:
+        several = _Several(rule, reading, metas)
+        results = [EditedResult(node, index, several.answer_for(index)) for index in range(len(metas))]
+        hooks = [*[several.collector_of(index) for index in range(len(metas))], *results]
+    taken = [hook_on_result(node, index % len(metas), hook) for index, hook in enumerate(hooks)]
+    offs = [off for off in taken if off is not None]
+    if len(offs) < len(taken):
+        raise UnsupportedError(
+            "edit_gradient_: this version of torch lets nobody edit the gradient of a node's result. Give it the tensor"
+        )
+
+    def remove() -> None:
+        for result in results:
+            result.forget()
+        for off in offs:
+            off()
+
+    return GradientEdit(f"the node {node.name()}", remove)
+
+
+class _Several:
+    """The edit of a node with several results: its hooks see one gradient each, and the rule is to see them all.
+
+    The first hooks collect them, the next ones give the answers; torch runs them in this order, in one thread.
+    """
+
+    def __init__(self, rule: Any, reading: Reading, metas: list[Any]) -> None:
+        self.rule = rule
+        self.reading = reading
+        self.metas = metas
+        self.local = threading.local()
+
+    def collector_of(self, index: int) -> Callable[[Any], None]:
+        def collect(grad: Tensor | None) -> None:
+            if index == 0:
+                self.local.grads = []
+            self.local.grads.append(grad)
+
+        return collect
+
+    def answer_for(self, index: int) -> Callable[[Any], Tensor | None]:
+        def answer(grad: Tensor | None) -> Tensor | None:
+            if index == 0:
+                grads, self.local.grads = self.local.grads, []
+                self.local.answers = self._answers(grads)
+            found: Tensor | None = self.local.answers[index]
+            self.local.answers[index] = None
+            return found
+
+        return answer
+
+    def _answers(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+        given = [
+            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+            for grad, (shape, dtype, device) in zip(grads, self.metas, strict=True)
+        ]
+        answers = ask_several(self.rule, self.reading, tuple(given))
+        for index, (grad, answer) in enumerate(zip(grads, answers, strict=True)):
+            if grad is None and answer is not None and bool(answer.any()):
+                raise GraphError(
+                    f"edit_gradient_: the rule gives a gradient to result {index} of the node, which has none in "
+                    "this backward pass, and torch passes none on. Edit the gradients before they are split"
+                )
+        return answers
+
+
+def _refuse_freed(node: Node) -> None:
+    if is_freed(node):
+        raise GraphError(
+            f"edit_gradient_: the graph of the node '{node.name()}' has been freed by a backward pass. Edit it before, "
+            "or run that pass with retain_graph=True"
+        )
+
+
+# --- finding nodes ---
+
+
+def find_nodes(root: Tensor | Node, pattern: str | Tensor | Callable[[Node], bool]) -> list[Node]:
+    """The nodes of the graph behind `root` that match, from the root on. Empty if there are none.
+
+    >>> import torch, gradoverride as go
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> loss = (x * 3).exp().sum()
+    >>> [node.name() for node in go.find_nodes(loss, "Mul*")]
+    ['MulBackward0']
+
+    `pattern`: a glob over names of nodes (`"Mul*"`, `"*Gelu*"`, `"AccumulateGrad"`); a tensor, for the node that
+    computed it (of a leaf, the one that accumulates its gradient); or a predicate of the node.
+
+    Raises `GraphError` if `root` has no graph.
+    """
+    if isinstance(pattern, str):
+        glob = pattern
+        return [node for node in _nodes(root) if _matches(node.name(), glob)]
+    if isinstance(pattern, Tensor):
+        if not pattern.requires_grad:
+            return []
+        wanted = get_gradient_edge(pattern).node
+        return [node for node in _nodes(root) if node is wanted]
+    if not callable(pattern):
+        raise GraphError(
+            f"find_nodes: 'pattern' must be a glob over names of nodes, a tensor or a predicate; got {what(pattern)}"
+        )
+    return [node for node in _nodes(root) if pattern(node)]
+
+
+def _matches(name: str, glob: str) -> bool:
+    return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.rpartition("::")[2], glob)
+
+
+def _nodes(root: Tensor | Node) -> Iterator[Node]:
+    """All nodes behind `root`, nearer ones first."""
+    start = root
+    if isinstance(root, Tensor):
+        if not root.requires_grad:
+            raise GraphError(
+                f"find_nodes: 'root' must have a graph, or be a node of one; got {what(root)} that requires no grad"
+            )
+        start = get_gradient_edge(root).node
+    if not isinstance(start, Node):
+        raise GraphError(f"find_nodes: 'root' must be a tensor with a graph, or a node of one; got {what(root)}")
+    seen = {start}
+    queue = [start]
+    for node in queue:  # which grows
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                queue.append(following)
