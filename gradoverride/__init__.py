@@ -2,6 +2,7 @@
 
 from gradoverride import presets, rules
 from gradoverride._core.residuals import save_for_backward
+from gradoverride.connections import Connection, connect, connect_
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.edits import GradientEdit, edit_gradient, edit_gradient_, find_nodes
 from gradoverride.errors import (
@@ -30,6 +31,9 @@ __all__ = [
     "edit_gradient_",
     "find_nodes",
     "GradientEdit",
+    "connect",
+    "connect_",
+    "Connection",
     "override",
     "Override",
     "remove_overrides",

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from gradoverride._core.call import is_differentiable
+from gradoverride._core.connection import nodes_behind
 from gradoverride._core.contract import what
 from gradoverride._core.edit import ask, ask_several, edit
 from gradoverride._core.edited_result import EditedResult
@@ -311,20 +312,11 @@ def _matches(name: str, glob: str) -> bool:
 
 def _nodes(root: Tensor | Node) -> Iterator[Node]:
     """All nodes behind `root`, nearer ones first."""
-    start = root
-    if isinstance(root, Tensor):
-        if not root.requires_grad:
-            raise GraphError(
-                f"find_nodes: 'root' must have a graph, or be a node of one; got {what(root)} that requires no grad"
-            )
-        start = get_gradient_edge(root).node
+    if isinstance(root, Tensor) and not root.requires_grad:
+        raise GraphError(
+            f"find_nodes: 'root' must have a graph, or be a node of one; got {what(root)} that requires no grad"
+        )
+    start = get_gradient_edge(root).node if isinstance(root, Tensor) else root
     if not isinstance(start, Node):
         raise GraphError(f"find_nodes: 'root' must be a tensor with a graph, or a node of one; got {what(root)}")
-    seen = {start}
-    queue = [start]
-    for node in queue:  # which grows
-        yield node
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                queue.append(following)
+    return nodes_behind(start)

@@ -41,7 +41,8 @@ class Backward:
         self.call = call
         self.plan = call.plan
         self.ctx = ctx
-        self.saved: Sequence[Tensor] = ctx.saved_tensors
+        # Where nothing was saved, a second pass needs no retained graph.
+        self.saved: Sequence[Tensor] = ctx.saved_tensors if call.saved or call.graph is not None else ()
         self.eager = call.mode == "eager"
         self.traced = call.mode == "traced"
         self.own: dict[str, Tensor | None] = {}  # parameters left to autograd whose gradients are known already

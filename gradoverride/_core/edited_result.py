@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from gradoverride._core.private import OWNERS_IF_RETURNED, passes_on, returned_by_pass, use_count
+from gradoverride._core.private import OWNERS_IF_RETURNED, passes_now, passes_on, use_count
 from gradoverride.errors import UnsupportedError
 
 __all__ = ["EDITED", "EditedResult"]
@@ -58,7 +58,7 @@ class EditedResult:
 
     def _returned(self) -> Node | None:
         """The node, if the pass that runs now returns the gradient of this result."""
-        for asked in returned_by_pass():
+        for asked in [asked for found in passes_now() if not found.accumulates for asked in found.inputs]:
             edge = asked if isinstance(asked, GradientEdge) else get_gradient_edge(asked)
             metadata: Any = edge.node.metadata
             if edge.output_nr == self.index and self in metadata.get(EDITED, ()):

@@ -1,7 +1,8 @@
 """One forward on the general path: on cut aliases, its result tied to the rule.
 
 The flow, top down: `differentiate` decides whether a gradient is wanted at all, `ForwardPass.run` runs the forward on
-aliases of its tensors, `finish` looks at what it gave, `_tie` hands the tensors to the Function. Its inputs are
+aliases of its tensors, `finish` looks at what it gave, `_tie` hands the tensors to the Function. (`tie` is for what
+was computed elsewhere.) The inputs of the Function are
 
     the differentiable tensors among the arguments, the module's trainable parameters (aliased ones first),
     what else the rule asks for, the results of the forward, floating residuals
@@ -36,36 +37,16 @@ from gradoverride._core.standin import Copied, stand_in, with_parameters, write_
 from gradoverride._core.structure import LEAF, Node, flatten, skeleton, unchanged, unflatten
 from gradoverride.errors import ForwardResultError, UnsupportedError
 
-__all__ = ["ForwardPass", "differentiate"]
+__all__ = ["ForwardPass", "differentiate", "tie"]
 
 
 def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[Any], rule: Any = None) -> Any:
     """Call the forward of `plan` with its rule in force, or with `rule`, if a gradient is wanted at all."""
     if plan.class_form:
         plan = plan.of_class(type(receiver))
-    transformed = in_functorch() or in_forward_ad()
-    if not transformed and not torch.is_grad_enabled():
+    mode = _mode(plan)
+    if mode is None:
         return plan.undecorated(layout, receiver, values)
-    mode = EAGER
-    if torch.compiler.is_dynamo_compiling():
-        keep_own_frames_whole()
-        plan.traced()
-        if transformed:
-            fail(
-                UnsupportedError,
-                f"{plan.forward.who} is called in a torch.func transform inside of torch.compile, where torch drops "
-                "the backward of every autograd.Function (pytorch issue 193279). Compile the function and "
-                "transform the compiled one outside, or leave the transform uncompiled",
-            )
-        mode = TRACED
-    elif transformed:
-        mode = TRANSFORMED
-        if forward_mode_depth() > 1:
-            fail(
-                UnsupportedError,
-                f"{plan.forward.who} is called in forward mode within forward mode (jvp of jvp, jacfwd of jacfwd), "
-                "where torch loses the tangents of every autograd.Function. Use reverse mode for one of the two",
-            )
     call = Call(plan, layout, mode, rule)
     leaves = call.take_apart(values)
     if isinstance(receiver, nn.Module) and "_is_replica" in receiver.__dict__:
@@ -79,6 +60,45 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
     if not wanted or not (leaves or call.params):
         return plan.undecorated(layout, receiver, values)
     return ForwardPass(call, module, receiver, leaves, values).run()
+
+
+def tie(plan: Plan, layout: Layout, values: Sequence[Any], result: Any, rule: Any) -> Any:
+    """A result that was computed elsewhere, with `rule` for its gradient to reach `values`."""
+    mode = _mode(plan)
+    if mode is None:
+        return result
+    call = Call(plan, layout, mode, rule)
+    leaves = call.take_apart(values)
+    forward_pass = ForwardPass(call, None, None, leaves, values)
+    forward_pass.versions = [None] * len(leaves)  # nothing ran on them
+    return forward_pass.finish(leaves, result, {})
+
+
+def _mode(plan: Plan) -> str | None:
+    """How a call is to be run; None where no gradient is wanted."""
+    transformed = in_functorch() or in_forward_ad()
+    if not transformed and not torch.is_grad_enabled():
+        return None
+    if torch.compiler.is_dynamo_compiling():
+        keep_own_frames_whole()
+        plan.traced()
+        if transformed:
+            fail(
+                UnsupportedError,
+                f"{plan.forward.who} is called in a torch.func transform inside of torch.compile, where torch drops "
+                "the backward of every autograd.Function (pytorch issue 193279). Compile the function and "
+                "transform the compiled one outside, or leave the transform uncompiled",
+            )
+        return TRACED
+    if not transformed:
+        return EAGER
+    if forward_mode_depth() > 1:
+        fail(
+            UnsupportedError,
+            f"{plan.forward.who} is called in forward mode within forward mode (jvp of jvp, jacfwd of jacfwd), "
+            "where torch loses the tangents of every autograd.Function. Use reverse mode for one of the two",
+        )
+    return TRANSFORMED
 
 
 class ForwardPass:

@@ -11,7 +11,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import CodeType, FrameType, FunctionType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch.autograd import Function, forward_ad
@@ -38,10 +38,12 @@ __all__ = [
     "keep_own_frames_whole",
     "keeps_graph",
     "note_while_tracing",
+    "Pass",
+    "pass_id",
+    "passes_now",
     "passes_on",
     "pull",
     "results_of",
-    "returned_by_pass",
     "saves_plainly",
     "take_off_stack",
     "take_noted",
@@ -136,26 +138,32 @@ def hook_on_result(node: Any, index: int, hook: Callable[[Any], Any]) -> Callabl
     return hooks.clear
 
 
-def returned_by_pass() -> tuple[Any, ...]:
-    """What the gradients are returned of by the backward pass that runs now: the `inputs` of `torch.autograd.grad`.
+class Pass(NamedTuple):
+    """A backward pass: whether it accumulates gradients or returns them, and of which inputs (of all, if empty)."""
 
-    torch says so nowhere. It is read from the call of the engine, in this thread or, where the hooks run in the
-    thread of a device, in the one that waits for it.
+    accumulates: bool
+    inputs: tuple[Any, ...]
+
+
+def passes_now() -> list[Pass]:
+    """The backward pass that runs now. torch says nowhere what it is for, so it is read from the call of the engine.
+
+    Where hooks run in the thread of a device, that call waits in another thread: then it is any of these.
     """
-    passes = list(_passes(sys._getframe()))[:1]
-    if not passes:
-        passes = [found for frame in sys._current_frames().values() for found in list(_passes(frame))[:1]]
-    return tuple(inputs for found in passes for inputs in found)
+    found = list(_passes(sys._getframe()))[:1]
+    if not found:
+        found = [one for frame in sys._current_frames().values() for one in list(_passes(frame))[:1]]
+    return found
 
 
-def _passes(frame: FrameType | None) -> Iterator[tuple[Any, ...]]:
-    """By each backward pass around this frame, from the inmost on, what it returns gradients of."""
+def _passes(frame: FrameType | None) -> Iterator[Pass]:
+    """The backward passes around this frame, from the inmost on."""
     while frame is not None:
         if frame.f_code is pull.__code__:  # in kept graphs, which are nobody's to edit
-            yield ()
+            yield Pass(False, ())
         elif frame.f_code is _ENGINE_CODE:
             called = frame.f_locals
-            yield () if called["kwargs"].get("accumulate_grad") else tuple(called["args"][3])
+            yield Pass(bool(called["kwargs"].get("accumulate_grad")), tuple(called["args"][3]))
         frame = frame.f_back
 
 
@@ -197,10 +205,14 @@ def is_freed(node: Any) -> bool:
     return False
 
 
+# A number for the backward pass that runs now. Without it `after_backward` is taken to be missing too.
+pass_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
 def after_backward(callback: Callable[[], None]) -> bool:
     """Run `callback` when the backward pass that runs now has ended, as a part of it. False where there is no way."""
     queue = getattr(_engine, "queue_callback", None)
-    if queue is None:
+    if queue is None or pass_id() < 0:
         return False
     queue(callback)
     return True

@@ -1,0 +1,216 @@
+"""What `connect_` makes: a leaf whose gradient goes on, once for each backward pass.
+
+A leaf's gradient is complete when it has been accumulated. The pass is then asked to call back at its end, and there
+all leaves that were reached are passed on together, so that graphs which they share are gone through once. Where one
+connection leads to the leaf of another, the other waits until all has arrived.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from gradoverride._core.private import after_backward, keeps_graph, pass_id, passes_now
+from gradoverride.errors import GraphError, UnsupportedError
+
+__all__ = ["Connection", "nodes_behind"]
+
+
+def nodes_behind(start: Node) -> Iterator[Node]:
+    """`start` and all nodes that it leads to, nearer ones first."""
+    seen = {start}
+    queue = [start]
+    for node in queue:  # which grows
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                queue.append(following)
+
+
+class Connection:
+    """A connection to a graph that was built on a leaf, in force until it is left or removed."""
+
+    def __init__(self, leaf: Tensor, end: Tensor) -> None:
+        """`end`: the value of `leaf`, with the graph of what it is connected to."""
+        self._leaf = weakref.ref(leaf)
+        self._end = end
+        self._starts = [weakref.ref(start) for start in _leaves_behind(end)]
+        self._arrived = threading.local()  # what a pass has brought, until it is accumulated
+        self._waits_for: _Passing | None = None
+        self._shape = tuple(leaf.shape)
+        if any(start is leaf for connection in self._reached() for start in connection._live_starts()):
+            raise GraphError(
+                f"connect_: the graph of 'inputs' must not start at 'leaf' itself; the tensor of shape {self._shape} "
+                "leads to them, and its gradient would go round for ever"
+            )
+        self._handles = [leaf.register_hook(self._arrive), leaf.register_post_accumulate_grad_hook(self._accumulated)]
+        _connections.add(self)
+
+    def remove(self) -> None:
+        """Take the connection away. Once more does nothing."""
+        handles, self._handles = self._handles, []
+        _connections.discard(self)
+        for handle in handles:
+            handle.remove()
+        leaf = self._leaf()
+        if leaf is not None and handles:  # as it was: torch leaves empty dicts
+            leaf._backward_hooks = leaf._backward_hooks or None
+            leaf._post_accumulate_grad_hooks = leaf._post_accumulate_grad_hooks or None  # type: ignore[assignment]  # too
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Connection(a leaf of shape {self._shape}{'' if self._handles else ', removed'})"
+
+    # --- where it leads ---
+
+    def _live_starts(self) -> list[Tensor]:
+        return [start for reference in self._starts if (start := reference()) is not None]
+
+    def leads_to(self) -> list[Connection]:
+        """The connections of the leaves that the graph of its inputs starts at."""
+        starts = self._live_starts()
+        return [other for other in list(_connections) if any(other._leaf() is start for start in starts)]
+
+    def _reached(self) -> list[Connection]:
+        """This one, and all that it leads to by way of others."""
+        reached = [self]
+        for connection in reached:  # which grows
+            reached += [other for other in connection.leads_to() if other not in reached]
+        return reached
+
+    # --- when a gradient arrives ---
+
+    def _arrive(self, grad: Tensor) -> None:
+        """The hook on the leaf."""
+        now = passes_now()
+        if now and not any(found.accumulates for found in now):
+            self._refuse_across([asked for found in now for asked in found.inputs])
+            return
+        leaf = self._leaf()
+        assert leaf is not None, "its hook runs"
+        before = leaf.grad
+        if self._is_last(leaf):
+            self._arrived.grad = grad
+        else:  # somebody else's hook may yet change it: what is added to .grad will tell
+            self._arrived.grad, self._arrived.before = None, None if before is None else before.clone()
+
+    def _is_last(self, leaf: Tensor) -> bool:
+        """Whether no hook of somebody else follows."""
+        for hook in reversed(list((leaf._backward_hooks or {}).values())):
+            if hook == self._arrive:
+                return True
+            if not isinstance(getattr(hook, "__self__", None), Connection):
+                return False
+        return False
+
+    def _accumulated(self, leaf: Tensor) -> None:
+        """The hook that is run when the gradient of the leaf is complete."""
+        grad, self._arrived.grad = self._arrived.grad, None
+        if grad is None:
+            assert leaf.grad is not None, "it has just been accumulated"
+            before, self._arrived.before = self._arrived.before, None
+            grad = leaf.grad.clone() if before is None else leaf.grad - before
+        with _lock:
+            passing = self._waits_for or _passing_now()
+            passing.add(self, grad)
+
+    def _refuse_across(self, inputs: list[Any]) -> None:
+        edges = [one if isinstance(one, GradientEdge) else get_gradient_edge(one) for one in inputs]
+        nodes = {node for connection in self._reached() for node in nodes_behind(_node_of(connection._end))}
+        if any(edge.node in nodes for edge in edges):
+            raise GraphError(
+                f"connect_: torch.autograd.grad does not go on from the leaf of shape {self._shape} to what is "
+                "connected to it. Use backward(), or connect before the graph is built"
+            )
+
+
+def _node_of(tensor: Tensor) -> Node:
+    return get_gradient_edge(tensor).node
+
+
+def _leaves_behind(end: Tensor) -> list[Tensor]:
+    found = [getattr(node, "variable", None) for node in nodes_behind(_node_of(end))]
+    return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+class _Passing:
+    """The gradients that one backward pass has brought to connected leaves, and what becomes of them at its end."""
+
+    def __init__(self) -> None:
+        self.grads: dict[Connection, Tensor] = {}
+        self.keeps = keeps_graph()
+        self.creates = torch.is_grad_enabled()
+        self.inputs = [one for found in passes_now()[:1] for one in found.inputs]
+
+    def add(self, connection: Connection, grad: Tensor) -> None:
+        """One that arrives in the pass itself, or in one that this makes."""
+        self.grads[connection] = self.grads[connection] + grad if connection in self.grads else grad
+
+    def run(self) -> None:
+        """Pass all of them on, each connection after those that lead to it."""
+        left = [*dict.fromkeys(reached for connection in self.grads for reached in connection._reached())]
+        for connection in left:
+            connection._waits_for = self
+        try:
+            while left:
+                led_to = {other for connection in left for other in connection.leads_to()}
+                ready = [connection for connection in left if connection not in led_to]
+                left = [connection for connection in left if connection in led_to]
+                self._pass_on([connection for connection in ready if connection in self.grads])
+        finally:
+            for connection in [*left, *self.grads]:
+                connection._waits_for = None
+
+    def _pass_on(self, ready: list[Connection]) -> None:
+        for connection in ready:
+            connection._waits_for = None
+        if not ready:
+            return
+        try:
+            torch.autograd.backward(
+                [connection._end for connection in ready],
+                [self.grads.pop(connection) for connection in ready],
+                retain_graph=self.keeps,
+                create_graph=self.creates,
+                inputs=self.inputs or None,
+            )
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise GraphError(
+                "connect_: the graph of 'inputs' has been freed, by an earlier backward pass or by the one that runs "
+                "now, of which it is also a part. Run that with retain_graph=True, or connect before the graph is built"
+            ) from error
+
+
+_lock = threading.RLock()
+_running: weakref.WeakValueDictionary[int, _Passing] = weakref.WeakValueDictionary()  # the engine holds them
+
+
+def _passing_now() -> _Passing:
+    """What the backward pass that runs now will pass on."""
+    number = pass_id()
+    passing = _running.get(number)
+    if passing is None:
+        passing = _running[number] = _Passing()
+        if not after_backward(passing.run):
+            raise UnsupportedError(
+                "connect_: this version of torch does not say when a backward pass ends. Connect before the graph is "
+                "built: connect"
+            )
+    return passing

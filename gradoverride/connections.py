@@ -1,0 +1,218 @@
+"""`connect` and `connect_`: two graphs with a gap between them, connected by a rule.
+
+`connect` is for before the downstream graph is built: it gives a result that was computed outside of autograd a
+gradient. `connect_` is for after: the downstream graph starts at a leaf, and what arrives there goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from gradoverride._core.call import is_differentiable, is_tensor
+from gradoverride._core.connection import Connection
+from gradoverride._core.contract import shape_text, what
+from gradoverride._core.forward_pass import tie
+from gradoverride._core.private import evaluated_while_tracing, fail, in_forward_ad, in_functorch
+from gradoverride._core.reading import Readings, keep_plan, kept_plan, unbound
+from gradoverride._core.signature import Forward
+from gradoverride._core.structure import flatten, unflatten
+from gradoverride.errors import GraphError, RuleSignatureError
+
+__all__ = ["Connection", "connect", "connect_"]
+
+X = TypeVar("X")
+
+
+def connect(result: X, inputs: Any, rule: Callable[..., Any] | None = None) -> X:
+    """`result`, which was computed outside of autograd, with a gradient that reaches `inputs` by `rule`.
+
+    >>> import numpy, torch, gradoverride as go
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> result = torch.from_numpy(numpy.square(x.detach().numpy()))
+    >>> y = go.connect(result, x, lambda grad_output, input: grad_output * 2 * input)
+    >>> y.sum().backward()
+    >>> x.grad
+    tensor([2., 4.])
+
+    `result` is a tensor or any structure of them. `inputs` is a tensor, which the rule may ask for as `input`; a tuple
+    or list of tensors, `inputs`; or a dict of anything, whose keys are the names. The rule returns a gradient for each
+    as any rule does: bare for one, a tuple in order, a dict by name. It may ask for `output` and `needs` besides.
+    Without a rule the gradient passes unchanged, where results and inputs agree in number and shape.
+
+    Raises `GraphError` if `result` has a graph already or no input needs a gradient, `RuleSignatureError` for a name
+    that is not there, `RuleResultError` for a wrong answer.
+    """
+    _check_result(result)
+    names, values = _named(inputs, "connect")
+    _check_wanted(values, "connect")
+    if rule is None:
+        rule = _identity(result, values, "connect")
+    if torch.compiler.is_dynamo_compiling():
+        plan = kept_plan(_name_of_plan(names, *unbound(rule)))
+    else:
+        plan = _readings(names).of(rule).plan_for(rule)
+    _check_names(plan)
+    keywords = () if names is None or names == ("input",) else names
+    tied: X = tie(plan, plan.layout(len(values) if names is None else 0, keywords), values, result, rule)
+    return tied
+
+
+def connect_(leaf: Tensor, inputs: Any, rule: Callable[..., Any] | None = None) -> Connection:
+    """Connect a graph that is already built on `leaf`: the gradient of the leaf goes on to `inputs` by `rule`.
+
+    >>> import torch, gradoverride as go
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> leaf = torch.tensor([1.0, 4.0], requires_grad=True)
+    >>> loss = (leaf * 3).sum()
+    >>> handle = go.connect_(leaf, x, lambda grad_output, input: grad_output * 2 * input)
+    >>> loss.backward()
+    >>> x.grad
+    tensor([ 6., 12.])
+
+    Inputs and rule are as in `connect`. It is in force for every `backward()` that reaches the leaf, until it is left
+    as a context or removed (`handle.remove()`). Such a pass ends with a second one, from the leaf on: what arrives
+    there is passed on once, after all of it has arrived, also where one connection leads to another.
+
+    Limits. `torch.autograd.grad` does not cross the gap: asked for the gradient of an input it raises (torch's error
+    that the tensor was not used, or a `GraphError` where the leaf is asked for too), and one that the input has in
+    another way lacks the share of the leaf. With respect to the leaf and what comes after it it is right, and nothing
+    goes on. Where the graph of the inputs is also a part of the one that runs, that must be kept:
+    `backward(retain_graph=True)`.
+
+    Raises `GraphError` if `leaf` is no leaf that requires grad, if no input needs a gradient, or if the graph of the
+    inputs starts at the leaf itself.
+    """
+    _check_leaf(leaf)
+    _, values = _named(inputs, "connect_")
+    _check_wanted(values, "connect_")
+    with torch.enable_grad():
+        end = connect(leaf.detach(), inputs, rule)
+    return Connection(leaf, end)
+
+
+# --- what was given ---
+
+
+def _check_result(result: Any) -> None:
+    tensors: list[Tensor] = []
+    flatten(result, is_differentiable, tensors)
+    if not tensors:
+        fail(
+            GraphError,
+            f"connect: 'result' must be a floating or complex tensor, or hold one, for it to have a gradient; got "
+            f"{what(result)}",
+        )
+    for tensor in tensors:
+        if tensor.requires_grad:
+            kind = "is a leaf that requires grad" if tensor.is_leaf else "has a graph already"
+            fail(
+                GraphError,
+                f"connect: 'result' must have been computed outside of autograd; {what(tensor)} {kind}. Compute it "
+                "from detached inputs, or edit the gradient that it has: edit_gradient",
+            )
+
+
+def _check_leaf(leaf: Any) -> None:
+    state = ""
+    if isinstance(leaf, Tensor):
+        if leaf.is_leaf and leaf.requires_grad:
+            return
+        state = " that is no leaf" if leaf.requires_grad else " that requires no grad"
+    raise GraphError(
+        f"connect_: 'leaf' must be a leaf that requires grad, on which a graph was built; got {what(leaf)}{state}. "
+        "For a result that nothing is built on yet use connect"
+    )
+
+
+def _named(inputs: Any, who: str) -> tuple[tuple[str, ...] | None, tuple[Any, ...]]:
+    """The names by which a rule asks for the inputs, and their values. No names for a tuple: they are `inputs`."""
+    if isinstance(inputs, Tensor):
+        return ("input",), (inputs,)
+    if isinstance(inputs, (tuple, list)):
+        return None, tuple(inputs)
+    if isinstance(inputs, Mapping) and all([isinstance(name, str) for name in inputs]):
+        return tuple(inputs), tuple(inputs.values())
+    fail(
+        GraphError, f"{who}: 'inputs' must be a tensor, a tuple or list of them, or a dict by name; got {what(inputs)}"
+    )
+
+
+def _check_wanted(values: tuple[Any, ...], who: str) -> None:
+    tensors: list[Tensor] = []
+    flatten(values, is_tensor, tensors)
+    if in_functorch() or in_forward_ad() or any([tensor.requires_grad for tensor in tensors]):
+        return
+    if torch.is_grad_enabled() or who == "connect_":
+        fail(
+            GraphError,
+            f"{who}: 'inputs' must hold a tensor that requires grad, for a gradient to reach it; got "
+            f"{what(values[0] if len(values) == 1 else values)} and none requires grad. Call requires_grad_(), or "
+            "leave the connection out",
+        )
+
+
+def _identity(result: Any, values: tuple[Any, ...], who: str) -> Callable[..., Any]:
+    """The rule that passes each gradient on, where there are as many inputs as results, of the same shapes."""
+    results: list[Tensor] = []
+    tensors: list[Tensor] = []
+    flatten(result, is_differentiable, results)
+    spec = flatten(values, is_differentiable, tensors)
+    shapes = [[tuple(tensor.shape) for tensor in found] for found in (results, tensors)]
+    if shapes[0] != shapes[1]:
+        of_results, of_inputs = [", ".join(shape_text(shape) for shape in found) for found in shapes]
+        fail(
+            GraphError,
+            f"{who}: 'rule' may be left out where inputs have the shapes of results; results have {of_results} and "
+            f"inputs {of_inputs}. Give a rule",
+        )
+
+    def identity(grad_output: Any) -> Any:
+        grads: list[Tensor] = []
+        flatten(grad_output, is_tensor, grads)
+        answer = unflatten(spec, iter(grads), constants=False)
+        return answer[0] if len(values) == 1 else answer
+
+    return identity
+
+
+# --- its plan ---
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("the result is there already")
+
+
+@functools.lru_cache(maxsize=256)
+def _readings(names: tuple[str, ...] | None) -> Readings:
+    kinds = inspect.Parameter
+    if names is None:
+        parameters = [kinds("inputs", kinds.VAR_POSITIONAL)]
+    elif names == ("input",):
+        parameters = [kinds("input", kinds.POSITIONAL_OR_KEYWORD)]
+    else:
+        wrong = next((name for name in names if not name.isidentifier()), None)
+        if wrong is not None:
+            raise GraphError(f"connect: the keys of 'inputs' must be names that a rule can ask for; got {wrong!r}")
+        parameters = [kinds(name, kinds.KEYWORD_ONLY) for name in names]
+    return Readings(Forward(_nothing, name="connect", place="", signature=inspect.Signature(parameters)))
+
+
+@evaluated_while_tracing
+def _name_of_plan(names: tuple[str, ...] | None, rule: Any, bound: tuple[str, ...]) -> str:
+    return keep_plan(_readings(names), rule, bound)
+
+
+def _check_names(plan: Any) -> None:
+    for name, source in plan.sources.items():
+        if source == "reserved" and name not in ("input", "output", "needs"):
+            fail(
+                RuleSignatureError,
+                f"rule {plan.rule.who} asks for '{name}', and a connection has no forward that could tell. Ask for the "
+                "inputs by name, for 'input', 'output' or 'needs'",
+            )
