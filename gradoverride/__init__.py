@@ -2,6 +2,7 @@
 
 from gradoverride import presets, rules
 from gradoverride._core.residuals import save_for_backward
+from gradoverride.bridges import bridge
 from gradoverride.connections import Connection, connect, connect_
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.edits import GradientEdit, edit_gradient, edit_gradient_, find_nodes
@@ -34,6 +35,7 @@ __all__ = [
     "connect",
     "connect_",
     "Connection",
+    "bridge",
     "override",
     "Override",
     "remove_overrides",

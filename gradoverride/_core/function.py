@@ -14,6 +14,7 @@ as ever. On the short path a forward of known reach runs inside, as one does tha
     Tail            where the kept graph ends: a tensor of no bytes, which the engine frees like any saved one
     Lifted          a derivative computed in the kept graph, tied to the outer tensors again, for second derivatives
     Refused         the identity, whose own derivative raises: it is not known
+    ByLoop          a function that no transform can look into, once for each in a batch (`arrays.py`)
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from gradoverride._core.private import call_directly, can_call_directly, fail
 from gradoverride.errors import UnsupportedError
 
 __all__ = [
+    "ByLoop",
     "Carry",
     "Cut",
     "General",
@@ -230,6 +232,36 @@ class Refused(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         fail(UnsupportedError, ctx.text)
+
+
+class ByLoop(Function):
+    """`run` of plain tensors, which gives a tuple of them: under vmap one by one. It has no derivative."""
+
+    @staticmethod
+    def forward(run: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = run(*tensors)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.run = inputs[0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], run: Any, *tensors: Tensor) -> Any:
+        pairs = [*zip(tensors, in_dims[1:], strict=True)]
+        results = []
+        for index in range(info.batch_size):
+            one = [tensor if dim is None else tensor.select(dim, index) for tensor, dim in pairs]
+            results.append(ByLoop.apply(run, *one))  # type: ignore[no-untyped-call]
+        return run.stacked(results), (0,) * len(results[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        ctx.run.refuse_derivative()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> None:
+        ctx.run.refuse_derivative()
 
 
 # Every Cut has an input that requires grad, so that its aliases do, whatever the caller's tensors want.

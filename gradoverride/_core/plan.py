@@ -5,6 +5,7 @@ Everything that can be decided once is decided here, so that a call decides litt
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ class Plan:
         self.class_form = class_form  # the rule is a method called `backward`, whose self is a stand-in
         self.straight_through = straight_through  # the rule answers for the first differentiable argument alone
         self.mirrors = False  # the rule answers in the structure of the only argument, if that is a dict too
-        self.hands_over = scan.calls(self.fn, save_for_backward)
+        self.hands_over = any(scan.calls(fn, save_for_backward) for fn in (self.fn, inspect.unwrap(self.fn)))
         self.sources = resolve(rule, forward, may_defer=forward.is_method or self.hands_over)
         reserved = {name for name, source in self.sources.items() if source == "reserved"}
         self.asks_vjp = "vjp" in reserved

@@ -7,6 +7,7 @@ fallbacks too.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ __all__ = [
     "fail",
     "fast_apply",
     "forward_mode_depth",
+    "hidden_from_dynamo",
     "hook_on_result",
     "in_forward_ad",
     "in_functorch",
@@ -136,6 +138,31 @@ def hook_on_result(node: Any, index: int, hook: Callable[[Any], Any]) -> Callabl
     stands_for._backward_hooks = hooks  # as torch keeps them
     register(stands_for)
     return hooks.clear
+
+
+def hidden_from_dynamo(fn: F, reason: str) -> F:
+    """`fn`, which Dynamo breaks its graph for and never traces: `torch.compiler.disable`, which takes 1 s to import all
+    of Dynamo, once it is there.
+    """
+    name = f"fn_{id(fn)}"
+
+    @evaluated_while_tracing
+    def hide() -> str:
+        if not hasattr(_Hidden, name):
+            setattr(_Hidden, name, staticmethod(torch.compiler.disable(fn, reason=reason)))
+        return name
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return getattr(_Hidden, hide())(*args, **kwargs)
+        return fn(*args, **kwargs)
+
+    return call  # type: ignore[return-value]  # with the signature of `fn`
+
+
+class _Hidden:
+    """Functions as attributes: Dynamo needs a place to know an object by."""
 
 
 class Pass(NamedTuple):

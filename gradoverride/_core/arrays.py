@@ -1,0 +1,181 @@
+"""Functions of NumPy arrays as functions of tensors: what goes in, and what comes out.
+
+Tensors become copies, so that what writes into its arguments spares the caller's. Whoever imports this needs NumPy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, NoReturn
+
+import numpy
+import torch
+from torch import Tensor
+
+from gradoverride._core.call import is_tensor
+from gradoverride._core.contract import shape_text
+from gradoverride._core.function import ByLoop, Refused
+from gradoverride._core.private import fail, fast_apply, in_forward_ad, in_functorch
+from gradoverride._core.signature import Forward, Rule
+from gradoverride._core.structure import flatten, unflatten
+from gradoverride.errors import ForwardResultError, UnsupportedError
+
+__all__ = ["ArrayForward", "ArrayRule", "Kind"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What tensors are turned into arrays as: floating ones in `work`, if that is given."""
+
+    work: torch.dtype | None = None
+
+    def array(self, tensor: Tensor) -> numpy.ndarray[Any, Any]:
+        """A copy of `tensor` as an array."""
+        tensor = tensor.detach()
+        dtype = tensor.dtype
+        if dtype.is_complex:
+            dtype = dtype if self.work is None else self.work.to_complex()
+        elif dtype.is_floating_point:
+            dtype = self.work or (dtype if dtype in _IN_NUMPY else torch.float32)
+        plain = tensor.resolve_conj().resolve_neg().to("cpu", dtype, copy=True)
+        return plain.contiguous().numpy()
+
+
+_IN_NUMPY = (torch.float16, torch.float32, torch.float64)
+
+
+class Like:
+    """What arrays are turned into tensors as: on the device of the first of these, and in their common dtype."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+        self.dtype = reduce(torch.promote_types, dtypes) if dtypes else None
+
+    def tensor(self, array: Any) -> Tensor:
+        """A copy of `array` as a tensor. Integers and booleans stay what they are."""
+        tensor = torch.from_numpy(numpy.array(array))  # a copy, with positive strides
+        dtype = tensor.dtype
+        if self.dtype is not None and dtype.is_complex:
+            dtype = self.dtype.to_complex()
+        elif self.dtype is not None and dtype.is_floating_point:
+            dtype = self.dtype.to_real()
+        return tensor.to(self.device, dtype)
+
+
+def is_array(value: Any) -> bool:
+    """Whether this becomes a tensor: an array of numbers, or a scalar of NumPy's."""
+    return isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "biufc"
+
+
+class _Run:
+    """A function of arrays on plain tensors: all that it is given besides is in it."""
+
+    def __init__(self, fn: Callable[..., Any], kind: Kind, like: Like, spec: Any, who: str, refusal: str) -> None:
+        self.fn = fn
+        self.kind = kind
+        self.like = like
+        self.spec = spec
+        self.who = who
+        self.refusal = refusal
+        self.result: Any = None  # its structure
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = unflatten(self.spec, iter([self.kind.array(tensor) for tensor in tensors]))
+        result = self.fn(*args, **kwargs)
+        if isinstance(result, (float, complex)) and not is_array(result):
+            result = numpy.asarray(result)
+        arrays: list[Any] = []
+        self.result = flatten(result, is_array, arrays)
+        return tuple([self.like.tensor(array) for array in arrays])
+
+    def stacked(self, results: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """The results for a batch, each as one tensor."""
+        for column in zip(*results, strict=True):
+            shapes = {tuple(tensor.shape) for tensor in column}
+            if len(shapes) > 1:
+                given = " and ".join(shape_text(shape) for shape in sorted(shapes))
+                fail(
+                    ForwardResultError,
+                    f"{self.who} must return arrays of one shape under vmap, which calls it once for each in the "
+                    f"batch; it returned some of shape {given}",
+                )
+        return tuple([torch.stack(column) for column in zip(*results, strict=True)])
+
+    def refuse_derivative(self) -> NoReturn:
+        fail(UnsupportedError, self.refusal)
+
+    def on(self, tensors: Sequence[Tensor]) -> Any:
+        """The result, in its structure, with tensors for arrays."""
+        if in_functorch() or in_forward_ad():
+            found = ByLoop.apply(self, *tensors) if tensors else self()  # type: ignore[no-untyped-call]
+        else:
+            found = self(*tensors)
+        return unflatten(self.result, iter(found))
+
+
+class ArrayForward:
+    """A function of arrays as one of tensors. Without a tensor among its arguments it is the function itself."""
+
+    def __init__(self, fn: Any, kind: Kind, hands_over: bool) -> None:
+        self.fn = fn
+        self.kind = kind
+        self.hands_over = hands_over
+        self.who = Forward(fn).who
+
+    def signature_of_ufunc(self) -> inspect.Signature:
+        """The inputs alone, by the names that NumPy's documentation has for them."""
+        names = ["x"] if self.fn.nin == 1 else [f"x{index + 1}" for index in range(self.fn.nin)]
+        return inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors: list[Tensor] = []
+        spec = flatten((args, kwargs), is_tensor, tensors)
+        if not tensors:
+            return self.fn(*args, **kwargs)
+        if self.hands_over and (in_functorch() or in_forward_ad()):
+            fail(
+                UnsupportedError,
+                f"{self.who} hands values over (save_for_backward), which vmap and other transforms of torch.func "
+                "would mix up, for they call it several times. Compute them in the rule",
+            )
+        refusal = f"{self.who} works on NumPy arrays, and has no derivative but its rule"
+        return _Run(self.fn, self.kind, Like(tensors), spec, self.who, refusal).on(tensors)
+
+
+_refuse = fast_apply(Refused)
+
+
+class ArrayRule:
+    """A rule of arrays as one of tensors. Its own derivative is not known, and is refused."""
+
+    writes_nothing = True  # into the gradient that it is given: the rule gets copies
+
+    def __init__(self, rule: Callable[..., Any], kind: Kind) -> None:
+        read = Rule(rule)
+        self.rule = rule
+        self.kind = kind
+        self.who = read.who
+        self.__wrapped__ = rule
+        self.__name__ = read.name
+        self.__signature__ = inspect.signature(rule)
+        self.refusal = (
+            f"rule {self.who} works on NumPy arrays, so second derivatives and forward mode are not known. Write the "
+            "rule with tensors: custom_backward"
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors: list[Tensor] = []
+        spec = flatten((args, kwargs), is_tensor, tensors)
+        grads: list[Tensor] = []
+        flatten(args[0], is_tensor, grads)
+        answer = _Run(self.rule, self.kind, Like(grads), spec, f"rule {self.who}", self.refusal).on(tensors)
+        if not torch.is_grad_enabled() or in_functorch():
+            return answer
+        outer = [tensor for tensor in tensors if tensor.requires_grad]
+        found: list[Tensor] = []
+        shape = flatten(answer, is_tensor, found)
+        return unflatten(shape, iter([_refuse(self.refusal, tensor, *outer) for tensor in found]))

@@ -1,0 +1,99 @@
+"""`bridge`: a function of NumPy arrays in the middle of a network."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from gradoverride._core import scan
+from gradoverride._core.contract import what
+from gradoverride._core.private import hidden_from_dynamo
+from gradoverride._core.residuals import save_for_backward
+from gradoverride._core.signature import Rule
+from gradoverride.decorators import custom_backward
+from gradoverride.errors import DecorationError, RuleSignatureError
+
+__all__ = ["bridge"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def bridge(rule: Callable[..., Any], *, dtype: Any = None) -> Callable[[F], F]:
+    """Make a function of NumPy arrays one of tensors, with the backward that `rule` says.
+
+    >>> import numpy, torch, gradoverride as go
+    >>> def cumprod_backward(grad_output, x, output):
+    ...     return numpy.cumsum((grad_output * output)[::-1])[::-1] / x
+    >>> @go.bridge(cumprod_backward)
+    ... def cumprod(x):
+    ...     return numpy.cumprod(x)
+    >>> x = torch.tensor([2.0, 3.0, 4.0], requires_grad=True)
+    >>> cumprod(x).sum().backward()
+    >>> x.grad
+    tensor([16., 10.,  6.])
+
+    Function and rule are given arrays for tensors, also within containers; all else as it is. They may write into
+    them: they are copies. The rule asks for values by name as any rule does, for what the function handed over
+    (`save_for_backward`) too, and returns arrays; `vjp` it cannot ask for. An estimator (`go.estimators`) as the rule
+    needs no derivative at all. Called without a tensor it is the function of arrays, as it was.
+
+    Devices: a result is on the device of the first tensor. Dtypes: arrays have the dtype of their tensor (of
+    `bfloat16`, which NumPy does not know, `float32`); floating results have the common dtype of the floating tensors
+    that were given; integers stay what they are. `dtype="float64"` has the work done in that: floating tensors are
+    cast on their way in, results back on their way out.
+
+    Under `vmap` it is called once for each in the batch. `torch.compile` breaks its graph there. Second derivatives
+    and forward mode are refused (`UnsupportedError`), for the rule has no derivative.
+
+    Raises `RuleSignatureError` and `RuleResultError` as `custom_backward` does, `DecorationError` for what is no
+    function or no dtype. Needs NumPy.
+    """
+    from gradoverride._core.arrays import ArrayRule, Kind  # NumPy is an extra
+
+    read = Rule(rule)
+    for name in ("vjp", "params"):
+        if name in read.asks:
+            raise RuleSignatureError(
+                f"rule {read.who} asks for '{name}', which a function of NumPy arrays does not have: torch knows no "
+                "gradient of it. Compute it from the arguments, or use an estimator"
+            )
+    kind = Kind(_floating(dtype))
+    attach = custom_backward(rule if getattr(rule, "takes_tensors", False) else ArrayRule(rule, kind))
+    return functools.partial(_bridged, attach, kind)
+
+
+def _bridged(attach: Callable[[Any], Any], kind: Any, fn: Any) -> Any:
+    from gradoverride._core.arrays import ArrayForward
+
+    if isinstance(fn, (staticmethod, classmethod)):
+        return type(fn)(_bridged(attach, kind, fn.__func__))
+    if not callable(fn) or isinstance(fn, (type, torch.nn.Module)):
+        given = f"the class '{fn.__name__}'" if isinstance(fn, type) else what(fn)
+        raise DecorationError(f"bridge: a function of NumPy arrays is needed; got {given}")
+    run = ArrayForward(fn, kind, scan.calls(fn, save_for_backward))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
+
+    functools.update_wrapper(forward, fn)
+    if not hasattr(fn, "__name__"):
+        forward.__name__ = type(fn).__name__
+    if hasattr(fn, "nin"):  # a ufunc, whose other parameters cannot all be given, be it their defaults
+        forward.__dict__["__signature__"] = run.signature_of_ufunc()
+    return hidden_from_dynamo(attach(forward), "it works on NumPy arrays (gradoverride.bridge)")
+
+
+def _floating(dtype: Any) -> torch.dtype | None:
+    """A floating dtype, by any of its names."""
+    if dtype is None:
+        return None
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype).removeprefix("torch."))
+    found = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}.get(name)
+    if found is None:
+        raise DecorationError(
+            f"bridge: 'dtype' must be a floating dtype that NumPy and torch have, such as 'float64'; got {what(dtype)}"
+        )
+    return found
