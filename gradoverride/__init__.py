@@ -13,6 +13,7 @@ from gradoverride.errors import (
     GradOverrideError,
     GradOverrideWarning,
     GraphError,
+    NonFiniteGradientError,
     RuleOptionError,
     RuleResultError,
     RuleSignatureError,
@@ -57,6 +58,7 @@ __all__ = [
     "TargetError",
     "TargetNotFoundError",
     "GraphError",
+    "NonFiniteGradientError",
     "GradOverrideWarning",
 ]
 

@@ -19,6 +19,7 @@ __all__ = [
     "TargetNotFoundError",
     "GraphError",
     "RuleOptionError",
+    "NonFiniteGradientError",
     "GradOverrideWarning",
 ]
 
@@ -57,6 +58,10 @@ class GraphError(GradOverrideError, ValueError):
 
 class RuleOptionError(GradOverrideError, ValueError):
     """A ready-made rule was given an option out of its range."""
+
+
+class NonFiniteGradientError(GradOverrideError, FloatingPointError):
+    """A gradient has nan or inf in it: the rule `check_finite`."""
 
 
 class UnsupportedError(GradOverrideError, NotImplementedError):

@@ -27,6 +27,9 @@ TREE = {
     "UnsupportedError": NotImplementedError,
     "TargetNotFoundError": LookupError,
     "GraphError": ValueError,
+    "RuleOptionError": ValueError,
+    "NonFiniteGradientError": FloatingPointError,
+    "TargetError": TypeError,
 }
 
 

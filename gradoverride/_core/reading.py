@@ -20,7 +20,7 @@ __all__ = ["Reading", "Readings", "holds_numbers", "keep_plan", "kept_plan", "un
 
 
 class Reading:
-    """What is known of rules of one code for one forward, whatever their closures and defaults hold."""
+    """What is known of rules of one code for one forward, whatever their closures, defaults and attributes hold."""
 
     __slots__ = ("code", "forward", "holds", "of_values", "plan", "scales", "sources", "writes")
 
@@ -83,7 +83,12 @@ def _key(rule: Any) -> Any:
     if isinstance(rule, functools.partial):
         inner = _key(rule.func)
         return None if inner is None else (inner, len(rule.args), *sorted(rule.keywords))
-    return None
+    return type(rule) if _is_known_by_class(rule) else None
+
+
+def _is_known_by_class(rule: Any) -> bool:
+    """Whether this is an object that is called by a method of its class, and has no signature of its own."""
+    return isinstance(type(rule).__call__, FunctionType) and not hasattr(rule, "__signature__")
 
 
 def _is_wrapped(rule: Any) -> bool:
@@ -126,16 +131,19 @@ def unbound(rule: Any) -> tuple[Any, tuple[str, ...]]:
     while isinstance(rule, functools.partial) and not rule.args:
         bound += rule.keywords
         rule = rule.func
-    if isinstance(rule, FunctionType) and rule.__code__.co_freevars:
-        rule = rule.__code__
-    return rule, tuple(bound)
+    if isinstance(rule, FunctionType):
+        return (rule.__code__ if rule.__code__.co_freevars else rule), tuple(bound)
+    # An object would be guarded by its identity, and each one compiled anew.
+    return ((type(rule),) if _is_known_by_class(rule) else rule), tuple(bound)
 
 
 def keep_plan(readings: Readings, rule: Any, bound: tuple[str, ...]) -> str:
     """Keep the plan for an `unbound` rule, under a name that this returns: `kept_plan`.
 
-    Where only the code is there, it has lost its defaults.
+    Where only the code is there, it has lost its defaults; where only the class, its attributes.
     """
+    if isinstance(rule, tuple):
+        rule = object.__new__(rule[0])  # an object of this class, with nothing in it
     if isinstance(rule, CodeType):
         rule = FunctionType(rule, {}, closure=tuple([CellType() for _ in rule.co_freevars]))
     if bound:

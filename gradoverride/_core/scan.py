@@ -51,6 +51,8 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 def reachable(fn: Any, seen: set[FunctionType] | None = None) -> Iterator[tuple[FunctionType, CodeType]]:
     """The code of `fn`, what is nested in it, and the functions of the same module that it names."""
     seen = set() if seen is None else seen
+    for part in getattr(fn, "rules", ()):  # a `chain` of them
+        yield from reachable(part, seen)
     function = python_function(fn)
     if function is None or function in seen:
         return

@@ -32,7 +32,8 @@ from gradoverride._core.everywhere import bare_forward
 from gradoverride._core.private import fail
 from gradoverride._core.standin import stand_in
 from gradoverride._core.targets import RECORD, class_of
-from gradoverride.errors import RuleOptionError, UnsupportedError
+from gradoverride.errors import UnsupportedError
+from gradoverride.rules.options import check, is_number
 
 __all__ = [
     "guided_relu",
@@ -101,7 +102,7 @@ class smooth_relu:
     beta: float = 10.0
 
     def __post_init__(self) -> None:
-        _check("smooth_relu", "beta", self.beta, _is_number(self.beta) and self.beta > 0, "a number larger than 0")
+        check("smooth_relu", "beta", self.beta, is_number(self.beta) and self.beta > 0, "a number larger than 0")
 
     def __call__(self, grad_output: Tensor, input: Tensor) -> Tensor:
         """The gradient of the input."""
@@ -137,8 +138,8 @@ class lrp_epsilon:
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        fits = _is_number(self.epsilon) and self.epsilon >= 0
-        _check("lrp_epsilon", "epsilon", self.epsilon, fits, "a number that is not negative")
+        fits = is_number(self.epsilon) and self.epsilon >= 0
+        check("lrp_epsilon", "epsilon", self.epsilon, fits, "a number that is not negative")
 
     def __call__(
         self, grad_output: Tensor, input: Tensor, module: Any, forward: Any, needs: Any, params: Any
@@ -199,8 +200,8 @@ class lrp_gamma:
     gamma: float = 0.25
 
     def __post_init__(self) -> None:
-        fits = _is_number(self.gamma) and self.gamma >= 0
-        _check("lrp_gamma", "gamma", self.gamma, fits, "a number that is not negative")
+        fits = is_number(self.gamma) and self.gamma >= 0
+        check("lrp_gamma", "gamma", self.gamma, fits, "a number that is not negative")
 
     def __call__(self, grad_output: Tensor, input: Tensor, module: Any, needs: Any, params: Any) -> dict[str, Any]:
         """The relevance of the input."""
@@ -236,10 +237,10 @@ class lrp_alpha_beta:
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        fits = _is_number(self.alpha) and _is_number(self.beta) and self.beta >= 0
+        fits = is_number(self.alpha) and is_number(self.beta) and self.beta >= 0
         fits = fits and math.isclose(self.alpha - self.beta, 1)
         required = "numbers with alpha - beta = 1 and beta not negative, or relevance is not kept"
-        _check("lrp_alpha_beta", "alpha' and 'beta", (self.alpha, self.beta), fits, required)
+        check("lrp_alpha_beta", "alpha' and 'beta", (self.alpha, self.beta), fits, required)
 
     def __call__(self, grad_output: Tensor, input: Tensor, module: Any, needs: Any, params: Any) -> dict[str, Any]:
         """The relevance of the input."""
@@ -283,7 +284,7 @@ class lrp_z_box:
         except (RuntimeError, ValueError):  # shapes that do not go together, or rows of different lengths
             fits = False
         required = "numbers of shapes that broadcast, with low <= high everywhere"
-        _check("lrp_z_box", "low' and 'high", (self.low, self.high), fits, required)
+        check("lrp_z_box", "low' and 'high", (self.low, self.high), fits, required)
 
     def __call__(self, grad_output: Tensor, input: Tensor, module: Any, needs: Any, params: Any) -> dict[str, Any]:
         """The relevance of the input."""
@@ -454,22 +455,13 @@ def _negative(tensor: Tensor) -> Tensor:
 # --- options ---
 
 
-def _check(rule: str, option: str, value: Any, fits: bool, required: str) -> None:
-    if not fits:
-        raise RuleOptionError(f"{rule}: '{option}' must be {required}; got {value!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
 def _read_bound(name: str, value: Any) -> Any:
     """A number, or numbers in nested tuples."""
     if isinstance(value, Tensor):
         value = value.tolist()
     if isinstance(value, Iterable) and not isinstance(value, str):
         return tuple([_read_bound(name, part) for part in value])
-    _check("lrp_z_box", name, value, _is_number(value), "a number, or numbers in a tensor or in nested sequences")
+    check("lrp_z_box", name, value, is_number(value), "a number, or numbers in a tensor or in nested sequences")
     return float(value)
 
 

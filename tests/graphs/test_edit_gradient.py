@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch._dynamo.testing
 from oracles import closely, exactly, noise
 from torch import nn
 
@@ -557,3 +558,23 @@ def test_graph_error_is_a_value_error_and_pickles():
     assert issubclass(go.GraphError, ValueError)
     assert issubclass(go.GraphError, go.GradOverrideError)
     assert str(pickle.loads(pickle.dumps(go.GraphError("text")))) == "text"
+
+
+def test_blocks_with_rule_objects_of_their_own_compile_once():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rule = go.rules.scale(0.5)
+
+        def forward(self, x):
+            return go.edit_gradient(x * 1, self.rule)
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    blocks = [torch.compile(Block(), backend=counter, fullgraph=True) for _ in range(12)]
+    x = noise(3)
+    y = x
+    for block in blocks:
+        y = block(y)
+    closely(grad(y.sum(), x), torch.full_like(x, 0.5**12))
+    assert counter.frame_count <= 2

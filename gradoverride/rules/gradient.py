@@ -1,0 +1,674 @@
+"""Rules of the gradient alone: for `edit_gradient`, where the value stays as it is, or for any forward, whose own
+derivative they then stand in the place of (`chain(clip_norm(1.0), plain)` keeps that).
+
+Alike in all of them:
+
+- Nothing is kept for them from the forward.
+- Of a structure of gradients (a tuple, a list, a dict, ...) each tensor is taken by itself. `clip_norm` and
+  `normalize` without `dim` are the exception: they measure all tensors together.
+- The gradient keeps its shape, its device and, but for `cast`, its dtype. nan and inf stay what they are, but for
+  `scrub`, `stop`, `sign` and a mask of True and False.
+- Options out of range are a `RuleOptionError` when the rule is made.
+- Forward mode needs rules that are linear in the gradient: `reverse`, `scale`, `stop`, `mask`, `centralize`, `observe`,
+  `check_finite` and `scrub` are, as long as all is finite. It tries them out on gradients of its own, which a callback
+  of `observe` sees too. The others are refused there: `clip_value`, `clip_norm`, `normalize`, `sign`, `add_noise`,
+  `quantize`, and `cast` to fewer digits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.func import debug_unwrap
+
+from gradoverride._core.call import is_differentiable
+from gradoverride._core.contract import shape_text
+from gradoverride._core.private import evaluated_while_tracing, fail
+from gradoverride._core.structure import LEAF, Node, flatten, unflatten
+from gradoverride.errors import NonFiniteGradientError, RuleResultError, UnsupportedError
+from gradoverride.rules.options import check, is_number, printed
+
+__all__ = [
+    "reverse",
+    "scale",
+    "stop",
+    "mask",
+    "clip_value",
+    "clip_norm",
+    "normalize",
+    "sign",
+    "scrub",
+    "check_finite",
+    "observe",
+    "centralize",
+    "add_noise",
+    "cast",
+    "quantize",
+]
+
+X = TypeVar("X")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def each(edit: Callable[[Tensor], Tensor], grad_output: X) -> X:
+    """`edit` of a gradient, or of each in a structure of them. Not exported: for rules of this library."""
+    if isinstance(grad_output, Tensor):
+        return edit(grad_output)  # type: ignore[return-value]  # X is Tensor
+    leaves: list[Tensor] = []
+    spec = flatten(grad_output, is_differentiable, leaves)
+    edited: X = unflatten(spec, iter([edit(leaf) for leaf in leaves]))
+    return edited
+
+
+class _Each:
+    """A rule that says `of` one gradient what becomes of it."""
+
+    writes_nothing = True  # so it is given the gradient itself, no copy
+
+    def of(self, grad: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, grad_output: X) -> X:
+        """The gradient that goes on."""
+        return each(self.of, grad_output)
+
+
+def _writes_nothing(rule: F) -> F:
+    rule.writes_nothing = True  # type: ignore[attr-defined]  # the same, of a function
+    return rule
+
+
+# --- linear ---
+
+
+@dataclass(frozen=True)
+class reverse(_Each):
+    """The gradient reversed: `-strength * g`. For features that are to keep a classifier from its aim.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import reverse
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> go.edit_gradient(x, reverse(0.5)).sum().backward()
+    >>> x.grad
+    tensor([-0.5000, -0.5000])
+
+    `strength` (the paper's lambda, default 1) must not be negative. It often grows while training: then make a rule in
+    each forward, `go.edit_gradient(x, reverse(strength))`.
+
+    Source: Ganin, Lempitsky, "Unsupervised domain adaptation by backpropagation" (2015).
+    """
+
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        fits = is_number(self.strength) and self.strength >= 0
+        check("reverse", "strength", self.strength, fits, "a number that is not negative")
+
+    def of(self, grad: Tensor) -> Tensor:
+        return grad.neg() if self.strength == 1 else grad * -self.strength
+
+
+@dataclass(frozen=True)
+class scale(_Each):
+    """The gradient times a number: `factor * g`.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import scale
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> go.edit_gradient(x, scale(0.1)).sum().backward()
+    >>> x.grad
+    tensor([0.1000, 0.1000])
+
+    `factor` is any finite number. For a factor that is a tensor there is `mask`.
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        check("scale", "factor", self.factor, is_number(self.factor), "a finite number")
+
+    def of(self, grad: Tensor) -> Tensor:
+        return grad * self.factor
+
+
+@_writes_nothing
+def stop(grad_output: X) -> X:
+    """No gradient: zeros. (With `x.detach()` in place of a rule there is none at all: `x.grad` stays None.)
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import stop
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> go.edit_gradient(x, stop).sum().backward()
+    >>> x.grad
+    tensor([0., 0.])
+    """
+    return each(torch.zeros_like, grad_output)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class mask(_Each):
+    """The gradient times a tensor: `m * g`. Of True and False, the gradient where it is True, 0 elsewhere.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import mask
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> go.edit_gradient(x, mask(torch.tensor([True, False]))).sum().backward()
+    >>> x.grad
+    tensor([1., 0.])
+
+    `m` broadcasts with the gradient, on its device. A False stops nan too; a 0 does not, for 0 * nan is nan. Two masks
+    are equal if their tensors are.
+    """
+
+    m: Tensor
+
+    def __post_init__(self) -> None:
+        m: Any = self.m
+        check("mask", "m", _brief(m), isinstance(m, Tensor) and not m.is_complex(), "a real tensor")
+
+    def of(self, grad: Tensor) -> Tensor:
+        sizes = zip(reversed(self.m.shape), reversed(grad.shape), strict=False)
+        if self.m.dim() > grad.dim() or not all([own in (1, size) for own, size in sizes]):
+            fail(
+                RuleResultError,
+                f"mask: 'm' must broadcast to the shape of the gradient, {shape_text(grad.shape)}; it has shape "
+                f"{shape_text(self.m.shape)}. Give it sizes of 1 where it is the same for all",
+            )
+        return torch.where(self.m, grad, 0) if self.m.dtype is torch.bool else grad * self.m
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, mask):
+            return NotImplemented
+        one, two = self.m, other.m
+        return one.dtype is two.dtype and one.device == two.device and torch.equal(one, two)
+
+    def __hash__(self) -> int:
+        return hash((mask, self.m.shape, self.m.dtype))
+
+    def __repr__(self) -> str:
+        return f"mask({_brief(self.m)})"
+
+
+@dataclass(frozen=True)
+class centralize(_Each):
+    """The gradient without its mean over `dim`: `g - mean(g)`.
+
+    Without `dim` that is over all but the first, as for a weight of (results, inputs, ...); a gradient of one
+    dimension or none then stays as it is.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import centralize
+    >>> x = torch.ones(2, 2, requires_grad=True)
+    >>> go.edit_gradient(x, centralize()).backward(torch.tensor([[1.0, 3.0], [0.0, 8.0]]))
+    >>> x.grad
+    tensor([[-1.,  1.],
+            [-4.,  4.]])
+
+    `dim` is an integer or a tuple of them.
+
+    Source: Yong et al., "Gradient centralization: a new optimization technique for deep neural networks" (2020).
+    """
+
+    dim: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_dim("centralize", self.dim)
+
+    def of(self, grad: Tensor) -> Tensor:
+        dim = tuple(range(1, grad.dim())) if self.dim is None else self.dim
+        return grad if dim == () else grad - grad.mean(dim, keepdim=True)
+
+
+# --- bounds ---
+
+
+@dataclass(frozen=True)
+class clip_value(_Each):
+    """The gradient with each value between `-limit` and `limit`.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import clip_value
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> go.edit_gradient(x, clip_value(1.0)).backward(torch.tensor([-5.0, 0.5]))
+    >>> x.grad
+    tensor([-1.0000,  0.5000])
+
+    `limit` must be larger than 0. Complex gradients have no order: torch refuses them.
+    """
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        fits = is_number(self.limit) and self.limit > 0
+        check("clip_value", "limit", self.limit, fits, "a number larger than 0")
+
+    def of(self, grad: Tensor) -> Tensor:
+        return grad.clamp(-self.limit, self.limit)
+
+
+@dataclass(frozen=True)
+class clip_norm:
+    """The gradient, made shorter where it is longer than `max_norm`: `g / max(1, |g| / max_norm)`.
+
+    |g| is the Euclidean norm of the whole gradient, of all tensors of a structure together, or over `dim`, of each
+    tensor by itself. What is not longer stays as it is, to the last bit.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import clip_norm
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> go.edit_gradient(x, clip_norm(1.0)).backward(torch.tensor([3.0, 4.0]))
+    >>> x.grad
+    tensor([0.6000, 0.8000])
+
+    `max_norm` must be larger than 0; `dim` is an integer or a tuple of them. A norm is computed in float32 at least.
+    One nan makes the norm nan, and so all values: see `scrub`.
+
+    Source: Pascanu et al., "On the difficulty of training recurrent neural networks" (2013), algorithm 1.
+    """
+
+    max_norm: float
+    dim: int | tuple[int, ...] | None = None
+
+    writes_nothing = True
+
+    def __post_init__(self) -> None:
+        fits = is_number(self.max_norm) and self.max_norm > 0
+        check("clip_norm", "max_norm", self.max_norm, fits, "a number larger than 0")
+        _check_dim("clip_norm", self.dim)
+
+    def __call__(self, grad_output: X) -> X:
+        """The gradient that goes on."""
+        return _divided(grad_output, self.dim, lambda norm: (norm / self.max_norm).clamp(min=1))
+
+
+@dataclass(frozen=True)
+class normalize:
+    """The direction of the gradient: `g / |g|`, and 0 where that is 0.
+
+    |g| is the Euclidean norm of the whole gradient, of all tensors of a structure together, or over `dim`, of each
+    tensor by itself.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import normalize
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> go.edit_gradient(x, normalize()).backward(torch.tensor([30.0, 40.0]))
+    >>> x.grad
+    tensor([0.6000, 0.8000])
+
+    `dim` is an integer or a tuple of them. A norm is computed in float32 at least. For another length, `chain` it with
+    `scale`.
+    """
+
+    dim: int | tuple[int, ...] | None = None
+
+    writes_nothing = True
+
+    def __post_init__(self) -> None:
+        _check_dim("normalize", self.dim)
+
+    def __call__(self, grad_output: X) -> X:
+        """The gradient that goes on."""
+        return _divided(grad_output, self.dim, lambda norm: norm.masked_fill(norm == 0, math.inf))
+
+
+def _divided(grad_output: X, dim: Any, by: Callable[[Tensor], Tensor]) -> X:
+    """Each gradient divided by what `by` makes of its norm."""
+    leaves: list[Tensor] = []
+    spec = flatten(grad_output, is_differentiable, leaves)
+    norms = [torch.linalg.vector_norm(_wide(leaf), dim=dim, keepdim=dim is not None) for leaf in leaves]
+    if dim is None and len(leaves) > 1:
+        whole = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        norms = [whole.to(norm) for norm in norms]
+    edited = [(_wide(leaf) / by(norm)).to(leaf.dtype) for leaf, norm in zip(leaves, norms, strict=True)]
+    result: X = unflatten(spec, iter(edited))
+    return result
+
+
+def _wide(grad: Tensor) -> Tensor:
+    """In float32 at least: half precision has no room for the norm of many values."""
+    return grad.to(_WIDER[grad.dtype]) if grad.dtype in _WIDER else grad
+
+
+_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+
+
+# --- rounded, and with noise ---
+
+
+@_writes_nothing
+def sign(grad_output: X) -> X:
+    """The sign of each value: -1, 0 or 1; of nan 0. Of a complex value its direction, `g / |g|`.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import sign
+    >>> x = torch.ones(3, requires_grad=True)
+    >>> go.edit_gradient(x, sign).backward(torch.tensor([-0.5, 0.0, 9.0]))
+    >>> x.grad
+    tensor([-1.,  0.,  1.])
+
+    Source: Bernstein et al., "signSGD: compressed optimisation for non-convex problems" (2018).
+    """
+    return each(torch.sgn, grad_output)
+
+
+@dataclass(frozen=True)
+class cast(_Each):
+    """The gradient in another dtype: what follows in a `chain` computes in it.
+
+    At the end a gradient has the dtype of its tensor again, as torch wants it: so alone it rounds to the digits of
+    `dtype`.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import cast
+    >>> x = torch.ones(1, requires_grad=True)
+    >>> go.edit_gradient(x, cast(torch.bfloat16)).backward(torch.tensor([1.001]))
+    >>> x.grad
+    tensor([1.])
+
+    `dtype` must be floating or complex; a complex gradient in a real one is an `UnsupportedError`.
+    """
+
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        dtype: Any = self.dtype
+        fits = isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+        check("cast", "dtype", dtype, fits, "a floating or complex dtype of torch")
+
+    def of(self, grad: Tensor) -> Tensor:
+        if grad.is_complex() and not self.dtype.is_complex:
+            fail(
+                UnsupportedError,
+                f"cast: a gradient of {grad.dtype} must have a complex 'dtype', or its imaginary part would be lost; "
+                f"got {self.dtype}. Use a rule that takes its real part, if that is meant",
+            )
+        return grad.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class add_noise(_Each):
+    """The gradient with normal noise: `g + std * n`, n of a standard normal distribution.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import add_noise
+    >>> x = torch.ones(10000, requires_grad=True)
+    >>> go.edit_gradient(x, add_noise(2.0, torch.Generator().manual_seed(0))).backward(torch.zeros(10000))
+    >>> round(x.grad.std().item(), 1)
+    2.0
+
+    `std` must not be negative. `generator` is on the device of the gradient; without it, it is torch's own. Under
+    `vmap`, its option `randomness` decides whether all are given the same.
+
+    Source: Neelakantan et al., "Adding gradient noise improves learning for very deep networks" (2015).
+    """
+
+    std: float
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        check("add_noise", "std", self.std, is_number(self.std) and self.std >= 0, "a number that is not negative")
+        _check_generator("add_noise", self.generator)
+
+    def of(self, grad: Tensor) -> Tensor:
+        return self.untraced(grad) if self.generator is None else _untraced(self, grad)
+
+    def untraced(self, grad: Tensor, place: str = "") -> Tensor:
+        noise = torch.randn(grad.shape, dtype=grad.dtype, device=grad.device, generator=self.generator)
+        return torch.add(grad, noise, alpha=self.std)
+
+
+@dataclass(frozen=True)
+class quantize(_Each):
+    """The gradient in integers of so many bits, times a step: those from `-k` to `k`, `k = 2 ** (bits - 1) - 1`.
+
+    The step is `max |g| / k`, of each tensor or over `dim`; 0 stays 0, and so does the largest value. `stochastic`
+    (default): rounded up or down at random, so that the mean is right; else to the nearest, which is biased.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import quantize
+    >>> x = torch.ones(4, requires_grad=True)
+    >>> go.edit_gradient(x, quantize(2, stochastic=False)).backward(torch.tensor([8.0, 5.0, 3.0, -8.0]))
+    >>> x.grad
+    tensor([ 8.,  8.,  0., -8.])
+
+    `bits` is an integer from 2 to 16, `dim` an integer or a tuple of them. `generator` as for `add_noise`. Its own
+    derivative is 0, as that of any rounding. Complex gradients have no order: torch refuses them.
+
+    Source: Gupta et al., "Deep learning with limited numerical precision" (2015), on stochastic rounding.
+    """
+
+    bits: int
+    dim: int | tuple[int, ...] | None = None
+    stochastic: bool = True
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        check("quantize", "bits", self.bits, _is_integer(self.bits) and 2 <= self.bits <= 16, "an integer from 2 to 16")
+        _check_dim("quantize", self.dim)
+        check("quantize", "stochastic", self.stochastic, isinstance(self.stochastic, bool), "True or False")
+        _check_generator("quantize", self.generator)
+
+    def of(self, grad: Tensor) -> Tensor:
+        return self.untraced(grad) if self.generator is None else _untraced(self, grad)
+
+    def untraced(self, grad: Tensor, place: str = "") -> Tensor:
+        if grad.numel() == 0:
+            return grad
+        largest = 2 ** (self.bits - 1) - 1
+        wide = _wide(grad)
+        step = wide.abs().amax(() if self.dim is None else self.dim, keepdim=True) / largest
+        steps = wide / step.masked_fill(step == 0, 1)
+        if self.stochastic:
+            up = torch.rand(wide.shape, dtype=wide.dtype, device=wide.device, generator=self.generator)
+            steps = (steps + up).floor()
+        else:
+            steps = steps.round()
+        return (steps.clamp(-largest, largest) * step).to(grad.dtype)
+
+
+# --- looked at ---
+
+
+@dataclass(frozen=True)
+class scrub(_Each):
+    """The gradient with 0 in place of nan and inf. `count` says how many values that were, so far.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import scrub
+    >>> x, finite = torch.ones(3, requires_grad=True), scrub()
+    >>> go.edit_gradient(x, finite).backward(torch.tensor([1.0, float("nan"), float("inf")]))
+    >>> x.grad, finite.count
+    (tensor([1., 0., 0.]), 2)
+
+    Reading `count` waits for the device; counting does not. A copy counts for itself, from 0.
+    """
+
+    _counts: dict[torch.device, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    @property
+    def count(self) -> int:
+        """How many values have been replaced."""
+        return sum(int(count) for count in self._counts.values())
+
+    def of(self, grad: Tensor) -> Tensor:
+        return _untraced(self, grad)
+
+    def untraced(self, grad: Tensor, place: str = "") -> Tensor:
+        wrong = grad.isfinite().logical_not()
+        # Plain numbers, which outlive the transforms (`vmap`, `grad`) around this.
+        found = debug_unwrap(debug_unwrap(wrong).sum())
+        with _COUNTING:
+            known = self._counts.get(found.device)
+            self._counts[found.device] = found if known is None else debug_unwrap(known + found)
+        return grad.masked_fill(wrong, 0)
+
+    def __reduce__(self) -> Any:
+        return scrub, ()
+
+
+_COUNTING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class check_finite(_Each):
+    """The gradient, if it is finite; else a `NonFiniteGradientError` that says where nan or inf is.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import check_finite
+    >>> x = torch.tensor([0.0, 4.0], requires_grad=True)
+    >>> y = go.edit_gradient(x, check_finite("the input"))
+    >>> y.sqrt().sum().backward()
+    Traceback (most recent call last):
+        ...
+    gradoverride.errors.NonFiniteGradientError: check_finite: the gradient of the input must be finite; ...
+
+    `name`: what the message calls it. Each look waits for the device. Under `vmap` the place it names counts the
+    dimensions that are mapped over.
+    """
+
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        check("check_finite", "name", self.name, isinstance(self.name, str), "a string")
+
+    def __call__(self, grad_output: X) -> X:
+        """The gradient as it came."""
+        named = f" of {self.name}" if self.name else ""
+        leaves: list[Tensor] = []
+        spec = flatten(grad_output, is_differentiable, leaves)
+        looked_at = [_untraced(self, leaf, named + place) for leaf, place in zip(leaves, _places(spec), strict=True)]
+        result: X = unflatten(spec, iter(looked_at))
+        return result
+
+    def untraced(self, grad: Tensor, place: str = "") -> Tensor:
+        plain = debug_unwrap(grad).detach()
+        if not bool(plain.sum().isfinite()):  # in one pass: no sum is finite that has nan or inf in it
+            self._refuse(plain, place)
+        return grad
+
+    def _refuse(self, grad: Tensor, place: str) -> None:
+        wrong = grad.isfinite().logical_not().nonzero()
+        if len(wrong) == 0:  # the sum alone was too large
+            return
+        first = tuple(wrong[0].tolist())
+        raise NonFiniteGradientError(
+            f"check_finite: the gradient{place} must be finite; {len(wrong)} of its {grad.numel()} values are "
+            f"not, the first is {grad[first].item()} at {first}. Look at what uses the value (torch.autograd."
+            "detect_anomaly names it), or use scrub to go on with 0 in their place"
+        )
+
+
+def _places(spec: Any, path: str = "") -> Iterator[str]:
+    """How each tensor of a structure is reached: `['a'][0]`."""
+    if spec is LEAF:
+        yield path
+    elif isinstance(spec, Node):
+        for key, part in zip(range(len(spec.parts)) if spec.keys is None else spec.keys, spec.parts, strict=True):
+            yield from _places(part, f"{path}[{key!r}]")
+
+
+@dataclass(frozen=True, repr=False)
+class observe(_Each):
+    """The gradient as it is, and `callback(g)` sees it, without its graph: to print it, to keep it, to measure it.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import observe
+    >>> seen = []
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> go.edit_gradient(x, observe(seen.append)).sum().backward()
+    >>> seen
+    [tensor([1., 1.])]
+
+    What the callback returns is left alone; writing into what it is given is an error. Of a structure it is called
+    for each tensor. It is called where the code is compiled too, with the values.
+    """
+
+    callback: Callable[[Tensor], Any]
+
+    def __post_init__(self) -> None:
+        check("observe", "callback", self.callback, callable(self.callback), "a function of one tensor")
+
+    def of(self, grad: Tensor) -> Tensor:
+        return _untraced(self, grad)
+
+    def untraced(self, grad: Tensor, place: str = "") -> Tensor:
+        self.callback(grad.detach())
+        return grad
+
+    def __repr__(self) -> str:
+        return f"observe({printed(self.callback)})"
+
+
+# --- compiled: what looks at values, or has an effect, is one node of the graph ---
+
+
+def _untraced(rule: Any, grad: Tensor, place: str = "") -> Tensor:
+    """`rule.untraced(grad, place)`, which Dynamo is not to look into."""
+    if torch.compiler.is_dynamo_compiling():
+        return _run_rule(grad, _keep(rule), place)
+    found: Tensor = rule.untraced(grad, place)
+    return found
+
+
+@torch.library.custom_op(
+    "gradoverride::run_rule", mutates_args=(), schema="(Tensor grad, int key, str place) -> Tensor"
+)
+def _run_rule(grad: Tensor, key: int, place: str) -> Tensor:
+    found: Tensor = _kept[key].untraced(grad, place).contiguous()
+    return found.clone() if found is grad else found  # torch wants a new one
+
+
+@_run_rule.register_fake
+def _like(grad: Tensor, key: int, place: str) -> Tensor:
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+_kept: dict[int, Any] = {}  # rules in compiled code, which knows them by these numbers
+_keys = itertools.count()
+
+
+@evaluated_while_tracing
+def _keep(rule: Any) -> int:
+    if not all([hasattr(rule, option.name) for option in fields(rule)]):  # Dynamo has not run what makes it
+        raise UnsupportedError(
+            f"{type(rule).__name__}: it must be made outside of the code that is compiled; it was made within"
+        )
+    key = next(_keys)  # another one at each place, or two calls on one gradient would be taken for the same
+    _kept[key] = rule
+    return key
+
+
+# --- options ---
+
+
+def _check_dim(rule: str, dim: Any) -> None:
+    fits = dim is None or _is_integer(dim) or (isinstance(dim, tuple) and bool(dim) and all(map(_is_integer, dim)))
+    check(rule, "dim", dim, fits, "None, an integer or a tuple of integers")
+
+
+def _check_generator(rule: str, generator: Any) -> None:
+    fits = generator is None or isinstance(generator, torch.Generator)
+    check(rule, "generator", generator, fits, "None or a torch.Generator")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class _brief:
+    """A tensor for a message: its shape and dtype."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        if not isinstance(self.value, Tensor):
+            return repr(self.value)
+        return f"a tensor of shape {shape_text(self.value.shape)}, {self.value.dtype}"
