@@ -27,7 +27,7 @@ __all__ = ["calls_on_class", "check_class", "put_on_class", "refresh", "take_off
 
 _lock = threading.RLock()
 _patches: dict[type, _Patch] = {}
-_watched: dict[type, Any] = {}  # by class with our `__init_subclass__`, the one that it had itself
+_watched: dict[type, tuple[Any, Any]] = {}  # by class, our `__init_subclass__` and the one that it had itself
 
 
 class _Patch:
@@ -35,7 +35,7 @@ class _Patch:
 
     def __init__(self, cls: Any) -> None:
         self.cls = cls
-        self.original = original = cls.__dict__["forward"]
+        self.original = original = everywhere.without_inert(cls.__dict__["forward"])
         self.runs: dict[type, Callable[..., Any]] = {}
         self.counted: dict[type, Sequence[Any]] = {}
         self.chains: dict[type, Chain] = {}
@@ -62,9 +62,12 @@ class _Patch:
     def take_off(self) -> None:
         """Put the original back; where somebody has replaced ours, ours does nothing from now on."""
         self.clear()
-        if self.cls.__dict__.get("forward") is self.forward:
-            self.cls.forward = self.original
-            del everywhere.originals[self.forward]
+        del everywhere.originals[self.forward]
+        everywhere.inert[self.forward] = self.original
+        standing = self.cls.__dict__.get("forward")
+        original = everywhere.without_inert(standing)
+        if standing is not original:
+            self.cls.forward = original
 
 
 def check_class(target: Class, rule: Any) -> None:
@@ -126,6 +129,8 @@ def refresh() -> None:
         for owner, classes in wanted.items():
             patch = _patches.get(owner)
             if patch is None or owner.__dict__.get("forward") is not patch.forward:
+                if patch is not None:
+                    patch.take_off()  # what has replaced it may call it
                 patch = _patches[owner] = _Patch(owner)
             patch.clear()
             for cls in classes:
@@ -167,12 +172,15 @@ def _watch(cls: Any) -> None:
         if BASE not in derived.__dict__:
             refresh()
 
-    _watched[cls] = own
-    cls.__init_subclass__ = classmethod(__init_subclass__)
+    ours = classmethod(__init_subclass__)
+    _watched[cls] = ours, own
+    cls.__init_subclass__ = ours
 
 
 def _unwatch(cls: Any) -> None:
-    own = _watched.pop(cls)
+    ours, own = _watched.pop(cls)
+    if cls.__dict__.get("__init_subclass__") is not ours:
+        return  # somebody has put another one there, which may call ours
     if own is None:
         del cls.__init_subclass__
     else:

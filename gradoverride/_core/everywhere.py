@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import sys
+import weakref
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -13,17 +15,36 @@ import torch
 from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.targets import Class
 
-__all__ = ["bare_forward", "classes", "forget_compiled", "functions", "layers_on", "originals"]
+__all__ = [
+    "bare_forward",
+    "classes",
+    "forget_compiled",
+    "functions",
+    "inert",
+    "layers_on",
+    "originals",
+    "without_inert",
+]
 
 classes: list[tuple[Class, Layer]] = []
 functions: list[FunctionLayer] = []
 originals: dict[Any, Any] = {}  # by forward that was put on a class: the one that it replaced
+inert: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # the same of what does nothing any more
 
 
 def bare_forward(cls: Any) -> Any:
     """The forward of a class without ours."""
     forward = cls.forward
     return originals.get(forward, forward)
+
+
+def without_inert(value: Any) -> Any:
+    """A function, or what it stood for if it is one of ours that does nothing any more: who had replaced it in the
+    meantime has put it back.
+    """
+    function = getattr(value, "__func__", value)
+    original = inert.get(function) if isinstance(function, FunctionType) else None
+    return value if original is None or type(original) is not type(value) else without_inert(original)
 
 
 def layers_on(cls: Any) -> list[Layer]:

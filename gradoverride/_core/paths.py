@@ -16,7 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from types import CellType, FrameType, ModuleType
+from types import CellType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 from torch.compiler import is_dynamo_compiling as compiling
@@ -146,11 +146,14 @@ def check_names(forward: Forward, rule: Rule) -> None:
     resolve(rule, forward, may_defer=forward.is_method or scan.calls(forward.fn, save_for_backward))
 
 
-def when_imported(path: str, then: Callable[[Any], None]) -> None:
-    """Call `then` with what the path names, when its module is imported."""
+def when_imported(path: str, then: Callable[[Any], None]) -> Callable[[], None]:
+    """Call `then` with what the path names, when its module is imported. Gives what calls that off."""
     module_name, attribute = _parts(path)
+    waiting = [then]  # wrapt keeps what it calls
 
     def imported(module: ModuleType) -> None:
+        if not waiting:
+            return
         try:
             value = _resolve(module, attribute)[2]
         except AttributeError:
@@ -161,11 +164,13 @@ def when_imported(path: str, then: Callable[[Any], None]) -> None:
                 stacklevel=2,
             )
             return
-        then(value)
+        for then in waiting:
+            then(value)
 
     import wrapt  # as above
 
     wrapt.register_post_import_hook(imported, module_name)
+    return waiting.clear
 
 
 # --- a function that is replaced
@@ -174,17 +179,21 @@ def when_imported(path: str, then: Callable[[Any], None]) -> None:
 class _Replacement:
     """Our function where another stands, and the rules in force on it."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, inherited: _Replacement | None) -> None:
         module_name, self.attribute = _parts(path)
         self.path = path
-        self.layers: tuple[tuple[FunctionLayer, bool], ...] = ()
-        parent, name, self.original = _resolve(sys.modules[module_name], self.attribute)
+        self.layers: tuple[tuple[FunctionLayer, bool], ...] = inherited.layers if inherited else ()
+        parent, name, standing = _resolve(sys.modules[module_name], self.attribute)
+        self.parent = parent
+        self.original: Any = inherited.original if inherited else everywhere.without_inert(standing)
         self.kind = type(self.original) if isinstance(self.original, (staticmethod, classmethod)) else None
         self.function = self.original.__func__ if self.kind is not None else self.original
         self.in_class = isinstance(parent, type)
         self.places: list[tuple[Any, str, bool]] = [(parent, name, name in vars(parent))]
-        self.places += [place for place in _named_so(self.original) if place[:2] != (parent, name)]
-        self._warn_of_others()
+        for value in [self.original] if standing is self.original else [self.original, standing]:
+            self.places += [place for place in _named_so(value) if place[:2] != (parent, name)]
+        if standing is self.original:
+            self._warn_of_others()
 
         run = self.function
 
@@ -199,8 +208,12 @@ class _Replacement:
 
         functools.update_wrapper(stand_in, self.function, updated=())
         self.stand_in: Any = stand_in if self.kind is None else self.kind(stand_in)
-        for place, attribute, _ in self.places:
-            setattr(place, attribute, self.stand_in)
+        try:
+            for place, attribute, _ in self.places:
+                setattr(place, attribute, self.stand_in)
+        except BaseException:  # a module may let nothing be set
+            self.take_out()
+            raise
 
     def set(self, layers: tuple[tuple[FunctionLayer, bool], ...]) -> None:
         """Have these rules, the last one outermost; each with whether it is for certain models only."""
@@ -225,14 +238,21 @@ class _Replacement:
         step = (_in_models if scoped else _anywhere)(layer, make_wrapper(plan, beneath), beneath)
         return functools.update_wrapper(step, beneath, updated=())
 
+    def inherits(self, base: _Replacement) -> bool:
+        """Whether ours stands where the name had what it has in a class that this one is derived from."""
+        inherited = self.in_class and self.original is base.original and not self.places[0][2]
+        return inherited and self is not base and issubclass(self.parent, base.parent)
+
     def take_out(self) -> None:
         """Put the original back wherever ours stands."""
         self.set(())
+        everywhere.inert[getattr(self.stand_in, "__func__", self.stand_in)] = self.original
+        original = everywhere.without_inert(self.original)
         for place, attribute, own in [*self.places, *_named_so(self.stand_in)]:
             if vars(place).get(attribute) is not self.stand_in:
                 continue  # somebody has put another one there
             if own:
-                setattr(place, attribute, self.original)
+                setattr(place, attribute, original)
             else:
                 delattr(place, attribute)
         self._tell()
@@ -274,23 +294,40 @@ def _holders(value: Any, known: list[Any]) -> Iterator[str]:
             continue
         if isinstance(holder, CellType):
             # One of a function that runs now is held by no closure; it may be our own.
-            if any(isinstance(closure, tuple) for closure in gc.get_referrers(holder)):
+            closures = [closure for closure in gc.get_referrers(holder) if isinstance(closure, tuple)]
+            if not all([_is_in_override(closure) for closure in closures]):
                 yield "a closure"
         elif isinstance(holder, dict):
             # A class has its names in a dict that is not to be had; whoever wraps it holds it in a closure as well.
             if holder.keys() not in classes and holder.get("__wrapped__") is not value:
                 yield "a dict"
         elif isinstance(holder, (list, tuple, set)):
+            if any([isinstance(owner, _CACHED) for owner in gc.get_referrers(holder)]):
+                continue  # the arguments of a call whose result is cached, of our own too
             yield f"a {type(holder).__name__}"
         else:
             yield f"an object of class '{type(holder).__name__}'"
+
+
+_CACHED = type(functools.cache(len))
+
+
+def _is_in_override(closure: tuple[Any, ...]) -> bool:
+    """Whether functions that stand somewhere for an override have this closure. What a decorator gives has not."""
+    owners = [owner for owner in gc.get_referrers(closure) if isinstance(owner, FunctionType)]
+    return bool(owners) and all([owner.__globals__.get("__name__") in _OVERRIDING for owner in owners])
+
+
+_OVERRIDING = [f"gradoverride._core.{name}" for name in ("chain", "class_patch", "function_mode", "paths")]
 
 
 def _is_ours(holder: Any) -> bool:
     """Whether this is an object of this library, its `__dict__`, or the names of a function that it has generated."""
     owners = [holder]
     if isinstance(holder, dict):
-        if "_go_fn" in holder:
+        if "_go_fn" in holder or any(
+            [holder is ours for ours in (everywhere.originals, vars(everywhere.inert)["data"])]
+        ):
             return True
         owners = [owner for owner in gc.get_referrers(holder) if getattr(owner, "__dict__", None) is holder]
     return any(type(owner).__module__.startswith("gradoverride.") for owner in owners)
@@ -302,12 +339,16 @@ _replacements: list[_Replacement] = []
 def put_on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> None:
     """Put a rule on the function that a path names: if `scoped`, where its key is active alone."""
     with _lock:
-        standing = find(path)
-        found = [replacement for replacement in _replacements if replacement.stand_in is standing]
+        module_name, attribute = _parts(path)
+        parent, _, standing = _resolve(sys.modules[module_name], attribute)
+        ours = [replacement for replacement in _replacements if replacement.stand_in is standing]
+        found = [replacement for replacement in ours if replacement.parent is parent or not replacement.in_class]
         if not found:
-            found = [_Replacement(path)]
+            found = [_Replacement(path, ours[0] if ours else None)]
             _replacements.extend(found)
-        found[0].set((*found[0].layers, (layer, scoped)))
+        found += [replacement for replacement in _replacements if replacement.inherits(found[0])]
+        for replacement in found:
+            replacement.set((*replacement.layers, (layer, scoped)))
 
 
 def take_off_path(layer: FunctionLayer) -> None:

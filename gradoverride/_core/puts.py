@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.paths import PENDING, find, put_on_path, take_off_path, when_imported
 from gradoverride._core.targets import Class, class_of
 from gradoverride._core.thread_mode import put_on_thread, take_off_thread
+from gradoverride.errors import GradOverrideWarning
 
 __all__ = ["Put", "on_class", "on_modules", "on_path", "on_thread"]
 
@@ -83,26 +85,33 @@ def on_thread(layer: FunctionLayer) -> list[Put]:
 def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> list[Put]:
     """A rule for what a path names, now or when it is imported; if `scoped`, in modules that have the layer too."""
     puts: list[Put] = []
-    state = {"on": True}
+    call_off: Callable[[], None] | None = None
 
     def put(value: Any) -> None:
-        if not state["on"]:
-            return
         if isinstance(value, type) and issubclass(value, nn.Module):
+            if scoped:
+                warnings.warn(
+                    f"override of path '{path}': its module must be imported before a model is overridden, for it "
+                    f"names the class of modules '{value.__name__}'; nothing is overridden. Import it first",
+                    GradOverrideWarning,
+                    stacklevel=2,
+                )
+                return
             of_class = Layer(layer.rule, layer.path, layer.target, layer.order)
             puts.extend(on_class(Class(value), of_class))
         else:
             put_on_path(path, layer, scoped=scoped)
 
     def take_off() -> None:
-        state["on"] = False
+        if call_off is not None:
+            call_off()
         take_off_path(layer)
         for of_class in puts:
             of_class.take_off()
 
     value = find(path)
     if value is PENDING:
-        when_imported(path, put)
+        call_off = when_imported(path, put)
     else:
         put(value)
     return [Put(layer, "", lambda: puts[0].calls() if puts else calls_of(layer), take_off)]

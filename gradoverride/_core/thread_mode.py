@@ -26,6 +26,7 @@ class _Standing:
         self.layers = layers
         self.mode.set(tuple([layer.key for layer in layers]))
         if layers and not self.entered:
+            take_off_stack(self.mode)  # torch has put it back, where it was running when it was taken off
             self.mode.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
             self.entered = True
         elif not layers and self.entered and self.thread == threading.get_ident():
