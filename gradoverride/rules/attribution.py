@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from gradoverride._core.everywhere import bare_forward
+from gradoverride._core.options import check, is_number
 from gradoverride._core.private import fail
 from gradoverride._core.standin import stand_in
 from gradoverride._core.targets import RECORD, class_of
 from gradoverride.errors import UnsupportedError
-from gradoverride.rules.options import check, is_number
 
 __all__ = [
     "guided_relu",

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from gradoverride._core.options import check, printed
 from gradoverride._core.plan import is_known_method
 from gradoverride._core.private import fail
 from gradoverride._core.scan import writes_nothing
 from gradoverride._core.signature import Rule
 from gradoverride.errors import UnsupportedError
 from gradoverride.rules.gradient import each
-from gradoverride.rules.options import check, printed
 
 __all__ = ["chain", "plain"]
 

@@ -30,10 +30,10 @@ from torch.func import debug_unwrap
 
 from gradoverride._core.call import is_differentiable
 from gradoverride._core.contract import shape_text
+from gradoverride._core.options import check, is_number, printed
 from gradoverride._core.private import evaluated_while_tracing, fail
 from gradoverride._core.structure import LEAF, Node, flatten, unflatten
 from gradoverride.errors import NonFiniteGradientError, RuleResultError, UnsupportedError
-from gradoverride.rules.options import check, is_number, printed
 
 __all__ = [
     "reverse",
