@@ -20,6 +20,7 @@ from gradoverride._core.signature import Forward, Rule, name_of
 from gradoverride._core.surrogate import SurrogateRule, pass_through
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import DecorationError, RuleSignatureError
+from gradoverride.surrogates import Surrogate
 
 __all__ = ["custom_backward", "straight_through"]
 
@@ -86,7 +87,8 @@ def straight_through(fn: Any = None, /, *, surrogate: Callable[..., Any] | None 
     >>> step = go.straight_through(torch.sign, surrogate=torch.tanh)
 
     `surrogate` is a differentiable function of one tensor, with a result of its shape; its derivative at the input is
-    used. Raises `SurrogateError` if the shapes differ.
+    used. One of `gradoverride.surrogates` is that derivative already, and so faster. Raises `SurrogateError` if the
+    shapes differ.
 
     Source: Bengio, Leonard, Courville, "Estimating or propagating gradients through stochastic neurons" (2013).
     """
@@ -103,8 +105,8 @@ def _straight_through(surrogate: Callable[..., Any] | None, fn: Any) -> Any:
     inner = fn.__func__ if isinstance(fn, (staticmethod, classmethod)) else fn
     name = "straight_through" if surrogate is None else f"straight_through(surrogate={name_of(surrogate)})"
     place = location(surrogate or inner)
-    if surrogate is None:
-        return _attach(Rule(pass_through, name=name, place=place), fn, straight_through=True)
+    if surrogate is None or isinstance(surrogate, Surrogate):
+        return _attach(Rule(surrogate or pass_through, name=name, place=place), fn, straight_through=True)
     through = SurrogateRule(inner, surrogate)
     return _attach(Rule(through, name=name, place=place), fn, straight_through=True, on_first_call=through.check)
 

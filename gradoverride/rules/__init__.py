@@ -31,6 +31,19 @@ from gradoverride.rules.gradient import (
     sign,
     stop,
 )
+from gradoverride.rules.steps import (
+    ceil_ste,
+    clamp_ste,
+    clamp_toward,
+    floor_ste,
+    heaviside,
+    heaviside_ste,
+    round_ste,
+    sign_ste,
+    spike,
+    ternary_ste,
+    trunc_ste,
+)
 
 __all__ = [
     "chain",
@@ -61,4 +74,15 @@ __all__ = [
     "lrp_flat",
     "lrp_w_square",
     "lrp_identity",
+    "round_ste",
+    "floor_ste",
+    "ceil_ste",
+    "trunc_ste",
+    "sign_ste",
+    "ternary_ste",
+    "heaviside_ste",
+    "clamp_ste",
+    "clamp_toward",
+    "spike",
+    "heaviside",
 ]
