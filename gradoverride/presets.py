@@ -20,7 +20,7 @@ from torch import nn
 from gradoverride import rules
 from gradoverride.registries import Registry
 
-__all__ = ["guided_backprop", "deconvnet", "epsilon_plus", "epsilon_alpha2_beta1", "epsilon_gamma_box"]
+__all__ = ["guided_backprop", "deconvnet", "deeplift", "epsilon_plus", "epsilon_alpha2_beta1", "epsilon_gamma_box"]
 
 _CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -36,6 +36,10 @@ guided_backprop.register(nn.ReLU, F.relu)(rules.guided_relu)
 deconvnet = Registry("deconvnet")
 """A deconvolutional network: ReLUs in all spellings pass positive gradients alone."""
 deconvnet.register(nn.ReLU, F.relu)(rules.deconv_relu)
+
+deeplift = Registry("deeplift")
+"""DeepLIFT, the rescale rule for activations: `rules.deeplift_rescale` tells how the reference is given."""
+deeplift.register(*_ACTIVATIONS, *_ACTIVATION_FUNCTIONS)(rules.deeplift_rescale())
 
 
 _AVERAGES = (

@@ -14,6 +14,7 @@ from gradoverride.rules.attribution import (
     smooth_relu,
 )
 from gradoverride.rules.chain import chain, plain
+from gradoverride.rules.deeplift import deeplift_rescale
 from gradoverride.rules.gradient import (
     add_noise,
     cast,
@@ -74,6 +75,7 @@ __all__ = [
     "lrp_flat",
     "lrp_w_square",
     "lrp_identity",
+    "deeplift_rescale",
     "round_ste",
     "floor_ste",
     "ceil_ste",
