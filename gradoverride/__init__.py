@@ -5,10 +5,12 @@ from gradoverride._core.residuals import save_for_backward
 from gradoverride.bridges import bridge
 from gradoverride.connections import Connection, connect, connect_
 from gradoverride.decorators import custom_backward, straight_through
+from gradoverride.drawing import GraphDrawing, show_graph
 from gradoverride.edits import GradientEdit, edit_gradient, edit_gradient_, find_nodes
 from gradoverride.errors import (
     CapturedTensorError,
     DecorationError,
+    DrawingError,
     ForwardResultError,
     GradOverrideError,
     GradOverrideWarning,
@@ -37,6 +39,8 @@ __all__ = [
     "connect_",
     "Connection",
     "bridge",
+    "show_graph",
+    "GraphDrawing",
     "override",
     "Override",
     "remove_overrides",
@@ -61,6 +65,7 @@ __all__ = [
     "TargetNotFoundError",
     "GraphError",
     "NonFiniteGradientError",
+    "DrawingError",
     "GradOverrideWarning",
 ]
 

@@ -20,7 +20,7 @@ from gradoverride._core.call import is_differentiable
 from gradoverride._core.connection import nodes_behind
 from gradoverride._core.contract import what
 from gradoverride._core.edit import ask, ask_several, edit
-from gradoverride._core.edited_result import EditedResult
+from gradoverride._core.edited_result import EditedLeaf, EditedResult
 from gradoverride._core.private import hook_on_result, is_freed, results_of
 from gradoverride._core.reading import Reading, Readings
 from gradoverride._core.signature import Forward, Rule
@@ -136,18 +136,14 @@ def _edit_tensor(tensor: Tensor, rule: Any) -> GradientEdit:
 
     name = f"a tensor of shape {tuple(tensor.shape)}"
     if tensor.grad_fn is None:
-        return GradientEdit(name, _hook_on_leaf(tensor, answer))
+        return GradientEdit(name, _hook_on_leaf(tensor, EditedLeaf(rule, answer)))
     _refuse_freed(tensor.grad_fn)
-    result = EditedResult(tensor.grad_fn, tensor.output_nr, answer)
+    result = EditedResult(tensor.grad_fn, tensor.output_nr, rule, answer)
     hook = tensor.register_hook(result)
     return GradientEdit(name, lambda: result.forget(hook.remove))
 
 
-def _hook_on_leaf(leaf: Tensor, answer: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
-    def hook(grad: Tensor) -> Tensor:
-        answered = answer(grad)
-        return torch.zeros_like(grad) if answered is None else answered  # None would leave it as it is
-
+def _hook_on_leaf(leaf: Tensor, hook: EditedLeaf) -> Callable[[], None]:
     handle = leaf.register_hook(hook)
     hooks, held = leaf._backward_hooks, weakref.ref(leaf)
 
@@ -198,11 +194,11 @@ def _edit_node(node: Node, rule: Any) -> GradientEdit:
             "the tensor"
         )
     if len(metas) == 1:
-        results = [EditedResult(node, 0, lambda grad: ask(rule, reading, grad, None))]
+        results = [EditedResult(node, 0, rule, lambda grad: ask(rule, reading, grad, None))]
         hooks: list[Callable[[Any], Any]] = [results[0]]
     else:
         several = _Several(rule, reading, metas)
-        results = [EditedResult(node, index, several.answer_for(index)) for index in range(len(metas))]
+        results = [EditedResult(node, index, rule, several.answer_for(index)) for index in range(len(metas))]
         hooks = [*[several.collector_of(index) for index in range(len(metas))], *results]
     taken = [hook_on_result(node, index % len(metas), hook) for index, hook in enumerate(hooks)]
     offs = [off for off in taken if off is not None]

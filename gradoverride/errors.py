@@ -20,6 +20,7 @@ __all__ = [
     "GraphError",
     "RuleOptionError",
     "NonFiniteGradientError",
+    "DrawingError",
     "GradOverrideWarning",
 ]
 
@@ -62,6 +63,10 @@ class RuleOptionError(GradOverrideError, ValueError):
 
 class NonFiniteGradientError(GradOverrideError, FloatingPointError):
     """A gradient has nan or inf in it: the rule `check_finite`."""
+
+
+class DrawingError(GradOverrideError, RuntimeError):
+    """A picture of a graph cannot be drawn: graphviz is not there, or does not know how."""
 
 
 class UnsupportedError(GradOverrideError, NotImplementedError):

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from gradoverride._core.private import after_backward, keeps_graph, pass_id, passes_now
 from gradoverride.errors import GraphError, UnsupportedError
 
-__all__ = ["Connection", "nodes_behind"]
+__all__ = ["Connection", "ends_of_connections", "nodes_behind"]
 
 
 def nodes_behind(start: Node) -> Iterator[Node]:
@@ -146,6 +146,11 @@ def _leaves_behind(end: Tensor) -> list[Tensor]:
 
 
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def ends_of_connections(leaf: Tensor) -> list[GradientEdge]:
+    """Where the gradient of `leaf` goes on."""
+    return [get_gradient_edge(connection._end) for connection in list(_connections) if connection._leaf() is leaf]
 
 
 class _Passing:

@@ -1,4 +1,4 @@
-"""A result of a node in a built graph, whose gradient is edited: right for `torch.autograd.grad` too.
+"""A result of a node in a built graph, or a leaf, whose gradient is edited: right for `torch.autograd.grad` too.
 
 A tensor's hooks are run once for each gradient. But where a pass goes on behind the node *and* returns the gradient of
 its result (`torch.autograd.grad(loss, [middle, x])`), it returns what came before the hooks. So the answer is put into
@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from gradoverride._core.private import OWNERS_IF_RETURNED, passes_now, passes_on, use_count
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["EDITED", "EditedResult"]
+__all__ = ["EditedLeaf", "EditedResult", "edits_of"]
 
 EDITED = "gradoverride"
 """The key in the metadata of a node under which its edited results are listed."""
@@ -28,8 +28,9 @@ EDITED = "gradoverride"
 class EditedResult:
     """The hook on result `index` of `node`. It does not hold the node, which holds it."""
 
-    def __init__(self, node: Node, index: int, answer: Callable[[Any], Tensor | None]) -> None:
+    def __init__(self, node: Node, index: int, rule: Any, answer: Callable[[Any], Tensor | None]) -> None:
         self.index = index
+        self.rule = rule
         self.answer = answer
         self.metadata: dict[Any, Any] = node.metadata  # type: ignore[assignment]  # a property, in truth
         self.metadata.setdefault(EDITED, []).append(self)
@@ -76,6 +77,27 @@ class EditedResult:
             )
         original.data = answer
         _last.pair = weakref.ref(answer), weakref.ref(original)
+
+
+class EditedLeaf:
+    """The hook on a leaf."""
+
+    def __init__(self, rule: Any, answer: Callable[[Tensor], Tensor | None]) -> None:
+        self.rule = rule
+        self.answer = answer
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        answer = self.answer(grad)
+        return torch.zeros_like(grad) if answer is None else answer  # None would leave it as it is
+
+
+def edits_of(node: Node) -> list[tuple[int, Any]]:
+    """The edits of gradients of `node`: which result, and the rule. Of the node of a leaf, those of the leaf."""
+    leaf = getattr(node, "variable", None)
+    if isinstance(leaf, Tensor):
+        return [(0, hook.rule) for hook in (leaf._backward_hooks or {}).values() if isinstance(hook, EditedLeaf)]
+    metadata: Any = node.metadata
+    return [(edited.index, edited.rule) for edited in metadata.get(EDITED, ())]
 
 
 class _Last(threading.local):

@@ -29,6 +29,7 @@ __all__ = [
     "fail",
     "fast_apply",
     "forward_mode_depth",
+    "function_of",
     "hidden_from_dynamo",
     "hook_on_result",
     "in_forward_ad",
@@ -121,6 +122,11 @@ def results_of(node: Any) -> list[tuple[torch.Size, torch.dtype, torch.device]] 
     """Shape, dtype and device of the results of a node, in order. None where that is not known."""
     known = getattr(node, "_input_metadata", None)
     return known and [(torch.Size(result.shape), result.dtype, result.device) for result in known]
+
+
+def function_of(node: Any) -> type[Function] | None:
+    """The Function whose backward `node` is. None for what is no Function's, and where that is not known."""
+    return getattr(type(node), "_forward_cls", None)
 
 
 def hook_on_result(node: Any, index: int, hook: Callable[[Any], Any]) -> Callable[[], None] | None:
