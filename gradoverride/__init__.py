@@ -25,6 +25,7 @@ from gradoverride.errors import (
     UnsupportedError,
 )
 from gradoverride.overrides import Override, explain, override, remove_overrides
+from gradoverride.plotting import plot_rule
 from gradoverride.registries import Registry, register, registry
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "bridge",
     "show_graph",
     "GraphDrawing",
+    "plot_rule",
     "override",
     "Override",
     "remove_overrides",

@@ -26,7 +26,7 @@ from gradoverride._core.signature import name_of
 from gradoverride._core.structure import flatten
 from gradoverride.errors import DrawingError, GraphError
 
-__all__ = ["DrawnEdge", "DrawnNode", "GraphDrawing", "show_graph"]
+__all__ = ["DrawnEdge", "DrawnNode", "GraphDrawing", "rule_of", "show_graph"]
 
 
 def show_graph(root: Any, params: nn.Module | Mapping[str, Tensor] | None = None) -> GraphDrawing:
@@ -263,7 +263,7 @@ class _Drawing:
         if isinstance(leaf, Tensor):
             kind = "parameter" if isinstance(leaf, nn.Parameter) else "leaf"
             return DrawnNode(self.names.get((node, 0), kind), "leaf", edits=edits, shape=shape_text(leaf.shape))
-        rule, is_edit = _rule_of(node)
+        rule, is_edit = rule_of(node)
         name = node.name().rpartition("::")[2]
         if rule is None:
             return DrawnNode(name, "operation", edits=edits)
@@ -328,7 +328,7 @@ def _edits_of(node: Node) -> tuple[str, ...]:
     )
 
 
-def _rule_of(node: Any) -> tuple[Any, bool]:
+def rule_of(node: Any) -> tuple[Any, bool]:
     """The rule that is the backward of `node`, and whether it edits a gradient. None where torch's own is."""
     function = function_of(node)
     if function is None or function.__module__ != General.__module__:
