@@ -11,7 +11,8 @@ from conformance.distributed_forms import FORMS, Net
 def outcomes(request, tmp_path_factory):
     """What became of the cells that are to be tested: one pair of processes runs them all."""
     params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    return run(tmp_path_factory.mktemp("ranks"), [each["cell"] for each in params if isinstance(each.get("cell"), Cell)])
+    cells = [each["cell"] for each in params if isinstance(each.get("cell"), Cell)]
+    return run(tmp_path_factory.mktemp("ranks"), cells)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.id)
