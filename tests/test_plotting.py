@@ -3,6 +3,9 @@
 import builtins
 import functools
 import math
+import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,3 +231,36 @@ def test_without_matplotlib_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r'plot_rule needs matplotlib: pip install "gradoverride\[plot\]"'):
         go.plot_rule(rules.reverse())
+
+
+GALLERY = Path(__file__).parent.parent / "docs" / "gallery.py"
+
+
+@pytest.fixture(scope="module")
+def gallery():
+    return runpy.run_path(str(GALLERY))
+
+
+@pytest.fixture(scope="module")
+def panels(gallery):
+    return {panel.get_title(): panel for panel in gallery["draw"]().axes if panel.get_visible()}
+
+
+class TestGallery:
+    def test_is_as_the_surrogates_are(self, gallery, tmp_path):
+        gallery["write"](tmp_path)
+        for name in ("gallery.md", "gallery.svg"):
+            kept, drawn = (path.joinpath(name).read_text(encoding="utf-8") for path in (GALLERY.parent, tmp_path))
+            # Of the picture its titles: the lines of another release of matplotlib may differ.
+            kept, drawn = (re.findall(r">(\w+\(.*\))</text>", text) or text for text in (kept, drawn))
+            assert kept == drawn, f"run: python docs/gallery.py ({name})"
+
+    def test_has_a_panel_for_each(self, panels):
+        assert {title.partition("(")[0] for title in panels} == set(surrogates.__all__) - {"Surrogate"}
+        for panel in panels.values():
+            assert [line.get_label() for line in panel.lines] == ["forward", "primitive", "gradient"]
+
+    def test_shows_what_each_does(self, panels):
+        x, gradient = lines_of(panels["approx_sign()"])["gradient"]
+        closely(gradient, (2 - 2 * x.abs()).clamp(min=0))
+        exactly(lines_of(panels["approx_sign()"])["forward"], (x, x.sign()))
