@@ -1,6 +1,6 @@
 """gradoverride: give any function or module the backward you choose."""
 
-from gradoverride import presets, rules, safe, surrogates
+from gradoverride import estimators, presets, rules, safe, surrogates
 from gradoverride._core.residuals import save_for_backward
 from gradoverride.bridges import bridge
 from gradoverride.connections import Connection, connect, connect_
@@ -53,6 +53,7 @@ __all__ = [
     "rules",
     "surrogates",
     "safe",
+    "estimators",
     "presets",
     "GradOverrideError",
     "DecorationError",

@@ -15,6 +15,7 @@ from torch import nn
 
 from gradoverride._core.contract import what
 from gradoverride._core.plan import Plan
+from gradoverride._core.private import hidden_from_dynamo
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, Rule, name_of
 from gradoverride._core.surrogate import SurrogateRule, pass_through
@@ -121,21 +122,22 @@ def _attach(rule: Rule, target: Any, *, straight_through: bool = False, on_first
             f"custom_backward: a function, a method or a class with a 'forward' is needed; got {what(target)}"
         )
     forward = _forward_of_class(target, rule) if isinstance(target, type) else _forward_of(target)
-    plan = Plan(forward, rule, straight_through=straight_through)
+    plan = Plan(forward, _rule_of(rule, forward), straight_through=straight_through)
     plan.on_first_call = on_first_call
     if not isinstance(target, type):
         other = None
         if forward.may_be_function:  # called with a tensor as its `self` it is one
             other = _attach_to_function(rule, target, straight_through, on_first_call)
-        return make_wrapper(plan, target, of_tensors=other)
-    target.forward = make_wrapper(plan, forward.fn)  # type: ignore[attr-defined]  # it has one
+        return _wrapper(plan, target, of_tensors=other)
+    target.forward = _wrapper(plan, forward.fn)  # type: ignore[attr-defined]  # it has one
     return target
 
 
 def _attach_to_function(rule: Rule, target: Any, straight_through: bool, on_first_call: Any) -> Any:
     """`target` with `rule`, as a function of all its parameters. What is wrong with that is known when it is called."""
     try:
-        plan = Plan(Forward(target, method=False), rule, straight_through=straight_through)
+        forward = Forward(target, method=False)
+        plan = Plan(forward, _rule_of(rule, forward), straight_through=straight_through)
     except RuleSignatureError as error:
         text = str(error)
 
@@ -145,6 +147,19 @@ def _attach_to_function(rule: Rule, target: Any, straight_through: bool, on_firs
         return refuse
     plan.on_first_call = on_first_call
     return make_wrapper(plan, target)
+
+
+def _wrapper(plan: Plan, original: Any, of_tensors: Any = None) -> Any:
+    """What takes the place of `original`; Dynamo does not look into it if the rule says so, and why."""
+    wrapper = make_wrapper(plan, original, of_tensors=of_tensors)
+    reason = getattr(plan.rule.fn, "not_traced", None)
+    return wrapper if reason is None else hidden_from_dynamo(wrapper, reason)
+
+
+def _rule_of(rule: Rule, forward: Forward) -> Rule:
+    """The rule for this forward: an estimator asks for all arguments of it, whatever they are called."""
+    bound_to = getattr(rule.fn, "bound_to", None)
+    return rule if bound_to is None else Rule(bound_to(forward), name=rule.name, place=rule.place)
 
 
 def _forward_of(target: Any) -> Forward:

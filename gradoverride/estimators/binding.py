@@ -1,0 +1,228 @@
+"""An estimator as the rule of a forward: it asks for all its arguments.
+
+An estimator cannot know how the arguments of its forward are called. So, attached to a forward, it is replaced by a
+rule of that forward (`Estimator.bound_to`), which asks for all of them by their names. Where nothing attaches it to one
+forward (in an override, in a `chain`) it asks for `input`, and serves forwards of one argument.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradoverride._core.options import check, is_number
+from gradoverride._core.private import hidden_from_dynamo
+from gradoverride._core.signature import Forward
+from gradoverride.errors import ForwardResultError, RuleSignatureError, UnsupportedError
+from gradoverride.estimators.evaluation import BATCHED, Evaluation
+
+__all__ = ["Arguments", "Bound", "Estimator", "check_options", "signature_of"]
+
+
+NOT_TRACED = "an estimator evaluates its forward again (gradoverride.estimators)"
+
+
+class Estimator:
+    """A rule that evaluates the forward again, at arguments that it chooses."""
+
+    takes_tensors = True  # in a `bridge` too: the forward that it is offered turns them into arrays
+    writes_nothing = True
+
+    # What most have as options.
+    batch_dims: int = 0
+    batched: str | None = None
+    deterministic: bool = True
+
+    def gradients(self, evaluation: Evaluation) -> list[Tensor]:
+        """One for each of the points."""
+        raise NotImplementedError
+
+    def bound_to(self, forward: Forward) -> Any:
+        """This as the rule of one forward."""
+        return Bound(self, forward)
+
+    def __call__(self, grad_output: Any, /, forward: Any, input: Any, output: Any, needs: Any, module: Any) -> Any:
+        """By name, the gradient of the only argument."""
+        own = () if module is None else {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        names = [name for name in needs if name not in own]
+        if len(names) != 1 or names[0] in ("args", "kwargs"):
+            raise UnsupportedError(
+                f"{type(self).__name__}: where it is not attached to one forward (in an override, in a chain) that "
+                f"must have one argument; it has {', '.join(map(repr, names))}. Decorate the forward by "
+                "custom_backward, or a function of one argument that calls it"
+            )
+
+        def again(values: dict[str, Any]) -> Any:
+            return forward(values[names[0]])
+
+        return _untraced(self, again, {names[0]: input}, needs, grad_output, output, module, _Looked(), "the forward")
+
+
+class _Looked:
+    """Whether a forward has been looked at: once is enough."""
+
+    def __init__(self) -> None:
+        self.already = False
+
+
+class Arguments:
+    """The arguments of a forward by name: how it is called with them, and how a rule answers for them."""
+
+    def __init__(self, forward: Forward) -> None:
+        if forward.parameters is None:
+            raise RuleSignatureError(
+                f"{forward.who} must have a signature, for an estimator to call it again with all its arguments; it "
+                f"has none. Give a function that calls it, such as `lambda x: {forward.name}(x)`"
+            )
+        self.parameters = forward.parameters
+        self.rest = next((p.name for p in self.parameters if p.kind is p.VAR_KEYWORD), None)
+
+    def call(self, fn: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+        """`fn` of these."""
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for parameter in self.parameters:
+            value = values[parameter.name]
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                args += value
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                kwargs.update(value)
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                kwargs[parameter.name] = value
+            else:
+                args.append(value)
+        return fn(*args, **kwargs)
+
+    def wanted(self, values: Mapping[str, Any], needs: Mapping[str, bool]) -> dict[str, bool]:
+        """By name, whether a gradient is wanted: of `**kwargs` if of any of them."""
+        wanted = {name: bool(needs.get(name)) for name in values}
+        if self.rest is not None:
+            wanted[self.rest] = any([needs[name] for name in values[self.rest]])
+        return wanted
+
+    def answer(self, gradients: dict[str, Any]) -> dict[str, Any]:
+        """The gradients as a rule gives them: those of `**kwargs` by their own names."""
+        more = gradients.pop(self.rest, {}) if self.rest is not None else {}
+        return {**gradients, **more}
+
+
+class Bound:
+    """An estimator as the rule of one forward."""
+
+    takes_tensors = True
+    writes_nothing = True
+    not_traced = NOT_TRACED
+
+    def __init__(self, estimator: Estimator, forward: Forward) -> None:
+        self.estimator = estimator
+        self.forward = forward
+        self.arguments = Arguments(forward)
+        self.looked = _Looked()
+        self.__name__ = repr(estimator)
+        names = dict.fromkeys(("forward", "output", "needs", "module", *forward.names))
+        self.__signature__ = signature_of(names)
+
+    def __call__(
+        self, grad_output: Any, /, *, forward: Any, output: Any, needs: Any, module: Any, **values: Any
+    ) -> Any:
+        """By name, the gradients of the arguments."""
+        known = self.forward
+        if known.takes_self and module is None:
+            raise UnsupportedError(
+                f"{known.who} must be a function, a method of a module, or a method that is bound to its object, for "
+                f"{type(self.estimator).__name__} to evaluate it again; its object is no module. Decorate it as it is "
+                f"bound: custom_backward(rule)(thing.{known.name})"
+            )
+        if known.receiver is not None and module is None:
+            forward = _method(known.fn, known.receiver)
+
+        if self.arguments.rest is not None:  # the engine puts those of `*args` with them, as `args[0]`
+            rest = values[self.arguments.rest]
+            values[self.arguments.rest] = {name: value for name, value in rest.items() if name in needs}
+
+        def again(changed: dict[str, Any]) -> Any:
+            return self.arguments.call(forward, changed)
+
+        wanted = self.arguments.wanted(values, needs)
+        found = _estimated(self.estimator, again, values, wanted, grad_output, output, module, self.looked, known.who)
+        return self.arguments.answer(found)
+
+
+def signature_of(names: Mapping[str, Any]) -> inspect.Signature:
+    """That of a rule that asks for these names."""
+    first = inspect.Parameter("grad_output", inspect.Parameter.POSITIONAL_ONLY)
+    return inspect.Signature([first, *[inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]])
+
+
+def _method(fn: Any, receiver: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: fn(receiver, *args, **kwargs)
+
+
+def _estimated(
+    estimator: Estimator,
+    again: Callable[[dict[str, Any]], Any],
+    values: dict[str, Any],
+    wanted: Mapping[str, bool],
+    grad_output: Any,
+    output: Any,
+    module: nn.Module | None,
+    looked: _Looked,
+    who: str,
+) -> dict[str, Any]:
+    """By name, the gradients of the arguments that want one."""
+    evaluation = Evaluation(
+        again,
+        values,
+        wanted,
+        grad_output,
+        output,
+        f"{who}, evaluated by {type(estimator).__name__},",
+        batch_dims=estimator.batch_dims,
+        batched=estimator.batched,
+        deterministic=estimator.deterministic,
+    )
+    buffers = {} if module is None else dict(module.named_buffers())
+    versions = {name: buffer._version for name, buffer in buffers.items()}
+    if estimator.deterministic and not looked.already:
+        evaluation.check_repeats()
+        looked.already = True
+    gradients = estimator.gradients(evaluation)
+    written = [name for name, buffer in buffers.items() if buffer._version != versions[name]]
+    if written:
+        raise ForwardResultError(
+            f"{evaluation.who} must leave the buffers of its module alone, for it runs more often than the module is "
+            f"called; it wrote into '{written[0]}'. Put the module into evaluation mode: module.eval()"
+        )
+    return evaluation.answer(gradients)
+
+
+_untraced = hidden_from_dynamo(_estimated, NOT_TRACED)
+
+
+def check_options(rule: Any) -> None:
+    """Raise `RuleOptionError` for what is out of range among the options that estimators share."""
+    kind, own = type(rule).__name__, vars(rule)
+    if "n" in own:
+        check(kind, "n", rule.n, _is_count(rule.n) and rule.n >= 1, "an integer, 1 or larger")
+    if "sigma" in own:
+        check(kind, "sigma", rule.sigma, is_number(rule.sigma) and rule.sigma > 0, "a number larger than 0")
+    if own.get("eps") is not None:
+        check(kind, "eps", rule.eps, is_number(rule.eps) and rule.eps > 0, "a number larger than 0")
+    if "strength" in own:
+        fits = is_number(rule.strength) and rule.strength > 0
+        check(kind, "strength", rule.strength, fits, "a number larger than 0")
+    if "generator" in own:
+        fits = rule.generator is None or isinstance(rule.generator, torch.Generator)
+        check(kind, "generator", rule.generator, fits, "None or a torch.Generator")
+    fits = _is_count(rule.batch_dims) and rule.batch_dims >= 0
+    check(kind, "batch_dims", rule.batch_dims, fits, "an integer, 0 or larger")
+    check(kind, "batched", rule.batched, rule.batched in BATCHED, "None, 'vmap', 'stack' or 'cat'")
+    check(kind, "deterministic", rule.deterministic, isinstance(rule.deterministic, bool), "True or False")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,266 @@
+"""A forward that is evaluated again, at other arguments, and what is measured there.
+
+The forward runs without a graph: an estimator has no derivative of its own, and what it finds is tied to the arguments
+in such a way that a second derivative is refused, not lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.func import debug_unwrap
+
+from gradoverride._core.call import is_differentiable
+from gradoverride._core.contract import shape_text
+from gradoverride._core.function import ByLoop, Refused
+from gradoverride._core.private import fast_apply, in_forward_ad, in_functorch
+from gradoverride._core.structure import flatten, unflatten
+from gradoverride.errors import ForwardResultError, UnsupportedError
+
+__all__ = ["BATCHED", "Evaluation", "Points", "leaves_of", "real", "summed", "tied", "wide"]
+
+BATCHED = (None, "vmap", "stack", "cat")
+
+Points = Sequence[Tensor]  # one for each tensor that wants a gradient
+Again = Callable[[dict[str, Any]], Any]  # the forward, of its arguments by name
+
+
+class Evaluation:
+    """The forward of one call, to be evaluated again. `points` are its tensors that want a gradient."""
+
+    def __init__(
+        self,
+        again: Again,
+        values: dict[str, Any],
+        wanted: Mapping[str, bool],
+        grad_output: Any,
+        output: Any,
+        who: str,
+        *,
+        batch_dims: int = 0,
+        batched: str | None = None,
+        deterministic: bool = True,
+    ) -> None:
+        self.again = again
+        self.who = who
+        self.batched = batched
+        self.deterministic = deterministic
+        self.wanted = wanted
+        self.leaves: list[Tensor] = []
+        self.specs: dict[str, Any] = {}
+        self.places: list[int] = []  # of the points among the leaves
+        for name, value in values.items():
+            start = len(self.leaves)
+            self.specs[name] = flatten(value, is_differentiable, self.leaves)
+            self.places += range(start, len(self.leaves)) if wanted.get(name) else ()
+        self.points = [_constant(self.leaves[place]) for place in self.places]
+        self.grads = leaves_of(grad_output)
+        self.results = [_constant(result) for result in leaves_of(output)]
+        self.batch = self._batch(batch_dims)
+
+    def _batch(self, batch_dims: int) -> torch.Size:
+        """The leading sizes of all points and results, along which each result depends on its own point alone."""
+        tensors = [*self.points, *self.results]
+        batch = tensors[0].shape[:batch_dims] if tensors else torch.Size()
+        if any([len(tensor.shape) < batch_dims or tensor.shape[:batch_dims] != batch for tensor in tensors]):
+            shapes = ", ".join([shape_text(tensor.shape) for tensor in tensors])
+            raise ForwardResultError(
+                f"{self.who} must have arguments and results whose first {batch_dims} sizes are the same "
+                f"('batch_dims'); they have the shapes {shapes}"
+            )
+        return batch
+
+    def answer(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
+        """By name, the gradients in the structure of the arguments."""
+        by_place = dict(zip(self.places, gradients, strict=True))
+        given = iter([by_place.get(place) for place in range(len(self.leaves))])
+        answers = {name: unflatten(spec, given, constants=False) for name, spec in self.specs.items()}
+        return {name: answer for name, answer in answers.items() if self.wanted.get(name)}
+
+    # --- evaluating
+
+    def at(self, points: Points) -> list[Tensor]:
+        """The floating tensors of the result at other points."""
+        return self.opaque(self._plain(points))
+
+    def at_each(self, many: Iterable[Points]) -> Iterator[list[Tensor]]:
+        """The same at several points: one after the other, or in one call if that is wanted."""
+        if self.batched is None:
+            for points in many:
+                yield self.at(points)
+            return
+        together = list(many)
+        found = self._mapped(together) if self.batched == "vmap" else self._joined(together)
+        for row in zip(*self.opaque(found), strict=True):
+            yield list(row)
+
+    def _plain(self, points: Points) -> list[Tensor]:
+        found = leaves_of(self._call(self._with(points)))
+        self._check_shapes([tensor.shape for tensor in found], [result.shape for result in self.results])
+        return found
+
+    def _with(self, points: Points) -> list[Tensor]:
+        """All floating tensors of the arguments, with these for the points."""
+        leaves = [_constant(leaf) for leaf in self.leaves]
+        for place, point in zip(self.places, points, strict=True):
+            leaves[place] = point
+        return leaves
+
+    def _call(self, leaves: Sequence[Tensor]) -> Any:
+        given = iter(leaves)
+        with torch.set_grad_enabled(_is_transformed()):  # transforms look for a graph, and find it opaque
+            return self.again({name: unflatten(spec, given) for name, spec in self.specs.items()})
+
+    def _mapped(self, together: Sequence[Points]) -> list[Tensor]:
+        """By result, what `vmap` of the forward gives."""
+
+        def one(*points: Tensor) -> tuple[Tensor, ...]:
+            return tuple(self._plain(points))
+
+        randomness = "error" if self.deterministic else "different"
+        stacked = [torch.stack(column) for column in zip(*together, strict=True)]
+        return list(torch.func.vmap(one, randomness=randomness)(*stacked))
+
+    def _joined(self, together: Sequence[Points]) -> list[Tensor]:
+        """By result, what the forward gives for all points at once: stacked, or one after the other."""
+        count, cat = len(together), self.batched == "cat"
+        rows = [self._with(points) for points in together]
+        if cat and any([tensor.dim() == 0 for tensor in (*rows[0], *self.results)]):
+            raise ForwardResultError(
+                f"{self.who} must have arguments and results with a first dimension, to be put one after the other "
+                "along it (batched='cat'); one is a scalar. Use batched='stack', or 'vmap'"
+            )
+        join = torch.cat if cat else torch.stack
+        found = leaves_of(self._call([join(column) for column in zip(*rows, strict=True)]))
+        shapes = [result.shape for result in self.results]
+        expected = [(size[0] * count, *size[1:]) if cat else (count, *size) for size in shapes]
+        self._check_shapes([tensor.shape for tensor in found], expected)
+        if not cat:
+            return found
+        return [tensor.unflatten(0, (count, size[0])) for tensor, size in zip(found, shapes, strict=True)]
+
+    def _check_shapes(self, shapes: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> None:
+        if [tuple(shape) for shape in shapes] != [tuple(shape) for shape in expected]:
+            raise ForwardResultError(
+                f"{self.who} must return a result of the same shape wherever it is evaluated, here of "
+                f"{_listed(expected)}; it returned {_listed(shapes) or 'no floating tensor'}. Pad it to a shape that "
+                "does not depend on values"
+            )
+
+    def opaque(self, found: list[Tensor]) -> list[Tensor]:
+        """These, whose derivative is refused."""
+        return tied(found, self.leaves, f"second derivatives of {self.who} are not known: it is no function of torch")
+
+    def check_repeats(self) -> None:
+        """Raise if the forward, evaluated again where it was, gives something else."""
+        for before, after in zip(self.results, self._plain(self.points), strict=True):
+            one, two = debug_unwrap(before).detach(), debug_unwrap(after).detach()
+            if one.shape != two.shape:  # under vmap, where only one of the two is mapped over
+                continue
+            tolerance = 100 * torch.finfo(one.dtype).eps
+            size = one.abs().nan_to_num(0, 0, 0).amax().item() if one.numel() else 0.0
+            if not torch.allclose(one, two, rtol=0, atol=tolerance * size, equal_nan=True):
+                raise ForwardResultError(
+                    f"{self.who} must return the same for the same arguments, for it is compared with itself at "
+                    "others; evaluated again it returned something else. Draw its random numbers beforehand, and give "
+                    "them as an argument"
+                )
+
+    # --- measuring
+
+    def differences(self, pairs: Iterable[tuple[Points, Points | None]]) -> Iterator[Tensor]:
+        """<g, f(one) - f(other)> of each pair, with the result itself for None. It has the shape of the batch."""
+        of_two: list[bool] = []
+
+        def points() -> Iterator[Points]:
+            for one, other in pairs:
+                of_two.append(other is not None)
+                yield one
+                if other is not None:
+                    yield other
+
+        found = self.at_each(points())
+        for upper in found:
+            lower = next(found) if of_two.pop(0) else self.results
+            yield self.product([wide(one) - wide(other) for one, other in zip(upper, lower, strict=True)])
+
+    def product(self, directions: Sequence[Tensor]) -> Tensor:
+        """<g, directions>, over all dimensions but those of the batch."""
+        terms = []
+        for grad, direction in zip(self.grads, directions, strict=True):
+            terms.append(summed(real(wide(grad)) * real(direction), len(self.batch)))
+        return torch.stack([term.to(terms[0]) for term in terms]).sum(0)
+
+    def times(self, factor: Tensor, point: Tensor) -> Tensor:
+        """`factor`, which has the shape of the batch, times a real tensor of a point."""
+        over = point.dim() - len(self.batch)
+        return factor.to(point).reshape(self.batch + (1,) * over) * point
+
+
+class _Opaque:
+    """Tensors as they are, under transforms; their derivative is refused."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple([tensor.clone() for tensor in tensors])
+
+    def stacked(self, results: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Those of a batch."""
+        return tuple([torch.stack(column) for column in zip(*results, strict=True)])
+
+    def refuse_derivative(self) -> NoReturn:
+        """What a derivative is."""
+        raise UnsupportedError(self.text)
+
+
+_refuse = fast_apply(Refused)
+
+
+def tied(found: list[Tensor], sources: Sequence[Tensor], text: str) -> list[Tensor]:
+    """These, which were computed from the sources: that derivative raises `text`."""
+    if _is_transformed():
+        return list(ByLoop.apply(_Opaque(text), *found))  # type: ignore[no-untyped-call]  # torch has no types for it
+    outer = [source for source in sources if source.requires_grad]
+    if not torch.is_grad_enabled() or not outer:
+        return found
+    return [_refuse(text, tensor, *outer) for tensor in found]
+
+
+def _is_transformed() -> bool:
+    return in_functorch() or in_forward_ad()
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    return tensor if _is_transformed() else tensor.detach()
+
+
+def leaves_of(value: Any) -> list[Tensor]:
+    """The floating and complex tensors in a structure."""
+    leaves: list[Tensor] = []
+    flatten(value, is_differentiable, leaves)
+    return leaves
+
+
+def summed(tensor: Tensor, count: int) -> Tensor:
+    """The sum over all but the first `count` dimensions."""
+    over = tuple(range(count, tensor.dim()))
+    return tensor.sum(over) if over else tensor  # of no dimensions torch makes all
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _listed(shapes: Sequence[Sequence[int]]) -> str:
+    return " and ".join(map(shape_text, shapes))
