@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help demo test lint bench build compat clean
+.PHONY: help demo test soak lint bench build compat clean
 help:
 	@echo "make demo     train networks that cannot be differentiated, and see what an override changes"
 	@echo "make test     run the tests"
+	@echo "make soak     100,000 calls and 10,000 overrides: nothing grows"
 	@echo "make lint     ruff and mypy"
 	@echo "make bench    measure against autograd.Function written by hand"
 	@echo "make build    wheel and sdist, tried in an empty environment"
@@ -20,6 +21,9 @@ demo: $(VENV)/.with-demo
 
 test: $(VENV)/.with-test
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/.with-test
+	$(BIN)/python -m pytest -m soak tests/conformance
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check
