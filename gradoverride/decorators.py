@@ -13,12 +13,13 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
+from gradoverride import surrogates
 from gradoverride._core.contract import what
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import hidden_from_dynamo
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, Rule, name_of
-from gradoverride._core.surrogate import SurrogateRule, pass_through
+from gradoverride._core.surrogate import StraightThrough, SurrogateRule, has_tensors, pass_through
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import DecorationError, RuleSignatureError
 from gradoverride.surrogates import Surrogate
@@ -91,6 +92,16 @@ def straight_through(fn: Any = None, /, *, surrogate: Callable[..., Any] | None 
     used. One of `gradoverride.surrogates` is that derivative already, and so faster. Raises `SurrogateError` if the
     shapes differ.
 
+    A surrogate may learn: an `nn.Module`, one of `gradoverride.surrogates` with a parameter as an option, or a function
+    that reaches a tensor that requires grad. Its tensors then get the gradients that they would have if it stood where
+    `fn` does, and what is returned is an `nn.Module` with the parameters, to be a part of yours:
+
+    >>> alpha = torch.nn.Parameter(torch.tensor(1.0))
+    >>> fire = go.straight_through(torch.sign, surrogate=go.surrogates.sigmoid(k=alpha))
+    >>> fire(torch.tensor([0.0, 2.0])).sum().backward()
+    >>> alpha.grad
+    tensor(0.2100)
+
     Source: Bengio, Leonard, Courville, "Estimating or propagating gradients through stochastic neurons" (2013).
     """
     if surrogate is not None and not callable(surrogate):
@@ -104,12 +115,28 @@ def straight_through(fn: Any = None, /, *, surrogate: Callable[..., Any] | None 
 
 def _straight_through(surrogate: Callable[..., Any] | None, fn: Any) -> Any:
     inner = fn.__func__ if isinstance(fn, (staticmethod, classmethod)) else fn
+    if isinstance(surrogate, Surrogate) and surrogates.has_tensors(surrogate):
+        return _learnable(surrogates.Learnable(surrogate), fn)
+    if surrogate is not None and not isinstance(surrogate, Surrogate) and has_tensors(surrogate):
+        return _learnable(surrogate, fn)
     name = "straight_through" if surrogate is None else f"straight_through(surrogate={name_of(surrogate)})"
-    place = location(surrogate or inner)
+    place = location(inner if surrogate is None else surrogate)
     if surrogate is None or isinstance(surrogate, Surrogate):
         return _attach(Rule(surrogate or pass_through, name=name, place=place), fn, straight_through=True)
     through = SurrogateRule(inner, surrogate)
     return _attach(Rule(through, name=name, place=place), fn, straight_through=True, on_first_call=through.check)
+
+
+def _learnable(surrogate: Callable[..., Any], fn: Any) -> StraightThrough:
+    """A module: the surrogate has parameters."""
+    if isinstance(fn, (type, staticmethod, classmethod)) or (callable(fn) and Forward(fn).takes_self):
+        kind = "class" if isinstance(fn, type) else "method"
+        raise DecorationError(
+            f"straight_through: the surrogate '{name_of(surrogate)}' has parameters, so what it gives is a module, "
+            f"which a {kind} cannot be ('{name_of(fn)}', {location(fn)}). Make it of a function, where an instance is "
+            "made: self.fire = straight_through(torch.sign, surrogate=...)"
+        )
+    return StraightThrough(fn, surrogate, straight_through)
 
 
 def _attach(rule: Rule, target: Any, *, straight_through: bool = False, on_first_call: Any = None) -> Any:
@@ -126,9 +153,9 @@ def _attach(rule: Rule, target: Any, *, straight_through: bool = False, on_first
     plan.on_first_call = on_first_call
     if not isinstance(target, type):
         other = None
-        if forward.may_be_function:  # called with a tensor as its `self` it is one
+        if forward.may_be_function:  # what it is called with will tell
             other = _attach_to_function(rule, target, straight_through, on_first_call)
-        return _wrapper(plan, target, of_tensors=other)
+        return _wrapper(plan, target, as_function=other)
     target.forward = _wrapper(plan, forward.fn)  # type: ignore[attr-defined]  # it has one
     return target
 
@@ -149,9 +176,9 @@ def _attach_to_function(rule: Rule, target: Any, straight_through: bool, on_firs
     return make_wrapper(plan, target)
 
 
-def _wrapper(plan: Plan, original: Any, of_tensors: Any = None) -> Any:
+def _wrapper(plan: Plan, original: Any, as_function: Any = None) -> Any:
     """What takes the place of `original`; Dynamo does not look into it if the rule says so, and why."""
-    wrapper = make_wrapper(plan, original, of_tensors=of_tensors)
+    wrapper = make_wrapper(plan, original, as_function=as_function)
     reason = getattr(plan.rule.fn, "not_traced", None)
     return wrapper if reason is None else hidden_from_dynamo(wrapper, reason)
 

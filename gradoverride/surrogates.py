@@ -19,12 +19,29 @@ tensor([0., 1., 1.], grad_fn=<heavisideBackward>)
 - Input and gradient must have one shape, else `SurrogateError`; complex ones are an `UnsupportedError`.
 - The result has the shape and dtype of the two. It is 0 where x is inf (of `leaky`, g or slope * g) and nan where x is
   nan, but for those that only choose: then it is 0 of `clipped`, as below of `leaky`, as within of `rectangle`.
-- Options out of range are a `RuleOptionError` when the surrogate is made. They are numbers: a tensor is refused.
+- Options out of range are a `RuleOptionError` when the surrogate is made.
 - Each is linear in the gradient, so forward mode works, and differentiable again.
 
 The height matters as much as the shape: some have an area of 1, as the step they stand for rises by 1; others a height
 of 1. Libraries differ under one name, and each docstring says whose convention it follows. For another factor there is
 `chain(scale(factor), surrogate)`.
+
+An option may be a tensor: one for each channel, or an `nn.Parameter` that learns. Its gradient is that of `primitive`,
+`sum(g * ds/doption)`; the input's is as ever. What `straight_through` and `rules.spike` make of such a surrogate is an
+`nn.Module` with this parameter, to be a part of yours:
+
+>>> class Neuron(torch.nn.Module):
+...     def __init__(self):
+...         super().__init__()
+...         self.fire = go.straight_through(heaviside, surrogate=atan(alpha=torch.nn.Parameter(torch.tensor(2.0))))
+...     def forward(self, x):
+...         return self.fire(x)
+>>> neuron = Neuron()
+>>> neuron(x).backward(torch.tensor([1.0, 0.0, 2.0]))
+>>> [(name, parameter.grad) for name, parameter in neuron.named_parameters()]
+[('fire.surrogate.alpha', tensor(0.0460))]
+
+Elsewhere, as a rule, one with an option that requires grad is refused: a rule has no way to that gradient.
 
 A surrogate of your own derives from `Surrogate` and says what becomes `of` a gradient:
 
@@ -47,13 +64,12 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradoverride._core.contract import shape_text, what
-from gradoverride._core.options import check, is_number
-from gradoverride._core.private import fail
-from gradoverride.errors import RuleOptionError, SurrogateError, UnsupportedError
+from gradoverride._core.options import is_number
+from gradoverride._core.private import fail, in_functorch
+from gradoverride.errors import CapturedTensorError, RuleOptionError, SurrogateError, UnsupportedError
 
 __all__ = [
     "Surrogate",
@@ -79,11 +95,14 @@ _aten: Any = (
 )  # with torch's own derivatives, each one kernel; a mask of booleans takes nine times as long
 
 
+Option = float | Tensor
+
+
 @dataclass(frozen=True)
 class Surrogate:
     """What all surrogates have in common. Derive from it to write your own: see above.
 
-    Options are numbers larger than 0, unless the class says otherwise in its `__post_init__`.
+    Options are larger than 0, unless the class says otherwise in its `__post_init__`.
     """
 
     primitive: ClassVar[Callable[..., Tensor] | None] = None
@@ -91,17 +110,18 @@ class Surrogate:
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            value = getattr(self, option.name)
-            _check(self, option.name, is_number(value) and value > 0, "a number larger than 0")
+            _check_positive(self, option.name)
 
     def __call__(self, grad_output: Any, input: Tensor) -> Tensor:
         """The gradient of the input."""
         if not isinstance(grad_output, Tensor) or grad_output.shape != input.shape or input.is_complex():
             _refuse(self, grad_output, input)
+        if has_tensors(self):
+            return _by_primitive(self, grad_output, input)
         return self.of(grad_output, input)
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
-        """The gradient times the derivative at x, as a new tensor."""
+        """The gradient times the derivative at x, as a new tensor. The options are numbers then."""
         raise NotImplementedError(f"{type(self).__name__} must define `of(self, grad, x)`")
 
 
@@ -125,11 +145,12 @@ class atan(Surrogate):
     networks" (2021).
     """
 
-    alpha: float = 2.0
+    alpha: Option = 2.0
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         # The reciprocal, 2 / alpha + (pi^2 alpha / 2) x^2, is one kernel.
-        return grad / torch.addcmul(x.new_full((), 2 / self.alpha), x, x, value=math.pi * math.pi * self.alpha / 2)
+        alpha: Any = self.alpha
+        return grad / torch.addcmul(x.new_full((), 2 / alpha), x, x, value=math.pi * math.pi * alpha / 2)
 
     def primitive(self, x: Tensor) -> Tensor:
         """`atan(pi alpha x / 2) / pi + 1/2`."""
@@ -151,7 +172,7 @@ class sigmoid(Surrogate):
     Source: Neftci, Mostafa, Zenke, "Surrogate gradient learning in spiking neural networks" (2019).
     """
 
-    k: float = 4.0
+    k: Option = 4.0
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         # The same as (k / 4) (1 - tanh(k x / 2)^2).
@@ -178,7 +199,7 @@ class piecewise_quadratic(Surrogate):
     Source: Esser et al., "Convolutional networks for fast, energy-efficient neuromorphic computing" (2016).
     """
 
-    alpha: float = 1.0
+    alpha: Option = 1.0
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         return _triangle(grad, x, self.alpha, 1 / self.alpha)
@@ -204,7 +225,7 @@ class rectangle(Surrogate):
     h1 (without the ends, as there; `clipped` has them).
     """
 
-    width: float = 1.0
+    width: Option = 1.0
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         found: Tensor = _aten.hardtanh_backward(grad, x, -self.width / 2, self.width / 2)  # without the ends
@@ -231,7 +252,7 @@ class gaussian(Surrogate):
     networks" (2020).
     """
 
-    sigma: float = 0.5
+    sigma: Option = 0.5
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         return grad * _density(x, self.sigma)
@@ -258,7 +279,7 @@ class erf(Surrogate):
     Source: Wu et al. (2018), h4.
     """
 
-    alpha: float = 2.0
+    alpha: Option = 2.0
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         return grad * _density(x, 1 / (math.sqrt(2) * self.alpha))
@@ -283,10 +304,11 @@ class piecewise_exponential(Surrogate):
     Source: Shrestha, Orchard, "SLAYER: spike layer error reassignment in time" (2018).
     """
 
-    alpha: float = 1.0
+    alpha: Option = 1.0
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
-        return grad * x.abs().mul_(-self.alpha).exp_().mul_(self.alpha / 2)
+        alpha: Any = self.alpha
+        return grad * torch.rsub(x.abs(), math.log(alpha / 2), alpha=alpha).exp_()
 
     def primitive(self, x: Tensor) -> Tensor:
         """`exp(alpha x) / 2` below 0, `1 - exp(-alpha x) / 2` above."""
@@ -312,14 +334,14 @@ class multi_gaussian(Surrogate):
     neural networks" (2021).
     """
 
-    sigma: float = 0.5
-    h: float = 0.15
-    s: float = 6.0
+    sigma: Option = 0.5
+    h: Option = 0.15
+    s: Option = 6.0
 
     def __post_init__(self) -> None:
-        _check(self, "h", is_number(self.h) and self.h >= 0, "a number that is not negative")
-        for option, value in (("sigma", self.sigma), ("s", self.s)):
-            _check(self, option, is_number(value) and value > 0, "a number larger than 0")
+        _check_not_negative(self, "h")
+        _check_positive(self, "sigma")
+        _check_positive(self, "s")
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         wide = self.s * self.sigma
@@ -352,10 +374,11 @@ class fast_sigmoid(Surrogate):
     Source: Zenke, Ganguli, "SuperSpike: supervised learning in multilayer spiking neural networks" (2018).
     """
 
-    k: float = 25.0
+    k: Option = 25.0
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
-        return grad / torch.rsub(x.abs(), 1, alpha=-self.k).square_()
+        k: Any = self.k
+        return grad / torch.rsub(x.abs(), 1, alpha=-k).pow_(2)
 
     def primitive(self, x: Tensor) -> Tensor:
         """`x / (1 + k |x|)`, from -1 / k to 1 / k."""
@@ -373,7 +396,7 @@ class superspike(fast_sigmoid):
     (tensor([1.0000, 0.2500]),)
     """
 
-    k: float = 100.0
+    k: Option = 100.0
 
 
 @dataclass(frozen=True)
@@ -392,8 +415,8 @@ class triangle(Surrogate):
     Source: Bellec et al., "Long short-term memory and learning-to-learn in networks of spiking neurons" (2018).
     """
 
-    height: float = 0.3
-    width: float = 1.0
+    height: Option = 0.3
+    width: Option = 1.0
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         return _triangle(grad, x, self.height, self.width)
@@ -419,11 +442,10 @@ class leaky(Surrogate):
     Source: Eshraghian et al., "Training spiking neural networks using lessons from deep learning" (2023).
     """
 
-    slope: float = 0.1
+    slope: Option = 0.1
 
     def __post_init__(self) -> None:
-        fits = is_number(self.slope) and self.slope >= 0
-        _check(self, "slope", fits, "a number that is not negative")
+        _check_not_negative(self, "slope")
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         found: Tensor = _aten.leaky_relu_backward(grad, x, self.slope, False)
@@ -431,7 +453,7 @@ class leaky(Surrogate):
 
     def primitive(self, x: Tensor) -> Tensor:
         """`x` above 0, `slope * x` below."""
-        return F.leaky_relu(x, self.slope)
+        return torch.where(x > 0, x, self.slope * x)
 
 
 # --- signs, which rise by 2 ---
@@ -452,22 +474,27 @@ class clipped(Surrogate):
     Source: Courbariaux et al., "Binarized neural networks" (2016), equation 4.
     """
 
-    lo: float = -1.0
-    hi: float = 1.0
+    lo: Option = -1.0
+    hi: Option = 1.0
 
     def __post_init__(self) -> None:
-        for option, value in (("lo", self.lo), ("hi", self.hi)):
-            _check(self, option, is_number(value), "a finite number")
-        check("clipped", "lo' and 'hi", (self.lo, self.hi), self.lo < self.hi, "numbers with lo < hi")
+        _check(self, "lo", lambda lo: -math.inf < lo, "a finite number")
+        _check(self, "hi", lambda hi: hi < math.inf, "a finite number")
+        if _known(self.lo) and _known(self.hi) and not _everywhere(self.lo < self.hi):
+            got = f"{_shown(self.lo)} and {_shown(self.hi)}"
+            fail(RuleOptionError, f"clipped: 'lo' and 'hi' must be numbers with lo < hi; got {got}")
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
-        within = x.clamp(self.lo, self.hi).eq_(x)  # 1 or 0, in the dtype of x
+        lo: Any = self.lo
+        if in_functorch():  # `vmap` has no rule for what follows
+            return torch.where((x >= lo) & (x <= self.hi), grad, 0)
+        within = x.clamp(lo, self.hi).eq_(x)  # 1 or 0, in the dtype of x
         found: Tensor = _aten.threshold_backward(grad, within, 0)  # 0 where that is not above 0
         return found
 
     def primitive(self, x: Tensor) -> Tensor:
         """x, between lo and hi."""
-        return x.clamp(self.lo, self.hi)
+        return x.clamp(min=self.lo).clamp(max=self.hi)
 
 
 @dataclass(frozen=True)
@@ -509,13 +536,15 @@ class swish_sign(Surrogate):
     Source: Darabi et al., "BNN+: improved binary network training" (2018).
     """
 
-    beta: float = 5.0
+    beta: Option = 5.0
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         # 1 + cosh(t) has no room for a large t; its reciprocal is (1 - u^2) / 2 with u = tanh(t / 2), which is 0 there.
-        half = (x * (self.beta / 2)).clamp_(-400, 400)
+        beta: Any = self.beta
+        end = min(800 / beta, 65504)  # where it is 0 in every dtype
+        half = x.clamp(-end, end).mul_(beta / 2)
         u = torch.tanh(half)
-        return _aten.tanh_backward(grad, u) * torch.rsub(half * u, self.beta, alpha=self.beta)
+        return _aten.tanh_backward(grad, u) * torch.rsub(half * u, beta, alpha=beta)
 
     def primitive(self, x: Tensor) -> Tensor:
         """`2 s (1 + t (1 - s)) - 1` with `s = sigmoid(t)`, `t = beta x`."""
@@ -527,37 +556,134 @@ class swish_sign(Surrogate):
 # --- shapes that several share ---
 
 
-def _triangle(grad: Tensor, x: Tensor, height: float, width: float) -> Tensor:
-    return grad * torch.rsub(x.abs(), height, alpha=height / width).clamp_(min=0)
+def _triangle(grad: Tensor, x: Tensor, height: Any, width: Any) -> Tensor:
+    return grad * torch.rsub(x.abs(), height, alpha=height / width).relu_()
 
 
-def _parabolas(x: Tensor, height: float, width: float) -> Tensor:
+def _parabolas(x: Tensor, height: Any, width: Any) -> Tensor:
     """What `_triangle` is the derivative of; it is 0 at 0."""
-    within = x.clamp(-width, width)
+    within = x.clamp(min=-width).clamp(max=width)
     return height * within * (1 - within.abs() / (2 * width))
 
 
-def _density(x: Tensor, sigma: float) -> Tensor:
-    return x.square().mul_(-0.5 / (sigma * sigma)).exp_().mul_(1 / (math.sqrt(2 * math.pi) * sigma))
+def _density(x: Tensor, sigma: Any) -> Tensor:
+    height = 1 / (math.sqrt(2 * math.pi) * sigma)
+    return torch.addcmul(x.new_full((), math.log(height)), x, x, value=-0.5 / (sigma * sigma)).exp_()
+
+
+# --- options that are tensors ---
+
+
+def has_tensors(surrogate: Surrogate) -> bool:
+    """Whether an option of it is a tensor."""
+    return any([isinstance(getattr(surrogate, option), Tensor) for option in surrogate.__dataclass_fields__])
+
+
+class Learnable(nn.Module):
+    """The primitive of a surrogate whose tensors are parameters and buffers of this module."""
+
+    def __init__(self, surrogate: Surrogate) -> None:
+        super().__init__()
+        self.kind = type(surrogate)
+        self.__name__ = self.kind.__name__
+        self.options = tuple(option.name for option in fields(surrogate))
+        if surrogate.primitive is None:
+            raise RuleOptionError(
+                f"{self.__name__}: it must have a 'primitive' for straight_through to take an option that is a tensor; "
+                "it has none. Define `primitive(self, x)`, whose derivative it is"
+            )
+        for name in self.options:
+            value = getattr(surrogate, name)
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The primitive at x."""
+        return self.now().primitive(x)  # type: ignore[misc]  # it has one
+
+    def now(self) -> Surrogate:
+        """The surrogate with the tensors that this module has now."""
+        surrogate = object.__new__(self.kind)  # unchecked: what has been learnt is not an option that somebody chose
+        for name in self.options:
+            object.__setattr__(surrogate, name, getattr(self, name))
+        return surrogate
+
+    def _get_name(self) -> str:
+        return self.__name__
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return _options(self.now())
+
+
+def _by_primitive(surrogate: Surrogate, grad: Tensor, x: Tensor) -> Tensor:
+    for option in fields(surrogate):
+        value = getattr(surrogate, option.name)
+        if isinstance(value, Tensor) and value.requires_grad:
+            fail(
+                CapturedTensorError,
+                f"surrogate {type(surrogate).__name__}: its option '{option.name}' requires grad, which it can get "
+                "where it is a parameter of a module alone: give the surrogate to straight_through or rules.spike; or "
+                "detach() it",
+            )
+    if surrogate.primitive is None:
+        return surrogate.of(grad, x)
+    found: Tensor = torch.func.vjp(surrogate.primitive, x)[1](grad)[0]
+    return found
 
 
 # --- errors ---
 
 
-def _check(surrogate: Surrogate, option: str, fits: bool, required: str) -> None:
-    name, value = type(surrogate).__name__, getattr(surrogate, option)
+def _check_positive(surrogate: Surrogate, option: str) -> None:
+    _check(surrogate, option, lambda value: value > 0, "a number larger than 0")
+
+
+def _check_not_negative(surrogate: Surrogate, option: str) -> None:
+    _check(surrogate, option, lambda value: value >= 0, "a number that is not negative")
+
+
+def _check(surrogate: Surrogate, option: str, fits: Callable[[Any], Any], required: str) -> None:
+    value = getattr(surrogate, option)
     if isinstance(value, Tensor):
-        raise RuleOptionError(
-            f"{name}: '{option}' must be {required}; got {what(value)}. An option cannot be learnt yet"
-        )
-    check(name, option, value, fits, required)
+        right = value.is_floating_point() and (not _known(value) or _everywhere(fits(value) & torch.isfinite(value)))
+        required += ", or a tensor of such"
+    else:
+        right = is_number(value) and fits(value)
+    if not right:
+        fail(RuleOptionError, f"{type(surrogate).__name__}: '{option}' must be {required}; got {_shown(value)}")
+
+
+def _known(value: Any) -> bool:
+    """Whether it can be looked at: not where a tensor stands for others."""
+    return not (isinstance(value, Tensor) and (value.is_meta or torch.compiler.is_compiling() or in_functorch()))
+
+
+def _everywhere(fits: Any) -> bool:
+    return bool(fits.all()) if isinstance(fits, Tensor) else fits
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return repr(value.tolist()) if value.dim() == 0 and _known(value) else what(value)
 
 
 def _refuse(surrogate: Surrogate, grad_output: Any, input: Tensor) -> None:
     if input.is_complex():
-        fail(UnsupportedError, f"surrogate {surrogate} is for real tensors; its input is of {input.dtype}")
+        fail(UnsupportedError, f"surrogate {_printed(surrogate)} is for real tensors; its input is of {input.dtype}")
     fail(
         SurrogateError,
-        f"surrogate {surrogate} must be of a function whose result has the shape of its first differentiable argument, "
-        f"{shape_text(input.shape)}; the gradient of its result is {what(grad_output)}",
+        f"surrogate {_printed(surrogate)} must be of a function whose result has the shape of its first differentiable "
+        f"argument, {shape_text(input.shape)}; the gradient of its result is {what(grad_output)}",
     )
+
+
+def _printed(surrogate: Surrogate) -> str:
+    return f"{type(surrogate).__name__}({_options(surrogate)})"
+
+
+def _options(surrogate: Surrogate) -> str:
+    return ", ".join([f"{option.name}={_shown(getattr(surrogate, option.name))}" for option in fields(surrogate)])

@@ -1,21 +1,31 @@
-"""The rules behind `straight_through`: the identity, or the derivative of a surrogate."""
+"""What is behind `straight_through`: the identity, or the derivative of a surrogate, which may have parameters.
+
+The derivative is a rule. Parameters need more, for a rule answers for what its forward is given, and they are not: so
+the surrogate itself runs in the forward, as torch records it, and its result lends the input its graph
+(`with_gradient_of`). Every way in which torch follows a parameter then reaches those of a surrogate.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradoverride._core import captured
+from gradoverride._core.call import is_differentiable
 from gradoverride._core.contract import shape_text, what
-from gradoverride._core.private import fail, in_functorch
+from gradoverride._core.plan import Plan
+from gradoverride._core.private import fail, in_forward_ad, in_functorch
 from gradoverride._core.scan import location
-from gradoverride._core.signature import name_of
-from gradoverride.errors import SurrogateError
+from gradoverride._core.signature import Forward, Rule, name_of
+from gradoverride._core.wrapper import make_wrapper
+from gradoverride.errors import CapturedTensorError, SurrogateError
 
-__all__ = ["SurrogateRule", "pass_through"]
+__all__ = ["StraightThrough", "SurrogateRule", "has_tensors", "pass_through", "with_gradient_of"]
 
 
 def pass_through(grad_output: Tensor) -> Tensor:
@@ -42,6 +52,7 @@ class SurrogateRule:
             alias = input.detach().requires_grad_()
             result = self.surrogate(alias)
         self._check_shape(result, grad_output)
+        self._check_captured(result, alias)
         (grad_input,) = torch.autograd.grad(result, alias, grad_output.to(result.dtype), materialize_grads=True)
         return grad_input
 
@@ -49,14 +60,116 @@ class SurrogateRule:
         """Look at the surrogate once before any gradient is asked for: an error then says which call it was."""
         with torch.enable_grad():
             given = self.surrogate(input.detach())
-        if isinstance(given, Tensor) and given.requires_grad:
-            captured.refuse(self.who, ", ".join(captured.captured_names(self.surrogate)))
         self._check_shape(given, result)
+        self._check_captured(given, input)
+
+    def _check_captured(self, given: Tensor, input: Tensor) -> None:
+        """Refuse a tensor that `has_tensors` did not find, or that requires grad only since."""
+        leaf = captured.foreign_leaf([given], {id(input)}, set()) if given.requires_grad else None
+        if leaf is not None:
+            names = ", ".join(captured.captured_names(self.surrogate, leaf)) or what(leaf)
+            fail(
+                CapturedTensorError,
+                f"{self.who} must be an nn.Module to have a parameter; it reached {names}, which requires grad, in "
+                "another way or only since straight_through was called, and that gradient would be lost. Make it a "
+                "module, or detach() the tensor",
+            )
 
     def _check_shape(self, given: Any, like: Tensor) -> None:
-        if not isinstance(given, Tensor) or given.shape != like.shape:
-            fail(
-                SurrogateError,
-                f"{self.who} must give a result of shape {shape_text(like.shape)}, the shape of the result it stands "
-                f"for; it gives {what(given)}",
+        _check_shape(self.who, given, like)
+
+
+class StraightThrough(nn.Module):
+    """`fn` with the gradient of a surrogate that has parameters. They are parameters of this module.
+
+    It is what `straight_through` gives for such a surrogate: a module, so that it can be a part of one.
+    """
+
+    def __init__(self, fn: Any, surrogate: Any, make: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.fn = fn
+        self.surrogate = surrogate
+        if not isinstance(fn, nn.Module):  # which would be a part of this one twice
+            functools.update_wrapper(self, fn, updated=())
+        self._make = make
+        self._through = make(fn)  # with the gradient passed on
+        self._captures = not isinstance(surrogate, nn.Module)  # tensors that are not this module's
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What `fn` gives, with the gradient of the surrogate at the first differentiable argument."""
+        if not (torch.is_grad_enabled() or in_functorch() or in_forward_ad()):
+            return self.fn(*args, **kwargs)
+        for index, value in enumerate(args):
+            if is_differentiable(value):
+                value = with_gradient_of(self.surrogate, value)
+                return self._through(*args[:index], value, *args[index + 1 :], **kwargs)
+        for name, value in kwargs.items():
+            if is_differentiable(value):
+                return self._through(*args, **{**kwargs, name: with_gradient_of(self.surrogate, value)})
+        return self.fn(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """What it is made of, where that is not printed as a module."""
+        parts = {"": self.fn, "surrogate=": self.surrogate}
+        return ", ".join(f"{key}{name_of(part)}" for key, part in parts.items() if not isinstance(part, nn.Module))
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._captures:
+            raise CapturedTensorError(
+                f"surrogate '{name_of(self.surrogate)}' ({location(self.surrogate)}) of '{name_of(self.fn)}' must be a "
+                "module, or have its tensors as options, to be copied or pickled; it reaches "
+                f"{', '.join(_tensor_names(self.surrogate))} by a closure or a global, and the copy would train the "
+                "original's. Make it an nn.Module"
             )
+        return {name: value for name, value in self.__dict__.items() if name != "_through"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch has not typed it
+        self._through = self._make(self.fn)
+
+
+def with_gradient_of(surrogate: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    """The value of `input`, whose gradient goes to the result of the surrogate: to its input, and its parameters."""
+    given = surrogate(input)
+    _check_shape(f"surrogate '{name_of(surrogate)}'", given, input)
+    tied: Tensor = _lend(given, input)
+    return tied
+
+
+def has_tensors(surrogate: Any) -> bool:
+    """Whether a surrogate is a module with parameters, or reaches tensors that require grad in another way."""
+    return any(True for _ in _tensor_names(surrogate))
+
+
+def _tensor_names(surrogate: Any) -> Iterator[str]:
+    while isinstance(surrogate, functools.partial):
+        for part in (*surrogate.args, *surrogate.keywords.values()):
+            if isinstance(part, Tensor) and part.requires_grad:
+                yield f"an argument of the partial '{name_of(surrogate)}'"
+        surrogate = surrogate.func
+    owner = surrogate.__self__ if isinstance(surrogate, MethodType) else surrogate
+    if isinstance(owner, nn.Module):
+        yield from [f"'{name}'" for name, _ in owner.named_parameters()]
+        yield from [f"'{name}'" for name, buffer in owner.named_buffers() if buffer.requires_grad]
+    else:
+        yield from captured.captured_names(surrogate, receiver=owner)
+
+
+def _passing(forward: Forward) -> Any:
+    return make_wrapper(Plan(forward, Rule(pass_through, name="straight_through"), straight_through=True), forward.fn)
+
+
+def _second(lent: Tensor, value: Tensor) -> Tensor:
+    return value
+
+
+_lend = _passing(Forward(_second, name="surrogate"))
+
+
+def _check_shape(who: str, given: Any, like: Tensor) -> None:
+    if not isinstance(given, Tensor) or given.shape != like.shape:
+        fail(
+            SurrogateError,
+            f"{who} must give a result of shape {shape_text(like.shape)}, the shape of the result it stands "
+            f"for; it gives {what(given)}",
+        )

@@ -28,19 +28,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradoverride._core.contract import what
 from gradoverride._core.options import is_number
-from gradoverride._core.private import fail
+from gradoverride._core.private import fail, in_forward_ad, in_functorch
+from gradoverride._core.surrogate import with_gradient_of
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
-from gradoverride.surrogates import Surrogate, atan
+from gradoverride.surrogates import Learnable, Surrogate, atan, has_tensors
 
 __all__ = [
     "round_ste",
@@ -124,7 +124,7 @@ def heaviside(x: Tensor, at_zero: float = 1) -> Tensor:
     >>> heaviside(x), heaviside(x, at_zero=0)
     (tensor([0., 1., 1.]), tensor([0., 0., 1.]))
     """
-    return (_from_zero if _is_one("heaviside", at_zero) else _above_zero)(x)
+    return _STEPS[_is_one("heaviside", at_zero), in_functorch()](x)
 
 
 def heaviside_ste(x: Tensor, at_zero: float = 1) -> Tensor:
@@ -138,48 +138,71 @@ def heaviside_ste(x: Tensor, at_zero: float = 1) -> Tensor:
     >>> torch.autograd.grad(heaviside_ste(x).sum(), x)
     (tensor([1., 1., 1.]),)
     """
-    return (_from_zero_ste if _is_one("heaviside_ste", at_zero) else _above_zero_ste)(x)
+    return _STE[_is_one("heaviside_ste", at_zero), in_functorch()](x)
 
 
-@dataclass(frozen=True)
-class spike:
-    """`heaviside` with the gradient of a surrogate, as an object: for a neuron that keeps it and is pickled.
+class spike(nn.Module):
+    """`heaviside` with the gradient of a surrogate, as a module: for a neuron that keeps it, or an `nn.Sequential`.
 
     >>> import torch
     >>> from gradoverride.rules.steps import spike
     >>> from gradoverride.surrogates import fast_sigmoid
     >>> fire = spike(fast_sigmoid(25.0), at_zero=0)
+    >>> fire
+    spike(fast_sigmoid(k=25.0), at_zero=0)
     >>> x = torch.tensor([-0.04, 0.0, 0.04], requires_grad=True)
     >>> fire(x).tolist()
     [0.0, 0.0, 1.0]
     >>> torch.autograd.grad(fire(x).sum(), x)
     (tensor([0.2500, 1.0000, 0.2500]),)
 
-    `surrogate` is one of `gradoverride.surrogates` (default `atan()`); `at_zero` is 1 or 0 (default 1).
+    `surrogate` is one of `gradoverride.surrogates` (default `atan()`); `at_zero` is 1 or 0 (default 1). Where an option
+    of the surrogate is a parameter, it is one of this module:
+
+    >>> fire = spike(fast_sigmoid(k=torch.nn.Parameter(torch.tensor(25.0))))
+    >>> fire(x).sum().backward()
+    >>> fire.surrogate.k.grad
+    tensor(0.)
     """
 
-    surrogate: Surrogate = atan()  # noqa: RUF009  # it is frozen
-    at_zero: float = 1
-
-    _fn: Callable[[Tensor], Tensor] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        surrogate: Any = self.surrogate
-        if not isinstance(surrogate, Surrogate):
+    def __init__(self, surrogate: Surrogate | None = None, at_zero: float = 1) -> None:
+        super().__init__()
+        if not isinstance(surrogate, (Surrogate, type(None))):
             raise RuleOptionError(f"spike: 'surrogate' must be one of gradoverride.surrogates; got {what(surrogate)}")
-        object.__setattr__(self, "_fn", _spike_by(surrogate, _is_one("spike", self.at_zero)))
+        self.surrogate: Any = atan() if surrogate is None else surrogate
+        self.at_zero = at_zero
+        if has_tensors(self.surrogate):
+            self.surrogate = Learnable(self.surrogate)
+        self._fire, self._mapped = self._make()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def _make(self) -> list[Callable[[Tensor], Tensor]]:
+        from_zero = _is_one("spike", self.at_zero)
+        if isinstance(self.surrogate, Surrogate):
+            return [_spike_by(self.surrogate, from_zero, mapped) for mapped in (False, True)]
+        return [_STE[from_zero, mapped] for mapped in (False, True)]
+
+    def forward(self, x: Tensor) -> Tensor:
         """The step at x."""
-        return self._fn(x)
+        if isinstance(self.surrogate, nn.Module) and (torch.is_grad_enabled() or in_functorch() or in_forward_ad()):
+            x = with_gradient_of(self.surrogate, x)
+        return self._mapped(x) if in_functorch() else self._fire(x)
 
-    def __reduce__(self) -> Any:
-        return spike, (self.surrogate, self.at_zero)
+    def extra_repr(self) -> str:
+        """The options."""
+        shown = f"at_zero={self.at_zero}"
+        return shown if isinstance(self.surrogate, nn.Module) else f"{self.surrogate}, {shown}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_fire", "_mapped")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch has not typed it
+        self._fire, self._mapped = self._make()
 
 
 @functools.cache  # equal ones share a function, which takes 400 us to make
-def _spike_by(surrogate: Surrogate, from_zero: bool) -> Callable[[Tensor], Tensor]:
-    return straight_through(_from_zero if from_zero else _above_zero, surrogate=surrogate)
+def _spike_by(surrogate: Surrogate, from_zero: bool, mapped: bool) -> Callable[[Tensor], Tensor]:
+    return straight_through(_STEPS[from_zero, mapped], surrogate=surrogate)
 
 
 def sign_ste(x: Tensor, at_zero: float = 1) -> Tensor:
@@ -271,8 +294,22 @@ def _above_zero(x: Tensor) -> Tensor:
     return x.clone().gt_(0)
 
 
-_from_zero_ste = straight_through(_from_zero)
-_above_zero_ste = straight_through(_above_zero)
+def _mapped_from_zero(x: Tensor) -> Tensor:
+    return (x >= 0).to(x.dtype)
+
+
+def _mapped_above_zero(x: Tensor) -> Tensor:
+    return (x > 0).to(x.dtype)
+
+
+# By whether it is 1 at 0, and whether it is under a transform: `vmap` has no rules for comparisons in place.
+_STEPS = {
+    (True, False): _from_zero,
+    (True, True): _mapped_from_zero,
+    (False, False): _above_zero,
+    (False, True): _mapped_above_zero,
+}
+_STE = {which: straight_through(step) for which, step in _STEPS.items()}
 
 
 @straight_through
