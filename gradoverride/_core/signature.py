@@ -54,16 +54,22 @@ class Forward:
         self.signature = signature or _signature(fn)
         self.receiver = receiver  # the object that a bound method is bound to
         parameters = [] if self.signature is None else list(self.signature.parameters.values())
-        named_so = bool(parameters) and parameters[0].name in _RECEIVERS
-        self.takes_self = receiver is None and bool(parameters) and (named_so if method is None else method)
+        self.named_so = bool(parameters) and parameters[0].name in _RECEIVERS
+        self.read_so = self.named_so or (bool(parameters) and parameters[0].kind in _POSITIONAL and self._is_in_class)
+        self.takes_self = receiver is None and bool(parameters) and (self.read_so if method is None else method)
         self.parameters = None if self.signature is None else parameters[1 if self.takes_self else 0 :]
         self.is_method = self.takes_self or receiver is not None
 
     @property
+    def _is_in_class(self) -> bool:
+        """Whether it is a function that was defined in a class."""
+        owner = self.fn.__qualname__.rpartition(".")[0] if inspect.isfunction(self.fn) else ""
+        return bool(owner) and not owner.endswith("<locals>")
+
+    @property
     def may_be_function(self) -> bool:
-        """Whether it is a method by the name of its first parameter alone: it was not defined in a class."""
-        owner = getattr(self.fn, "__qualname__", "").rpartition(".")[0]
-        return self.takes_self and (not owner or owner.endswith("<locals>"))
+        """Whether its first parameter's name and the class it is in do not both say that it is a method."""
+        return self.takes_self and not (self.named_so and self._is_in_class)
 
     @property
     def names(self) -> list[str]:

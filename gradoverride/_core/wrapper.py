@@ -35,16 +35,18 @@ from gradoverride._core.traced import TracedPath
 __all__ = ["make_wrapper"]
 
 
-def make_wrapper(plan: Plan, original: Any, of_tensors: Any = None) -> FunctionType:
+def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> FunctionType:
     """A function with the name, signature and docstring of `original` that calls it under the rule of `plan`.
 
-    `of_tensors` is called instead where what stands for `self` is a tensor.
+    `as_function` is called instead where what stands for `self` shows that it is no method: it is a tensor, or under
+    another name than `self` no module.
     """
     general, runs = make_dispatch(plan)
     names: dict[str, Any] = {
         "_go_compiling": torch.compiler.is_dynamo_compiling,
         "_go_fn": plan.fn,
-        "_go_of_tensors": of_tensors,
+        "_go_as_function": as_function,
+        "_go_Module": torch.nn.Module,
         "_go_Tensor": torch.Tensor,
         "_go_dual_levels": dual_levels,
         "_go_general": general,
@@ -87,9 +89,11 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
     first = [receiver] if plan.takes_receiver else []
     stars = ([f"*{star}"] if star else []) + [f"{name}={name}" for name in keywords]
     passed = [*first, *positional, *stars, *([f"**{rest}"] if rest else [])]
-    if names["_go_of_tensors"] is not None:
-        call = f"_go_of_tensors({', '.join(passed)})"
-        head += [f"    if _go_isinstance({receiver}, _go_Tensor):", f"        return {call}"]
+    if names["_go_as_function"] is not None:
+        of_function = f"_go_isinstance({receiver}, _go_Tensor)"
+        if not plan.forward.named_so:
+            of_function = f"not _go_isinstance({receiver}, _go_Module)"
+        head += [f"    if {of_function}:", f"        return _go_as_function({', '.join(passed)})"]
     if not plan.hands_over:
         head += [
             f"    if not _go_grad_enabled() and not _go_in_functorch() and not {IN_FORWARD_AD}:",

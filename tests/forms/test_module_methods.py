@@ -686,6 +686,60 @@ def test_receiver_of_a_class_may_have_any_name():
     exactly(module.weight.grad, float64(15.0, 20.0, grad=False))
 
 
+class Unusual(nn.Module):
+    def __init__(this):
+        super().__init__()
+        this.weight = nn.Parameter(float64(2.0, 2.0))
+
+    @go.custom_backward(lambda grad_output, x, weight: {"x": 7 * grad_output * weight, "weight": 5 * grad_output * x})
+    def forward(this, x):
+        return x * this.weight
+
+    @staticmethod
+    @go.custom_backward(lambda grad_output, x: 5 * grad_output * x)
+    def double(x):
+        return 2 * x
+
+    @staticmethod
+    @go.custom_backward(lambda grad_output: [5 * grad_output, None])
+    def first(parts, factor=2.0):
+        return parts[0] * factor
+
+    @classmethod
+    @go.custom_backward(lambda grad_output, x: 5 * grad_output * x)
+    def triple(kind, x):
+        return 3 * x
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_receiver_of_a_method_may_have_any_name(backend):
+    def as_it_runs(fn):
+        return torch.compile(fn, backend=backend, fullgraph=True) if backend else fn
+
+    module, x = Unusual(), float64(3.0, 4.0)
+    grads = torch.autograd.grad(as_it_runs(module)(x).sum(), (x, module.weight))
+    closely(grads, (float64(14.0, 14.0, grad=False), float64(15.0, 20.0, grad=False)))
+
+
+@pytest.mark.parametrize("owner", [Unusual, Unusual()], ids=["class", "instance"])
+def test_static_and_class_methods_are_told_from_methods_by_what_they_are_given(owner):
+    x = float64(3.0, 4.0)
+    for method in (owner.double, owner.triple):
+        closely(torch.autograd.grad(method(x).sum(), x), (float64(15.0, 20.0, grad=False),))
+    closely(torch.autograd.grad(owner.first([x, "label"]).sum(), x), (float64(5.0, 5.0, grad=False),))
+
+
+def test_wrong_name_in_the_rule_of_a_static_method_is_an_error_when_it_is_called():
+    class Wrong:
+        @staticmethod
+        @go.custom_backward(lambda grad_output, xx: grad_output)
+        def double(x):
+            return 2 * x
+
+    with pytest.raises(go.RuleSignatureError, match=r"asks for 'xx', which does not exist.*Did you mean 'x'"):
+        Wrong.double(float64(3.0))
+
+
 def test_function_whose_first_parameter_is_called_self_is_one_when_it_is_given_a_tensor():
     @go.custom_backward(lambda grad_output, self: 5 * grad_output * self)
     def relu(self, type="a", len=1, isinstance=None):
