@@ -13,7 +13,9 @@ from gradoverride.rules.attribution import (
     lrp_z_plus,
     smooth_relu,
 )
+from gradoverride.rules.categorical import gumbel_softmax, reinmax
 from gradoverride.rules.chain import chain, plain
+from gradoverride.rules.codebooks import rotation_trick, vector_quantize
 from gradoverride.rules.deeplift import deeplift_rescale
 from gradoverride.rules.gradient import (
     add_noise,
@@ -31,6 +33,16 @@ from gradoverride.rules.gradient import (
     scrub,
     sign,
     stop,
+)
+from gradoverride.rules.quantizers import (
+    dorefa_activation,
+    dorefa_weight,
+    ewgs,
+    fake_quantize,
+    lsq,
+    lsq_step,
+    magnitude_aware_sign,
+    pact,
 )
 from gradoverride.rules.steps import (
     ceil_ste,
@@ -87,4 +99,16 @@ __all__ = [
     "clamp_toward",
     "spike",
     "heaviside",
+    "fake_quantize",
+    "lsq",
+    "lsq_step",
+    "pact",
+    "dorefa_weight",
+    "dorefa_activation",
+    "magnitude_aware_sign",
+    "ewgs",
+    "gumbel_softmax",
+    "reinmax",
+    "vector_quantize",
+    "rotation_trick",
 ]
