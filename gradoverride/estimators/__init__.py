@@ -1,9 +1,13 @@
 """Rules for forwards without a derivative: black boxes that are evaluated again, solvers whose result is implicit."""
 
+from gradoverride.estimators.combinatorial import blackbox, imle, perturbed
 from gradoverride.estimators.sampling import evolution, finite_difference, spsa
 
 __all__ = [
     "finite_difference",
     "spsa",
     "evolution",
+    "blackbox",
+    "perturbed",
+    "imle",
 ]

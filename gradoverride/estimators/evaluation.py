@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.func import debug_unwrap
 
-from gradoverride._core.call import is_differentiable
+from gradoverride._core.call import is_differentiable as is_floating
 from gradoverride._core.contract import shape_text
 from gradoverride._core.function import ByLoop, Refused
 from gradoverride._core.private import fast_apply, in_forward_ad, in_functorch
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride.errors import ForwardResultError, UnsupportedError
 
-__all__ = ["BATCHED", "Evaluation", "Points", "leaves_of", "real", "summed", "tied", "wide"]
+__all__ = ["BATCHED", "Evaluation", "Points", "is_floating", "leaves_of", "real", "summed", "tied", "wide"]
 
 BATCHED = (None, "vmap", "stack", "cat")
 
@@ -54,7 +54,7 @@ class Evaluation:
         self.places: list[int] = []  # of the points among the leaves
         for name, value in values.items():
             start = len(self.leaves)
-            self.specs[name] = flatten(value, is_differentiable, self.leaves)
+            self.specs[name] = flatten(value, is_floating, self.leaves)
             self.places += range(start, len(self.leaves)) if wanted.get(name) else ()
         self.points = [_constant(self.leaves[place]) for place in self.places]
         self.grads = leaves_of(grad_output)
@@ -152,7 +152,16 @@ class Evaluation:
 
     def opaque(self, found: list[Tensor]) -> list[Tensor]:
         """These, whose derivative is refused."""
-        return tied(found, self.leaves, f"second derivatives of {self.who} are not known: it is no function of torch")
+        return tied(found, self.leaves, self.refusal)
+
+    def opaque_each(self, many: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """The same of several results."""
+        return [self.opaque(list(found)) for found in many]
+
+    @property
+    def refusal(self) -> str:
+        """Why there are no second derivatives."""
+        return f"second derivatives of {self.who} are not known: it is no function of torch"
 
     def check_repeats(self) -> None:
         """Raise if the forward, evaluated again where it was, gives something else."""
@@ -242,7 +251,7 @@ def _constant(tensor: Tensor) -> Tensor:
 def leaves_of(value: Any) -> list[Tensor]:
     """The floating and complex tensors in a structure."""
     leaves: list[Tensor] = []
-    flatten(value, is_differentiable, leaves)
+    flatten(value, is_floating, leaves)
     return leaves
 
 
