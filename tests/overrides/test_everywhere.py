@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -248,6 +250,83 @@ class TestFunction:
         with go.override({F.relu: calls_it}):
             found = gradient(F.relu, x, weights=torch.ones_like(x))
         closely(found, x.detach().clamp(min=0))
+
+
+def in_thread(work):
+    """What `work` gives in a thread of its own."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+class TestThreads:
+    """torch has its modes per thread."""
+
+    def test_those_that_are_started_meanwhile_have_the_rule(self, x):
+        plain, start = gradient(F.relu, x), threading.Thread.start
+        with go.override({F.relu: doubled}):
+            exactly(in_thread(lambda: gradient(F.relu, x)), 2 * plain)
+            exactly(in_thread(lambda: in_thread(lambda: gradient(F.relu, x))), 2 * plain)
+            with ThreadPoolExecutor(2) as workers:
+                for found in workers.map(lambda _: gradient(F.relu, x), range(4)):
+                    exactly(found, 2 * plain)
+        exactly(in_thread(lambda: gradient(F.relu, x)), plain)
+        assert threading.Thread.start is start
+
+    def test_one_that_goes_on_loses_the_rule_when_it_goes_and_gets_later_ones(self, x):
+        plain = gradient(F.relu, x)
+        with ThreadPoolExecutor(1) as workers:
+            first = go.override({F.relu: doubled})
+            exactly(workers.submit(gradient, F.relu, x).result(), 2 * plain)
+            with pytest.warns(go.GradOverrideWarning, match="thread that runs already"):
+                second = go.override({F.relu: tripled})
+            exactly(workers.submit(gradient, F.relu, x).result(), 6 * plain)
+            first.remove()
+            exactly(workers.submit(gradient, F.relu, x).result(), 3 * plain)
+            second.remove()
+            exactly(workers.submit(gradient, F.relu, x).result(), plain)
+
+    def test_of_those_that_run_already_a_warning_tells(self, x):
+        go_on = threading.Event()
+        thread = threading.Thread(target=go_on.wait, name="a worker")
+        thread.start()
+        try:
+            with pytest.warns(go.GradOverrideWarning) as caught:
+                go.override({F.relu: doubled}).__exit__(KeyError, KeyError(), None)
+        finally:
+            go_on.set()
+            thread.join()
+        assert str(caught[0].message) == (
+            "override of the whole process: torch lets nobody enter a mode in a thread that runs already, so the "
+            "function 'relu' is not overridden in the thread 'a worker'. Override it before the thread is started, or "
+            "in a model: override(model, ...) holds in every thread that calls it"
+        )
+
+    def test_where_another_has_wrapped_the_start_of_threads_meanwhile_theirs_stays(self, x):
+        plain, start = gradient(F.relu, x), threading.Thread.start
+        with go.override({F.relu: doubled}):
+            ours = threading.Thread.start
+            threading.Thread.start = theirs = lambda self: ours(self)
+        try:
+            assert threading.Thread.start is theirs
+            exactly(in_thread(lambda: gradient(F.relu, x)), plain)
+            with go.override({F.relu: doubled}):
+                exactly(in_thread(lambda: gradient(F.relu, x)), 2 * plain)
+            assert threading.Thread.start is theirs
+        finally:
+            threading.Thread.start = start
+
+    def test_a_thread_with_a_run_of_its_own_keeps_it(self, x):
+        plain, found = gradient(F.relu, x), []
+        thread = threading.Thread()
+        thread.run = run = lambda: found.append(gradient(F.relu, x))
+        with go.override({F.relu: doubled}):
+            thread.start()
+            thread.join()
+        exactly(found[0], 2 * plain)
+        assert thread.run is run
 
 
 @pytest.mark.parametrize(
