@@ -22,7 +22,7 @@ from gradoverride._core.private import evaluated_while_tracing, fail, in_forward
 from gradoverride._core.reading import Readings, keep_plan, kept_plan, unbound
 from gradoverride._core.signature import Forward
 from gradoverride._core.structure import flatten, unflatten
-from gradoverride.errors import GraphError, RuleSignatureError
+from gradoverride.errors import GraphError, RuleSignatureError, UnsupportedError
 
 __all__ = ["Connection", "connect", "connect_"]
 
@@ -80,20 +80,29 @@ def connect_(leaf: Tensor, inputs: Any, rule: Callable[..., Any] | None = None) 
     there is passed on once, after all of it has arrived, also where one connection leads to another.
 
     Limits. `torch.autograd.grad` does not cross the gap: asked for the gradient of an input it raises (torch's error
-    that the tensor was not used, or a `GraphError` where the leaf is asked for too), and one that the input has in
-    another way lacks the share of the leaf. With respect to the leaf and what comes after it it is right, and nothing
-    goes on. Where the graph of the inputs is also a part of the one that runs, that must be kept:
-    `backward(retain_graph=True)`.
+    that the tensor was not used, or a `GraphError` where the input is reached in another way, or the leaf is asked for
+    too). With respect to the leaf and what comes after it it is right, and nothing goes on. `backward(inputs=...)`
+    crosses the gap if the leaf is among them. What is reached in a way around the inputs themselves is not watched:
+    there both leave out the share of the leaf. Where the graph of the inputs is also a part of the one that runs, that
+    must be kept: `backward(retain_graph=True)`.
 
     Raises `GraphError` if `leaf` is no leaf that requires grad, if no input needs a gradient, or if the graph of the
     inputs starts at the leaf itself.
     """
+    if torch.compiler.is_dynamo_compiling():
+        fail(
+            UnsupportedError,
+            "connect_: it connects a graph that is built already, and compiled code builds none that it could see. Use "
+            "connect there, or call connect_ outside of compiled code",
+        )
     _check_leaf(leaf)
     _, values = _named(inputs, "connect_")
     _check_wanted(values, "connect_")
     with torch.enable_grad():
         end = connect(leaf.detach(), inputs, rule)
-    return Connection(leaf, end)
+    tensors: list[Tensor] = []
+    flatten(values, is_tensor, tensors)
+    return Connection(leaf, end, tensors)
 
 
 # --- what was given ---

@@ -21,7 +21,7 @@ from gradoverride._core.connection import nodes_behind
 from gradoverride._core.contract import what
 from gradoverride._core.edit import ask, ask_several, edit
 from gradoverride._core.edited_result import EditedLeaf, EditedResult
-from gradoverride._core.private import hook_on_result, is_freed, results_of
+from gradoverride._core.private import fail, hook_on_result, is_freed, results_of
 from gradoverride._core.reading import Reading, Readings
 from gradoverride._core.signature import Forward, Rule
 from gradoverride.errors import GraphError, RuleSignatureError, UnsupportedError
@@ -71,11 +71,22 @@ def edit_gradient_(tensor_or_node: Tensor | Node, rule: Callable[..., Any]) -> G
     backward pass, before it is accumulated. Several edits of one tensor follow each other in the order in which they
     were made.
 
-    The rule of a tensor may ask for its value, as in `edit_gradient`. That of a node is given the gradient of the
-    node's result; of one with several (a `chunk`) a tuple of them, zeros where there is none, and returns a tuple.
+    The rule of a tensor may ask for its value, as in `edit_gradient`; that of a leaf is the one that it has when the
+    pass runs. After a write in place the edit stays with what was before the write. The rule of a node is given the
+    gradient of the node's result; of one with several (a `chunk`) a tuple of them, zeros where there is none, and
+    returns a tuple.
+
+    What compiled code has computed is one node: an edit of its result sees the gradient that comes from outside. Within
+    such code it raises `UnsupportedError`.
 
     Raises `GraphError` for a tensor that needs no gradient, and for a graph that a backward pass has freed.
     """
+    if torch.compiler.is_dynamo_compiling():
+        fail(
+            UnsupportedError,
+            "edit_gradient_: what compiled code builds is one node, and a tensor within it has no gradient of its own. "
+            "Use edit_gradient there, or call edit_gradient_ outside of compiled code",
+        )
     if isinstance(tensor_or_node, Tensor):
         return _edit_tensor(tensor_or_node, rule)
     if not isinstance(tensor_or_node, Node):
@@ -129,9 +140,13 @@ def _edit_tensor(tensor: Tensor, rule: Any) -> GradientEdit:
             f"edit_gradient_: 'tensor_or_node' must require grad, for there to be a gradient to edit; got "
             f"{what(tensor)}{kind} that does not. Call requires_grad_() before the graph is built on it"
         )
-    value = _Value(tensor) if reading.sources else None
+    value: Callable[[], Tensor | None] | None = None
+    if reading.sources:  # a leaf is written into by its optimizer, and edited again
+        value = weakref.ref(tensor) if tensor.is_leaf else _Value(tensor)
 
-    def answer(grad: Tensor) -> Tensor | None:
+    def answer(grad: Tensor | None) -> Tensor | None:
+        if grad is None:  # it is one of several results of its node, and others have a gradient
+            return None
         return ask(rule, reading, grad, value() if value else None)
 
     name = f"a tensor of shape {tuple(tensor.shape)}"
@@ -194,7 +209,7 @@ def _edit_node(node: Node, rule: Any) -> GradientEdit:
             "the tensor"
         )
     if len(metas) == 1:
-        results = [EditedResult(node, 0, rule, lambda grad: ask(rule, reading, grad, None))]
+        results = [EditedResult(node, 0, rule, lambda grad: None if grad is None else ask(rule, reading, grad, None))]
         hooks: list[Callable[[Any], Any]] = [results[0]]
     else:
         several = _Several(rule, reading, metas)

@@ -41,7 +41,7 @@ def test_every_case_has_a_name_of_its_own():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("name", ["eager: added to a call under no_grad", "eager: nested", "memory:"])
+@pytest.mark.parametrize("name", ["eager: added to a call under no_grad", "eager: nested", "edits: kept", "memory:"])
 def test_cases_of_other_kinds_are_measured(tmp_path, name):
     written = tmp_path / "results.json"
     assert main(["--quick", "--only", name, "--json", str(written)]) == 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +37,8 @@ def nodes_behind(start: Node) -> Iterator[Node]:
 class Connection:
     """A connection to a graph that was built on a leaf, in force until it is left or removed."""
 
-    def __init__(self, leaf: Tensor, end: Tensor) -> None:
-        """`end`: the value of `leaf`, with the graph of what it is connected to."""
+    def __init__(self, leaf: Tensor, end: Tensor, inputs: Sequence[Tensor]) -> None:
+        """`end`: the value of `leaf`, with the graph of the `inputs` that it is connected to."""
         self._leaf = weakref.ref(leaf)
         self._end = end
         self._starts = [weakref.ref(start) for start in _leaves_behind(end)]
@@ -51,6 +51,7 @@ class Connection:
                 "leads to them, and its gradient would go round for ever"
             )
         self._handles = [leaf.register_hook(self._arrive), leaf.register_post_accumulate_grad_hook(self._accumulated)]
+        self._watches = [_Watch(self, tensor) for tensor in inputs if tensor.requires_grad]
         _connections.add(self)
 
     def remove(self) -> None:
@@ -59,6 +60,8 @@ class Connection:
         _connections.discard(self)
         for handle in handles:
             handle.remove()
+        for watch in self._watches:
+            watch.end()
         leaf = self._leaf()
         if leaf is not None and handles:  # as it was: torch leaves empty dicts
             leaf._backward_hooks = leaf._backward_hooks or None
@@ -127,13 +130,53 @@ class Connection:
             passing.add(self, grad)
 
     def _refuse_across(self, inputs: list[Any]) -> None:
-        edges = [one if isinstance(one, GradientEdge) else get_gradient_edge(one) for one in inputs]
+        edges = [_edge_of(one) for one in inputs]
         nodes = {node for connection in self._reached() for node in nodes_behind(_node_of(connection._end))}
         if any(edge.node in nodes for edge in edges):
             raise GraphError(
                 f"connect_: torch.autograd.grad does not go on from the leaf of shape {self._shape} to what is "
                 "connected to it. Use backward(), or connect before the graph is built"
             )
+
+
+class _Watch:
+    """The hook on an input. A pass that is asked for certain gradients alone may come by on another way, and leave out
+    the share of the leaf.
+    """
+
+    def __init__(self, connection: Connection, tensor: Tensor) -> None:
+        self.connection = weakref.ref(connection)
+        self.tensor = weakref.ref(tensor)
+        self.handle = tensor.register_hook(self)
+        weakref.finalize(connection, self.end).atexit = False
+
+    def __call__(self, grad: Tensor) -> None:
+        connection = self.connection()
+        leaf = None if connection is None else connection._leaf()
+        if leaf is None:
+            return
+        for found in passes_now():
+            if not found.inputs or any(_edge_of(one).node is _node_of(leaf) for one in found.inputs):
+                continue  # it goes all ways, or to the leaf, which sees for itself
+            starts = [_edge_of(root).node for root in found.roots]
+            if any(node is _node_of(leaf) for start in starts for node in nodes_behind(start)):
+                way = "backward(inputs=...)" if found.accumulates else "torch.autograd.grad"
+                raise GraphError(
+                    f"connect_: {way} is not asked for the leaf of shape {tuple(leaf.shape)}, so what it finds for "
+                    f"'inputs', of shape {tuple(grad.shape)}, would lack the share of the leaf. Use backward(), or "
+                    "connect before the graph is built"
+                )
+
+    def end(self) -> None:
+        """Take it off. Once more does nothing."""
+        self.handle.remove()
+        tensor = self.tensor()
+        if tensor is not None and tensor.is_leaf:  # as it was: torch leaves an empty dict
+            tensor._backward_hooks = tensor._backward_hooks or None
+
+
+def _edge_of(tensor_or_edge: Any) -> GradientEdge:
+    return tensor_or_edge if isinstance(tensor_or_edge, GradientEdge) else get_gradient_edge(tensor_or_edge)
 
 
 def _node_of(tensor: Tensor) -> Node:

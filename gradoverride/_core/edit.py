@@ -41,7 +41,8 @@ def edit(x: Any, rule: Any) -> Any:
     """`x`, whose gradient goes through `rule`."""
     if _compiling():
         return _edit_traced(x, rule)
-    reading = _of_rule(rule)
+    bare = type(rule) is FunctionType and rule.__defaults__ is None and rule.__kwdefaults__ is None
+    reading = (_known(id(rule.__code__)) if bare else None) or _of_rule(rule)
     kind = type(x)
     if (
         (kind is Tensor or kind is nn.Parameter)
@@ -63,7 +64,7 @@ def _same(x: Any) -> Any:
 
 
 _readings = Readings(Forward(_same, name="edit_gradient", place=""))
-_of_rule = _readings.of
+_of_rule, _known = _readings.of, _readings.get
 VALUES = frozenset({"x", "input", "output"})  # names of the value: they are all the same here
 
 
@@ -96,29 +97,62 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[None, Any]:
         answer = rule(grad_output)
         if type(answer) is Tensor:
             return None, answer
-    value = ctx.saved_tensors[0] if reading.sources else None
-    if any_autocast():  # there was none in the forward, or the call would have gone the general way
-        with _NO_AUTOCAST.restored():
-            return None, ask(rule, reading, grad_output, value)
-    return None, ask(rule, reading, grad_output, value)
+    if not reading.plain:
+        return None, _ask_in_autocast(rule, reading, grad_output, None)
+    try:
+        answer = rule(grad_output)
+    except Exception as error:
+        _call(rule, reading).note(error)
+        raise
+    if type(answer) is Tensor and answer.dtype is grad_output.dtype and answer.shape == grad_output.shape:
+        return None, answer
+    return None, _read(rule, reading, grad_output, answer)
+
+
+def _backward_keeping(ctx: Any, grad_output: Tensor) -> tuple[None, Any]:
+    rule, reading = ctx.rule
+    (value,) = ctx.saved_tensors
+    if not (reading.plain and reading.value_second):
+        return None, _ask_in_autocast(rule, reading, grad_output, value)
+    try:
+        answer = rule(grad_output, value)
+    except Exception as error:
+        _call(rule, reading).note(error)
+        raise
+    if type(answer) is Tensor and answer.dtype is grad_output.dtype and answer.shape == grad_output.shape:
+        return None, answer
+    return None, _read(rule, reading, grad_output, answer)
+
+
+def _ask_in_autocast(rule: Any, reading: Reading, grad_output: Tensor, value: Tensor | None) -> Tensor | None:
+    """`ask`, under the autocast state of the forward: there was none, or the call would have gone the general way."""
+    if not any_autocast():
+        return ask(rule, reading, grad_output, value)
+    with _NO_AUTOCAST.restored():
+        return ask(rule, reading, grad_output, value)
 
 
 _NO_AUTOCAST = Autocast.none()
 _apply = fast_apply(alias_function("edit_gradient", _backward, keeps=False))
-_apply_keeping = fast_apply(alias_function("edit_gradient", _backward, keeps=True))
+_apply_keeping = fast_apply(alias_function("edit_gradient", _backward_keeping, keeps=True))
 
 
 def ask(rule: Any, reading: Reading, grad_output: Tensor, value: Tensor | None) -> Tensor | None:
     """The answer of `rule` for the gradient of a tensor, checked. `value`: that tensor, if the rule asks for it."""
     copied = reading.hands_copy(rule) if reading.holds else reading.writes
     handed = grad_output.clone() if copied else grad_output
-    version = handed._version
+    version = grad_output._version
     try:
-        answer = rule(handed, **dict.fromkeys(reading.sources, value)) if reading.sources else rule(handed)
+        if not reading.sources:
+            answer = rule(handed)
+        elif reading.value_second:
+            answer = rule(handed, value)
+        else:
+            answer = rule(handed, **dict.fromkeys(reading.sources, value))
     except Exception as error:
         _call(rule, reading).note(error)
         raise
-    if not copied and handed._version != version and not _compiling():
+    if grad_output._version != version and not _compiling():
         _call(rule, reading).refuse_written()
     if (
         type(answer) is Tensor
@@ -127,6 +161,11 @@ def ask(rule: Any, reading: Reading, grad_output: Tensor, value: Tensor | None) 
         and ((answer.is_cpu and grad_output.is_cpu) or answer.device == grad_output.device)
     ):
         return answer
+    return _read(rule, reading, grad_output, answer)
+
+
+def _read(rule: Any, reading: Reading, grad_output: Tensor, answer: Any) -> Tensor | None:
+    """An answer that is not the usual one: a tuple, a dict, None, another dtype, or an error."""
     call = _call(rule, reading)
     call.describe_plain([0], [Meta(grad_output)], [True])
     return read_answer(call, answer)[0][0]

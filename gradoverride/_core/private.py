@@ -172,10 +172,13 @@ class _Hidden:
 
 
 class Pass(NamedTuple):
-    """A backward pass: whether it accumulates gradients or returns them, and of which inputs (of all, if empty)."""
+    """A backward pass: whether it accumulates gradients or returns them, of which inputs (of all, if empty), and what
+    it starts from.
+    """
 
     accumulates: bool
     inputs: tuple[Any, ...]
+    roots: tuple[Any, ...]
 
 
 def passes_now() -> list[Pass]:
@@ -193,10 +196,11 @@ def _passes(frame: FrameType | None) -> Iterator[Pass]:
     """The backward passes around this frame, from the inmost on."""
     while frame is not None:
         if frame.f_code is pull.__code__:  # in kept graphs, which are nobody's to edit
-            yield Pass(False, ())
+            yield Pass(False, (), ())
         elif frame.f_code is _ENGINE_CODE:
             called = frame.f_locals
-            yield Pass(bool(called["kwargs"].get("accumulate_grad")), tuple(called["args"][3]))
+            accumulates = bool(called["kwargs"].get("accumulate_grad"))
+            yield Pass(accumulates, tuple(called["args"][3]), tuple(called["t_outputs"]))
         frame = frame.f_back
 
 
@@ -402,20 +406,24 @@ def keep_own_frames_whole() -> None:
         _comptime = comptime
 
         for name, module in list(sys.modules.items()):
-            if name.partition(".")[0] == "gradoverride":
+            if name.startswith(_ENGINE):
                 _OWN_FRAMES.extend(_codes_in(module))
         for code in _OWN_FRAMES:
             skip_code(code)
 
 
 _OWN_FRAMES: list[CodeType] = []
+# What is not in here are rules and forwards, which people compile.
+_ENGINE = ("gradoverride._core", "gradoverride.bridges", "gradoverride.connections", "gradoverride.edits")
 
 
 def _codes_in(module: Any) -> Iterator[CodeType]:
     for value in vars(module).values():
         for member in (value, *(vars(value).values() if isinstance(value, type) else ())):
             function = getattr(member, "__func__", member)
-            if isinstance(function, FunctionType) and function.__module__ == module.__name__:
+            # What is hidden is to be traced: it breaks the graph, and what it calls stays as it is.
+            hides = function is hidden_from_dynamo
+            if isinstance(function, FunctionType) and function.__module__ == module.__name__ and not hides:
                 yield from _nested(function.__code__)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradoverride._core.plan import Plan, is_known_method
-from gradoverride._core.scan import is_scaling, writes_nothing
+from gradoverride._core.scan import is_arithmetic, is_scaling, writes_nothing
 from gradoverride._core.signature import Forward, Rule, resolve
 
 __all__ = ["Reading", "Readings", "holds_numbers", "keep_plan", "kept_plan", "unbound"]
@@ -22,7 +22,18 @@ __all__ = ["Reading", "Readings", "holds_numbers", "keep_plan", "kept_plan", "un
 class Reading:
     """What is known of rules of one code for one forward, whatever their closures, defaults and attributes hold."""
 
-    __slots__ = ("code", "forward", "holds", "of_values", "plan", "scales", "sources", "writes")
+    __slots__ = (
+        "code",
+        "forward",
+        "holds",
+        "of_values",
+        "plain",
+        "plan",
+        "scales",
+        "sources",
+        "value_second",
+        "writes",
+    )
 
     def __init__(self, forward: Forward, rule: Any) -> None:
         function = _function_in(rule)
@@ -34,9 +45,15 @@ class Reading:
         self.of_values = all(
             source == "argument" or name in ("input", "output") for name, source in self.sources.items()
         )
+        # Whether it may be given the value of the only argument by position, which takes less time than by name.
+        code = function.__code__ if function is rule and function is not None else None
+        names = code.co_varnames[1 : min(2, code.co_argcount)] if code is not None else ()
+        self.value_second = self.of_values and tuple(self.sources) == names
         # Writes nothing, and its answer is like the gradient, under autocast too: if its closure holds real numbers.
         self.scales = is_scaling(rule, free=True)
         self.writes = not writes_nothing(rule, is_known_method)
+        # Writes nothing, holds nothing, stays on its device, and means the same under autocast.
+        self.plain = is_arithmetic(rule)
         self.plan: Plan | None = None
 
     def hands_copy(self, rule: Any) -> bool:

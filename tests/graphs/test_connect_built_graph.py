@@ -160,16 +160,20 @@ def test_two_graphs_on_one_leaf():
 
 
 def test_create_graph():
+    """The second derivative has two parts: of the rule, and of the leaf, whose gradient goes on too."""
     x = noise(3)
     leaf = leaf_of(x)
     loss = leaf.exp().sum()
     go.connect_(leaf, x, square_rule)
     with pytest.warns(UserWarning, match="backward\\(\\) with create_graph"):
         loss.backward(create_graph=True)
-    first = x.grad
+    first, value = x.grad, x.detach()
     closely(first, leaf.exp() * 2 * x)
-    closely(torch.autograd.grad(first.sum(), x)[0], leaf.exp() * 2)
     x.grad = leaf.grad = None  # they hold the graph that holds them
+    with pytest.raises(go.GraphError, match=r"would lack the share of the leaf"):
+        torch.autograd.grad(first.sum(), x, retain_graph=True)
+    first.sum().backward()
+    closely(x.grad, (value**2).exp() * (2 + 4 * value**2))
 
 
 def test_gradient_with_respect_to_what_is_between_leaves_no_trace():
@@ -254,8 +258,16 @@ def test_removed_it_is_as_before():
     handle.remove()
     assert leaf._backward_hooks is None
     assert leaf._post_accumulate_grad_hooks is None
+    assert x._backward_hooks is None
     loss.backward()
     assert x.grad is None
+
+
+def test_inputs_are_as_before_when_the_leaf_is_gone():
+    x = noise(3)
+    go.connect_(leaf_of(x), x, square_rule)
+    gc.collect()
+    assert x._backward_hooks is None
 
 
 def test_without_a_handle_it_lives_as_long_as_the_leaf():
@@ -312,6 +324,27 @@ def test_shapes_that_do_not_agree():
         go.connect_(noise(3), noise(4))
 
 
+def test_in_compiled_code_it_is_refused():
+    def fn(x, leaf):
+        go.connect_(leaf, x, square_rule)
+        return leaf.exp().sum()
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"connect_: it connects a graph that is built already.*Use connect there"):
+        torch.compile(fn, backend="aot_eager")(noise(3), noise(3))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
+def test_graph_that_compiled_code_built():
+    x = noise(3)
+    leaf = leaf_of(x)
+    torch._dynamo.reset()
+    loss = torch.compile(lambda leaf: leaf.exp().sum(), backend="aot_eager")(leaf)
+    go.connect_(leaf, x, square_rule)
+    loss.backward()
+    closely(x.grad, leaf.detach().exp() * 2 * x.detach())
+
+
 def test_round():
     leaf = noise(3)
     with pytest.raises(go.GraphError, match=r"must not start at 'leaf' itself; the tensor of shape \(3,\)"):
@@ -334,6 +367,30 @@ def test_grad_across_it():
         torch.autograd.grad(loss, [leaf, x], retain_graph=True, allow_unused=True)
     assert x.grad is None
     assert leaf.grad is None
+
+
+@pytest.mark.parametrize("through", ["leaf", "middle"])
+def test_passes_that_would_lack_the_share_of_the_leaf_are_refused(through):
+    x = noise(3)
+    source = x if through == "leaf" else x.exp()
+    leaf = leaf_of(source)
+    loss = leaf.exp().sum() + source.sum()
+    other = (source * 2).sum()
+    text = (
+        r"is not asked for the leaf of shape \(3,\), so .* 'inputs', of shape \(3,\), would lack the share of the leaf"
+    )
+    with go.connect_(leaf, source, square_rule):
+        with pytest.raises(go.GraphError, match=rf"torch.autograd.grad {text}"):
+            torch.autograd.grad(loss, x, retain_graph=True)
+        with pytest.raises(go.GraphError, match=rf"backward\(inputs=...\) {text}"):
+            loss.backward(inputs=[x], retain_graph=True)
+        assert x.grad is None
+        before = torch.autograd.grad(other, x, retain_graph=True)[0]
+        loss.backward(inputs=[x, leaf], retain_graph=True)
+    closely(before, torch.autograd.grad(other, x, retain_graph=True)[0])
+    inner = torch.autograd.grad(source.sum(), x, retain_graph=True)[0] if through == "middle" else torch.ones(3)
+    closely(x.grad, inner * (1 + leaf.detach().exp() * 2 * source.detach()))
+    closely(torch.autograd.grad(loss, x)[0], inner * torch.ones_like(x))  # it is removed, so there is no gap
 
 
 def test_wrong_shape_reaches_no_input():

@@ -69,6 +69,27 @@ def test_leaf_before_and_after_its_graphs():
     closely(grad((leaf * 3).sum(), leaf), torch.full_like(leaf, 3))
 
 
+def test_value_of_a_parameter_is_that_of_the_pass_while_an_optimizer_writes_into_it():
+    weight = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    go.edit_gradient_(weight, lambda g, x: g + x)  # weight decay
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    expected = weight.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        (weight * 3).sum().backward()
+        optimizer.step()
+        expected -= 0.5 * (3 + expected)
+    closely(weight.detach(), expected)
+
+
+def test_second_derivative_with_the_value_of_a_leaf():
+    x = noise(3)
+    go.edit_gradient_(x, lambda g, x: g * x)
+    first = grad(x.exp().sum(), x, create_graph=True)
+    closely(first, x.exp() * x)
+    closely(grad(first.sum(), x), x.exp() * (x + 1) * x)
+
+
 def test_leaf_is_edited_once_for_all_uses_and_then_accumulated():
     leaf = noise(3)
     loss = (leaf * 3).sum() + (leaf * 4).sum()
@@ -309,6 +330,52 @@ def test_gradient_for_a_result_that_has_none_is_refused():
     go.edit_gradient_(left.grad_fn, lambda g: (g[1], g[0]))
     with pytest.raises(go.GraphError, match=r"gives a gradient to result 0 of the node, which has none"):
         grad(right.sum(), x)
+
+
+def test_edit_stays_with_what_was_before_a_write_in_place():
+    x = noise(3)
+    middle = x * 1
+    go.edit_gradient_(middle, lambda g: g.square())
+    middle.mul_(3)
+    closely(grad(middle.sum(), x), torch.full_like(x, 9))
+
+
+def test_in_compiled_code_it_is_refused():
+    """A graph break would not do: `middle` and `loss` would be two results of one node."""
+
+    def fn(x):
+        middle = x.sin()
+        loss = middle.exp().sum()
+        go.edit_gradient_(middle, double)
+        return loss
+
+    for fullgraph in (True, False):
+        torch._dynamo.reset()
+        compiled = torch.compile(fn, backend="aot_eager", fullgraph=fullgraph)
+        with pytest.raises(
+            Exception, match=r"edit_gradient_: what compiled code builds is one node.*Use edit_gradient"
+        ):
+            compiled(noise(3))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
+def test_results_of_compiled_code():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: (x.sin(), x.cos()), backend="aot_eager")
+    x = noise(3)
+    left, right = compiled(x)
+    go.edit_gradient_(left, double)
+    closely(grad((left * right).sum(), x, retain_graph=True), 2 * x.cos() ** 2 - x.sin() ** 2)
+    closely(grad(right.sum(), x), -x.sin())
+
+
+@pytest.mark.parametrize("split", [lambda x: Two.apply(x * 1), lambda x: (x * 1).chunk(2)], ids=["function", "chunk"])
+def test_result_that_has_no_gradient_beside_one_that_has(split):
+    x = noise(4)
+    left, right = split(x)
+    expected = grad(right.sum(), x, retain_graph=True)
+    go.edit_gradient_(left, lambda g, x: g * x)
+    closely(grad(right.sum(), x), expected)
 
 
 def test_node_of_this_library():
