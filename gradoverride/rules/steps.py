@@ -279,6 +279,8 @@ def clamp_toward(x: Tensor, min: Bound = None, max: Bound = None) -> Tensor:
     (2022), in its code.
     """
     _check_bounds("clamp_toward", min, max)
+    if isinstance(min, Tensor) or isinstance(max, Tensor):
+        return _clamp_toward_tensors(x, min, max)
     return _clamp_toward(x, min, max)
 
 
@@ -346,6 +348,11 @@ def _toward(grad_output: Tensor, x: Tensor, output: Tensor) -> Tensor:
 
 @custom_backward(_toward)
 def _clamp_toward(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    return torch.clamp(x, min, max)
+
+
+@custom_backward(lambda grad_output, x, output: {"x": _toward(grad_output, x, output)})
+def _clamp_toward_tensors(x: Tensor, min: Any, max: Any) -> Tensor:
     return torch.clamp(x, min, max)
 
 
