@@ -9,6 +9,7 @@ from gradoverride.drawing import GraphDrawing, show_graph
 from gradoverride.edits import GradientEdit, edit_gradient, edit_gradient_, find_nodes
 from gradoverride.errors import (
     CapturedTensorError,
+    ConvergenceError,
     DecorationError,
     DrawingError,
     ForwardResultError,
@@ -68,6 +69,7 @@ __all__ = [
     "TargetNotFoundError",
     "GraphError",
     "NonFiniteGradientError",
+    "ConvergenceError",
     "DrawingError",
     "GradOverrideWarning",
 ]

@@ -20,6 +20,7 @@ __all__ = [
     "GraphError",
     "RuleOptionError",
     "NonFiniteGradientError",
+    "ConvergenceError",
     "DrawingError",
     "GradOverrideWarning",
 ]
@@ -61,6 +62,10 @@ class RuleOptionError(GradOverrideError, ValueError):
     """A ready-made rule was given an option out of its range."""
 
 
+class ConvergenceError(GradOverrideError, ArithmeticError):
+    """An equation beneath a gradient has no single solution, or was not solved: the estimator `implicit_root`."""
+
+
 class NonFiniteGradientError(GradOverrideError, FloatingPointError):
     """A gradient has nan or inf in it: the rule `check_finite`."""
 
@@ -82,4 +87,4 @@ class TargetNotFoundError(GradOverrideError, LookupError):
 
 
 class GradOverrideWarning(UserWarning):
-    """Something was asked for and had no effect."""
+    """Something was asked for and had no effect, or a gradient is less exact than it should be."""

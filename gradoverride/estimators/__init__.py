@@ -1,6 +1,7 @@
 """Rules for forwards without a derivative: black boxes that are evaluated again, solvers whose result is implicit."""
 
 from gradoverride.estimators.combinatorial import blackbox, imle, perturbed
+from gradoverride.estimators.implicit import fixed_point, implicit_root
 from gradoverride.estimators.sampling import evolution, finite_difference, spsa
 
 __all__ = [
@@ -10,4 +11,6 @@ __all__ = [
     "blackbox",
     "perturbed",
     "imle",
+    "implicit_root",
+    "fixed_point",
 ]

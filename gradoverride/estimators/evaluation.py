@@ -20,7 +20,7 @@ from gradoverride._core.private import fast_apply, in_forward_ad, in_functorch
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride.errors import ForwardResultError, UnsupportedError
 
-__all__ = ["BATCHED", "Evaluation", "Points", "is_floating", "leaves_of", "real", "summed", "tied", "wide"]
+__all__ = ["BATCHED", "Evaluation", "Points", "batch_of", "is_floating", "leaves_of", "real", "summed", "tied", "wide"]
 
 BATCHED = (None, "vmap", "stack", "cat")
 
@@ -59,19 +59,7 @@ class Evaluation:
         self.points = [_constant(self.leaves[place]) for place in self.places]
         self.grads = leaves_of(grad_output)
         self.results = [_constant(result) for result in leaves_of(output)]
-        self.batch = self._batch(batch_dims)
-
-    def _batch(self, batch_dims: int) -> torch.Size:
-        """The leading sizes of all points and results, along which each result depends on its own point alone."""
-        tensors = [*self.points, *self.results]
-        batch = tensors[0].shape[:batch_dims] if tensors else torch.Size()
-        if any([len(tensor.shape) < batch_dims or tensor.shape[:batch_dims] != batch for tensor in tensors]):
-            shapes = ", ".join([shape_text(tensor.shape) for tensor in tensors])
-            raise ForwardResultError(
-                f"{self.who} must have arguments and results whose first {batch_dims} sizes are the same "
-                f"('batch_dims'); they have the shapes {shapes}"
-            )
-        return batch
+        self.batch = batch_of([*self.points, *self.results], batch_dims, self.who)
 
     def answer(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
         """By name, the gradients in the structure of the arguments."""
@@ -207,6 +195,18 @@ class Evaluation:
         """`factor`, which has the shape of the batch, times a real tensor of a point."""
         over = point.dim() - len(self.batch)
         return factor.to(point).reshape(self.batch + (1,) * over) * point
+
+
+def batch_of(tensors: Sequence[Tensor], batch_dims: int, who: str) -> torch.Size:
+    """The leading sizes of all these, along which samples are independent."""
+    batch = tensors[0].shape[:batch_dims] if tensors else torch.Size()
+    if any([len(tensor.shape) < batch_dims or tensor.shape[:batch_dims] != batch for tensor in tensors]):
+        shapes = ", ".join([shape_text(tensor.shape) for tensor in tensors])
+        raise ForwardResultError(
+            f"{who} must have arguments and results whose first {batch_dims} sizes are the same ('batch_dims'); they "
+            f"have the shapes {shapes}"
+        )
+    return batch
 
 
 class _Opaque:
