@@ -86,8 +86,8 @@ def _mode(plan: Plan) -> str | None:
             fail(
                 UnsupportedError,
                 f"{plan.forward.who} is called in a torch.func transform inside of torch.compile, where torch drops "
-                "the backward of every autograd.Function (pytorch issue 193279). Compile the function and "
-                "transform the compiled one outside, or leave the transform uncompiled",
+                "the backward of every autograd.Function (pytorch issue 193279). Compile the function alone and use "
+                "backward(), or leave the transform uncompiled",
             )
         return TRACED
     if not transformed:
@@ -189,7 +189,7 @@ class ForwardPass:
             tensors = {name: alias for param, alias in zip(call.aliased, given, strict=True) for name in param.names}
             inner = stand_in(module, tensors, copied)
         frame: dict[str, Any] = {}
-        if plan.hands_over or plan.takes_receiver:
+        if self._may_hand_over():
             frame = open_frame()
             try:
                 result = plan.invoke(call.layout, inner, arguments)
@@ -200,6 +200,15 @@ class ForwardPass:
         self._refuse_changed(arguments, aliases)
         write_back(copied)
         return result, frame
+
+    def _may_hand_over(self) -> bool:
+        """Whether what the forward hands over is to be collected."""
+        plan, module = self.plan, self.module
+        if plan.hands_over or not plan.takes_receiver or self.mode != TRACED or module is None:
+            return plan.hands_over or plan.takes_receiver
+        # Dynamo traces no such collecting inside of a checkpoint, so only where a name can come from nowhere else.
+        known = {name for param in self.call.params for name in param.names}.union(self.call.frozen, module._buffers)
+        return any([source == "deferred" and name not in known for name, source in plan.sources.items()])
 
     def _refuse_changed(self, arguments: Sequence[Any], aliases: Sequence[Tensor]) -> None:
         """A container of tensors was given to the forward as a copy, with aliases: what it put there would be lost."""

@@ -54,11 +54,12 @@ _lock = threading.RLock()
 class Tally:
     """What has happened to a module while it was overridden."""
 
-    __slots__ = ("calls", "copied")
+    __slots__ = ("calls", "copied", "traced")
 
     def __init__(self, copied: bool = False) -> None:
         self.calls = 0
         self.copied = copied
+        self.traced = False  # whether it was compiled under rules that have changed since
 
 
 class Record:
@@ -98,6 +99,7 @@ class Record:
 
     def but(self, layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
         """The same with these layers instead."""
+        self.tally.traced |= self.chain.traced
         return Record(self.base, layers, functions, self.tally, self.leaf, self.plain)
 
     def __deepcopy__(self, memo: Any) -> Record:
@@ -311,7 +313,7 @@ def calls_under(module: nn.Module, layer: Layer) -> int | None:
     record = module.__dict__.get(RECORD)
     if record is None or layer not in record.layers:
         return None
-    return record.tally.calls - layer.since or (None if record.chain.traced else 0)
+    return record.tally.calls - layer.since or (None if record.tally.traced or record.chain.traced else 0)
 
 
 def take_off(module: nn.Module, gone: Sequence[Layer | FunctionLayer]) -> None:
