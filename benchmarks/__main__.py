@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import compiled, eager, edits, importing, memory, modules, overrides
+from benchmarks import catalogue, compiled, eager, edits, importing, memory, modules, overrides
 from benchmarks.timing import FULL, QUICK, Case, Effort, NotMeasured, Samples
 
-SUBJECTS = (eager, compiled, modules, overrides, edits, memory, importing)
+SUBJECTS = (eager, compiled, modules, overrides, edits, catalogue, memory, importing)
 
 
 @dataclass(frozen=True)

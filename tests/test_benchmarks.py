@@ -1,13 +1,14 @@
 """The benchmarks run and say what they found. Whether limits hold is not tested: that depends on the machine."""
 
 import json
+import sys
 import types
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from benchmarks import compiled, memory, timing
+from benchmarks import catalogue, compiled, memory, timing
 from benchmarks.__main__ import SUBJECTS, main
 from benchmarks.timing import Case, Effort, Pair, Samples
 
@@ -109,3 +110,24 @@ def test_compiled_sides_are_not_compiled_again_while_they_are_measured(monkeypat
 
     timing.ratio("any", None, lambda: compiled.pair(sides)).measure(BRIEF)
     assert [counter.frame_count for counter in counters] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["atan", "fast_sigmoid", "sigmoid", "triangle"])
+def test_what_is_written_by_hand_computes_the_same(name):
+    _, by_hand = catalogue.REFERENCES[name]["by hand"]
+    x, grad = torch.linspace(-3, 3, 601, dtype=torch.float64, requires_grad=True), torch.ones(601, dtype=torch.float64)
+    results = [catalogue.OURS[name]()(x), by_hand()(x)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*[torch.autograd.grad(result, x, grad) for result in results])
+
+
+@pytest.mark.parametrize(
+    ("case", "library", "package"),
+    [("reverse", "pytorch_revgrad", "pytorch-revgrad"), ("round", "brevitas", "brevitas")],
+)
+def test_a_library_that_is_not_installed_is_named(tmp_path, monkeypatch, case, library, package):
+    monkeypatch.setitem(sys.modules, library, None)  # so that importing it fails, wherever this runs
+    written = tmp_path / "results.json"
+    assert main(["--quick", "--check", "--only", f"catalogue: {case}", "--json", str(written)]) == 0
+    (case,) = json.loads(written.read_text())["cases"]
+    assert case["not_measured"] == f"pip install {package}"
