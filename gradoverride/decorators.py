@@ -149,7 +149,7 @@ def _attach(rule: Rule, target: Any, *, straight_through: bool = False, on_first
             f"custom_backward: a function, a method or a class with a 'forward' is needed; got {what(target)}"
         )
     forward = _forward_of_class(target, rule) if isinstance(target, type) else _forward_of(target)
-    plan = Plan(forward, _rule_of(rule, forward), straight_through=straight_through)
+    plan = Plan(forward, rule, straight_through=straight_through)
     plan.on_first_call = on_first_call
     if not isinstance(target, type):
         other = None
@@ -164,7 +164,7 @@ def _attach_to_function(rule: Rule, target: Any, straight_through: bool, on_firs
     """`target` with `rule`, as a function of all its parameters. What is wrong with that is known when it is called."""
     try:
         forward = Forward(target, method=False)
-        plan = Plan(forward, _rule_of(rule, forward), straight_through=straight_through)
+        plan = Plan(forward, rule, straight_through=straight_through)
     except RuleSignatureError as error:
         text = str(error)
 
@@ -181,12 +181,6 @@ def _wrapper(plan: Plan, original: Any, as_function: Any = None) -> Any:
     wrapper = make_wrapper(plan, original, as_function=as_function)
     reason = getattr(plan.rule.fn, "not_traced", None)
     return wrapper if reason is None else hidden_from_dynamo(wrapper, reason)
-
-
-def _rule_of(rule: Rule, forward: Forward) -> Rule:
-    """The rule for this forward: an estimator asks for all arguments of it, whatever they are called."""
-    bound_to = getattr(rule.fn, "bound_to", None)
-    return rule if bound_to is None else Rule(bound_to(forward), name=rule.name, place=rule.place)
 
 
 def _forward_of(target: Any) -> Forward:

@@ -54,7 +54,7 @@ class Registry:
         read = tuple(read_target(target) for target in targets)
 
         def enter(rule: R) -> R:
-            self._entries.append(Entry(read, _read_rule(rule), optional))
+            self._entries.append(Entry(read, Rule.of(rule), optional))
             return rule
 
         return enter
@@ -138,17 +138,6 @@ def _read_function(value: Any) -> Target:
         )
     return Predicate(value)
 
-
-def _read_rule(rule: Any) -> Rule:
-    """The same for the same rule: what was made for it, and compiled, serves again."""
-    try:
-        hash(rule)
-    except TypeError:
-        return Rule(rule)
-    return _known_rule(rule)
-
-
-_known_rule = functools.lru_cache(maxsize=1024)(Rule)
 
 registry = Registry("default")
 

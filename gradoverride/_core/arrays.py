@@ -34,6 +34,12 @@ class Kind:
 
     def array(self, tensor: Tensor) -> numpy.ndarray[Any, Any]:
         """A copy of `tensor` as an array."""
+        if hasattr(tensor, "full_tensor"):
+            raise UnsupportedError(
+                f"a bridge must be given plain tensors, to turn them into arrays; it got a DTensor of shape "
+                f"{shape_text(tensor.shape)}, of which this process has a part. Give it tensor.full_tensor(), or "
+                "tensor.to_local()"
+            )
         tensor = tensor.detach()
         dtype = tensor.dtype
         if dtype.is_complex:

@@ -104,19 +104,25 @@ class Backward:
                 supplied[name] = self._forward_then()
         return supplied
 
-    def _module_then(self) -> Any:
+    def _module_then(self, buffers: dict[str, Any] | None = None) -> Any:
         call, saved = self.call, self.saved
         if call.module is None:
             return None
         tensors = {name: saved[slot] for name, slot in call.module_slots.items()}
-        return stand_in(call.module, {**call.frozen, **call.buffers, **tensors})
+        return stand_in(call.module, {**call.frozen, **(call.buffers if buffers is None else buffers), **tensors})
 
     def _forward_then(self) -> Any:
         if not self.plan.takes_receiver:
             return self.plan.fn
-        then = self._module_then()
-        fn = self.plan.fn
-        return lambda *args, **kwargs: fn(then, *args, **kwargs)
+        call, fn = self.call, self.plan.fn
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            # It may write into buffers, and the forward has counted already.
+            buffers = {name: buffer.clone() for name, buffer in call.buffers.items()}
+            then = call.receiver if call.module is None else self._module_then(buffers)
+            return fn(then, *args, **kwargs)
+
+        return forward
 
     def _ask_rule(self, grad_output: Any, supplied: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The rule's answer, and for the class form what it assigned to parameters."""

@@ -125,6 +125,7 @@ class Call:
     token: Tensor | None  # what keeps it, on its way into the saved tensors
     transposed: bool  # whether forward mode has been through this call
     module: nn.Module | None
+    receiver: Any  # of a method: its object, where that is no module
     buffers: dict[str, Any]
     asked: list[Asked]
     saved: list[int]  # by saved tensor, where among inputs and results it stands
@@ -157,6 +158,7 @@ class Call:
         self.transposed = False
         self.token = None
         self.module = None
+        self.receiver = None
         self.buffers = {}
 
     # --- taking the call apart ------------------------------------------------------------------------------
@@ -278,8 +280,9 @@ class Call:
         return self.plan.mirrors and isinstance(self.specs[0], Node) and issubclass(self.specs[0].kind, dict)
 
     def needs(self) -> dict[str, bool]:
-        """By argument name, whether a gradient is wanted; by dotted name for parameters."""
+        """By name, whether a gradient is wanted: of arguments (each of `*args` as "args[0]" too), of parameters."""
         wanted = {name: any(self.wants(index) for index in indices) for name, indices in self.groups.items()}
+        wanted.update({name: self.wants(index) for index, name in enumerate(self.names) if name not in wanted})
         return {
             **wanted,
             **dict.fromkeys(self.frozen, False),

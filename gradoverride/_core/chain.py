@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from gradoverride._core.function_mode import quieted, scoped
 from gradoverride._core.functions import ANY, calls_that_are
 from gradoverride._core.layers import FunctionLayer, FunctionRule, Layer
 from gradoverride._core.plan import Plan
-from gradoverride._core.signature import Forward, Rule
+from gradoverride._core.signature import Forward, Rule, youngest
 from gradoverride._core.targets import RECORD
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import RuleSignatureError, UnsupportedError
@@ -109,14 +108,14 @@ class Chain:
         self.forward = forward
 
 
-@functools.lru_cache(maxsize=1024)
-def _chain(base: Any, innermost: Any, rules: Any, scope: Any, quiet: Any) -> Chain:
-    return Chain(base, innermost, Links(rules, scope, quiet, ()))
-
-
 def chain_of(base: Any, found: Links) -> Chain:
     """The forward of modules of the class `base` made of these."""
-    return _chain(base, everywhere.bare_forward(base), found.rules, found.scope, found.quiet)
+    innermost = everywhere.bare_forward(base)
+    rules = (*found.rules, *[key.rule for key in (*found.scope, *found.quiet)])
+    if not rules:
+        return Chain(base, innermost, found)
+    key = (Chain, base, innermost, found.rules, found.scope, found.quiet)
+    return youngest(rules).once(key, lambda: Chain(base, innermost, found))
 
 
 def _functions_on(module: Any) -> Sequence[FunctionLayer]:

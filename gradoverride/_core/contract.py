@@ -154,16 +154,18 @@ def shape_text(shape: Any) -> str:
 
 
 def _by_name(call: Call, answer: dict[str, Any]) -> tuple[list[Tensor | None], dict[str, Any]]:
-    known = call.groups
+    known, names = call.groups, call.names
     params = {name for param in call.params for name in param.names} if call.params else ()
     for key in answer:
-        if key not in known and key not in params and key not in call.frozen:
+        if key not in known and key not in names and key not in params and key not in call.frozen:
             _refuse_key(call, key)
     grads: list[Tensor | None] = []
     for name, indices in known.items():
         entry = answer.get(name)
-        # The entry of *args is a tuple, with one for each.
-        entries = _variadic_entries(call, name, entry, len(indices)) if call.variadic == name else [entry]
+        entries = [entry]
+        if call.variadic == name:  # a tuple, with one for each; or each by itself, as "args[0]"
+            alone = [answer.get(names[index]) for index in indices]
+            entries = alone if entry is None else _variadic_entries(call, name, entry, len(indices))
         for index, part in zip(indices, entries, strict=True):
             grads += _entry(call, index, part)
     return grads, {key: answer[key] for key in params if key in answer}

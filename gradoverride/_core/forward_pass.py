@@ -384,9 +384,9 @@ class ForwardPass:
                 elif name in call.groups:
                     self._ask(saver, name, tuple(values[index] for index in indices))
                 else:  # **kwargs under its own name
-                    known = set(plan.forward.names)
-                    named = dict(zip(call.names, values, strict=True))
-                    self._ask(saver, name, {key: value for key, value in named.items() if key not in known})
+                    known, layout = set(plan.forward.names), call.layout
+                    named = zip(layout.keywords, values[layout.positional :], strict=True)
+                    self._ask(saver, name, {key: value for key, value in named if key not in known})
             elif name in residuals:
                 self._ask(saver, name, residuals[name], handed_over=True)
             elif module is not None and name in own:
@@ -416,6 +416,8 @@ class ForwardPass:
         if module is not None and plan.asks_module:
             call.module = module
             call.buffers = dict(module.named_buffers())
+        elif plan.asks_module:
+            call.receiver = self.receiver
 
     def _ask_argument(self, saver: _Saver, name: str, index: int) -> None:
         call = self.call

@@ -24,11 +24,11 @@ from gradoverride._core.functions import every_spelling, reaching, spellings, tu
 from gradoverride._core.layers import FunctionLayer, FunctionRule
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import dynamo_shows, fail, is_compiled_graph, let_dynamo_show
-from gradoverride._core.signature import Forward
+from gradoverride._core.signature import Forward, youngest
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
-__all__ = ["FunctionMode", "calls_of", "count", "here", "mode_of", "quieted", "scoped", "traced"]
+__all__ = ["FunctionMode", "calls_of", "count", "here", "mode_of", "quieted", "scoped"]
 
 
 class _Here(threading.local):
@@ -79,7 +79,9 @@ class FunctionMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-mode_of = functools.lru_cache(maxsize=256)(FunctionMode)
+def mode_of(keys: tuple[FunctionRule, ...]) -> FunctionMode:
+    """The mode of these rules, always the same."""
+    return youngest([key.rule for key in keys]).once((FunctionMode, keys), lambda: FunctionMode(keys))
 
 
 def _run(function: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
@@ -161,11 +163,7 @@ def _traced(key: FunctionRule) -> None:
             f"override of function '{key.name}': the rule {key.rule.who} must run uncompiled, for gradoverride uses "
             "this function itself in compiled code"
         )
-    traced.add(key)
-
-
-traced: set[FunctionRule] = set()
-"""The rules that have been compiled into something: calls of compiled code are not counted."""
+    key.note_trace()
 
 
 _USED_BY_THE_ENGINE = frozenset({"clone", "copy", "detach", "view_as", "zeros_like", "ones_like", "as_subclass"})
@@ -185,7 +183,7 @@ def _is_not_of_the_model(caller: FrameType, internal: bool) -> bool:
 
 def calls_of(layer: FunctionLayer) -> int | None:
     """How often the function was called under this layer. None if that is not known: compiled code does not count."""
-    return layer.calls or (None if layer.key in traced else 0)
+    return layer.calls or (None if layer.key.traced else 0)
 
 
 def count(keys: list[FunctionRule]) -> None:

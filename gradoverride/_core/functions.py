@@ -45,7 +45,9 @@ def is_of_torch(value: Any) -> bool:
 def name_of_function(value: Any) -> str | None:
     """The one name of a function of torch in any spelling: `relu` of `torch.relu_`; None if a mode does not see it."""
     try:
-        full = None if value in get_ignored_functions() else resolve_name(value)
+        value = _NOTHING_BUT.get(value, value)
+        hidden = value in get_ignored_functions() and value not in _SHOWN
+        full = None if hidden else resolve_name(value)
     except TypeError:  # not hashable
         return None
     if full is None or full.endswith(("__get__", "__set__", "__delete__")):
@@ -92,6 +94,11 @@ def _separate() -> frozenset[Any]:
     same_name = (torch.embedding, torch.embedding_bag, torch.batch_norm, torch.instance_norm)
     return frozenset({*same_name, Tensor.unfold, Tensor.bernoulli_, Tensor.normal_})
 
+
+# Nothing but a call of the other, which a mode sees.
+_NOTHING_BUT: dict[Any, Any] = {F.tanh: torch.tanh, F.sigmoid: torch.sigmoid}
+# torch says that these cannot be overridden, and shows them to a mode.
+_SHOWN = frozenset({F.hardsigmoid, F.hardswish})
 
 _ARITHMETIC = ("add", "sub", "mul", "matmul", "pow")
 _DUNDERS = {

@@ -5,7 +5,6 @@ Layers are ordered by `order`, the number of their override: a later one is outs
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -44,21 +43,23 @@ class Layer:
 
 
 def _layer_again(rule: Callable[..., Any], path: str, target: str) -> Layer:
-    return Layer(Rule(rule), path, target, next_order())
+    return Layer(Rule.of(rule), path, target, next_order())
 
 
 class FunctionRule:
     """A rule for a function of a name. The same for each time that an override is entered: so is the compiled code."""
 
-    __slots__ = ("name", "nth", "rule")
+    __slots__ = ("name", "nth", "rule", "traced")
 
     def __init__(self, name: str, rule: Rule, nth: int) -> None:
         self.name = name
         self.rule = rule
         self.nth = nth  # which of several that are the same and in force together
+        self.traced = False  # whether it was compiled into something: calls of compiled code are not counted
 
-
-_same = functools.lru_cache(maxsize=1024)(FunctionRule)
+    def note_trace(self) -> None:
+        """Dynamo traces a call under it."""
+        self.traced = True
 
 
 class FunctionLayer:
@@ -67,7 +68,7 @@ class FunctionLayer:
     __slots__ = ("calls", "key", "order", "path", "target")
 
     def __init__(self, name: str, rule: Rule, path: str, target: str, order: int, nth: int = 0) -> None:
-        self.key = _same(name, rule, nth)
+        self.key = rule.once((FunctionRule, name, nth), lambda: FunctionRule(name, rule, nth))
         self.path = path
         self.target = target
         self.order = order
@@ -88,4 +89,4 @@ class FunctionLayer:
 
 
 def _function_layer_again(name: str, rule: Callable[..., Any], path: str, target: str, nth: int) -> FunctionLayer:
-    return FunctionLayer(name, Rule(rule), path, target, next_order(), nth)
+    return FunctionLayer(name, Rule.of(rule), path, target, next_order(), nth)

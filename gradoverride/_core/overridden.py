@@ -238,11 +238,14 @@ def _who(module: nn.Module, path: str) -> str:
     return f"override of '{path}', a '{kind}'" if path else f"override of a '{kind}'"
 
 
-@functools.lru_cache(maxsize=1024)
 def _names_asked(base: Any, innermost: Any, rule: Rule) -> tuple[str, ...]:
     """What the rule asks of a module of this class beyond the arguments of its forward. May raise for one of these."""
+    return rule.once((_names_asked, base, innermost), lambda: _asked(base, innermost, rule))
+
+
+def _asked(base: Any, innermost: Any, rule: Rule) -> tuple[str, ...]:
     plan = Plan(forward_of(base, innermost), rule)
-    deferred = [name for name, source in plan.sources.items() if source == "deferred" and rule.asks[name]]
+    deferred = [name for name, source in plan.sources.items() if source == "deferred" and plan.rule.asks[name]]
     return () if plan.hands_over else tuple(deferred)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from torch.compiler import is_dynamo_compiling as compiling
 
 from gradoverride._core import everywhere, scan
-from gradoverride._core.function_mode import count, here, traced
+from gradoverride._core.function_mode import count, here
 from gradoverride._core.layers import FunctionLayer
 from gradoverride._core.overridden import records
 from gradoverride._core.plan import Plan
@@ -234,7 +234,7 @@ class _Replacement:
     def _step(self, layer: FunctionLayer, scoped: bool, beneath: Callable[..., Any]) -> Callable[..., Any]:
         plan = Plan(_forward(self.original, self.attribute, in_class=self.in_class, fn=beneath), layer.rule)
         plan.marked = True
-        plan.on_trace = functools.partial(traced.add, layer.key)
+        plan.on_trace = layer.key.note_trace
         step = (_in_models if scoped else _anywhere)(layer, make_wrapper(plan, beneath), beneath)
         return functools.update_wrapper(step, beneath, updated=())
 

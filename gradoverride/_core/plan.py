@@ -40,12 +40,11 @@ class Layout:
         self.keywords = tuple(keywords)
         self.variadic = variadic
         self.names = (*names, *(f"{variadic}[{i}]" for i in range(extra)), *keywords)
-        # By parameter name, the indices of its values: all of `*args` belong to one name.
-        self.groups: dict[str, tuple[int, ...]] = {name: (index,) for index, name in enumerate(self.names)}
+        # By parameter name, the indices of its values, in order: all of `*args` belong to one name.
+        self.groups: dict[str, tuple[int, ...]] = {name: (index,) for index, name in enumerate(names)}
         if variadic is not None:
-            for i in range(extra):
-                del self.groups[f"{variadic}[{i}]"]
             self.groups[variadic] = tuple(range(len(names), self.positional))
+        self.groups.update({name: (self.positional + index,) for index, name in enumerate(keywords)})
 
 
 class Plan:
@@ -55,7 +54,7 @@ class Plan:
         self, forward: Forward, rule: Rule, *, class_form: bool = False, straight_through: bool = False
     ) -> None:
         self.forward = forward
-        self.rule = rule
+        self.rule = rule = rule.for_forward(forward)
         self.fn: Callable[..., Any] = forward.fn
         self.marked = False  # whether what it saves is to be told from what the bare forward saves: see MARK
         self.on_trace: Callable[[], None] | None = None  # when Dynamo traces a call

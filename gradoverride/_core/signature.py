@@ -10,13 +10,18 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from gradoverride._core import scan
 from gradoverride.errors import RuleSignatureError
 
-__all__ = ["RESERVED", "Forward", "Rule", "name_of", "resolve", "takes", "unknown_name"]
+__all__ = ["RESERVED", "Forward", "Rule", "name_of", "resolve", "takes", "unknown_name", "youngest"]
+
+T = TypeVar("T")
+
+_numbers = itertools.count()
 
 RESERVED = ("input", "output", "vjp", "needs", "params", "module", "forward")
 
@@ -95,6 +100,8 @@ class Rule:
         if isinstance(fn, type) or not callable(fn):
             raise RuleSignatureError(f"a rule is a function of the gradient, `rule(grad_output, ...)`; got {_kind(fn)}")
         self.fn = fn
+        self.number = next(_numbers)
+        self.made: dict[Any, Any] = {}  # see `once`
         self.name = name or name_of(fn)
         self.place = place or scan.location(fn)
         self.asks: dict[str, bool] = {}  # name -> whether it must exist
@@ -118,9 +125,60 @@ class Rule:
                 )
             self.asks[parameter.name] = parameter.default is inspect.Parameter.empty
 
+    @staticmethod
+    def of(fn: Callable[..., Any]) -> Rule:
+        """That of this function: always the same, so that what was made for it, and compiled, serves again."""
+        if inspect.isfunction(fn):
+            kept = fn.__dict__.get(_KEPT)
+            if kept is None or kept.rule.fn is not fn:  # `functools.wraps` has copied it
+                kept = fn.__dict__[_KEPT] = _Kept(Rule(fn))
+            return kept.rule
+        try:
+            return _of_other(fn)
+        except TypeError:  # it has no hash
+            return Rule(fn)
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for this key and kept as long as the rule is.
+
+        Kept by the rule, for whatever else kept it would keep the rule, and all that that closes over.
+        """
+        if key not in self.made:
+            if len(self.made) >= 1000:
+                self.made.clear()
+            self.made[key] = make()
+        found: T = self.made[key]
+        return found
+
+    def for_forward(self, forward: Forward) -> Rule:
+        """This rule for one forward. An object with `bound_to` asks for all its arguments, whatever they are called."""
+        bound_to = getattr(self.fn, "bound_to", None)
+        return self if bound_to is None else Rule(bound_to(forward), name=self.name, place=self.place)
+
     @property
     def who(self) -> str:
         return f"'{self.name}' ({self.place})"
+
+
+_of_other = functools.lru_cache(maxsize=64)(Rule)  # an object, a partial, a builtin
+_KEPT = "_gradoverride_rule"
+
+
+class _Kept:
+    """The rule of a function, kept by the function: so it goes when that goes. Copies and pickles leave it behind."""
+
+    __slots__ = ("rule",)
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def youngest(rules: Sequence[Rule]) -> Rule:
+    """The one to keep what is made of several: a ready-made rule would keep a passing one."""
+    return max(rules, key=lambda rule: rule.number)
 
 
 def resolve(rule: Rule, forward: Forward, *, may_defer: bool) -> dict[str, str]:

@@ -178,15 +178,15 @@ class Collector:
         *,
         traced: bool,
     ) -> None:
-        self.traced = traced
-        if traced:
-            # Dynamo knows no properties on tensors, so what was there before tells what was assigned.
-            self.params = {name: tensor.detach() for name, (_, tensor) in params.items()}
-            self.before = {name: torch.zeros_like(param) for name, param in self.params.items()}
-            for name, param in self.params.items():
-                param.grad = self.before[name]
-        else:
-            self.params = {name: tensor.view_as(tensor).as_subclass(_Collected) for name, (_, tensor) in params.items()}
+        self.params: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] = {}  # the `grad` of each that is a plain alias: is it another, it was assigned
+        for name, (_, tensor) in params.items():
+            # Dynamo knows no properties on tensors, and a DTensor is no other subclass besides.
+            if traced or type(tensor) not in (Tensor, nn.Parameter):
+                self.params[name] = tensor.detach()
+                self.params[name].grad = self.before[name] = torch.zeros_like(tensor)
+            else:
+                self.params[name] = tensor.view_as(tensor).as_subclass(_Collected)
         # A frozen parameter is assigned to as well, and has no gradient to be collected.
         tensors = {**buffers, **{name: tensor.detach() for name, tensor in frozen.items()}}
         for name, (names, _) in params.items():
@@ -197,8 +197,9 @@ class Collector:
     def collected(self) -> dict[str, Any]:
         """By name, the gradients that were assigned. Plain attributes that were are given to the module."""
         write_back(self.copied)
-        if self.traced:
-            return {name: param.grad for name, param in self.params.items() if param.grad is not self.before[name]}
-        return {
-            name: param.__dict__["collected"] for name, param in self.params.items() if "collected" in param.__dict__
-        }
+        return {name: param.grad for name, param in self.params.items() if self._was_assigned(name, param)}
+
+    def _was_assigned(self, name: str, param: Tensor) -> bool:
+        if name in self.before:
+            return param.grad is not self.before[name]
+        return "collected" in param.__dict__

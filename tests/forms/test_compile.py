@@ -927,3 +927,12 @@ def test_decorated_modules_inside_a_decorated_module_capture_nothing(outer, inne
     found = torch.autograd.grad(compiled(module)(x).sum(), [x, *module.parameters()])
     for ours, theirs in zip(found, expected, strict=True):
         closely(ours, theirs)
+
+
+def test_ready_made_functions_that_are_compiled_themselves_are_so_one_after_another():
+    x = torch.randn(4, 4, requires_grad=True)
+    for function in (go.rules.ceil_ste, go.rules.trunc_ste, go.rules.round_ste):
+        torch.compiler.reset()
+        y = torch.compile(function, fullgraph=True, backend="aot_eager")(x)
+        exactly(torch.autograd.grad(y.sum(), x)[0], torch.ones(4, 4))
+        torch.func.vmap(function)(x.detach())  # the eager path, whose frames Dynamo might take up

@@ -394,6 +394,24 @@ class TestScope:
             closely(gradient(model, x), 2 * plain)
         assert "relu" in seen
 
+    @pytest.mark.parametrize(
+        ("target", "calls"),
+        [
+            (F.tanh, [F.tanh, torch.tanh, nn.Tanh(), lambda x: x.tanh(), lambda x: (1 * x).tanh_()]),
+            (torch.sigmoid, [F.sigmoid, nn.Sigmoid()]),
+            (F.hardswish, [F.hardswish, nn.Hardswish()]),
+            (F.hardsigmoid, [F.hardsigmoid, nn.Hardsigmoid()]),
+        ],
+        ids=["tanh", "sigmoid", "hardswish", "hardsigmoid"],
+    )
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_functions_that_torch_does_not_list_as_overridable(self, target, calls, compiled, x):
+        for call in calls:
+            model = Calls(lambda model, x, call=call: call(x))
+            run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+            with go.override(model, {target: lambda grad_output: 7 * grad_output}):
+                exactly(torch.autograd.grad(run(x).sum(), x)[0], torch.full_like(x, 7.0))
+
     def test_threads_do_not_meet(self, x):
         model, plain = relus("F.relu"), gradient(relus("F.relu"), x)
         failures = []

@@ -1,13 +1,16 @@
 """After an override the model is as before, whatever happened meanwhile. Contract, section 5."""
 
 import copy
+import functools
 import gc
 import io
 import pickle
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles import closely, exactly, noise
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -456,3 +459,56 @@ def test_checkpoint_replayed_outside_the_context_is_right_or_raises(rule, part, 
     except CheckpointError:
         return
     exactly(found, expected)
+
+
+# --- memory ---
+
+
+def keeping(stored):
+    """A rule that is made anew each time, and holds a tensor."""
+
+    def rule(grad_output, vjp):
+        return vjp(grad_output) + stored.sum()
+
+    return rule
+
+
+PLACES = {
+    "a module": lambda model: (model, "1"),
+    "a class": lambda model: (model, nn.ReLU),
+    "a function": lambda model: (model, F.relu),
+    "a class, everywhere": lambda model: (nn.ReLU,),
+    "a function, everywhere": lambda model: (F.relu,),
+    "a path, everywhere": lambda model: ("torch.nn.functional:relu",),
+}
+
+
+@pytest.mark.parametrize("beside", [None, "guided_backprop"])
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_a_rule_goes_with_all_that_it_holds_when_its_override_is_removed(place, beside, model, x):
+    alive = []
+    for _ in range(5):
+        stored = torch.zeros(3)
+        alive.append(weakref.ref(stored))
+        *of, target = place(model)
+        with go.override(*of, {target: keeping(stored)}), go.override(model, beside) if beside else nullcontext():
+            model(x).sum().backward()
+    del stored
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 5
+
+
+def test_what_wraps_a_rule_is_a_rule_of_its_own(model, x):
+    @functools.wraps(guided)
+    def louder(grad_output, vjp):
+        return 3 * guided(grad_output, vjp)
+
+    def grad_under(rule):
+        with go.override(model, {nn.ReLU: rule}):
+            return gradient(model, x)
+
+    once, thrice = grad_under(guided), grad_under(louder)
+    with go.override(model, {nn.ReLU: lambda grad_output, vjp: 3 * guided(grad_output, vjp)}):
+        exactly(thrice, gradient(model, x))
+    assert not torch.equal(once, thrice)
+    exactly(grad_under(guided), once)

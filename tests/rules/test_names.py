@@ -767,3 +767,67 @@ def test_rule_is_tested_by_calling_it():
 
     go.custom_backward(rule)(lambda x: x)
     assert rule(2.0, x=3.0) == 6.0
+
+
+# --- forwards with *args and **kwargs, and of objects ---
+
+
+def test_needs_tells_of_each_of_varargs():
+    seen = []
+    times = go.custom_backward(lambda grad_output, needs, vjp: (seen.append(needs), vjp(grad_output))[1])(torch.mul)
+    x, constant = noise(3), noise(3, grad=False)
+    times(x, constant).sum().backward()
+    times(constant, x).sum().backward()
+    assert seen == [
+        {"args": True, "args[0]": True, "args[1]": False},
+        {"args": True, "args[0]": False, "args[1]": True},
+    ]
+
+
+def test_kwargs_under_their_own_name_leave_varargs_out():
+    seen = []
+    x = noise(3)
+    go.custom_backward(lambda grad_output, rest: seen.append(rest) or {})(lambda a, *more, **rest: a * more[0])(
+        x, x.detach(), z=3
+    ).sum().backward()
+    assert seen == [{"z": 3}]
+
+
+class Simulator:
+    factor = 3.0
+
+    @go.custom_backward(lambda grad_output, forward, x: grad_output * (forward(x + 0.5) - forward(x - 0.5)))
+    def run(self, x):
+        return self.factor * x
+
+
+def test_forward_of_a_method_of_a_plain_object_is_bound_to_it():
+    x = noise(3)
+    Simulator().run(x).sum().backward()
+    closely(x.grad, torch.full((3,), 3.0, dtype=torch.float64))
+
+
+def test_forward_of_a_bound_method_is_bound():
+    x, simulator = noise(3), Simulator()
+    simulator.factor = 5.0
+    rule = lambda grad_output, forward, x: grad_output * (forward(x + 0.5) - forward(x - 0.5))  # noqa: E731
+    go.custom_backward(rule)(simulator.run)(x).sum().backward()
+    closely(x.grad, torch.full((3,), 5.0, dtype=torch.float64))
+
+
+def test_forward_that_is_evaluated_again_leaves_the_buffers_of_the_module_as_they_are():
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3, affine=False).double()
+
+        @go.custom_backward(lambda grad_output, forward, x: grad_output * (forward(x + 1) - forward(x - 1)))
+        def forward(self, x):
+            return self.norm(x)
+
+    module, x = Normalised(), noise(4, 3)
+    y = module(x)
+    counted, mean = module.norm.num_batches_tracked.clone(), module.norm.running_mean.clone()
+    y.sum().backward()
+    exactly(module.norm.num_batches_tracked, counted)
+    exactly(module.norm.running_mean, mean)

@@ -593,3 +593,30 @@ def test_vjp_of_a_wrong_gradient_is_refused(bad):
     out = go.custom_backward(lambda grad_output, vjp: vjp(bad(grad_output)))(torch.sin)(noise(3))
     with pytest.raises(go.RuleResultError, match=rf"vjp.* rule '<lambda>' {HERE} of 'sin'"):
         out.sum().backward()
+
+
+# --- *args beside keywords ---
+
+
+def with_keyword(a, *more, k):
+    return a * more[0] * more[1] * k
+
+
+BY_NAME = {
+    "a tuple": lambda g: {"k": 7 * g, "more": (3 * g, 5 * g), "a": 2 * g},
+    "each": lambda g: {"a": 2 * g, "more[0]": 3 * g, "more[1]": 5 * g, "k": 7 * g},
+}
+
+
+@pytest.mark.parametrize("rule", BY_NAME.values(), ids=BY_NAME)
+def test_dict_answers_for_varargs_before_keywords_whatever_its_order(rule):
+    a, b, c, k = (noise(3) for _ in range(4))
+    grads = torch.autograd.grad(go.custom_backward(rule)(with_keyword)(a, b, c, k=k).sum(), (a, b, c, k))
+    closely(grads, tuple(factor * torch.ones(3, dtype=torch.float64) for factor in (2.0, 3.0, 5.0, 7.0)))
+
+
+def test_varargs_that_a_dict_leaves_out_get_no_gradient():
+    a, b, c, k = (noise(3) for _ in range(4))
+    go.custom_backward(lambda g: {"more[1]": g})(with_keyword)(a, b, c, k=k).sum().backward()
+    assert (a.grad, b.grad, k.grad) == (None, None, None)
+    closely(c.grad, torch.ones(3, dtype=torch.float64))
