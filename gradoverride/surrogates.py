@@ -90,9 +90,10 @@ __all__ = [
     "swish_sign",
 ]
 
-_aten: Any = (
-    torch.ops.aten
-)  # with torch's own derivatives, each one kernel; a mask of booleans takes nine times as long
+# What takes time is each pass over memory, and twice as much if the memory is new. So what is new is written in place,
+# and becomes the result at last (`_times`, `_over`). There are torch's own derivatives besides, each one kernel. A mask
+# of booleans takes nine times as long as one of numbers.
+_aten: Any = torch.ops.aten
 
 
 Option = float | Tensor
@@ -150,7 +151,7 @@ class atan(Surrogate):
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         # The reciprocal, 2 / alpha + (pi^2 alpha / 2) x^2, is one kernel.
         alpha: Any = self.alpha
-        return grad / torch.addcmul(x.new_full((), 2 / alpha), x, x, value=math.pi * math.pi * alpha / 2)
+        return _over(grad, torch.addcmul(x.new_full((), 2 / alpha), x, x, value=math.pi * math.pi * alpha / 2))
 
     def primitive(self, x: Tensor) -> Tensor:
         """`atan(pi alpha x / 2) / pi + 1/2`."""
@@ -175,9 +176,12 @@ class sigmoid(Surrogate):
     k: Option = 4.0
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
-        # The same as (k / 4) (1 - tanh(k x / 2)^2).
-        found: Tensor = _aten.tanh_backward(grad, torch.tanh(x * (self.k / 2)))
-        return found if self.k == 4 else found * (self.k / 4)
+        s = (x * self.k).sigmoid_()
+        if _may_write_into(s, grad):
+            _aten.sigmoid_backward.grad_input(grad, s, grad_input=s)
+        else:
+            s = _aten.sigmoid_backward(grad, s)
+        return s.mul_(self.k)
 
     def primitive(self, x: Tensor) -> Tensor:
         """`sigmoid(k x)`."""
@@ -229,7 +233,7 @@ class rectangle(Surrogate):
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         found: Tensor = _aten.hardtanh_backward(grad, x, -self.width / 2, self.width / 2)  # without the ends
-        return found if self.width == 1 else found / self.width
+        return found if self.width == 1 else found.div_(self.width)
 
     def primitive(self, x: Tensor) -> Tensor:
         """`x / width + 1/2`, between 0 and 1."""
@@ -255,7 +259,7 @@ class gaussian(Surrogate):
     sigma: Option = 0.5
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
-        return grad * _density(x, self.sigma)
+        return _times(grad, _density(x, self.sigma))
 
     def primitive(self, x: Tensor) -> Tensor:
         """The distribution, from 0 to 1."""
@@ -282,7 +286,7 @@ class erf(Surrogate):
     alpha: Option = 2.0
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
-        return grad * _density(x, 1 / (math.sqrt(2) * self.alpha))
+        return _times(grad, _density(x, 1 / (math.sqrt(2) * self.alpha)))
 
     def primitive(self, x: Tensor) -> Tensor:
         """`(erf(alpha x) + 1) / 2`."""
@@ -308,7 +312,7 @@ class piecewise_exponential(Surrogate):
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         alpha: Any = self.alpha
-        return grad * torch.rsub(x.abs(), math.log(alpha / 2), alpha=alpha).exp_()
+        return _times(grad, x.abs().mul_(-alpha).add_(math.log(alpha / 2)).exp_())
 
     def primitive(self, x: Tensor) -> Tensor:
         """`exp(alpha x) / 2` below 0, `1 - exp(-alpha x) / 2` above."""
@@ -377,8 +381,7 @@ class fast_sigmoid(Surrogate):
     k: Option = 25.0
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
-        k: Any = self.k
-        return grad / torch.rsub(x.abs(), 1, alpha=-k).pow_(2)
+        return _times(grad, x.abs().mul_(self.k).add_(1).pow_(-2))
 
     def primitive(self, x: Tensor) -> Tensor:
         """`x / (1 + k |x|)`, from -1 / k to 1 / k."""
@@ -557,7 +560,7 @@ class swish_sign(Surrogate):
 
 
 def _triangle(grad: Tensor, x: Tensor, height: Any, width: Any) -> Tensor:
-    return grad * torch.rsub(x.abs(), height, alpha=height / width).relu_()
+    return _times(grad, x.abs().mul_(-height / width).add_(height).relu_())
 
 
 def _parabolas(x: Tensor, height: Any, width: Any) -> Tensor:
@@ -569,6 +572,23 @@ def _parabolas(x: Tensor, height: Any, width: Any) -> Tensor:
 def _density(x: Tensor, sigma: Any) -> Tensor:
     height = 1 / (math.sqrt(2 * math.pi) * sigma)
     return torch.addcmul(x.new_full((), math.log(height)), x, x, value=-0.5 / (sigma * sigma)).exp_()
+
+
+def _times(grad: Tensor, slope: Tensor) -> Tensor:
+    """Their product. `slope` is nobody else's."""
+    return slope.mul_(grad) if _may_write_into(slope, grad) else slope * grad
+
+
+def _over(grad: Tensor, reciprocal: Tensor) -> Tensor:
+    """Their quotient. `reciprocal` is nobody else's."""
+    return torch.div(grad, reciprocal, out=reciprocal) if _may_write_into(reciprocal, grad) else grad / reciprocal
+
+
+def _may_write_into(new: Tensor, grad: Tensor) -> bool:
+    """Whether what becomes of both fits into the memory of `new`, and no graph needs what is there."""
+    # Under vmap the gradient may have more elements; a compiler sees to memory itself.
+    recorded = torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or in_functorch()
+    return not recorded and type(new) is Tensor and new.dtype is grad.dtype
 
 
 # --- options that are tensors ---
