@@ -1,8 +1,8 @@
 """An estimator as the rule of a forward: it asks for all its arguments.
 
 An estimator cannot know how the arguments of its forward are called. So, attached to a forward, it is replaced by a
-rule of that forward (`Estimator.bound_to`), which asks for all of them by their names. Where nothing attaches it to one
-forward (in an override, in a `chain`) it asks for `input`, and serves forwards of one argument.
+rule of that forward (`Estimator.bound_to`), which asks for all of them by their names. Where somebody else calls it, as
+one rule within another, it asks for `input`, and serves forwards of one argument.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradoverride._core.options import check, is_number
 from gradoverride._core.private import hidden_from_dynamo
 from gradoverride._core.signature import Forward
-from gradoverride.errors import ForwardResultError, RuleSignatureError, UnsupportedError
+from gradoverride.errors import RuleSignatureError, UnsupportedError
 from gradoverride.estimators.evaluation import BATCHED, Evaluation
 
 __all__ = ["Arguments", "Bound", "Estimator", "check_options", "signature_of"]
@@ -51,15 +51,14 @@ class Estimator:
         names = [name for name in needs if name not in own]
         if len(names) != 1 or names[0] in ("args", "kwargs"):
             raise UnsupportedError(
-                f"{type(self).__name__}: where it is not attached to one forward (in an override, in a chain) that "
-                f"must have one argument; it has {', '.join(map(repr, names))}. Decorate the forward by "
-                "custom_backward, or a function of one argument that calls it"
+                f"{type(self).__name__}: where another rule calls it, its forward must have one argument; it has "
+                f"{', '.join(map(repr, names))}. Decorate a function of one argument that calls it"
             )
 
         def again(values: dict[str, Any]) -> Any:
             return forward(values[names[0]])
 
-        return _untraced(self, again, {names[0]: input}, needs, grad_output, output, module, _Looked(), "the forward")
+        return _untraced(self, again, {names[0]: input}, needs, grad_output, output, _Looked(), "the forward")
 
 
 class _Looked:
@@ -123,32 +122,18 @@ class Bound:
         self.arguments = Arguments(forward)
         self.looked = _Looked()
         self.__name__ = repr(estimator)
-        names = dict.fromkeys(("forward", "output", "needs", "module", *forward.names))
+        names = dict.fromkeys(("forward", "output", "needs", *forward.names))
         self.__signature__ = signature_of(names)
 
-    def __call__(
-        self, grad_output: Any, /, *, forward: Any, output: Any, needs: Any, module: Any, **values: Any
-    ) -> Any:
+    def __call__(self, grad_output: Any, /, *, forward: Any, output: Any, needs: Any, **values: Any) -> Any:
         """By name, the gradients of the arguments."""
-        known = self.forward
-        if known.takes_self and module is None:
-            raise UnsupportedError(
-                f"{known.who} must be a function, a method of a module, or a method that is bound to its object, for "
-                f"{type(self.estimator).__name__} to evaluate it again; its object is no module. Decorate it as it is "
-                f"bound: custom_backward(rule)(thing.{known.name})"
-            )
-        if known.receiver is not None and module is None:
-            forward = _method(known.fn, known.receiver)
-
-        if self.arguments.rest is not None:  # the engine puts those of `*args` with them, as `args[0]`
-            rest = values[self.arguments.rest]
-            values[self.arguments.rest] = {name: value for name, value in rest.items() if name in needs}
 
         def again(changed: dict[str, Any]) -> Any:
             return self.arguments.call(forward, changed)
 
         wanted = self.arguments.wanted(values, needs)
-        found = _estimated(self.estimator, again, values, wanted, grad_output, output, module, self.looked, known.who)
+        who = self.forward.who
+        found = _estimated(self.estimator, again, values, wanted, grad_output, output, self.looked, who)
         return self.arguments.answer(found)
 
 
@@ -158,10 +143,6 @@ def signature_of(names: Mapping[str, Any]) -> inspect.Signature:
     return inspect.Signature([first, *[inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]])
 
 
-def _method(fn: Any, receiver: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: fn(receiver, *args, **kwargs)
-
-
 def _estimated(
     estimator: Estimator,
     again: Callable[[dict[str, Any]], Any],
@@ -169,7 +150,6 @@ def _estimated(
     wanted: Mapping[str, bool],
     grad_output: Any,
     output: Any,
-    module: nn.Module | None,
     looked: _Looked,
     who: str,
 ) -> dict[str, Any]:
@@ -185,19 +165,10 @@ def _estimated(
         batched=estimator.batched,
         deterministic=estimator.deterministic,
     )
-    buffers = {} if module is None else dict(module.named_buffers())
-    versions = {name: buffer._version for name, buffer in buffers.items()}
     if estimator.deterministic and not looked.already:
         evaluation.check_repeats()
         looked.already = True
-    gradients = estimator.gradients(evaluation)
-    written = [name for name, buffer in buffers.items() if buffer._version != versions[name]]
-    if written:
-        raise ForwardResultError(
-            f"{evaluation.who} must leave the buffers of its module alone, for it runs more often than the module is "
-            f"called; it wrote into '{written[0]}'. Put the module into evaluation mode: module.eval()"
-        )
-    return evaluation.answer(gradients)
+    return evaluation.answer(estimator.gradients(evaluation))
 
 
 _untraced = hidden_from_dynamo(_estimated, NOT_TRACED)

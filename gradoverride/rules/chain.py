@@ -61,6 +61,14 @@ class chain:
         own["__signature__"] = _signature_of(read)  # what the library asks for on its behalf
         own["__name__"] = repr(self)  # how errors call it
 
+    @property
+    def bound_to(self) -> Callable[[Any], chain]:
+        """What makes this the rule of one forward; only where one of its rules asks for all arguments of that."""
+        rules: list[Any] = list(self.rules)
+        if not any([hasattr(rule, "bound_to") for rule in rules]):
+            raise AttributeError("bound_to")
+        return lambda forward: chain(*[rule.bound_to(forward) if hasattr(rule, "bound_to") else rule for rule in rules])
+
     def __call__(self, grad_output: Any, **values: Any) -> Any:
         """What the last rule returns."""
         grad = grad_output

@@ -84,6 +84,19 @@ def test_arguments_of_all_kinds():
     )
 
 
+def mixed(first, *more, scale, **rest):
+    return first * more[0] * scale + more[1] * rest["last"].exp()
+
+
+def test_variadic_arguments_and_keywords():
+    a, b, c, d, e = (noise(3) for _ in range(5))
+
+    def loss(fn):
+        return fn(a, b, c, scale=d, last=e).sin().sum()
+
+    nearly(grad(loss(go.custom_backward(finite_difference())(mixed)), a, b, c, d, e), grad(loss(mixed), a, b, c, d, e))
+
+
 def test_variadic_arguments():
     def total(*parts):
         return sum(part.exp().sum() * (k + 1) for k, part in enumerate(parts))
@@ -245,7 +258,7 @@ def test_variances_are_as_documented(n):
 @pytest.mark.parametrize("name", RANDOM)
 def test_without_batch_dims_it_is_unbiased_too(name):
     """The whole batch is one sample then, with more variance."""
-    rule = RANDOM[name](n=400, generator=draws())
+    rule = RANDOM[name](n=100, generator=draws())
     fn = go.custom_backward(rule)(quadratic)
     x = torch.stack([X, -X]).requires_grad_()
     rows = torch.stack([grad(fn(x).sum(), x) for _ in range(20)])
@@ -395,15 +408,9 @@ def test_bound_method_of_any_object():
     nearly(grad(go.custom_backward(finite_difference())(Simulator().run)(x).sum(), x), 6 * x)
 
 
-def test_method_of_an_object_that_is_no_module_is_refused():
-    y = Simulator().decorated(noise(3))
-    with pytest.raises(go.UnsupportedError) as caught:
-        y.sum().backward()
-    assert str(caught.value).startswith("'decorated' (")
-    assert "must be a function, a method of a module, or a method that is bound to its object, for finite_diff" in str(
-        caught.value
-    )
-    assert str(caught.value).endswith("Decorate it as it is bound: custom_backward(rule)(thing.decorated)")
+def test_method_of_any_object():
+    x = noise(3)
+    nearly(grad(Simulator().decorated(x).sum(), x), 6 * x)
 
 
 def test_builtin_without_a_signature_is_refused():
@@ -421,32 +428,46 @@ class Power(nn.Module):
         return x**power
 
 
-def test_override_of_modules_of_one_argument():
-    model, x = nn.Sequential(nn.Linear(3, 3).double(), Square()), noise(2, 3)
+def test_override_of_modules():
+    model, x = nn.Sequential(nn.Linear(3, 3).double(), Square(), Power()), noise(2, 3)
     expected = grad(model(x).exp().sum(), x, *model.parameters())
-    with go.override(model, {Square: finite_difference(batch_dims=1)}):
-        y = model(x)
-    nearly(grad(y.exp().sum(), x, *model.parameters()), expected)
-    with go.override(model, {nn.Linear: finite_difference()}):  # its parameters keep autograd's own
-        y = model(x)
-    nearly(grad(y.exp().sum(), x, *model.parameters()), expected)
+    for target in (Square, Power, nn.Linear):  # whose parameters keep autograd's own
+        with go.override(model, {target: finite_difference(batch_dims=1)}):
+            y = model(x)
+        nearly(grad(y.exp().sum(), x, *model.parameters()), expected)
 
 
-def test_override_of_modules_of_more_arguments_is_refused():
-    model, x = Power(), noise(3)
-    with go.override(model, {Power: spsa()}):
-        y = model(x)
-    with pytest.raises(go.UnsupportedError, match=r"must have one argument; it has 'x', 'power'. Decorate the forward"):
-        y.sum().backward()
+def test_override_of_a_function():
+    x = noise(3)
+    with go.override({nn.functional.silu: finite_difference()}):
+        y = nn.functional.silu(x)
+    nearly(grad(y.exp().sum(), x), grad(nn.functional.silu(x).exp().sum(), x))
 
 
 def test_in_a_chain():
-    fn = go.custom_backward(go.rules.chain(go.rules.scale(3.0), finite_difference()))(torch.nn.functional.silu)
+    rule = go.rules.chain(go.rules.scale(3.0), finite_difference())
+    for fn in (nn.functional.silu, mixed):
+        more = () if fn is nn.functional.silu else (noise(3), noise(3))
+        named = {} if fn is nn.functional.silu else {"scale": noise(3), "last": noise(3)}
+        x = noise(3)
+        nearly(
+            grad(go.custom_backward(rule)(fn)(x, *more, **named).sum(), x, *more, *named.values()),
+            grad(3 * fn(x, *more, **named).sum(), x, *more, *named.values()),
+        )
+    assert pickle.loads(pickle.dumps(rule)) == rule
+
+
+def test_called_by_another_rule_it_serves_one_argument():
+    estimate = finite_difference()
+
+    def halved(grad_output, forward, input, output, needs, module):
+        return estimate(grad_output, forward, input, output, needs, module)["x"] / 2
+
     x = noise(3)
-    with pytest.raises(go.UnsupportedError, match="it has 'input', 'inplace'"):
-        fn(x).sum().backward()
-    fn = go.custom_backward(go.rules.chain(go.rules.scale(3.0), finite_difference()))(lambda x: x.sin())
-    nearly(grad(fn(x).sum(), x), 3 * x.cos())
+    nearly(grad(go.custom_backward(halved)(lambda x: x.sin())(x).sum(), x), x.cos() / 2)
+    y = go.custom_backward(halved)(lambda x, power: x**power)(x, 2)
+    with pytest.raises(go.UnsupportedError, match=r"must have one argument; it has 'x', 'power'\. Decorate a function"):
+        y.sum().backward()
 
 
 # --- transforms, compiled, second derivatives
@@ -466,10 +487,10 @@ def test_vmap_and_grad():
 
 @pytest.mark.parametrize("name", RANDOM)
 def test_vmap_draws_for_each_in_the_batch_if_told_to(name):
-    rule = RANDOM[name](n=500, generator=draws())
+    rule = RANDOM[name](n=200, generator=draws())
     fn, x = go.custom_backward(rule)(bumps), noise(4, 3, grad=False)
     found = torch.func.vmap(torch.func.grad(fn), randomness="different")(x)
-    torch.testing.assert_close(found, x.cos(), rtol=0.3, atol=0.3)
+    torch.testing.assert_close(found, x.cos(), rtol=0, atol=0.5)
     with pytest.raises(RuntimeError, match="randomness error mode"):
         torch.func.vmap(torch.func.grad(fn))(x)
 
@@ -513,8 +534,9 @@ class TestSecondDerivatives:
 
 
 @DYNAMO
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@every
+@pytest.mark.parametrize(
+    ("make", "backend"), [(finite_difference, "aot_eager"), (spsa, "eager"), (evolution, "eager")]
+)
 def test_compiled_it_is_as_uncompiled(make, backend):
     torch.compiler.reset()
     options = {} if make is finite_difference else {"generator": draws()}
@@ -588,23 +610,23 @@ def test_batched_calls_that_do_not_fit_are_refused():
         y.backward()
 
 
-def test_a_module_that_writes_into_its_buffers_is_refused():
+def test_a_module_that_writes_into_its_buffers_has_written_once():
     class Normalised(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm = nn.BatchNorm1d(3, affine=False)
+            self.norm = nn.BatchNorm1d(3)
 
         @go.custom_backward(finite_difference())
         def forward(self, x):
             return self.norm(x)
 
     model, x = Normalised().double(), noise(4, 3)
-    with pytest.raises(
-        go.ForwardResultError, match=r"must leave the buffers of its module alone.*'norm.*module\.eval\(\)"
-    ):
-        model(x).sum().backward()
-    model.eval()
-    nearly(grad(model(x).exp().sum(), x), grad(model.norm(x).exp().sum(), x))
+    found = grad(model(x).exp().sum(), x, *model.parameters())
+    assert model.norm.num_batches_tracked == 1
+    after = model.norm.running_mean.clone()
+    model.norm.reset_running_stats()
+    nearly(found, grad(model.norm(x).exp().sum(), x, *model.parameters()))
+    exactly(model.norm.running_mean, after)
 
 
 def test_an_integer_result_has_no_gradient_as_ever():
