@@ -534,9 +534,7 @@ class TestSecondDerivatives:
 
 
 @DYNAMO
-@pytest.mark.parametrize(
-    ("make", "backend"), [(finite_difference, "aot_eager"), (spsa, "eager"), (evolution, "eager")]
-)
+@pytest.mark.parametrize(("make", "backend"), [(finite_difference, "aot_eager"), (spsa, "eager"), (evolution, "eager")])
 def test_compiled_it_is_as_uncompiled(make, backend):
     torch.compiler.reset()
     options = {} if make is finite_difference else {"generator": draws()}
@@ -550,6 +548,23 @@ def test_compiled_it_is_as_uncompiled(make, backend):
     if make is not finite_difference:
         options["generator"].manual_seed(0)
     closely(grad(torch.compile(whole, backend=backend)(x), x), expected)
+
+
+@DYNAMO
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # its own, too
+@pytest.mark.parametrize("door", ["override", "chain"])
+def test_compiled_by_other_doors(door):
+    torch.compiler.reset()
+    x = noise(3)
+    expected = grad((2 * x).square().exp().sum(), x)
+    if door == "override":
+        model = nn.Sequential(nn.Identity(), Square())
+        with go.override(model, {Square: finite_difference()}):
+            found = grad(torch.compile(lambda x: model(2 * x).exp().sum(), backend="eager")(x), x)
+    else:
+        fn = go.custom_backward(go.rules.chain(go.rules.scale(1.0), finite_difference()))(lambda x: x.square())
+        found = grad(torch.compile(lambda x: fn(2 * x).exp().sum(), backend="eager")(x), x)
+    nearly(found, expected)
 
 
 @DYNAMO
