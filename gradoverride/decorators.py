@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
+import torch
 from torch import nn
 
 from gradoverride import surrogates
@@ -194,10 +195,16 @@ def _forward_of(target: Any) -> Forward:
             type(target).__call__,
             receiver=target,
             signature=Forward(target.forward).signature,
-            name=type(target).__name__,
+            name=_class_name(target),
             place=location(getattr(type(target), "forward", None)),
         )
     return Forward(target)
+
+
+def _class_name(module: nn.Module) -> str:
+    """The user's name for the class of a module, scripted or compiled ones included."""
+    name = getattr(module, "original_name", None) if isinstance(module, torch.jit.ScriptModule) else None
+    return name or type(getattr(module, "_orig_mod", module)).__name__
 
 
 def _forward_of_class(cls: Any, rule: Rule) -> Forward:

@@ -33,7 +33,9 @@ def name_of(fn: Any) -> str:
     """The user's name for a callable, for messages and for the node in the graph."""
     while isinstance(fn, functools.partial):
         fn = fn.func
-    name = getattr(fn, "__name__", None) or getattr(fn, "name", None)  # a scripted function has the latter
+    name = getattr(fn, "__name__", None)
+    if name is None or name == type(fn).__name__:  # a scripted function may have that of its class
+        name = getattr(fn, "name", None)
     return name if isinstance(name, str) else type(fn).__name__
 
 

@@ -113,6 +113,18 @@ def test_traced_function_gets_the_gradient_of_the_rule():
     exactly(x.grad, float64(7.0, grad=False))
 
 
+def test_scripted_function_is_known_by_its_own_name():
+    decorated = go.custom_backward(seven_times)(scripted_halve())
+    assert decorated(float64(1.0)).grad_fn.name() == "halveBackward"
+    assert decorated.__name__ == "halve"
+
+
+@pytest.mark.parametrize("made", [torch.jit.script, lambda module: torch.compile(module, backend="eager")])
+def test_scripted_and_compiled_modules_are_known_by_their_own_class(made):
+    decorated = go.custom_backward(seven_times)(made(torch.nn.Tanh()))
+    assert decorated(float64(1.0)).grad_fn.name() == "TanhBackward"
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
 def test_scripted_function_keeps_the_rule_when_it_is_compiled():
