@@ -181,8 +181,10 @@ def check_options(rule: Any) -> None:
         check(kind, "n", rule.n, _is_count(rule.n) and rule.n >= 1, "an integer, 1 or larger")
     if "sigma" in own:
         check(kind, "sigma", rule.sigma, is_number(rule.sigma) and rule.sigma > 0, "a number larger than 0")
-    if own.get("eps") is not None:
-        check(kind, "eps", rule.eps, is_number(rule.eps) and rule.eps > 0, "a number larger than 0")
+    if "eps" in own:
+        optional = type(rule).eps is None  # its default
+        fits = (optional and rule.eps is None) or (is_number(rule.eps) and rule.eps > 0)
+        check(kind, "eps", rule.eps, fits, f"{'None or ' * optional}a number larger than 0")
     if "strength" in own:
         fits = is_number(rule.strength) and rule.strength > 0
         check(kind, "strength", rule.strength, fits, "a number larger than 0")

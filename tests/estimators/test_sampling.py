@@ -656,6 +656,7 @@ WRONG = [
     (evolution, {"sigma": -1}, "evolution: 'sigma' must be a number larger than 0; got -1"),
     (evolution, {"antithetic": 1}, "evolution: 'antithetic' must be True or False; got 1"),
     (spsa, {"eps": 0}, "spsa: 'eps' must be a number larger than 0; got 0"),
+    (spsa, {"eps": None}, "spsa: 'eps' must be a number larger than 0; got None"),
     (finite_difference, {"eps": math.nan}, "finite_difference: 'eps' must be None or a number larger than 0; got nan"),
     (finite_difference, {"central": None}, "finite_difference: 'central' must be True or False; got None"),
     (finite_difference, {"batch_dims": -1}, "finite_difference: 'batch_dims' must be an integer, 0 or larger; got -1"),
