@@ -133,7 +133,7 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
         for module, added in placed.items():
             check_order(module, added)
     puts.insert(0, partial(on_modules, model, [(module, added) for module, added in placed.items() if added]))
-    return Override(owner, puts)
+    return Override(owner, puts, _optional(entries))
 
 
 def _override_everywhere(rules: Registry) -> Override:
@@ -159,7 +159,7 @@ def _override_everywhere(rules: Registry) -> Override:
             puts.append(partial(on_path, target.value, layer, scoped=False))
         else:
             puts.append(partial(on_thread, layer))
-    return Override(owner, puts)
+    return Override(owner, puts, _optional(entries))
 
 
 EVERYWHERE = "(everywhere)"
@@ -173,6 +173,11 @@ def _entries(rules: Registry, owner: str) -> list[Entry]:
     return [
         entry._replace(targets=tuple([_resolved(target, entry.rule) for target in entry.targets])) for entry in entries
     ]
+
+
+def _optional(entries: Sequence[Entry]) -> frozenset[Rule]:
+    """The rules that may go without being called."""
+    return frozenset({entry.rule for entry in entries}) - {entry.rule for entry in entries if not entry.optional}
 
 
 def _resolved(target: Target, rule: Rule) -> Target:
@@ -257,8 +262,11 @@ def explain(model: nn.Module | None = None) -> Table:
 class Override:
     """Rules in force: a context manager, a handle with `remove()`, and a table of what is overridden."""
 
-    def __init__(self, owner: str, puts: Sequence[Callable[[], list[Put]]]) -> None:
+    def __init__(
+        self, owner: str, puts: Sequence[Callable[[], list[Put]]], optional: frozenset[Rule] = frozenset()
+    ) -> None:
         self._owner = owner
+        self._optional = optional
         self._lock = threading.Lock()
         self._puts: list[Put] = []
         self._rows: list[Row] = []
@@ -284,7 +292,7 @@ class Override:
         return self.table._repr_html_()
 
     def remove(self) -> None:
-        """Take the rules off again. Warns of a rule that never ran. A second time it does nothing."""
+        """Take the rules off again. Warns of one that never ran and is not optional. A second time it does nothing."""
         self._remove(stacklevel=3)
 
     def _remove(self, stacklevel: int) -> None:
@@ -329,7 +337,7 @@ class Override:
                 ran.add(put.layer.rule)
         for put in reversed(puts):
             put.take_off()
-        return [layer for rule, layer in idle.items() if rule not in ran]
+        return [layer for rule, layer in idle.items() if rule not in ran and rule not in self._optional]
 
 
 class Row(NamedTuple):

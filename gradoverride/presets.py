@@ -18,9 +18,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradoverride import rules
+from gradoverride._core.private import fail
+from gradoverride.errors import UnsupportedError
 from gradoverride.registries import Registry
 
-__all__ = ["guided_backprop", "deconvnet", "deeplift", "epsilon_plus", "epsilon_alpha2_beta1", "epsilon_gamma_box"]
+__all__ = [
+    *("guided_backprop", "deconvnet", "deeplift"),
+    *("epsilon_plus", "epsilon_alpha2_beta1", "epsilon_gamma_box"),
+    "attn_lrp",
+]
 
 _CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -81,3 +87,43 @@ def epsilon_gamma_box(first: Any, low: Any, high: Any) -> Registry:
     registry = _composite("epsilon_gamma_box", rules.lrp_gamma())
     registry.register(first)(rules.lrp_z_box(low, high))
     return registry
+
+
+attn_lrp = Registry("attn_lrp")
+"""AttnLRP for transformers (Achtibat et al. 2024). Relevance is the input times its gradient: `rules/attention.py`.
+
+Freeze the parameters first; `rules.attn_product` says why. The activations of transformers, and classes whose names end
+with `RMSNorm`, are known. Another normalisation that is written out, with `torch.rsqrt`, is refused in the backward
+until its class has a rule: `go.presets.attn_lrp | {T5LayerNorm: rules.attn_identity}`. Batch normalisation is linear in
+`eval()` alone. All other functions have their gradient: right if they are linear in each result that they are given.
+"""
+
+
+def _is_of_one_scale(name: str, module: Any) -> bool:
+    """An RMSNorm, whoever wrote it, or an activation of transformers: one input for each result."""
+    cls = type(module)
+    return cls.__name__.endswith("RMSNorm") or cls.__module__ == "transformers.activations"
+
+
+def _refuse_by_hand(grad_output: Any) -> Any:
+    fail(
+        UnsupportedError,
+        "attn_lrp: a normalisation must be a layer that is known, F.layer_norm, F.group_norm, F.rms_norm or a class "
+        "'...RMSNorm', for its divisor to be a constant; one is written out by hand with torch.rsqrt. If it divides by "
+        "a root mean square, give its class a rule: attn_lrp | {TheClass: rules.attn_identity}",
+    )
+
+
+attn_lrp.register(*_ACTIVATIONS, *_ACTIVATION_FUNCTIONS, F.rms_norm, _is_of_one_scale, optional=True)(
+    rules.attn_identity
+)
+attn_lrp.register(
+    *(torch.mul, torch.matmul, torch.bmm, torch.mm, torch.mv, torch.dot, torch.inner, torch.outer, torch.einsum),
+    optional=True,
+)(rules.attn_product)
+attn_lrp.register(torch.baddbmm, torch.addbmm, torch.addcmul, optional=True)(rules.attn_sum_of_products)
+attn_lrp.register(F.scaled_dot_product_attention, optional=True)(rules.attn_attention)
+attn_lrp.register(F.layer_norm, optional=True)(rules.attn_layer_norm)
+attn_lrp.register(F.group_norm, optional=True)(rules.attn_group_norm)
+attn_lrp.register(torch.div, optional=True)(rules.attn_quotient)
+attn_lrp.register(torch.rsqrt, optional=True)(_refuse_by_hand)

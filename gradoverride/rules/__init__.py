@@ -1,5 +1,14 @@
 """Ready-made rules: each a function, or a small object that is called as one, under the name of its formula."""
 
+from gradoverride.rules.attention import (
+    attn_attention,
+    attn_group_norm,
+    attn_identity,
+    attn_layer_norm,
+    attn_product,
+    attn_quotient,
+    attn_sum_of_products,
+)
 from gradoverride.rules.attribution import (
     deconv_relu,
     guided_relu,
@@ -88,6 +97,13 @@ __all__ = [
     "lrp_w_square",
     "lrp_identity",
     "deeplift_rescale",
+    "attn_identity",
+    "attn_product",
+    "attn_sum_of_products",
+    "attn_attention",
+    "attn_layer_norm",
+    "attn_group_norm",
+    "attn_quotient",
     "round_ste",
     "floor_ste",
     "ceil_ste",

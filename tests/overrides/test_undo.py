@@ -411,6 +411,21 @@ def test_rule_that_never_ran_is_reported_when_it_is_removed(model, x):
         handle.remove()
 
 
+def test_optional_rule_that_never_ran_is_not_reported(model, x):
+    def unused(grad_output):
+        return grad_output
+
+    registry = go.Registry()
+    registry.register("3", torch.tanh, optional=True)(unused)
+    handle = go.override(model, registry)
+    model[:3](x)
+    handle.remove()  # a warning would be an error
+    registry.register("3")(unused)
+    handle = go.override(model, registry)
+    with pytest.warns(go.GradOverrideWarning, match="the rule 'unused' .* never ran"):
+        handle.remove()
+
+
 def test_output_projection_of_attention_is_not_called_and_reported():
     attention = nn.MultiheadAttention(4, 2)
     handle = go.override(attention, {"out_proj": doubled})

@@ -1,0 +1,243 @@
+"""Attention-aware relevance (AttnLRP): a transformer made so linear that its relevance is the gradient times the input.
+
+Achtibat et al., "AttnLRP: attention-aware layer-wise relevance propagation for transformers" (2024). What flows under
+these rules is not the relevance R of a value, but R divided by the value: start it with 1 at the result, and multiply
+the gradient with the input. All that is linear (dense layers, convolutions, sums, rotary embeddings, scalings) then
+needs no rule, for its gradient is LRP-epsilon with an epsilon of 0. For the rest:
+
+- Activations, and what is divided by a root mean square: R passes as it is. `attn_identity`.
+- A product of two results: half of R for each. `attn_product`, `attn_sum_of_products`, and `attn_attention`, which is
+  two products with a softmax between.
+- What something is divided by is a constant. `attn_layer_norm`, `attn_group_norm`, `attn_quotient`.
+- Softmax s of x: `x (R - s sum(R))`, proposition 3.1. That is its gradient times x, so it has no rule. R is not
+  conserved there.
+
+`go.presets.attn_lrp` puts them together:
+
+>>> import torch, gradoverride as go
+>>> model = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).requires_grad_(False)
+>>> x = torch.randn(1, 5, 8, requires_grad=True)
+>>> with go.override(model, go.presets.attn_lrp):
+...     y = model(x)[0, 0, 0]
+>>> relevance = x * torch.autograd.grad(y, x)[0]
+
+They are not for the same model as the rules named `lrp_`, under which R itself flows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradoverride._core.private import fail
+from gradoverride.errors import UnsupportedError
+
+__all__ = [
+    "attn_attention",
+    "attn_group_norm",
+    "attn_identity",
+    "attn_layer_norm",
+    "attn_product",
+    "attn_quotient",
+    "attn_sum_of_products",
+]
+
+_VARIADIC = "args"  # what builtins of torch, which have no signature, call all their positional arguments
+
+
+def attn_identity(grad_output: Tensor, input: Tensor, output: Any, needs: Any, params: Any) -> dict[str, Any]:
+    """Of what has one input for each result, the quotient of the two: `g y / x`, and 0 where x is 0.
+
+    For activations, and for modules that divide by a root mean square (RMSNorm), with a weight or without.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import attn_identity
+    >>> x = torch.tensor([2.0, -1.0], requires_grad=True)
+    >>> y = go.custom_backward(attn_identity)(torch.tanh)(x)
+    >>> torch.equal(x * torch.autograd.grad(y.sum(), x)[0], y)
+    True
+
+    Source: Achtibat et al. (2024), equation 9.
+    """
+    if not isinstance(output, Tensor) or output.shape != input.shape:
+        fail(UnsupportedError, "attn_identity is for what has one result for each input; it is in force on another")
+    found = grad_output * output / input.masked_fill(input == 0, torch.inf)
+    if needs.get(_VARIADIC):
+        return {_VARIADIC: (found,)}
+    return {next(name for name, wanted in needs.items() if wanted): found, **dict.fromkeys(params)}
+
+
+# --- products ---
+
+
+def attn_product(grad_output: Tensor, needs: Any, vjp: Any) -> Any:
+    """Of a product of several results, the gradient divided by their number n: `vjp(g / n)`.
+
+    For `torch.mul`, `torch.matmul`, `torch.bmm`, `torch.einsum`. What wants no gradient is a constant, and does not
+    count: of one result and constants the gradient is as it was. A parameter that is trained counts, and would have its
+    share of the relevance: `model.requires_grad_(False)` first.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import attn_product
+    >>> a, b = torch.tensor([2.0], requires_grad=True), torch.tensor([3.0], requires_grad=True)
+    >>> product = go.custom_backward(attn_product)(torch.mul)
+    >>> torch.autograd.grad(product(a, b), (a, b))
+    (tensor([1.5000]), tensor([1.]))
+    >>> torch.autograd.grad(product(a, torch.tensor([3.0])), a)
+    (tensor([3.]),)
+
+    Source: Achtibat et al. (2024), propositions 3.2 and 3.3.
+    """
+    return vjp(grad_output / max(1, len(_wanted(needs))))
+
+
+def attn_sum_of_products(grad_output: Tensor, needs: Any, vjp: Any) -> Any:
+    """Of a sum of a tensor and a product of two, `attn_product` for the two and the gradient for the first.
+
+    For `torch.baddbmm`, `torch.addbmm`, `torch.addcmul`. (`torch.addmm` and `F.linear` are dense layers.)
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import attn_sum_of_products
+    >>> c, a, b = [torch.tensor([number], requires_grad=True) for number in (1.0, 2.0, 3.0)]
+    >>> torch.autograd.grad(go.custom_backward(attn_sum_of_products)(torch.addcmul)(c, a, b), (c, a, b))
+    (tensor([1.]), tensor([1.5000]), tensor([1.]))
+
+    Source: Achtibat et al. (2024), propositions 3.2 and 3.3.
+    """
+    added = ("input", f"{_VARIADIC}[0]")
+    count = max(1, len([name for name in _wanted(needs) if name not in added]))
+    return _weighted(grad_output, needs, vjp, lambda name: 1 if name in added else 1 / count)
+
+
+def attn_attention(grad_output: Tensor, needs: Any, vjp: Any) -> Any:
+    """Of scaled dot-product attention, what the rules of its two products give: a quarter for queries and for keys,
+    half for values.
+
+    For `F.scaled_dot_product_attention`, whichever kernel it takes. Where some of the three are constants, those of the
+    others are as `attn_product` has them. A mask that wants a gradient is added to the scores, and has half.
+
+    >>> import torch, gradoverride as go, torch.nn.functional as F
+    >>> from gradoverride.rules import attn_attention
+    >>> q, k, v = torch.randn(3, 1, 4, 8, requires_grad=True).unbind()
+    >>> plain = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).sum(), (q, k, v))
+    >>> attention = go.custom_backward(attn_attention)(F.scaled_dot_product_attention)
+    >>> found = torch.autograd.grad(attention(q, k, v).sum(), (q, k, v))
+    >>> [torch.allclose(part * n, whole) for part, n, whole in zip(found, (4, 4, 2), plain)]
+    [True, True, True]
+
+    Source: Achtibat et al. (2024), proposition 3.3, twice, with 3.1 between.
+    """
+    names = ("query", "key", "value", "attn_mask")
+    place = {**{name: name for name in names}, **{f"{_VARIADIC}[{i}]": name for i, name in enumerate(names)}}
+    wanted = {place[name] for name in _wanted(needs)}
+    in_scores = len(wanted & {"query", "key"})
+    with_values = ("value" in wanted) + (len(wanted - {"value"}) > 0)
+    parts = {"query": in_scores * with_values, "key": in_scores * with_values}
+    return _weighted(grad_output, needs, vjp, lambda name: 1 / max(1, parts.get(place.get(name, name), with_values)))
+
+
+# --- normalisation ---
+
+
+def attn_layer_norm(
+    grad_output: Tensor, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float = 1e-5
+) -> dict[str, Any]:
+    """Of layer normalisation, the gradient with the deviation as a constant: `(g w - mean(g w)) / deviation`.
+
+    For `F.layer_norm`, which `nn.LayerNorm` calls. The bias keeps its share of the relevance.
+
+    >>> import torch, gradoverride as go, torch.nn.functional as F
+    >>> from gradoverride.rules import attn_layer_norm
+    >>> x = torch.tensor([[1.0, 2.0, 6.0]], requires_grad=True)
+    >>> y = go.custom_backward(attn_layer_norm)(F.layer_norm)(x, (3,))
+    >>> torch.allclose((x * torch.autograd.grad(y[0, 2], x)[0]).sum(), y[0, 2])
+    True
+
+    Source: Achtibat et al. (2024), proposition 3.4.
+    """
+    sizes = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    dims = tuple(range(-len(sizes), 0))
+    grad = grad_output if weight is None else grad_output * weight
+    return {"input": _centered(grad, dims) / _deviation(input, dims, eps)}
+
+
+def attn_group_norm(
+    grad_output: Tensor, input: Tensor, num_groups: int, weight: Tensor | None = None, eps: float = 1e-5
+) -> dict[str, Any]:
+    """The same of group normalisation. For `F.group_norm`, which `nn.GroupNorm` calls.
+
+    >>> import torch, gradoverride as go, torch.nn.functional as F
+    >>> from gradoverride.rules import attn_group_norm
+    >>> x = torch.tensor([[1.0, 2.0, 6.0, 7.0]], requires_grad=True)
+    >>> y = go.custom_backward(attn_group_norm)(F.group_norm)(x, 2)
+    >>> torch.allclose((x * torch.autograd.grad(y[0, 2], x)[0]).sum(), y[0, 2])
+    True
+
+    Source: Achtibat et al. (2024), proposition 3.4.
+    """
+    grad = grad_output if weight is None else grad_output * weight.view(-1, *[1] * (input.dim() - 2))
+    groups = (input.shape[0], num_groups, -1)
+    found = _centered(grad.reshape(groups), (-1,)) / _deviation(input.reshape(groups), (-1,), eps)
+    return {"input": found.view_as(input)}
+
+
+def attn_quotient(grad_output: Tensor, needs: Any, vjp: Any) -> Any:
+    """Of a quotient, the gradient of what is divided; what it is divided by is a constant: `g / b`, and none.
+
+    For `torch.div`, as in a normalisation that is written out.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import attn_quotient
+    >>> a, b = torch.tensor([6.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)
+    >>> torch.autograd.grad(go.custom_backward(attn_quotient)(torch.div)(a, b), a)
+    (tensor([0.5000]),)
+
+    A constant that is divided by a result is refused: no relevance could go on.
+
+    Source: Achtibat et al. (2024), proposition 3.4.
+    """
+    divided = ("input", f"{_VARIADIC}[0]")
+    if not any(name in divided for name in _wanted(needs)):
+        fail(
+            UnsupportedError,
+            "attn_quotient: what is divided must be a result, for relevance to go on to it; it is a constant. Give the "
+            "module that divides it the rule attn_identity, if it has one input for each result",
+        )
+    return _weighted(grad_output, needs, vjp, lambda name: 1 if name in divided else None)
+
+
+# --- what they share ---
+
+
+def _names(needs: Any) -> list[str]:
+    """The arguments in the order in which `vjp` gives their gradients: by position first, if a builtin has such."""
+    positional = [name for name in needs if name.startswith(f"{_VARIADIC}[")]
+    return [*positional, *[name for name in needs if name != _VARIADIC and name not in positional]]
+
+
+def _wanted(needs: Any) -> list[str]:
+    return [name for name in _names(needs) if needs[name]]
+
+
+def _weighted(grad_output: Tensor, needs: Any, vjp: Any, weight: Callable[[str], float | None]) -> Any:
+    """The gradients, each times the weight of its argument. None for one without."""
+    found = vjp(grad_output)
+    if isinstance(found, Tensor):  # of the only tensor among the arguments
+        return _times(found, weight(_wanted(needs)[0]))
+    return tuple([_times(grad, weight(name)) for name, grad in zip(_names(needs), found, strict=True)])
+
+
+def _times(grad: Tensor | None, factor: float | None) -> Tensor | None:
+    return None if grad is None or factor is None else grad * factor
+
+
+def _centered(grad: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return grad - grad.mean(dims, keepdim=True)
+
+
+def _deviation(input: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    return (wide.var(dims, correction=0, keepdim=True) + eps).sqrt()
