@@ -101,7 +101,7 @@ def sigmoid(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def triangle(grad: Tensor, x: Tensor) -> Tensor:
-    return x.abs().neg_().add_(1).relu_().mul_(grad)
+    return x.abs().sub_(1).clamp_max_(0).mul_(grad).neg_()
 
 
 # By other libraries.
