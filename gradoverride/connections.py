@@ -22,6 +22,7 @@ from gradoverride._core.private import evaluated_while_tracing, fail, in_forward
 from gradoverride._core.reading import Readings, keep_plan, kept_plan, unbound
 from gradoverride._core.signature import Forward
 from gradoverride._core.structure import flatten, unflatten
+from gradoverride._core.tracers import FX, record_function, tracer_now
 from gradoverride.errors import GraphError, RuleSignatureError, UnsupportedError
 
 __all__ = ["Connection", "connect", "connect_"]
@@ -48,9 +49,13 @@ def connect(result: X, inputs: Any, rule: Callable[..., Any] | None = None) -> X
     Raises `GraphError` if `result` has a graph already or no input needs a gradient, `RuleSignatureError` for a name
     that is not there, `RuleResultError` for a wrong answer.
     """
+    tracer = tracer_now((result, inputs))
+    if tracer == FX:
+        return record_function("connect", functools.partial(connect, rule=rule), result, inputs)
     _check_result(result)
     names, values = _named(inputs, "connect")
-    _check_wanted(values, "connect")
+    if tracer is None:
+        _check_wanted(values, "connect")
     if rule is None:
         rule = _identity(result, values, "connect")
     if torch.compiler.is_dynamo_compiling():

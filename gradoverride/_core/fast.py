@@ -18,11 +18,15 @@ from gradoverride._core.kept_graph import KeptGraph
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import (
     IN_FORWARD_AD,
+    IN_TRACER,
     any_autocast,
     can_call_directly,
     dual_levels,
     fast_apply,
+    fx_tracer,
     in_functorch,
+    is_jit_tracing,
+    jit_tracer,
     use_count,
 )
 from gradoverride._core.reach import SCALARS, Reach
@@ -128,6 +132,9 @@ class ShortPath:
             "_go_general": lambda receiver, *values: differentiate(self.plan, self.layout, receiver, values),
             "_go_getrefcount": sys.getrefcount,
             "_go_in_functorch": in_functorch,
+            "_go_fx_tracer": fx_tracer,
+            "_go_is_jit_tracing": is_jit_tracing,
+            "_go_jit_tracer": jit_tracer,
             "_go_is_number": is_number,
             "_go_kept_graph": KeptGraph.alone,
             "_go_Parameter": nn.Parameter,
@@ -150,7 +157,7 @@ class ShortPath:
         tensors = [arguments[place] for place in self.places]
         general = f"        return _go_general({receiver}, {', '.join(arguments)})"
         ambient = "" if self.plan.rule_is_arithmetic else " or _go_any_autocast()"
-        lines = [f"    if _go_in_functorch() or {IN_FORWARD_AD}{ambient}:", general]
+        lines = [f"    if _go_in_functorch() or {IN_FORWARD_AD} or {IN_TRACER}{ambient}:", general]
         if self.reach is not None and self.reach.names:
             lines += [f"    if {self.reach.conditions()[0]}:", general]
         if self.plan.takes_receiver:
@@ -158,6 +165,8 @@ class ShortPath:
         lines += [
             *(f"    {_wants(name)} = {name}.requires_grad" for name in tensors),
             f"    if not ({' or '.join(map(_wants, tensors))}):",
+            "        if _go_is_jit_tracing():",
+            f"    {general}",
             f"        return {self.function.called(arguments, receiver)}",
         ]
         floating = [f"{name}.dtype in _go_FLOATING" for name in tensors]

@@ -35,6 +35,7 @@ from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import Copied, stand_in, with_parameters, write_back
 from gradoverride._core.structure import LEAF, Node, flatten, skeleton, unchanged, unflatten
+from gradoverride._core.tracers import FX, record_call, says_of, tracer_now
 from gradoverride.errors import ForwardResultError, UnsupportedError
 
 __all__ = ["ForwardPass", "differentiate", "tie"]
@@ -44,7 +45,12 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
     """Call the forward of `plan` with its rule in force, or with `rule`, if a gradient is wanted at all."""
     if plan.class_form:
         plan = plan.of_class(type(receiver))
+    tracer = tracer_now(values)
+    if tracer == FX:
+        return record_call(plan, layout, receiver, values)
     mode = _mode(plan)
+    if tracer is not None and mode is not None and says_of(plan, tracer):
+        mode = None
     if mode is None:
         return plan.undecorated(layout, receiver, values)
     call = Call(plan, layout, mode, rule)
@@ -65,6 +71,9 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
 def tie(plan: Plan, layout: Layout, values: Sequence[Any], result: Any, rule: Any) -> Any:
     """A result that was computed elsewhere, with `rule` for its gradient to reach `values`."""
     mode = _mode(plan)
+    tracer = tracer_now(values)
+    if tracer is not None and mode is not None and says_of(plan, tracer):
+        mode = None
     if mode is None:
         return result
     call = Call(plan, layout, mode, rule)

@@ -20,6 +20,7 @@ from gradoverride._core.private import call_directly, can_call_directly, evaluat
 from gradoverride._core.reach import Reach
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.signature import Forward, Rule, resolve
+from gradoverride._core.tracers import EXPORT, recorded_as, warn
 
 __all__ = ["MARK", "Layout", "Plan", "is_known_method"]
 
@@ -59,6 +60,8 @@ class Plan:
         self.marked = False  # whether what it saves is to be told from what the bare forward saves: see MARK
         self.on_trace: Callable[[], None] | None = None  # when Dynamo traces a call
         self.traced: Callable[[], None] = evaluated_while_tracing(lambda: self.on_trace and self.on_trace())
+        self.wrapper: Any = None  # what a user calls
+        self.warn_of_export: Callable[[], None] = evaluated_while_tracing(lambda: warn(self, EXPORT))
         self.on_first_call: Callable[[Any, Any], None] | None = None  # of the first argument and the result
         self.takes_receiver = forward.is_method
         self.class_form = class_form  # the rule is a method called `backward`, whose self is a stand-in
@@ -93,6 +96,13 @@ class Plan:
         self.transformed = named(Transformed, forward.name)
         self._subclasses: dict[Any, Plan] = {}
         self._layouts: dict[Any, Layout] = {}
+        self._recorded: Callable[..., Any] | None = None
+
+    def recorded(self) -> Callable[..., Any]:
+        """What torch.fx records as called, always the same."""
+        if self._recorded is None:
+            self._recorded = recorded_as(self.forward.name, self.wrapper)
+        return self._recorded
 
     def of_class(self, cls: type) -> Plan:
         """The plan for instances of `cls`, which may have a `backward` of its own."""

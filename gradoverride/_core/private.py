@@ -16,9 +16,11 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch.autograd import Function, forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 __all__ = [
     "IN_FORWARD_AD",
+    "IN_TRACER",
     "OWNERS_IF_RETURNED",
     "after_backward",
     "any_autocast",
@@ -30,13 +32,18 @@ __all__ = [
     "fast_apply",
     "forward_mode_depth",
     "function_of",
+    "fx_tracer",
     "hidden_from_dynamo",
     "hook_on_result",
     "in_forward_ad",
     "in_functorch",
+    "in_modes",
     "is_compiled_graph",
     "is_freed",
+    "is_jit_tracing",
+    "jit_tracer",
     "let_dynamo_show",
+    "may_be_symbolic",
     "dynamo_shows",
     "keep_own_frames_whole",
     "keeps_graph",
@@ -364,6 +371,36 @@ any_autocast: Callable[[], bool] = getattr(
     "_is_any_autocast_enabled",
     lambda: any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
 )
+
+
+# True where torch shows operations to modes: what torch.export and make_fx trace with is one.
+in_modes: Callable[[], Any] = getattr(torch._C, "_len_torch_dispatch_stack", get_proxy_mode)
+
+# `torch.jit.is_tracing` asks whether it is itself scripted before.
+is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]  # it is public
+
+
+class _Tracers:
+    """What stands for the flags of tracers: each call is looked at, on the general path."""
+
+    _is_fx_tracing_flag = True
+
+    @property
+    def _trace_module_map(self) -> Any:
+        return {} if is_jit_tracing() else None
+
+
+_symbolic = getattr(torch.fx, "_symbolic_trace", None)
+_jit = getattr(torch.jit, "_trace", None)
+# The flags of torch.fx and make_fx, and of torch.jit.trace for modules. As code, like IN_FORWARD_AD.
+fx_tracer: Any = _symbolic if hasattr(_symbolic, "_is_fx_tracing_flag") else _Tracers()
+jit_tracer: Any = _jit if hasattr(_jit, "_trace_module_map") else _Tracers()
+IN_TRACER = "_go_fx_tracer._is_fx_tracing_flag or _go_jit_tracer._trace_module_map is not None"
+
+
+def may_be_symbolic() -> bool:
+    """Whether a tracer of torch.fx may be at work. Without its flag arguments are looked through each time."""
+    return bool(fx_tracer._is_fx_tracing_flag)
 
 
 # Without it all forward mode in `torch.func` is taken for nested, and refused.

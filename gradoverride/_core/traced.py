@@ -43,7 +43,7 @@ class TracedPath:
             keep_own_frames_whole()
             plan.traced()
             known = plan.reach is None or (plan.reach.holds() and (not plan.takes_receiver or fitting[receiver]))
-            return known and not in_functorch()
+            return known and not in_functorch() and not torch.compiler.is_exporting()
 
         names.update(self.function.globals())
         names.update(

@@ -70,6 +70,7 @@ def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> Function
         wrapper.__dict__.update({key: value for key, value in marks.items() if not key.startswith("__")})
     if not isinstance(getattr(original, "__name__", None), str):
         wrapper.__name__ = wrapper.__qualname__ = plan.forward.name
+    plan.wrapper = wrapper
     return wrapper
 
 

@@ -1,0 +1,102 @@
+"""Tracers that record a forward: the rule goes along, or a warning says that it does not. Conformance, group export."""
+
+import warnings
+
+import pytest
+import torch
+from oracles import exactly, noise
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import gradoverride as go
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # it is deprecated
+
+
+@go.custom_backward(lambda grad_output: 7 * grad_output)
+def seven(x):
+    return 2 * x
+
+
+class Model(nn.Module):
+    def forward(self, x):
+        return seven(x) + 1
+
+
+class Ruled(nn.Module):
+    @go.custom_backward(lambda grad_output: 7 * grad_output)
+    def forward(self, x):
+        return 2 * x
+
+
+ROUND = go.straight_through(torch.round)
+KEYWORDS = go.custom_backward(lambda grad_output: 7 * grad_output)(lambda *, x: 2 * x)
+
+
+@pytest.fixture
+def x():
+    return noise(3, 4)
+
+
+def gradient(function, x):
+    return torch.autograd.grad(function(x).sum(), x)[0]
+
+
+def test_graph_of_fx_calls_the_decorated_function_itself(x):
+    graph = torch.fx.symbolic_trace(Model())
+    assert next(node.target for node in graph.graph.nodes if node.op == "call_function") is seven
+    exactly(gradient(graph, x), torch.full_like(x, 7.0))
+
+
+def test_graph_of_fx_calls_the_module_with_a_rule_as_one(x):
+    graph = torch.fx.symbolic_trace(nn.Sequential(Ruled(), nn.Identity()))
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1"]
+    exactly(gradient(graph, x), torch.full_like(x, 7.0))
+
+
+def test_lambdas_and_functions_of_torch_are_recorded_with_their_rule(x):
+    forms = {
+        "lambda": go.custom_backward(lambda grad_output: 7 * grad_output)(lambda x: 2 * x),
+        "torch": lambda x: ROUND(x),
+        "edit": lambda x: go.edit_gradient(x, lambda grad_output: 7 * grad_output),
+        "connect": lambda x: go.connect(x.detach().round(), x),
+        "keywords": lambda x: KEYWORDS(x=x),
+    }
+    for name, form in forms.items():
+        exactly(gradient(torch.fx.symbolic_trace(form), x), gradient(form, x))
+        assert gradient(form, x).mean().item() in (1.0, 7.0), name
+
+
+def test_model_that_is_a_module_with_a_rule_itself_is_refused_by_fx_with_a_way_out(x):
+    with pytest.raises(go.UnsupportedError, match=r"(?s)'Ruled' .*must be a part of the model.*nn.Sequential\(model\)"):
+        torch.fx.symbolic_trace(Ruled())
+
+
+TRACERS = {
+    "export": lambda model, x: torch.export.export(model, (x,)).module(),
+    "strict export": lambda model, x: torch.export.export(model, (x,), strict=True).module(),
+    "make_fx": lambda model, x: make_fx(model)(x),
+    "jit.trace": lambda model, x: torch.jit.trace(model, (x,)),
+}
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("wanted", [False, True])
+def test_tracer_that_drops_rules_says_so_and_has_the_forward(tracer, wanted, x):
+    given = x.detach().requires_grad_(wanted)
+    with pytest.warns(go.GradOverrideWarning, match=r"records the forward of 'seven' .* and not its rule '<lambda>'.*"):
+        traced = TRACERS[tracer](Model(), given)
+    exactly(traced(x).detach(), (2 * x + 1).detach())
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_nothing_is_said_where_no_gradient_is_wanted(tracer, x):
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", go.GradOverrideWarning)
+        traced = TRACERS[tracer](Model(), x.detach())
+    exactly(traced(x).detach(), (2 * x + 1).detach())
+
+
+def test_make_fx_of_a_gradient_has_the_rule(x):
+    graph = make_fx(torch.func.grad(lambda x: seven(x).sum()))(x.detach())
+    exactly(graph(x.detach()), torch.full_like(x, 7.0).detach())
