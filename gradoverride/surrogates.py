@@ -91,7 +91,7 @@ __all__ = [
 ]
 
 # What takes time is each pass over memory, and twice as much if the memory is new. So what is new is written in place,
-# and becomes the result at last (`_times`, `_over`). There are torch's own derivatives besides, each one kernel. A mask
+# and becomes the result at last (`_may_write_into`). There are torch's own derivatives besides, each one kernel. A mask
 # of booleans takes nine times as long as one of numbers.
 _aten: Any = torch.ops.aten
 
@@ -381,7 +381,7 @@ class fast_sigmoid(Surrogate):
     k: Option = 25.0
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
-        return _times(grad, x.abs().mul_(self.k).add_(1).pow_(-2))
+        return _over(grad, x.abs().mul_(self.k).add_(1).pow_(2))
 
     def primitive(self, x: Tensor) -> Tensor:
         """`x / (1 + k |x|)`, from -1 / k to 1 / k."""
@@ -560,7 +560,9 @@ class swish_sign(Surrogate):
 
 
 def _triangle(grad: Tensor, x: Tensor, height: Any, width: Any) -> Tensor:
-    return _times(grad, x.abs().mul_(-height / width).add_(height).relu_())
+    below = x.abs().sub_(width).clamp_max_(0)
+    out = below if _may_write_into(below, grad) else None
+    return torch.addcmul(x.new_zeros(()), grad, below, value=-height / width, out=out)  # 0 added: no -0.0
 
 
 def _parabolas(x: Tensor, height: Any, width: Any) -> Tensor:
