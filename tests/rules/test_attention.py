@@ -412,7 +412,7 @@ def test_relevance_in_llama_is_that_of_the_paper_by_hand():
     with go.override(model, go.presets.attn_lrp):
         found_logit, found = relevance_of_tokens(model, x)
     near(found_logit, logit)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    near(found, expected)
     _, plain = relevance_of_tokens(model, x)
     assert (plain - expected).norm() > 0.1 * expected.norm()
 
@@ -423,7 +423,7 @@ def test_relevance_in_llama_sums_to_the_logit_but_for_what_softmaxes_keep():
     by_hand.run(x, TOKEN)
     with go.override(model, go.presets.attn_lrp):
         logit, found = relevance_of_tokens(model, x)
-    torch.testing.assert_close(found.sum() + by_hand.kept, logit, rtol=1e-7, atol=1e-9)
+    near(found.sum() + by_hand.kept, logit)
 
 
 def test_relevance_of_one_token_alone_is_conserved():
@@ -432,8 +432,8 @@ def test_relevance_of_one_token_alone_is_conserved():
     _, expected = by_hand.run(x, TOKEN)
     with go.override(model, go.presets.attn_lrp):
         logit, found = relevance_of_tokens(model, x)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(found.sum() + by_hand.kept, logit, rtol=1e-7, atol=1e-9)
+    near(found, expected)
+    near(found.sum() + by_hand.kept, logit)
 
 
 def test_both_implementations_of_attention_have_the_same_relevance():
@@ -518,8 +518,33 @@ def test_relevance_in_an_encoder_of_torch_is_that_of_the_paper_by_hand():
         result = model(leaf)[0, 2, 3]
         found = (leaf * torch.autograd.grad(result, leaf)[0])[0].detach()
     near(result.detach(), y)
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(found.sum() + kept, y, rtol=1e-7, atol=1e-9)
+    near(found, expected)
+    near(found.sum() + kept, y)
+
+
+def gradient_in_an_encoder(model, x):
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(model(leaf)[0, 2, 3], leaf)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule for aten:UserWarning")  # torch's, of its attention kernel
+def test_under_transforms_it_is_that_of_autograd():
+    model, x = Encoder(norm_first=True), noise(1, 5, 8, grad=False)
+    with go.override(model, go.presets.attn_lrp):
+        expected = gradient_in_an_encoder(model, x)
+        grad = torch.func.grad(lambda x: model(x)[0, 2, 3])
+        closely(grad(x), expected)
+        closely(torch.func.vmap(grad)(torch.stack([x, x + 1]))[0], expected)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_in_other_dtypes(dtype, precision):
+    model, x = Encoder(norm_first=True), noise(1, 5, 8, grad=False)
+    with go.override(model, go.presets.attn_lrp):
+        expected = gradient_in_an_encoder(model, x)
+        found = gradient_in_an_encoder(model.to(dtype), x.to(dtype))
+    assert found.dtype is dtype
+    assert (found.double() - expected).norm() < precision * expected.norm()
 
 
 @pytest.mark.parametrize("mask", [None, torch.randn(5, 5, dtype=torch.float64)], ids=["", "mask"])

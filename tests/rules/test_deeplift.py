@@ -146,6 +146,16 @@ def test_compiled_it_is_that_of_eager():
     closely(found, expected)
 
 
+def test_under_transforms_it_is_that_of_autograd():
+    model, (x, reference) = network(nn.Tanh), data()
+    both = torch.cat([x, reference])
+    with go.override(model, go.presets.deeplift):
+        expected, _ = multipliers(model, x, reference, 0)
+        grad = torch.func.grad(lambda both: model(both)[:4, 0].sum())
+        closely(grad(both)[:4], expected)
+        closely(torch.func.vmap(grad)(torch.stack([both + 1, both]))[1, :4], expected)
+
+
 def test_it_pickles_compares_and_prints():
     rule = rules.deeplift_rescale(epsilon=1e-5)
     assert pickle.loads(pickle.dumps(rule)) == rule
