@@ -25,6 +25,7 @@ from gradoverride._core.contract import what
 from gradoverride._core.private import fail
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
+from gradoverride.rules.gradient import writes_nothing
 
 __all__ = ["vector_quantize", "rotation_trick"]
 
@@ -54,6 +55,7 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, rotate: bool = False) -> tup
     return (_code_by_rotation if rotate else _code)(x, codebook, index), index
 
 
+@writes_nothing
 def rotation_trick(grad_output: Tensor, input: Tensor, output: Tensor) -> Tensor:
     """`|y| / |x| R^T g`, where R is the rotation that takes the direction of the vector x to that of y, its code.
 
@@ -91,6 +93,7 @@ def _code(x: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
     return codebook[index]
 
 
+@writes_nothing
 def _rotation_backward(grad_output: Tensor, x: Tensor, output: Tensor) -> dict[str, Tensor]:
     return {"x": rotation_trick(grad_output, x, output)}
 

@@ -80,8 +80,9 @@ class _Each:
         return each(self.of, grad_output)
 
 
-def _writes_nothing(rule: F) -> F:
-    rule.writes_nothing = True  # type: ignore[attr-defined]  # the same, of a function
+def writes_nothing(rule: F) -> F:
+    """`rule`, known to write into no gradient that it is given. Not exported: for rules of this library."""
+    rule.writes_nothing = True  # type: ignore[attr-defined]  # a function may have attributes
     return rule
 
 
@@ -138,7 +139,7 @@ class scale(_Each):
         return grad * self.factor
 
 
-@_writes_nothing
+@writes_nothing
 def stop(grad_output: X) -> X:
     """No gradient: zeros. (With `x.detach()` in place of a rule there is none at all: `x.grad` stays None.)
 
@@ -342,7 +343,7 @@ _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.com
 # --- rounded, and with noise ---
 
 
-@_writes_nothing
+@writes_nothing
 def sign(grad_output: X) -> X:
     """The sign of each value: -1, 0 or 1; of nan 0. Of a complex value its direction, `g / |g|`.
 

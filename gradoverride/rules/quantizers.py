@@ -38,6 +38,7 @@ from gradoverride._core.options import check, is_number
 from gradoverride._core.private import fail
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
+from gradoverride.rules.gradient import writes_nothing
 
 __all__ = [
     "fake_quantize",
@@ -50,8 +51,8 @@ __all__ = [
     "ewgs",
 ]
 
-# Its `hardtanh_backward` is g strictly between two bounds, else 0, in one kernel. (And `hardtanh_` stands for `clamp_`
-# here, which vmap runs one by one.)
+# `hardtanh_backward` is g strictly between two bounds, else 0, in one kernel. (`hardtanh_` stands for `clamp_`, which
+# vmap runs one by one.)
 _aten: Any = torch.ops.aten
 
 
@@ -106,6 +107,7 @@ def fake_quantize(
     return _fake_quantize(x, scale, zero_point, quant_min, quant_max)
 
 
+@writes_nothing
 def _fake_quantize_backward(
     grad_output: Tensor, x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int
 ) -> Tensor:
@@ -114,6 +116,7 @@ def _fake_quantize_backward(
     return grad_x
 
 
+@writes_nothing
 def _fake_quantize_by_tensors_backward(
     grad_output: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
 ) -> tuple[Tensor, None, None]:
@@ -172,6 +175,7 @@ def lsq(x: Tensor, step: Tensor, bits: int, *, signed: bool = True, count: int |
     return _lsq(x, step, low, high, 1 / math.sqrt(count * high))
 
 
+@writes_nothing
 def _lsq_backward(
     grad_output: Tensor, x: Tensor, step: Tensor, low: int, high: int, grad_scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -240,6 +244,7 @@ def pact(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
     return _pact(x, alpha, 2**bits - 1)
 
 
+@writes_nothing
 def _pact_backward(grad_output: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     ratio = x / alpha
     grad_x: Tensor = _aten.hardtanh_backward(grad_output, ratio, 0, 1)
@@ -350,6 +355,7 @@ def magnitude_aware_sign(w: Tensor, dim: int | tuple[int, ...] | None = None) ->
     return _magnitude_aware_sign(w, size.mean(dim, keepdim=True) if dim != () else size)
 
 
+@writes_nothing
 def _magnitude_aware_backward(grad_output: Tensor, w: Tensor, size: Tensor) -> tuple[Tensor, None]:
     return _aten.hardtanh_backward(grad_output * size, w, -1, 1), None
 

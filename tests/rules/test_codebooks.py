@@ -44,6 +44,12 @@ class TestVectorQuantize:
         exactly(index, expected)
         exactly(codes.detach(), codebook.detach()[expected])
 
+    def test_writes_into_nothing(self, rotate):
+        x, codebook, g = noise(50, 6), noise(20, 6), noise(50, 6, grad=False)
+        before = [tensor.detach().clone() for tensor in (x, codebook, g)]
+        torch.autograd.grad(rules.vector_quantize(x, codebook, rotate=rotate)[0], x, g)
+        exactly([tensor.detach() for tensor in (x, codebook, g)], before)
+
     def test_the_codebook_gets_no_gradient_from_it(self, rotate):
         x, codebook = noise(50, 6), noise(20, 6)
         codes, _ = rules.vector_quantize(x, codebook, rotate=rotate)
