@@ -26,13 +26,17 @@ from gradoverride._core.private import (
     evaluated_while_tracing,
     fail,
     fast_apply,
+    fx_tracer,
     in_forward_ad,
     in_functorch,
+    is_jit_tracing,
+    jit_tracer,
 )
 from gradoverride._core.reading import Reading, Readings, holds_numbers, keep_plan, kept_plan, unbound
 from gradoverride._core.short_function import FLOATING
 from gradoverride._core.signature import Forward, name_of
 from gradoverride._core.structure import flatten, unflatten
+from gradoverride._core.tracers import FX, exporting, record_function, tracer_now
 from gradoverride.errors import GraphError, RuleResultError
 
 __all__ = ["ask", "ask_several", "edit"]
@@ -48,12 +52,13 @@ def edit(x: Any, rule: Any) -> Any:
     if (
         (kind is Tensor or kind is Parameter)
         and reading.of_values
-        and not (in_functorch() or dual_levels._current_level >= 0)
+        and not (in_functorch() or dual_levels._current_level >= 0 or fx_tracer._is_fx_tracing_flag)
         and (reading.plain or not any_autocast())
+        and jit_tracer._trace_module_map is None
     ):
         if x.requires_grad and _grad_enabled():
             return (_apply_keeping if reading.sources else _apply)((rule, reading), x)
-        if x.dtype in FLOATING:
+        if x.dtype in FLOATING and not is_jit_tracing():
             return x
     return _general(reading.plan_for(rule), x, rule)
 
@@ -71,6 +76,8 @@ VALUES = frozenset({"x", "input", "output"})  # names of the value: they are all
 
 
 def _general(plan: Plan, x: Any, rule: Any) -> Any:
+    if tracer_now((x,)) == FX:
+        return record_function("edit_gradient", lambda x: edit(x, rule), x)
     leaves: list[Tensor] = []
     spec = flatten(x, is_differentiable, leaves)
     if not leaves:
@@ -209,7 +216,7 @@ def _call(rule: Any, reading: Reading) -> Call:
 
 def _edit_traced(x: Any, rule: Any) -> Any:
     names = _names_of_value(rule)
-    if names is None or not is_differentiable(x) or in_functorch():
+    if names is None or not is_differentiable(x) or in_functorch() or exporting():
         return _general(kept_plan(_name_of_plan(*unbound(rule))), x, rule)
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x
