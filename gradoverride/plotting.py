@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +15,10 @@ from gradoverride._core.contract import shape_text, what
 from gradoverride._core.options import check, is_number
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Rule, name_of
-from gradoverride._core.surrogate import SurrogateRule
+from gradoverride._core.surrogate import StraightThrough, SurrogateRule
 from gradoverride.drawing import rule_of
 from gradoverride.errors import ForwardResultError, RuleResultError, RuleSignatureError
+from gradoverride.rules.steps import spike
 from gradoverride.surrogates import Surrogate
 
 if TYPE_CHECKING:
@@ -92,6 +93,9 @@ _STYLES: dict[str, Any] = {
 
 
 def _curves_of_surrogate(surrogate: Surrogate, primitive: Any, x: Tensor) -> dict[str, Tensor]:
+    options = {option.name: getattr(surrogate, option.name) for option in fields(surrogate)}
+    learnt = {name: value.detach() for name, value in options.items() if isinstance(value, Tensor)}
+    surrogate = replace(surrogate, **learnt)
     smooth = surrogate.primitive if primitive is None else primitive
     curves = {} if smooth is None else {"primitive": _result_of(smooth, x).detach()}
     return {**curves, "gradient": surrogate(torch.ones_like(x), x).detach()}
@@ -147,6 +151,9 @@ def _last_node(function: Callable[..., Any], x: Tensor) -> Any:
 
 def _primitive_of(function: Callable[..., Any], x: Tensor) -> Any:
     """The function that the gradient is the derivative of, if a surrogate is all that is behind the function."""
+    if isinstance(function, (StraightThrough, spike)):
+        given = function.surrogate
+        return given.primitive if isinstance(given, Surrogate) else given
     node = _last_node(function, x)
     if node is None or any(after is not None and after.next_functions for after, _ in node.next_functions):
         return None  # more than one node

@@ -151,6 +151,21 @@ class TestOfARuleOfTheGradient:
         assert ax.get_title() == "chain(clip_value(limit=1.0), reverse(strength=0.5))"
 
 
+@pytest.mark.parametrize(
+    "made", [lambda a: surrogates.atan(a), lambda a: go.straight_through(torch.sign, surrogate=surrogates.atan(a)),
+             lambda a: rules.spike(surrogates.atan(a))], ids=["surrogate", "straight_through", "spike"]
+)  # fmt: skip
+def test_what_learns_is_drawn_as_it_is_now_and_gets_no_gradient(made):
+    alpha = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+    given = made(alpha)
+    with torch.no_grad():
+        alpha.fill_(3.0)
+    lines = lines_of(go.plot_rule(given))
+    closely(lines["primitive"], (X, torch.arctan(1.5 * math.pi * X) / math.pi + 0.5))
+    closely(lines["gradient"], (X, 1.5 / (1 + (1.5 * math.pi * X) ** 2)))
+    assert alpha.grad is None
+
+
 def test_draws_on_the_axes_that_are_given():
     figure, (left, right) = pyplot.subplots(1, 2)
     assert go.plot_rule(rules.reverse(), ax=right) is right
