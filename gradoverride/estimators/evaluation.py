@@ -56,9 +56,11 @@ class Evaluation:
             start = len(self.leaves)
             self.specs[name] = flatten(value, is_floating, self.leaves)
             self.places += range(start, len(self.leaves)) if wanted.get(name) else ()
-        self.points = [_constant(self.leaves[place]) for place in self.places]
+        self.constants = [_constant(leaf) for leaf in self.leaves]
+        self.points = [self.constants[place] for place in self.places]
         self.grads = leaves_of(grad_output)
         self.results = [_constant(result) for result in leaves_of(output)]
+        self.wide_grads = [real(wide(grad)) for grad in self.grads]
         self.batch = batch_of([*self.points, *self.results], batch_dims, self.who)
 
     def answer(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
@@ -87,12 +89,14 @@ class Evaluation:
 
     def _plain(self, points: Points) -> list[Tensor]:
         found = leaves_of(self._call(self._with(points)))
-        self._check_shapes([tensor.shape for tensor in found], [result.shape for result in self.results])
+        shapes, expected = [tensor.shape for tensor in found], [result.shape for result in self.results]
+        if shapes != expected:
+            self._refuse_shapes(shapes, expected)
         return found
 
     def _with(self, points: Points) -> list[Tensor]:
         """All floating tensors of the arguments, with these for the points."""
-        leaves = [_constant(leaf) for leaf in self.leaves]
+        leaves = list(self.constants)
         for place, point in zip(self.places, points, strict=True):
             leaves[place] = point
         return leaves
@@ -125,18 +129,17 @@ class Evaluation:
         found = leaves_of(self._call([join(column) for column in zip(*rows, strict=True)]))
         shapes = [result.shape for result in self.results]
         expected = [(size[0] * count, *size[1:]) if cat else (count, *size) for size in shapes]
-        self._check_shapes([tensor.shape for tensor in found], expected)
+        if [tuple(tensor.shape) for tensor in found] != [tuple(size) for size in expected]:
+            self._refuse_shapes([tensor.shape for tensor in found], expected)
         if not cat:
             return found
         return [tensor.unflatten(0, (count, size[0])) for tensor, size in zip(found, shapes, strict=True)]
 
-    def _check_shapes(self, shapes: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> None:
-        if [tuple(shape) for shape in shapes] != [tuple(shape) for shape in expected]:
-            raise ForwardResultError(
-                f"{self.who} must return a result of the same shape wherever it is evaluated, here of "
-                f"{_listed(expected)}; it returned {_listed(shapes) or 'no floating tensor'}. Pad it to a shape that "
-                "does not depend on values"
-            )
+    def _refuse_shapes(self, shapes: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> NoReturn:
+        raise ForwardResultError(
+            f"{self.who} must return a result of the same shape wherever it is evaluated, here of {_listed(expected)}; "
+            f"it returned {_listed(shapes) or 'no floating tensor'}. Pad it to a shape that does not depend on values"
+        )
 
     def opaque(self, found: list[Tensor]) -> list[Tensor]:
         """These, whose derivative is refused."""
@@ -186,10 +189,11 @@ class Evaluation:
 
     def product(self, directions: Sequence[Tensor]) -> Tensor:
         """<g, directions>, over all dimensions but those of the batch."""
-        terms = []
-        for grad, direction in zip(self.grads, directions, strict=True):
-            terms.append(summed(real(wide(grad)) * real(direction), len(self.batch)))
-        return torch.stack([term.to(terms[0]) for term in terms]).sum(0)
+        pairs = zip(self.wide_grads, directions, strict=True)
+        first, *others = [summed(grad * real(direction), len(self.batch)) for grad, direction in pairs]
+        for term in others:
+            first = first + term.to(first)
+        return first
 
     def times(self, factor: Tensor, point: Tensor) -> Tensor:
         """`factor`, which has the shape of the batch, times a real tensor of a point."""

@@ -137,11 +137,12 @@ class spsa(Estimator):
         """One for each of the points."""
         points = evaluation.points
         totals = [torch.zeros_like(wide(real(point))) for point in points]
+        steps = [_step(self.eps, point) for point in points]
         asked: deque[list[Tensor]] = deque()
 
         def pairs() -> Iterator[tuple[Points, Points | None]]:
             for _ in range(self.n):
-                offsets = [_step(self.eps, point) * signs(point, self.generator) for point in points]
+                offsets = [step * signs(point, self.generator) for step, point in zip(steps, points, strict=True)]
                 upper = [moved(point, offset) for point, offset in zip(points, offsets, strict=True)]
                 lower = [moved(point, -offset) for point, offset in zip(points, offsets, strict=True)]
                 asked.append(widths(upper, lower))
