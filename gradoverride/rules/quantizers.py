@@ -39,6 +39,7 @@ from gradoverride._core.private import fail
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
 from gradoverride.rules.gradient import writes_nothing
+from gradoverride.surrogates import clipped
 
 __all__ = [
     "fake_quantize",
@@ -160,7 +161,7 @@ def lsq(x: Tensor, step: Tensor, bits: int, *, signed: bool = True, count: int |
 
     `bits` is from 2 (unsigned 1) to 16. `lsq_step` gives a step to begin with. `count` is the paper's N, by default how
     many values of x share a step, as in most code; for activations the paper has the features of one example alone.
-    At the ends others let the gradient of x pass (torch's clamp does).
+    At the ends others let the gradient of x pass.
 
     Source: Esser et al., "Learned step size quantization" (2019), equations 1 to 5.
     """
@@ -320,7 +321,15 @@ def dorefa_activation(x: Tensor, bits: int) -> Tensor:
     Source: Zhou et al. (2016), equations 5, 6 and 11. The paper leaves open how x is bounded; its code clips.
     """
     _check_bits("dorefa_activation", bits, 1)
-    return _to_levels(x.clamp(0, 1), 2**bits - 1)
+    return _clipped_to_levels(x, 2**bits - 1)
+
+
+def _between_0_and_1(x: Tensor, top: int = 1) -> Tensor:
+    return x.clamp(0, 1).mul_(top).round_().div_(top)
+
+
+# Not torch's own gradient of a clamp, which at the ends is another one from version 2.14 on.
+_clipped_to_levels = straight_through(_between_0_and_1, surrogate=clipped(0.0, 1.0))
 
 
 # --- one bit ---
