@@ -171,7 +171,7 @@ class TestClampToward:
         exactly(found.flatten(), float64(*[toward(x, c, low, high) for x, c in pairs], grad=False))
 
 
-def test_clamp_toward_is_refused_in_forward_mode():
+def test_forward_mode_refuses_clamp_toward_which_is_not_linear():
     x = noise(3, grad=False)
     with pytest.raises(go.UnsupportedError, match="must be linear in the gradient for forward mode"):
         torch.func.jvp(lambda x: steps.clamp_toward(x, -0.1, 0.1), (x,), (x,))
