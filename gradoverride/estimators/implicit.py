@@ -55,6 +55,7 @@ class _Implicit:
 
     takes_tensors = True  # in a `bridge` too: the residual is one of tensors
     writes_nothing = True
+    needs_floating = True
     not_traced = NOT_TRACED
 
     large: ClassVar[str] = "gmres"  # the solver, where there are many unknowns
@@ -135,8 +136,8 @@ class _Implicit:
         if not transformed and any([tensor.requires_grad for tensor in zero]):
             raise CapturedTensorError(
                 f"{self.who} must get each tensor that wants a gradient by a parameter, under the name that the "
-                "forward has for it; it reached one that requires grad by a closure or a global, and that gradient "
-                "would be lost. Ask for it, or detach() it"
+                "forward has for it; it reached one that requires grad by a closure, a global or 'module', and that "
+                "gradient would be lost. Ask for it, or detach() it"
             )
         return zero
 
@@ -181,7 +182,7 @@ class _Implicit:
             return _vector(pullback(tuple(_apart(vector, result, count))), count)
 
         right = -_vector(g, count)
-        tol = self.tol or torch.finfo(right.dtype).eps ** (2 / 3)
+        tol = self.tol or _precision(result) ** (2 / 3)
         u = solve(self._solver_for(result), apply, right, tol, self.max_iter, self.who)
         return _apart(u, result, count)
 
@@ -192,7 +193,7 @@ class _Implicit:
             return
         off = (zeros * steps).sum(-1).abs() / grads.norm(dim=-1).clamp(min=torch.finfo(grads.dtype).tiny)
         off = debug_unwrap(off / found.abs().amax(-1).clamp(min=1)).detach()
-        allowed = self.root_tol or torch.finfo(off.dtype).eps ** (1 / 3)
+        allowed = self.root_tol or _precision(result) ** (1 / 3)
         if not bool((off <= allowed).all()):  # a nan is not
             warnings.warn(
                 f"{self.who} must be zero at the result of the forward, for its gradient to be that of the root; seen "
@@ -245,6 +246,11 @@ def _is_wanted(name: str, value: Any, needs: dict[str, bool]) -> bool:
 
 
 _untraced = hidden_from_dynamo(_gradients_of, NOT_TRACED)
+
+
+def _precision(tensors: Tensors) -> float:
+    """That of the shortest dtype among them."""
+    return max([torch.finfo(tensor.dtype).eps for tensor in tensors])
 
 
 def _vector(tensors: Tensors, count: int) -> Tensor:

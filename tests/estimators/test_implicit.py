@@ -408,11 +408,11 @@ def test_cost_is_as_documented(solver):
 # --- dtypes
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 3e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.02)])
 @pytest.mark.parametrize("solver", ["dense", "gmres"])
 def test_narrow_dtypes(dtype, tolerance, solver):
-    a = torch.tensor([0.5, 2.0, 9.0], dtype=dtype, requires_grad=True)
-    found = grad(go.custom_backward(implicit_root(square_of, solver=solver, tol=1e-2))(newton)(a).sum(), a)
+    a = torch.tensor([0.5, 2.0, 7.0], dtype=dtype, requires_grad=True)  # whose roots no dtype has exactly
+    found = grad(go.custom_backward(implicit_root(square_of, solver=solver))(newton)(a).sum(), a)
     assert found.dtype is dtype
     torch.testing.assert_close(found, 0.5 / a.detach().sqrt(), rtol=tolerance, atol=0)
 
@@ -580,7 +580,7 @@ def test_a_residual_that_reaches_a_tensor_with_a_gradient_is_refused():
         go.CapturedTensorError, implicit_root(lambda y, a: y * y - a * other), lambda a: a.sqrt(), positive(3)
     )
     assert "must get each tensor that wants a gradient by a parameter" in str(error)
-    assert "it reached one that requires grad by a closure or a global" in str(error)
+    assert "it reached one that requires grad by a closure, a global or 'module'" in str(error)
 
 
 def test_a_residual_of_another_shape_is_refused():
