@@ -26,7 +26,6 @@ SHARES = [0.1, pytest.param(1.0, marks=pytest.mark.soak)]
 
 WARM_CALLS = 2000  # before anything is counted
 WARM_OVERRIDES = 500
-KEPT_RULES = 1024  # what is known of a rule is kept for the next time, for as many
 
 # What may be left over. An object left by each call of one form, or by each override, would be more in a tenth too.
 SPARE_OBJECTS = 200  # of those that the collector knows
@@ -278,8 +277,8 @@ def test_overrides_applied_and_removed_in_eight_threads_leave_nothing(share):
         in_threads(lambda index: applied_and_removed(models[index], count))
 
 
-@pytest.mark.soak
-def test_overrides_of_new_rules_leave_no_class_and_no_object():
+@pytest.mark.parametrize("share", SHARES)
+def test_overrides_of_new_rules_leave_no_class_and_no_object(share):
     """What belongs to a rule goes with it, when the collector comes: classes refer to themselves."""
     model = Model()
 
@@ -293,10 +292,10 @@ def test_overrides_of_new_rules_leave_no_class_and_no_object():
                 found, _ = gradients(model)
             assert torch.equal(found, factor * by_hand(model, PLAIN)[0])
 
-    round_of(KEPT_RULES + 20)
+    round_of(20)
     gc.collect()
     before, made = objects(), len(classes())
-    round_of(OVERRIDES // 10)
+    round_of(int(OVERRIDES * share / 4))
     gc.collect()
     grown = {name: count - before[name] for name, count in objects().items() if count > before[name] + 20}
     assert sum(grown.values()) < SPARE_OBJECTS, grown
