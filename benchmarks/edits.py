@@ -22,7 +22,7 @@ Edit = Callable[[Tensor], Tensor]
 def cases() -> list[Case]:
     return [
         *(
-            ratio(f"edits: {name}, n={n:g}", 1.0, functools.partial(pair, *EDITS[name], n))
+            ratio(f"edits: {name}, n={n:g}", LIMITS.get(name, 1.0), functools.partial(pair, *EDITS[name], n))
             for name in EDITS
             for n in SIZES
         ),
@@ -103,6 +103,10 @@ EDITS: dict[str, tuple[Edit, Edit]] = {
     "gradient alone, normalised": (normalised, Normalised.apply),
     "with the value": (by_value, ByValue.apply),
 }
+
+
+# Its code does not settle that it writes nothing, and that it means the same under autocast: both are looked at.
+LIMITS = {"gradient alone, normalised": 1.05}
 
 
 def pair(ours: Edit, reference: Edit, n: int) -> Pair:
