@@ -230,6 +230,16 @@ def test_tensors_that_do_not_learn_are_buffers():
     closely(torch.autograd.grad(go.edit_gradient(x, sigmoid(scales)).sum(), x), expected)  # and as a rule
 
 
+def test_an_override_replaces_the_gradient_of_the_input_alone():
+    alpha, x = learnt(2.0), noise(5)
+    model = nn.Sequential(spike(atan(alpha)))
+    with go.override(model, {spike: fast_sigmoid(2.0)}):
+        y = model(x)
+    found = torch.autograd.grad(y.sum(), (x, alpha))
+    closely(found[0], torch.autograd.grad((x / (1 + 2 * x.abs())).sum(), x)[0])
+    closely(found[1], torch.autograd.grad((torch.atan(torch.pi * alpha * x / 2) / torch.pi).sum(), alpha)[0])
+
+
 # --- other surrogates ---
 
 
