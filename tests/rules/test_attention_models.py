@@ -187,14 +187,14 @@ OTHERS = {
 }
 
 
-def relevance_in(name, attention):
+def relevance_in(name, attention, trained=False):
     """Of the input of a small model of transformers, for a number of its result."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
     words = {} if name == "ViT" else {"vocab_size": 11, "max_position_embeddings": 16}
     config = getattr(transformers, f"{name}Config")(**sizes, **words, **OTHERS[name], attn_implementation=attention)
     torch.manual_seed(7)
-    model = getattr(transformers, f"{name}Model")(config).double().eval().requires_grad_(False)
+    model = getattr(transformers, f"{name}Model")(config).double().eval().requires_grad_(trained)
     shape, key = ((1, 3, 8, 8), "pixel_values") if name == "ViT" else ((1, 6, 16), "inputs_embeds")
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     with go.override(model, go.presets.attn_lrp):
@@ -206,6 +206,11 @@ def relevance_in(name, attention):
 def test_both_implementations_of_attention_have_the_same_relevance(name):
     found, written_out = relevance_in(name, "sdpa"), relevance_in(name, "eager")
     torch.testing.assert_close(found, written_out, rtol=1e-4, atol=1e-6)  # some have their softmax in float32
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_parameters_that_are_trained_take_nothing_where_they_are_of_layers_that_are_known(name):
+    closely(relevance_in(name, "sdpa", trained=True), relevance_in(name, "sdpa"))
 
 
 def test_model_with_a_norm_of_its_own_is_refused_until_that_has_a_rule():
