@@ -77,8 +77,8 @@ def attn_product(grad_output: Tensor, needs: Any, vjp: Any) -> Any:
     """Of a product of several results, the gradient divided by their number n: `vjp(g / n)`.
 
     For `torch.mul`, `torch.matmul`, `torch.bmm`, `torch.einsum`. What wants no gradient is a constant, and does not
-    count: of one result and constants the gradient is as it was. A parameter that wants one counts, and would take half of
-    the relevance: `model.requires_grad_(False)` first. (Those of dense layers and norms are in no such product.)
+    count: of one result and constants the gradient is as it was. A parameter that wants one counts, and would take half
+    of the relevance: `model.requires_grad_(False)` first. (Those of dense layers and norms are in no such product.)
 
     >>> import torch, gradoverride as go
     >>> from gradoverride.rules import attn_product
