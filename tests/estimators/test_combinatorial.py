@@ -309,6 +309,17 @@ class TestMean:
         with torch.no_grad():
             assert not imle(1.0).mean(largest)(noise(3)).requires_grad
 
+    @pytest.mark.parametrize("rule", [perturbed(n=20, noise="gumbel"), imle(0.1, n=20)], ids=["perturbed", "imle"])
+    def test_under_vmap_and_grad_each_in_the_batch_draws_for_itself(self, rule):
+        def chosen(scores):  # one_hot looks at values
+            return torch.zeros_like(scores).scatter(-1, scores.argmax(-1, keepdim=True), 1.0)
+
+        fn = rule.mean(chosen)
+        found = torch.func.vmap(torch.func.grad(lambda x: (fn(x) * G).sum()), randomness="different")(X.expand(5000, 3))
+        truth = softmax_vjp(X, G) if type(rule) is perturbed else (X.softmax(0) - (X - 0.1 * G).softmax(0)) / 0.1
+        assert is_unbiased(found, truth)
+        assert not is_unbiased(2 * found, truth)
+
     @DYNAMO
     def test_compiled_it_is_as_uncompiled(self):
         torch.compiler.reset()
