@@ -19,7 +19,8 @@ Alike in all of them:
 - Values are rounded to the nearest, halves to even, and are those of the levels to the last bit of the dtype.
 - Scales, steps and bounds are numbers, or tensors that broadcast to the shape of x: one for each channel of a weight
   (results, inputs) has the shape (results, 1). What learns them must keep them larger than 0.
-- inf is clipped, nan stays nan. Outside of the bounds the gradient of x is 0; each says what it is at the ends.
+- nan stays nan. Where there are bounds, inf is clipped to them, and the gradient of x is 0 beyond; each says what it is
+  at the ends.
 - Options out of range are a `RuleOptionError`.
 """
 

@@ -26,8 +26,8 @@ def seeded(seed=7):
     return torch.Generator().manual_seed(seed)
 
 
-def soft_and_hard(f):
-    """A function of one-hot samples, of which `f` says what each is worth."""
+def worth_of_each(f):
+    """What `f` says of each of the four samples."""
     return torch.stack([f(sample) for sample in torch.eye(4, dtype=torch.float64)])
 
 
@@ -141,7 +141,7 @@ def exact_and_estimated(worth, rule):
     """The gradient of the mean of `worth` over all samples; and the mean of what `rule` says for each sample."""
     logits = noise(4)
     p = logits.softmax(0)
-    (exact,) = torch.autograd.grad((p * soft_and_hard(worth)).sum(), logits)
+    (exact,) = torch.autograd.grad((p * worth_of_each(worth)).sum(), logits)
     estimated = torch.zeros_like(exact)
     for probability, sample in zip(p.tolist(), torch.eye(4, dtype=torch.float64), strict=True):
         g = torch.func.grad(worth)(sample)
@@ -185,7 +185,7 @@ class TestReinmax:
 
     def test_the_mean_of_its_samples_is_right_where_the_worth_is_quadratic(self):
         logits = torch.tensor([0.3, -0.5, 1.0, 0.0], dtype=torch.float64, requires_grad=True)
-        (exact,) = torch.autograd.grad((logits.softmax(0) * soft_and_hard(WORTH[2])).sum(), logits)
+        (exact,) = torch.autograd.grad((logits.softmax(0) * worth_of_each(WORTH[2])).sum(), logits)
         each = logits.detach().expand(DRAWS, 4).clone().requires_grad_()
         torch.vmap(WORTH[2])(rules.reinmax(each, generator=seeded())).sum().backward()
         deviation = each.grad.std(0) / math.sqrt(DRAWS)
