@@ -14,16 +14,16 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
-from gradoverride import surrogates
 from gradoverride._core.contract import what
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import hidden_from_dynamo
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, Rule, name_of
 from gradoverride._core.surrogate import StraightThrough, SurrogateRule, has_tensors, pass_through
+from gradoverride._core.surrogate_class import Learnable, Surrogate
+from gradoverride._core.surrogate_class import has_tensors as options_are_tensors
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import DecorationError, RuleSignatureError
-from gradoverride.surrogates import Surrogate
 
 __all__ = ["custom_backward", "straight_through"]
 
@@ -116,8 +116,8 @@ def straight_through(fn: Any = None, /, *, surrogate: Callable[..., Any] | None 
 
 def _straight_through(surrogate: Callable[..., Any] | None, fn: Any) -> Any:
     inner = fn.__func__ if isinstance(fn, (staticmethod, classmethod)) else fn
-    if isinstance(surrogate, Surrogate) and surrogates.has_tensors(surrogate):
-        return _learnable(surrogates.Learnable(surrogate), fn)
+    if isinstance(surrogate, Surrogate) and options_are_tensors(surrogate):
+        return _learnable(Learnable(surrogate), fn)
     if surrogate is not None and not isinstance(surrogate, Surrogate) and has_tensors(surrogate):
         return _learnable(surrogate, fn)
     name = "straight_through" if surrogate is None else f"straight_through(surrogate={name_of(surrogate)})"

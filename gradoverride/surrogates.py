@@ -59,17 +59,14 @@ A surrogate of your own derives from `Surrogate` and says what becomes `of` a gr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradoverride._core.contract import shape_text, what
-from gradoverride._core.options import is_number
-from gradoverride._core.private import fail, in_functorch
-from gradoverride.errors import CapturedTensorError, RuleOptionError, SurrogateError, UnsupportedError
+from gradoverride._core.private import in_functorch
+from gradoverride._core.surrogate_class import Option, Surrogate, check_interval, check_not_negative, check_positive
 
 __all__ = [
     "Surrogate",
@@ -94,36 +91,6 @@ __all__ = [
 # and becomes the result at last (`_may_write_into`). There are torch's own derivatives besides, each one kernel. A mask
 # of booleans takes nine times as long as one of numbers.
 _aten: Any = torch.ops.aten
-
-
-Option = float | Tensor
-
-
-@dataclass(frozen=True)
-class Surrogate:
-    """What all surrogates have in common. Derive from it to write your own: see above.
-
-    Options are larger than 0, unless the class says otherwise in its `__post_init__`.
-    """
-
-    primitive: ClassVar[Callable[..., Tensor] | None] = None
-    writes_nothing: ClassVar[bool] = True  # into the gradient: so it is given the gradient itself, no copy
-
-    def __post_init__(self) -> None:
-        for option in fields(self):
-            _check_positive(self, option.name)
-
-    def __call__(self, grad_output: Any, input: Tensor) -> Tensor:
-        """The gradient of the input."""
-        if not isinstance(grad_output, Tensor) or grad_output.shape != input.shape or input.is_complex():
-            _refuse(self, grad_output, input)
-        if has_tensors(self):
-            return _by_primitive(self, grad_output, input)
-        return self.of(grad_output, input)
-
-    def of(self, grad: Tensor, x: Tensor) -> Tensor:
-        """The gradient times the derivative at x, as a new tensor. The options are numbers then."""
-        raise NotImplementedError(f"{type(self).__name__} must define `of(self, grad, x)`")
 
 
 # --- steps that rise by 1: the area below s' is 1 ---
@@ -343,9 +310,9 @@ class multi_gaussian(Surrogate):
     s: Option = 6.0
 
     def __post_init__(self) -> None:
-        _check_not_negative(self, "h")
-        _check_positive(self, "sigma")
-        _check_positive(self, "s")
+        check_not_negative(self, "h")
+        check_positive(self, "sigma")
+        check_positive(self, "s")
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         wide = self.s * self.sigma
@@ -448,7 +415,7 @@ class leaky(Surrogate):
     slope: Option = 0.1
 
     def __post_init__(self) -> None:
-        _check_not_negative(self, "slope")
+        check_not_negative(self, "slope")
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         found: Tensor = _aten.leaky_relu_backward(grad, x, self.slope, False)
@@ -481,11 +448,7 @@ class clipped(Surrogate):
     hi: Option = 1.0
 
     def __post_init__(self) -> None:
-        _check(self, "lo", lambda lo: -math.inf < lo, "a finite number")
-        _check(self, "hi", lambda hi: hi < math.inf, "a finite number")
-        if _known(self.lo) and _known(self.hi) and not _everywhere(self.lo < self.hi):
-            got = f"{_shown(self.lo)} and {_shown(self.hi)}"
-            fail(RuleOptionError, f"clipped: 'lo' and 'hi' must be numbers with lo < hi; got {got}")
+        check_interval(self, "lo", "hi")
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         lo: Any = self.lo
@@ -591,121 +554,3 @@ def _may_write_into(new: Tensor, grad: Tensor) -> bool:
     # Under vmap the gradient may have more elements; a compiler sees to memory itself.
     recorded = torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or in_functorch()
     return not recorded and type(new) is Tensor and new.dtype is grad.dtype
-
-
-# --- options that are tensors ---
-
-
-def has_tensors(surrogate: Surrogate) -> bool:
-    """Whether an option of it is a tensor."""
-    return any([isinstance(getattr(surrogate, option), Tensor) for option in surrogate.__dataclass_fields__])
-
-
-class Learnable(nn.Module):
-    """The primitive of a surrogate whose tensors are parameters and buffers of this module."""
-
-    def __init__(self, surrogate: Surrogate) -> None:
-        super().__init__()
-        self.kind = type(surrogate)
-        self.__name__ = self.kind.__name__
-        self.options = tuple(option.name for option in fields(surrogate))
-        if surrogate.primitive is None:
-            raise RuleOptionError(
-                f"{self.__name__}: it must have a 'primitive' for straight_through to take an option that is a tensor; "
-                "it has none. Define `primitive(self, x)`, whose derivative it is"
-            )
-        for name in self.options:
-            value = getattr(surrogate, name)
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                self.register_buffer(name, value)
-            else:
-                setattr(self, name, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The primitive at x."""
-        return self.now().primitive(x)  # type: ignore[misc]  # it has one
-
-    def now(self) -> Surrogate:
-        """The surrogate with the tensors that this module has now."""
-        surrogate = object.__new__(self.kind)  # unchecked: what has been learnt is not an option that somebody chose
-        for name in self.options:
-            object.__setattr__(surrogate, name, getattr(self, name))
-        return surrogate
-
-    def _get_name(self) -> str:
-        return self.__name__
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return _options(self.now())
-
-
-def _by_primitive(surrogate: Surrogate, grad: Tensor, x: Tensor) -> Tensor:
-    for option in fields(surrogate):
-        value = getattr(surrogate, option.name)
-        if isinstance(value, Tensor) and value.requires_grad:
-            fail(
-                CapturedTensorError,
-                f"surrogate {type(surrogate).__name__}: its option '{option.name}' requires grad, which it can get "
-                "where it is a parameter of a module alone: give the surrogate to straight_through or rules.spike; or "
-                "detach() it",
-            )
-    if surrogate.primitive is None:
-        return surrogate.of(grad, x)
-    found: Tensor = torch.func.vjp(surrogate.primitive, x)[1](grad)[0]
-    return found
-
-
-# --- errors ---
-
-
-def _check_positive(surrogate: Surrogate, option: str) -> None:
-    _check(surrogate, option, lambda value: value > 0, "a number larger than 0")
-
-
-def _check_not_negative(surrogate: Surrogate, option: str) -> None:
-    _check(surrogate, option, lambda value: value >= 0, "a number that is not negative")
-
-
-def _check(surrogate: Surrogate, option: str, fits: Callable[[Any], Any], required: str) -> None:
-    value = getattr(surrogate, option)
-    if isinstance(value, Tensor):
-        right = value.is_floating_point() and (not _known(value) or _everywhere(fits(value) & torch.isfinite(value)))
-        required += ", or a tensor of such"
-    else:
-        right = is_number(value) and fits(value)
-    if not right:
-        fail(RuleOptionError, f"{type(surrogate).__name__}: '{option}' must be {required}; got {_shown(value)}")
-
-
-def _known(value: Any) -> bool:
-    """Whether it can be looked at: not where a tensor stands for others."""
-    return not (isinstance(value, Tensor) and (value.is_meta or torch.compiler.is_compiling() or in_functorch()))
-
-
-def _everywhere(fits: Any) -> bool:
-    return bool(fits.all()) if isinstance(fits, Tensor) else fits
-
-
-def _shown(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return repr(value)
-    return repr(value.tolist()) if value.dim() == 0 and _known(value) else what(value)
-
-
-def _refuse(surrogate: Surrogate, grad_output: Any, input: Tensor) -> None:
-    if input.is_complex():
-        fail(UnsupportedError, f"surrogate {_printed(surrogate)} is for real tensors; its input is of {input.dtype}")
-    fail(
-        SurrogateError,
-        f"surrogate {_printed(surrogate)} must be of a function whose result has the shape of its first differentiable "
-        f"argument, {shape_text(input.shape)}; the gradient of its result is {what(grad_output)}",
-    )
-
-
-def _printed(surrogate: Surrogate) -> str:
-    return f"{type(surrogate).__name__}({_options(surrogate)})"
-
-
-def _options(surrogate: Surrogate) -> str:
-    return ", ".join([f"{option.name}={_shown(getattr(surrogate, option.name))}" for option in fields(surrogate)])

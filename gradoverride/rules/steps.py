@@ -38,9 +38,10 @@ from gradoverride._core.contract import what
 from gradoverride._core.options import is_number
 from gradoverride._core.private import fail, in_forward_ad, in_functorch
 from gradoverride._core.surrogate import with_gradient_of
+from gradoverride._core.surrogate_class import Learnable, Surrogate, has_tensors
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
-from gradoverride.surrogates import Learnable, Surrogate, atan, has_tensors
+from gradoverride.surrogates import atan
 
 __all__ = [
     "round_ste",
