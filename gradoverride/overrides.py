@@ -296,7 +296,16 @@ class Override:
         self._remove(stacklevel=3)
 
     def _remove(self, stacklevel: int) -> None:
-        for layer in self._take_off():
+        idle, awaited = self._take_off()
+        for layer in awaited:
+            warnings.warn(
+                f"override of {self._owner}: the rule {layer.rule.who} of the {layer.target} is no longer in force, "
+                "and a reentrant checkpoint is still to run its block again, then without it. Leave the override after "
+                "backward(), or give checkpoint(use_reentrant=False), which raises where the two differ",
+                GradOverrideWarning,
+                stacklevel=stacklevel,
+            )
+        for layer in idle:
             called = f"'{layer.path}' was" if isinstance(layer, Layer) and layer.path != EVERYWHERE else "it was"
             hint = (
                 "Some modules read the weights of a part and do not call it: override the module around it"
@@ -321,15 +330,16 @@ class Override:
         else:
             self._take_off()
 
-    def _take_off(self) -> list[Layer | FunctionLayer]:
-        """Take the rules off, and give those that never ran, each with one of its places."""
+    def _take_off(self) -> tuple[list[Layer | FunctionLayer], list[Layer | FunctionLayer]]:
+        """Take the rules off, and give those that never ran, and those that are to run again, each with one place."""
         with self._lock:
             if not self._puts:
-                return []
+                return [], []
             self._rows = list(self.table)
             puts, self._puts = self._puts, []
         idle: dict[Rule, Layer | FunctionLayer] = {}
         ran = set()
+        awaited = {put.layer.rule: put.layer for put in puts if put.awaits()}
         for put in reversed(puts):
             if put.calls() == 0:
                 idle[put.layer.rule] = put.layer
@@ -337,7 +347,8 @@ class Override:
                 ran.add(put.layer.rule)
         for put in reversed(puts):
             put.take_off()
-        return [layer for rule, layer in idle.items() if rule not in ran and rule not in self._optional]
+        never = [layer for rule, layer in idle.items() if rule not in ran and rule not in self._optional]
+        return never, list(awaited.values())
 
 
 class Row(NamedTuple):

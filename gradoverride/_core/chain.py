@@ -10,6 +10,7 @@ from gradoverride._core.function_mode import quieted, scoped
 from gradoverride._core.functions import ANY, calls_that_are
 from gradoverride._core.layers import FunctionLayer, FunctionRule, Layer
 from gradoverride._core.plan import Plan
+from gradoverride._core.private import in_reentrant_checkpoint
 from gradoverride._core.signature import Forward, Rule, youngest
 from gradoverride._core.targets import RECORD
 from gradoverride._core.wrapper import make_wrapper
@@ -102,6 +103,8 @@ class Chain:
         for rule in found.rules:
             plan = Plan(forward_of(base, forward), rule)
             plan.on_trace, plan.marked = on_trace, True
+            if rule is found.rules[-1]:  # which is called first
+                plan.on_unrecorded = _unrecorded
             forward = make_wrapper(plan, forward)
         if found.quiet and found.rules:
             forward = quieted(forward, found.quiet)
@@ -116,6 +119,14 @@ def chain_of(base: Any, found: Links) -> Chain:
         return Chain(base, innermost, found)
     key = (Chain, base, innermost, found.rules, found.scope, found.quiet)
     return youngest(rules).once(key, lambda: Chain(base, innermost, found))
+
+
+def _unrecorded(module: Any) -> None:
+    """A call of a module that records no graph: a checkpoint may be about to run it again."""
+    record = module.__dict__.get(RECORD)
+    if record is not None:
+        record.tally.unrecorded += 1
+        record.tally.awaited += in_reentrant_checkpoint()
 
 
 def _functions_on(module: Any) -> Sequence[FunctionLayer]:

@@ -7,10 +7,12 @@ rule that is not linear (a clip, a normalisation) has no transpose, and is refus
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch.func import debug_unwrap
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from gradoverride._core.contract import Meta
 from gradoverride._core.private import fail
@@ -44,6 +46,8 @@ def transpose(gradients: Gradients, metas: Sequence[Meta], tangents: Sequence[Te
 
 def _check_linear(gradients: Gradients, metas: Sequence[Meta], who: str) -> None:
     """Additivity at gradients of several sizes: a clip shows at large ones, a threshold at small ones."""
+    if get_proxy_mode() is not None:
+        _refuse_traced(who)
     for scale in (1e-2, 1.0, 1e4):
         first = [_probe(meta, 1.0, scale) for meta in metas]
         second = [_probe(meta, 2.0, -0.7 * scale) for meta in metas]
@@ -60,12 +64,16 @@ def _check_linear(gradients: Gradients, metas: Sequence[Meta], who: str) -> None
 def _is_close(expected: Tensor, found: Tensor, who: str) -> bool:
     try:
         return _close(expected, found)
-    except RuntimeError as error:  # a tracer such as torch.func.linearize has no values to compare
-        fail(
-            UnsupportedError,
-            f"{who} must be linear in the gradient for forward mode, and that cannot be looked at where it is traced "
-            f"({type(error).__name__}). Use reverse mode there",
-        )
+    except RuntimeError:  # there are no values to compare
+        _refuse_traced(who)
+
+
+def _refuse_traced(who: str) -> NoReturn:
+    fail(
+        UnsupportedError,
+        f"{who} must be linear in the gradient for forward mode, and that cannot be looked at where it is traced, as "
+        "torch.func.linearize does. Use reverse mode there",
+    )
 
 
 def _probe(meta: Meta, seed: float, scale: float) -> Tensor:

@@ -23,12 +23,12 @@ from gradoverride._core import everywhere
 from gradoverride._core.functions import every_spelling, reaching, spellings, turned
 from gradoverride._core.layers import FunctionLayer, FunctionRule
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import dynamo_shows, fail, is_compiled_graph, let_dynamo_show
+from gradoverride._core.private import dynamo_shows, fail, in_reentrant_checkpoint, is_compiled_graph, let_dynamo_show
 from gradoverride._core.signature import Forward, youngest
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
-__all__ = ["FunctionMode", "calls_of", "count", "here", "mode_of", "quieted", "scoped"]
+__all__ = ["FunctionMode", "awaits_replay", "calls_of", "count", "here", "mode_of", "quieted", "scoped"]
 
 
 class _Here(threading.local):
@@ -154,6 +154,7 @@ def _under(key: FunctionRule, forward: Callable[..., Any]) -> Callable[..., Any]
         return refuse
     plan.marked = True
     plan.on_trace = functools.partial(_traced, key)
+    plan.on_unrecorded = functools.partial(_unrecorded, key)
     return make_wrapper(plan, forward)
 
 
@@ -164,6 +165,20 @@ def _traced(key: FunctionRule) -> None:
             "this function itself in compiled code"
         )
     key.note_trace()
+
+
+def _unrecorded(key: FunctionRule, _: Any) -> None:
+    """A call that records no graph: a checkpoint may be about to run it again."""
+    again = in_reentrant_checkpoint()
+    for layer in (*here.layers, *everywhere.functions):
+        if layer.key is key:
+            layer.unrecorded += 1
+            layer.awaited += again
+
+
+def awaits_replay(layer: FunctionLayer) -> bool:
+    """Whether a reentrant checkpoint is still to run calls under this layer again."""
+    return layer.awaited > layer.calls - layer.unrecorded
 
 
 _USED_BY_THE_ENGINE = frozenset({"clone", "copy", "detach", "view_as", "zeros_like", "ones_like", "as_subclass"})

@@ -65,7 +65,7 @@ class FunctionRule:
 class FunctionLayer:
     """One rule for a function in all its spellings, as far as it is called in certain modules."""
 
-    __slots__ = ("calls", "key", "order", "path", "target")
+    __slots__ = ("awaited", "calls", "key", "order", "path", "target", "unrecorded")
 
     def __init__(self, name: str, rule: Rule, path: str, target: str, order: int, nth: int = 0) -> None:
         self.key = rule.once((FunctionRule, name, nth), lambda: FunctionRule(name, rule, nth))
@@ -73,6 +73,8 @@ class FunctionLayer:
         self.target = target
         self.order = order
         self.calls = 0
+        self.unrecorded = 0  # those of them without a graph
+        self.awaited = 0  # those of these that a checkpoint is to run again
 
     @property
     def rule(self) -> Rule:

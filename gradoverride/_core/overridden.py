@@ -33,6 +33,7 @@ from gradoverride._core.targets import BASE, RECORD, class_of
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
 __all__ = [
+    "awaits_replay",
     "base_of",
     "calls_under",
     "check",
@@ -54,10 +55,12 @@ _lock = threading.RLock()
 class Tally:
     """What has happened to a module while it was overridden."""
 
-    __slots__ = ("calls", "copied", "traced")
+    __slots__ = ("awaited", "calls", "copied", "traced", "unrecorded")
 
     def __init__(self, copied: bool = False) -> None:
         self.calls = 0
+        self.unrecorded = 0  # calls without a graph
+        self.awaited = 0  # those of them that a checkpoint is to run again
         self.copied = copied
         self.traced = False  # whether it was compiled under rules that have changed since
 
@@ -317,6 +320,12 @@ def calls_under(module: nn.Module, layer: Layer) -> int | None:
     if record is None or layer not in record.layers:
         return None
     return record.tally.calls - layer.since or (None if record.tally.traced or record.chain.traced else 0)
+
+
+def awaits_replay(module: nn.Module) -> bool:
+    """Whether a reentrant checkpoint is still to run `module` again. (A call with a graph is taken to be that.)"""
+    record = module.__dict__.get(RECORD)
+    return record is not None and record.tally.awaited > record.tally.calls - record.tally.unrecorded
 
 
 def take_off(module: nn.Module, gone: Sequence[Layer | FunctionLayer]) -> None:

@@ -60,6 +60,7 @@ class Plan:
         self.marked = False  # whether what it saves is to be told from what the bare forward saves: see MARK
         self.on_trace: Callable[[], None] | None = None  # when Dynamo traces a call
         self.traced: Callable[[], None] = evaluated_while_tracing(lambda: self.on_trace and self.on_trace())
+        self.on_unrecorded: Callable[[Any], None] | None = None  # when a call of a receiver records no graph
         self.wrapper: Any = None  # what a user calls
         self.warn_of_export: Callable[[], None] = evaluated_while_tracing(lambda: warn(self, EXPORT))
         self.on_first_call: Callable[[Any, Any], None] | None = None  # of the first argument and the result

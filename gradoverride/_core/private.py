@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 from torch.autograd import Function, forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import CheckpointFunction
 
 __all__ = [
     "IN_FORWARD_AD",
@@ -37,6 +38,7 @@ __all__ = [
     "hook_on_result",
     "in_forward_ad",
     "in_functorch",
+    "in_reentrant_checkpoint",
     "in_modes",
     "is_compiled_graph",
     "is_freed",
@@ -247,6 +249,23 @@ def is_freed(node: Any) -> bool:
     except RuntimeError as error:
         return "second time" in str(error)
     return False
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether a reentrant checkpoint runs its block now, under no_grad, to run it again in the backward pass.
+
+    torch says so nowhere: it is read from the frames.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _REENTRANT:
+            given = frame.f_locals["args"]
+            return any(isinstance(one, torch.Tensor) and one.requires_grad for one in given)
+        frame = frame.f_back
+    return False
+
+
+_REENTRANT = CheckpointFunction.forward.__code__
 
 
 # A number for the backward pass that runs now. Without it `after_backward` is taken to be missing too.

@@ -12,7 +12,7 @@ from torch import nn
 
 from gradoverride._core import overridden
 from gradoverride._core.class_patch import calls_on_class, put_on_class, take_off_class
-from gradoverride._core.function_mode import calls_of
+from gradoverride._core.function_mode import awaits_replay, calls_of
 from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.paths import PENDING, find, put_on_path, take_off_path, when_imported
 from gradoverride._core.targets import Class, class_of
@@ -29,6 +29,7 @@ class Put(NamedTuple):
     cls: str  # what it is on
     calls: Callable[[], int | None]  # under it; None if that is not known
     take_off: Callable[[], None]
+    awaits: Callable[[], bool] = lambda: False  # whether a reentrant checkpoint is to run it again
 
 
 def on_modules(model: nn.Module, placed: Sequence[tuple[nn.Module, Sequence[Layer | FunctionLayer]]]) -> list[Put]:
@@ -44,11 +45,22 @@ def on_modules(model: nn.Module, placed: Sequence[tuple[nn.Module, Sequence[Laye
         take_off()
         raise
     return [
-        Put(layer, class_of(model).__name__, partial(calls_of, layer), take_off)
+        Put(layer, class_of(model).__name__, partial(calls_of, layer), take_off, partial(awaits_replay, layer))
         if isinstance(layer, FunctionLayer)
-        else Put(layer, class_of(module).__name__, partial(_calls_on, weakref.ref(module), layer), take_off)
+        else _put_on(module, layer, take_off)
         for layer, module in on.items()
     ]
+
+
+def _put_on(module: nn.Module, layer: Layer, take_off: Callable[[], None]) -> Put:
+    reference = weakref.ref(module)
+    cls = class_of(module).__name__
+    return Put(layer, cls, partial(_calls_on, reference, layer), take_off, partial(_awaits, reference))
+
+
+def _awaits(reference: weakref.ref[nn.Module]) -> bool:
+    module = reference()
+    return module is not None and overridden.awaits_replay(module)
 
 
 def _calls_on(reference: weakref.ref[nn.Module], layer: Layer) -> int | None:
@@ -79,7 +91,7 @@ def on_class(target: Class, layer: Layer) -> list[Put]:
 def on_thread(layer: FunctionLayer) -> list[Put]:
     """A rule for a function of torch in this thread."""
     put_on_thread(layer)
-    return [Put(layer, "", lambda: calls_of(layer), lambda: take_off_thread(layer))]
+    return [Put(layer, "", lambda: calls_of(layer), lambda: take_off_thread(layer), partial(awaits_replay, layer))]
 
 
 def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> list[Put]:

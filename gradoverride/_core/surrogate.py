@@ -19,13 +19,19 @@ from gradoverride._core import captured
 from gradoverride._core.call import is_differentiable
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import fail, in_forward_ad, in_functorch
+from gradoverride._core.private import evaluated_while_tracing, fail, in_forward_ad, in_functorch, saves_plainly
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, Rule, name_of
 from gradoverride._core.wrapper import make_wrapper
-from gradoverride.errors import CapturedTensorError, SurrogateError
+from gradoverride.errors import CapturedTensorError, SurrogateError, UnsupportedError
 
 __all__ = ["StraightThrough", "SurrogateRule", "has_tensors", "pass_through", "with_gradient_of"]
+
+
+@evaluated_while_tracing
+def _hooks_save() -> bool:
+    """Whether hooks on saved tensors are in force where this is compiled."""
+    return not saves_plainly()
 
 
 def pass_through(grad_output: Tensor) -> Tensor:
@@ -43,6 +49,13 @@ class SurrogateRule:
         self.who = f"surrogate '{name_of(surrogate)}' ({location(surrogate)}) of '{name_of(fn)}' ({location(fn)})"
 
     def __call__(self, grad_output: Tensor, input: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling() and _hooks_save():  # torch.func would fail, and stay half entered
+            fail(
+                UnsupportedError,
+                f"{self.who} must not be compiled inside of a checkpoint, or of other hooks on saved tensors, under "
+                "which torch.func does not run. Compile what has the checkpoint within, or call what is compiled once "
+                "outside of it, or use one of gradoverride.surrogates, which are derivatives already",
+            )
         if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or in_functorch():
             result, pullback, *_ = torch.func.vjp(self.surrogate, input)  # differentiable again
             self._check_shape(result, grad_output)

@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from gradoverride._core.private import (
     evaluated_while_tracing,
+    in_forward_ad,
     in_functorch,
     in_modes,
     is_jit_tracing,
@@ -57,7 +58,7 @@ def tracer_now(values: Sequence[Any]) -> str | None:
     if in_modes():
         if torch.compiler.is_exporting():
             return EXPORT
-        if get_proxy_mode() is not None:
+        if get_proxy_mode() is not None and not in_forward_ad():  # torch.func.linearize takes the derivative within
             return MAKE_FX
     if may_be_symbolic() and _proxies(values):
         return FX

@@ -47,6 +47,7 @@ def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> Function
         "_go_fn": plan.fn,
         "_go_as_function": as_function,
         "_go_Module": torch.nn.Module,
+        "_go_unrecorded": plan.on_unrecorded,
         "_go_Tensor": torch.Tensor,
         "_go_dual_levels": dual_levels,
         "_go_general": general,
@@ -98,6 +99,7 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
     if not plan.hands_over:
         head += [
             f"    if not _go_grad_enabled() and not _go_in_functorch() and not {IN_FORWARD_AD}:",
+            *([] if plan.on_unrecorded is None else [f"        if not _go_compiling(): _go_unrecorded({receiver})"]),
             f"        return _go_fn({', '.join(passed)})",
         ]
     if star or rest:

@@ -1,0 +1,76 @@
+"""Overrides that are left before a reentrant checkpoint runs its block again: torch compares nothing, so we warn."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import closely, noise
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gradoverride as go
+from overrides.models import doubled, gradient, mlp
+
+
+class Relu(nn.Module):
+    def forward(self, x):
+        return F.relu(x) * 2
+
+
+RULES = {"class": {nn.ReLU: doubled}, "function": {F.relu: lambda grad_output, input: 2 * grad_output * (input > 0)}}
+
+
+def model_for(kind):
+    return mlp() if kind == "class" else nn.Sequential(nn.Linear(3, 3), Relu()).double()
+
+
+def in_checkpoint(model):
+    return lambda x: checkpoint(model, x, use_reentrant=True)
+
+
+@pytest.fixture
+def x():
+    return noise(5, 3)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_override_left_before_the_block_is_run_again_warns_of_its_rule(kind, x):
+    model = model_for(kind)
+    with (
+        pytest.warns(go.GradOverrideWarning, match=r"no longer in force, and a reentrant checkpoint .*use_reentrant"),
+        go.override(model, RULES[kind]),
+    ):
+        in_checkpoint(model)(x)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_override_left_after_backward_is_right_and_says_nothing(kind, x):
+    model = model_for(kind)
+    with go.override(model, RULES[kind]):
+        expected = gradient(model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with go.override(model, RULES[kind]):
+            result = in_checkpoint(model)(x)
+            result.backward(torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result))
+    closely(x.grad, expected)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_calls_without_a_gradient_say_nothing(kind, x):
+    model = model_for(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", go.GradOverrideWarning)
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
+        with go.override(model, RULES[kind]), torch.no_grad():
+            model(x)
+            checkpoint(model, x.detach(), use_reentrant=True)
+
+
+def test_handle_removed_before_backward_warns_too(x):
+    model = mlp()
+    handle = go.override(model, {nn.ReLU: doubled})
+    in_checkpoint(model)(x)
+    with pytest.warns(go.GradOverrideWarning, match="reentrant checkpoint"):
+        handle.remove()
