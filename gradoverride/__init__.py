@@ -1,6 +1,8 @@
 """gradoverride: give any function or module the backward you choose."""
 
-from gradoverride import estimators, presets, rules, safe, surrogates
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from gradoverride._core.residuals import save_for_backward
 from gradoverride.bridges import bridge
 from gradoverride.connections import Connection, connect, connect_
@@ -26,8 +28,11 @@ from gradoverride.errors import (
     UnsupportedError,
 )
 from gradoverride.overrides import Override, explain, override, remove_overrides
-from gradoverride.plotting import plot_rule
 from gradoverride.registries import Registry, register, registry
+
+if TYPE_CHECKING:
+    from gradoverride import estimators, presets, rules, safe, surrogates
+    from gradoverride.plotting import plot_rule
 
 __all__ = [
     "custom_backward",
@@ -75,3 +80,21 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# What is imported when it is first used: the catalogue holds a hundred decorated functions, which take 100 ms to make.
+_LATER = {
+    **dict.fromkeys(("estimators", "presets", "rules", "safe", "surrogates"), ""),
+    "plot_rule": "plotting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    module = import_module(f"{__name__}.{_LATER[name] or name}")
+    found = globals()[name] = getattr(module, name) if _LATER[name] else module
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
