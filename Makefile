@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help demo test soak lint bench build compat clean
+.PHONY: help demo test conformance mutants soak lint bench build compat clean
 help:
 	@echo "make demo     train networks that cannot be differentiated, and see what an override changes"
 	@echo "make test     run the tests"
+	@echo "make conformance  each form in each environment, and the page of the documentation that says so"
+	@echo "make mutants  planted defects: each must turn a cell of that table red"
 	@echo "make soak     100,000 calls and 10,000 overrides: nothing grows"
 	@echo "make lint     ruff and mypy"
 	@echo "make bench    measure against autograd.Function written by hand"
@@ -21,6 +23,12 @@ demo: $(VENV)/.with-demo
 
 test: $(VENV)/.with-test
 	$(BIN)/python -m pytest
+
+conformance: $(VENV)/.with-test
+	$(BIN)/python -m tests.conformance
+
+mutants: $(VENV)/.with-test
+	$(BIN)/python tests/conformance/mutants.py
 
 soak: $(VENV)/.with-test
 	$(BIN)/python -m pytest -m soak tests/conformance

@@ -1,0 +1,123 @@
+"""The table as text and as a page of the documentation."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from conformance.environment import REFUSALS, Environment
+from conformance.environments import GROUPS
+from conformance.forms import FORMS
+from conformance.table import CELLS, Outcome, reason_left_out
+
+__all__ = ["PAGE", "committed", "counts", "page", "release", "summary"]
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "conformance.md"
+SIGNS = {"right": "✓", "fails": "✗", "left out": "-", "not run": "?"}
+
+
+def release() -> str:
+    """The release of torch, without what was built how."""
+    return ".".join(torch.__version__.split(".")[:2])
+
+
+def counts(outcomes: Mapping[str, Outcome]) -> Counter[str]:
+    return Counter([outcome.verdict.partition(":")[0] for outcome in outcomes.values()])
+
+
+def summary(outcomes: Mapping[str, Outcome]) -> str:
+    """One line."""
+    found = counts(outcomes)
+    return f"{found['right']} right, {found['refused']} refused, {found['fails']} failed, of {len(outcomes)} cells"
+
+
+def page(outcomes: Mapping[str, Outcome]) -> str:
+    """The documentation of these outcomes, in Markdown."""
+    used = sorted({o.verdict.removeprefix("refused: ") for o in outcomes.values() if o.verdict.startswith("refused")})
+    numbers = {key: str(index) for index, key in enumerate(used, 1)}
+    reasons: dict[str, str] = {}
+    tables = [_group(name, columns, outcomes, numbers, reasons) for name, columns in GROUPS.items() if columns]
+    lines = [
+        "# Right everywhere, or refused",
+        "",
+        "Each form of the library in each environment of torch, against the same computation written by hand. A cell",
+        "is right (✓), or refused by an error or a warning that names the way out (the number of its reason), or the",
+        "form does not go there (a letter). This page is written by `python -m tests.conformance`, and a test holds it",
+        "to the code. The distributed part is in `tests/conformance/distributed.py`.",
+        "",
+        f"torch {release()}: {summary(outcomes)}.",
+        "",
+        *tables,
+        "## What is refused, and why",
+        "",
+        *[f"{numbers[key]}. {_sentence(REFUSALS[key].reason)} Source: {REFUSALS[key].source}." for key in used],
+        "",
+        "## What does not apply",
+        "",
+        *[f"- *{letter}*: {reason}." for reason, letter in reasons.items()],
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _group(
+    name: str,
+    columns: list[Environment],
+    outcomes: Mapping[str, Outcome],
+    numbers: Mapping[str, str],
+    reasons: dict[str, str],
+) -> str:
+    """One table: environments down, forms across, for there are more of the former."""
+    heads = [str(index) for index in range(1, len(FORMS) + 1)]
+    lines = [f"## {name}", "", "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for environment in columns:
+        cells = []
+        for form in FORMS:
+            why = reason_left_out(form, environment)
+            if why:
+                cells.append(reasons.setdefault(why, chr(ord("a") + len(reasons))))
+                continue
+            verdict = outcomes.get(f"{environment.id} / {form.name}", Outcome("not run")).verdict
+            cells.append(numbers.get(verdict.removeprefix("refused: "), SIGNS.get(verdict, "✗")))
+        lines.append(f"| {environment.name} | " + " | ".join(cells) + " |")
+    legend = [f"{head} {form.name}" for head, form in zip(heads, FORMS, strict=True)]
+    return "\n".join([*lines, "", f"({'; '.join(legend)})", ""])
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def committed() -> dict[str, str]:
+    """The verdicts on the page, by the id of a cell."""
+    text = PAGE.read_text()
+    keys = dict(_numbered(text))
+    found: dict[str, str] = {}
+    for name, columns in GROUPS.items():
+        rows = {environment.name: environment for environment in columns}
+        section = text.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        for line in section.splitlines():
+            head, *cells = [part.strip() for part in line.strip("|").split(" | ")] if line.startswith("| ") else [""]
+            environment = rows.get(head.strip("| "))
+            if environment is None:
+                continue
+            for form, cell in zip(FORMS, cells, strict=True):
+                sign = cell.strip(" |")
+                verdict = "right" if sign == SIGNS["right"] else f"refused: {keys[sign]}" if sign in keys else ""
+                if verdict:
+                    found[f"{environment.id} / {form.name}"] = verdict
+    return found
+
+
+def _numbered(text: str) -> list[tuple[str, str]]:
+    reasons = {_sentence(refusal.reason): key for key, refusal in REFUSALS.items()}
+    listed = re.findall(r"^(\d+)\. (.*?) Source: ", text, re.MULTILINE)
+    return [(number, reasons[reason]) for number, reason in listed if reason in reasons]
+
+
+def known_cells() -> set[str]:
+    return {cell.id for cell in CELLS}

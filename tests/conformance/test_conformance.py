@@ -1,0 +1,50 @@
+"""Each cell of the table is right, or refused for a reason that is known; and the page in docs/ says which."""
+
+import pytest
+import torch
+
+from conformance import report
+from conformance.environment import REFUSALS
+from conformance.environments import ENVIRONMENTS
+from conformance.forms import FORMS
+from conformance.table import CELLS, outcome_of, reason_left_out
+
+COMMITTED = report.committed()
+
+
+def marks_of(environment):
+    marks = [] if environment.quick else [pytest.mark.slow]
+    if environment.group == "device":
+        marks += [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+    return marks
+
+
+@pytest.mark.parametrize("cell", [pytest.param(cell, id=cell.id, marks=marks_of(cell.environment)) for cell in CELLS])
+def test_cell(cell):
+    outcome = outcome_of(cell)
+    assert outcome.verdict != "fails", outcome.text
+    if f"torch {report.release()}:" in report.PAGE.read_text():
+        said = COMMITTED.get(cell.id, "nothing")
+        assert outcome.verdict == said, f"docs/conformance.md says {said}: run python -m tests.conformance"
+
+
+def test_every_cell_is_in_the_table_or_has_a_reason_why_not():
+    for environment in ENVIRONMENTS:
+        for form in FORMS:
+            in_table = any(cell.form is form and cell.environment is environment for cell in CELLS)
+            assert in_table != bool(reason_left_out(form, environment))
+
+
+def test_page_has_every_cell_and_no_other():
+    device = {cell.id for cell in CELLS if cell.environment.group == "device"}
+    assert set(COMMITTED) | device == {cell.id for cell in CELLS} | device
+
+
+def test_names_are_unique():
+    assert len({form.name for form in FORMS}) == len(FORMS)
+    assert len({environment.id for environment in ENVIRONMENTS}) == len(ENVIRONMENTS)
+
+
+def test_every_refusal_is_used():
+    used = {verdict.removeprefix("refused: ") for verdict in COMMITTED.values()}
+    assert used >= REFUSALS.keys()
