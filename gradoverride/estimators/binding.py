@@ -31,7 +31,6 @@ class Estimator:
 
     takes_tensors = True  # in a `bridge` too: the forward that it is offered turns them into arrays
     writes_nothing = True
-    needs_floating = True  # a result of integers has no gradient to be estimated
 
     # What most have as options.
     batch_dims: int = 0
@@ -115,7 +114,6 @@ class Bound:
 
     takes_tensors = True
     writes_nothing = True
-    needs_floating = True
     not_traced = NOT_TRACED
 
     def __init__(self, estimator: Estimator, forward: Forward) -> None:

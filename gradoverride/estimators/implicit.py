@@ -55,7 +55,6 @@ class _Implicit:
 
     takes_tensors = True  # in a `bridge` too: the residual is one of tensors
     writes_nothing = True
-    needs_floating = True
     not_traced = NOT_TRACED
 
     large: ClassVar[str] = "gmres"  # the solver, where there are many unknowns
