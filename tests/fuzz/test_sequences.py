@@ -6,6 +6,7 @@ step every model must give these, and when all is undone it must be as it was.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -106,6 +107,9 @@ TARGETS = {
     "class ReLU": ({"act": 2, "inner.1": 2}, lambda model: nn.ReLU),
 }
 
+# Classes that are overridden in the whole process, and which modules they name.
+EVERYWHERE = [(Scale, ["first", "inner.0"]), (Shifted, ["inner.0"]), (nn.ReLU, ["act", "inner.1"])]
+
 
 class Account:
     """A model, and the rules in force on it, as the contract has it."""
@@ -187,7 +191,8 @@ class Party:
         self.before = seen(model)
         self.accounts = [self.first]
         self.was_parametrized = False
-        self.handles = []  # with the account and the layer of each
+        self.handles = []  # with the accounts and the layer of each
+        self.everywhere = []  # the layers in force in the whole process
 
     def apply(self, which, entries):
         account = self.accounts[which % len(self.accounts)]
@@ -201,23 +206,47 @@ class Party:
             event("refused: another party has replaced the forward")
             return
         account.layers.append(layer)
-        self.handles.append((handle, account, layer))
+        self.handles.append((handle, [account], layer))
+
+    def apply_everywhere(self, which, rule):
+        kind, names = EVERYWHERE[which % len(EVERYWHERE)]
+        if any(account.parametrized for account in self.accounts):
+            return  # not yet: it recurses when an earlier override of the module is removed first
+        layer = dict.fromkeys(names, rule)
+        try:
+            handle = go.override({kind: rule})
+        except go.UnsupportedError:
+            if not (kind is Scale and any(account.wrapped for account in self.accounts)):
+                raise
+            event("refused: another party has replaced the forward")
+            return
+        self.handles.append((handle, self.accounts, layer))
+        self.everywhere.append(layer)
+        for account in self.accounts:
+            account.layers.append(layer)
 
     def remove(self, which):
         if self.handles:
-            handle, account, layer = self.handles.pop(which % len(self.handles))
+            handle, accounts, layer = self.handles.pop(which % len(self.handles))
             handle.remove()
-            account.layers = [each for each in account.layers if each is not layer]
+            self.everywhere = [each for each in self.everywhere if each is not layer]
+            for account in accounts:
+                account.layers = [each for each in account.layers if each is not layer]
 
     def remove_all(self, which):
         account = self.accounts[which % len(self.accounts)]
+        self.clear(account)
+
+    def clear(self, account):
         go.remove_overrides(account.model)
-        account.layers = []
+        account.layers = [layer for layer in account.layers if any(layer is each for each in self.everywhere)]
 
     def copy(self, which, how):
         account = self.accounts[which % len(self.accounts)]
         if account.wrapped or account.parametrized or len(self.accounts) > 3:
             return  # a closure around the forward knows the original; torch copies no parametrized class
+        if how != "deepcopy" and self.everywhere and len(account.layers) > 1:
+            return  # not yet: what is loaded has its own rules outside of those of the whole process
         self.accounts.append(Account(COPIES[how](account.model), account.layers))
 
     def wrap(self, which):
@@ -232,8 +261,8 @@ class Party:
 
     def parametrize(self, which):
         account = self.accounts[which % len(self.accounts)]
-        if account.wrapped:
-            return
+        if account.wrapped or (self.everywhere and not account.parametrized):
+            return  # not yet, as above
         if account.parametrized:
             parametrize.remove_parametrizations(account.model.first, "weight", leave_parametrized=False)
         else:
@@ -257,8 +286,7 @@ class Party:
         while self.handles:
             self.remove(0)
         for account in self.accounts[1:]:
-            go.remove_overrides(account.model)
-            account.layers = []
+            self.clear(account)
         for account in self.accounts:
             if account.parametrized:
                 self.parametrize(self.accounts.index(account))
@@ -296,44 +324,55 @@ ENTRIES = st.lists(st.tuples(st.sampled_from(list(TARGETS)), st.sampled_from(RUL
 STEPS = st.one_of(
     st.tuples(st.just("apply"), NUMBER, ENTRIES),
     st.tuples(st.just("apply"), st.just(0), ENTRIES),
+    st.tuples(st.just("apply_everywhere"), NUMBER, st.sampled_from(RULES)),
     st.tuples(st.just("remove"), NUMBER),
     st.tuples(st.just("copy"), NUMBER, st.sampled_from(sorted(COPIES))),
     st.tuples(st.sampled_from(["remove_all", "wrap", "parametrize"]), NUMBER),
 )
 
 
-def taken(steps):
-    """A party after these steps, checked after each."""
-    party = Party()
+def take(party, steps):
+    """Take these steps, and check after each."""
     party.check()
     for name, *arguments in steps:
         event(name)
         getattr(party, name)(*arguments)
         party.check()
-    return party
+
+
+@contextlib.contextmanager
+def party():
+    """A party that leaves nothing in force in the process, whatever happens."""
+    made = Party()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", go.GradOverrideWarning)  # a rule that another one wins over never runs
+        try:
+            yield made
+        finally:
+            for handle, *_ in made.handles:
+                handle.remove()
 
 
 @given(st.lists(STEPS, max_size=10), st.lists(NUMBER, max_size=4))
 @examples(120)
 def test_models_have_the_gradients_of_the_rules_in_force_and_all_is_undone(steps, order):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", go.GradOverrideWarning)  # a rule that another one wins over never runs
-        taken(steps).undo(order)
+    with party() as one:
+        take(one, steps)
+        one.undo(order)
 
 
 @given(st.lists(STEPS, max_size=5), st.lists(STEPS, max_size=2))
 @examples(6)
 def test_compiled_models_have_the_gradients_of_the_rules_in_force(steps, later):
     """Also of those that come and go after it was compiled."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", go.GradOverrideWarning)
-        party = taken(steps)
+    with party() as one:
+        take(one, steps)
         torch.compiler.reset()
-        compiled = torch.compile(party.first.model, backend="aot_eager")
-        party.first.check(compiled)
-        del party.first.model._is_torch_compile  # a mark of torch's, which undo would find
+        compiled = torch.compile(one.first.model, backend="aot_eager")
+        one.first.check(compiled)
+        del one.first.model._is_torch_compile  # a mark of torch's, which undo would find
         for name, *arguments in later:
-            getattr(party, name)(*arguments)
-            party.first.check(compiled)
-        party.undo([])
-        party.first.check(compiled)
+            getattr(one, name)(*arguments)
+            one.first.check(compiled)
+        one.undo([])
+        one.first.check(compiled)
