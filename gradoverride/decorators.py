@@ -34,8 +34,8 @@ C = TypeVar("C", bound=type)
 @overload
 def custom_backward(rule: C, /) -> C: ...
 @overload
-def custom_backward(rule: Callable[..., Any], /) -> Callable[[F], F]: ...
-def custom_backward(rule: Any, /) -> Any:
+def custom_backward(rule: Callable[..., Any], /, *, jvp: Callable[..., Any] | None = None) -> Callable[[F], F]: ...
+def custom_backward(rule: Any, /, *, jvp: Any = None) -> Any:
     """Give a function, a method or a module the backward that `rule` says.
 
     A rule is a plain function. Its first parameter is the gradient with respect to the result; every other one asks
@@ -58,15 +58,29 @@ def custom_backward(rule: Any, /) -> Any:
     On a class, `rule` is for its `forward`. Bare, on a module class that defines `backward(self, grad_output, ...)`,
     that method is the rule: it returns the gradient of the input and assigns `self.<parameter>.grad`.
 
+    Forward mode (`jvp`, `jacfwd`, `hessian`) is the rule transposed, so it needs nothing more, unless the rule is not
+    linear in the gradient. `jvp` says it instead: a function of the tangents of the arguments, which come in the form
+    in which a rule returns gradients (of a module with parameters in a dict by name), and of values by name. It
+    returns the tangent of the result.
+
+    >>> clipped = go.custom_backward(lambda grad_output: grad_output.clamp(-1, 1), jvp=lambda tangent: 2 * tangent)
+    >>> torch.func.jvp(clipped(lambda x: 2 * x), (torch.ones(2),), (torch.ones(2),))[1]
+    tensor([2., 2.])
+
     Shapes and dtypes: a gradient has the shape and device of what it belongs to; a differing floating dtype is cast.
 
     Raises `RuleSignatureError` for a name that does not exist, `RuleResultError` for a wrong answer,
     `CapturedTensorError` for a tensor that the forward reaches by a closure, `DecorationError` for what cannot be
     decorated.
     """
+    if jvp is not None and (isinstance(jvp, type) or not callable(jvp)):
+        raise DecorationError(f"custom_backward: 'jvp' must be a function of the tangents; got {what(jvp)}")
     if isinstance(rule, type):
+        if jvp is not None:
+            raise DecorationError("custom_backward: 'jvp' goes with a rule, not with a class that has a backward")
         return _with_own_backward(rule)
     read = Rule(rule)
+    read.jvp = None if jvp is None else Rule(jvp)
     return functools.partial(_attach, read)
 
 

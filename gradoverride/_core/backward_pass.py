@@ -84,11 +84,43 @@ class Backward:
         answered = read_params(call, {**named, **collected})
         return leaf_grads, *self._with_own(answered)
 
+    def tangents(self, jvp: Any, tangents: Sequence[Tensor | None]) -> list[Tensor]:
+        """The tangents of the results, by the user's own forward mode."""
+        call = self.call
+        metas = [*call.metas, *[param.meta for param in call.params]]
+        filled = [
+            torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if tangent is None else tangent
+            for tangent, meta in zip(tangents, metas, strict=True)
+        ]
+        given = iter(filled[: call.n_leaves])
+        parts = [unflatten(spec, given, constants=False) for spec in call.specs]
+        first: Any = parts[call.single] if call.single is not None else tuple(parts)
+        if call.params:
+            by_name = {name: parts[indices[0]] for name, indices in call.groups.items() if name != call.variadic}
+            first = {**by_name, **{p.name: one for p, one in zip(call.params, filled[call.n_leaves :], strict=True)}}
+        supplied = {asked.name: asked.value(self.saved) for asked in call.asked if asked.name in self.plan.jvp_sources}
+        try:
+            answer = jvp.fn(first, **supplied)
+        except Exception as error:
+            call.note(error)
+            raise
+        found: list[Any] = []
+        spec = flatten(in_order_of(call.result, answer), lambda part: isinstance(part, Tensor), found)
+        shapes = [tuple(one.shape) for one in found]
+        if not alike(call.result, spec) or shapes != [tuple(meta.shape) for meta in call.out_metas]:
+            fail(
+                RuleResultError,
+                f"jvp {jvp.who} of {self.plan.forward.who} must return the tangent of the result in its structure, "
+                f"{' and '.join(meta.text for meta in call.out_metas)}; it returned {what(answer)}",
+            )
+        return [one.to(meta.dtype) for one, meta in zip(found, call.out_metas, strict=True)]
+
     # --- the rule ---
 
     def _supply(self, vjp: Vjp | None) -> dict[str, Any]:
         call, saved = self.call, self.saved
-        supplied = {asked.name: asked.value(saved) for asked in call.asked}
+        own = self.plan.sources  # a `jvp` may have asked for more
+        supplied = {asked.name: asked.value(saved) for asked in call.asked if asked.name in own}
         for name, source in self.plan.sources.items():
             if source != "reserved" or name in call.given:
                 continue

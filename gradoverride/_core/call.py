@@ -362,6 +362,9 @@ class Call:
         backward = Backward(self, ctx)
         count = self.n_leaves + len(self.params)
         self.transposed = True
+        if self.plan.jvp is not None:
+            own = backward.tangents(self.plan.jvp, tangents[:count])
+            return (*own, *[torch.zeros(meta.shape, dtype=meta.dtype) for meta in self.residual_metas])
 
         def gradients(*grads: Tensor) -> list[Tensor | None]:
             leaf_grads, param_grads, _ = backward.gradients(list(grads))

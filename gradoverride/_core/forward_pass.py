@@ -385,7 +385,8 @@ class ForwardPass:
         """Find each value that the rule asks for, and say where its tensors are to be saved from."""
         call, plan, module, values = self.call, self.plan, self.module, self.values
         own = {name: index for index, param in enumerate(call.params) for name in param.names}
-        for name, source in plan.sources.items():
+        sources = {**plan.jvp_sources, **plan.sources} if self.mode == TRANSFORMED else plan.sources
+        for name, source in sources.items():
             if source == "argument":
                 indices = call.groups.get(name, ())
                 if name in call.groups and name != call.variadic:
@@ -410,7 +411,7 @@ class ForwardPass:
                 elif name == "output":
                     slots = [saver.slot(~k) for k in range(len(saver.outs))]
                     call.asked.append(Asked(name, call.result, slots))
-            elif plan.rule.asks[name]:
+            elif plan.rule.asks.get(name) or (plan.jvp is not None and plan.jvp.asks.get(name)):
                 more = [*residuals, *own, *call.frozen, *(module._buffers if module is not None else ())]
                 error = unknown_name(plan.rule, plan.forward, name, [key for key in more if "." not in key])
                 fail(type(error), str(error))

@@ -21,6 +21,7 @@ from gradoverride._core.reach import Reach
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.signature import Forward, Rule, resolve
 from gradoverride._core.tracers import EXPORT, recorded_as, warn
+from gradoverride.errors import RuleSignatureError
 
 __all__ = ["MARK", "Layout", "Plan", "is_known_method"]
 
@@ -55,6 +56,7 @@ class Plan:
         self, forward: Forward, rule: Rule, *, class_form: bool = False, straight_through: bool = False
     ) -> None:
         self.forward = forward
+        self.jvp = rule.jvp
         self.rule = rule = rule.for_forward(forward)
         self.fn: Callable[..., Any] = forward.fn
         self.marked = False  # whether what it saves is to be told from what the bare forward saves: see MARK
@@ -70,6 +72,7 @@ class Plan:
         self.mirrors = False  # the rule answers in the structure of the only argument, if that is a dict too
         self.hands_over = any(scan.calls(fn, save_for_backward) for fn in (self.fn, inspect.unwrap(self.fn)))
         self.sources = resolve(rule, forward, may_defer=forward.is_method or self.hands_over)
+        self.jvp_sources = self._sources_of_jvp()
         reserved = {name for name, source in self.sources.items() if source == "reserved"}
         self.asks_vjp = "vjp" in reserved
         self.asks_params = "params" in reserved
@@ -104,6 +107,19 @@ class Plan:
         if self._recorded is None:
             self._recorded = recorded_as(self.forward.name, self.wrapper)
         return self._recorded
+
+    def _sources_of_jvp(self) -> dict[str, str]:
+        """Where the names come from that the user's own forward mode asks for."""
+        if self.jvp is None:
+            return {}
+        sources = resolve(self.jvp, self.forward, may_defer=self.forward.is_method or self.hands_over)
+        for name, source in sources.items():
+            if source == "reserved" and name not in ("input", "output"):
+                raise RuleSignatureError(
+                    f"jvp {self.jvp.who} asks for '{name}', which belongs to a backward. Ask for arguments, for what "
+                    "is handed over, for parameters, 'input' or 'output'"
+                )
+        return sources
 
     def of_class(self, cls: type) -> Plan:
         """The plan for instances of `cls`, which may have a `backward` of its own."""

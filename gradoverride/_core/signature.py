@@ -104,6 +104,7 @@ class Rule:
         self.fn = fn
         self.number = next(_numbers)
         self.made: dict[Any, Any] = {}  # see `once`
+        self.jvp: Rule | None = None  # the user's own forward mode
         self.name = name or name_of(fn)
         self.place = place or scan.location(fn)
         self.asks: dict[str, bool] = {}  # name -> whether it must exist
