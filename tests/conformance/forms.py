@@ -20,7 +20,16 @@ import gradoverride as go
 from conformance import bodies
 from conformance.bodies import Attach
 from conformance.subjects import Subject
-from conformance.twins import GateFunction, Guided, LinearByHand, Module, ScaleByHand, TanhByOutput, elementwise
+from conformance.twins import (
+    GateFunction,
+    Guided,
+    LinearByHand,
+    Module,
+    RoundByHand,
+    ScaleByHand,
+    TanhByOutput,
+    elementwise,
+)
 
 __all__ = ["FORMS", "Form", "numbers"]
 
@@ -307,7 +316,7 @@ FORMS = [
     function_form(
         "straight_through",
         rounded,
-        elementwise("Round", torch.round, torch.ones_like),
+        RoundByHand.apply,
         "function",
         attach=bodies.PASSED,
         without=(*OF_FUNCTION, REAL),

@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 
-__all__ = ["GateFunction", "Guided", "LinearByHand", "Module", "ScaleByHand", "TanhByOutput", "Times", "elementwise"]
+__all__ = [
+    "GateFunction",
+    "Guided",
+    "LinearByHand",
+    "Module",
+    "RoundByHand",
+    "ScaleByHand",
+    "TanhByOutput",
+    "Times",
+    "elementwise",
+]
 
 
 class ByHand(Function):
@@ -45,6 +55,26 @@ def elementwise(name: str, value: Callable[..., Any], slope: Callable[..., Any])
 
     Elementwise.__name__ = name
     return Elementwise.apply
+
+
+class RoundByHand(ByHand):
+    """Rounding whose gradient passes: it keeps nothing."""
+
+    @staticmethod
+    def forward(x):
+        return x.round()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent.clone()
 
 
 class Times(ByHand):
