@@ -348,6 +348,8 @@ _probe = torch.zeros((), requires_grad=True)
 
 @evaluated_while_tracing
 def _probe_functorch() -> bool:
+    if torch.jit.is_tracing():  # which would record the probe, and crash
+        return False
     try:
         _probe.requires_grad_()  # what it requires already: refused inside of a transform, and otherwise nothing
     except RuntimeError:
@@ -363,6 +365,8 @@ class _Levels:
 
 @evaluated_while_tracing
 def _probe_forward_ad() -> bool:
+    if torch.jit.is_tracing() or get_proxy_mode() is not None:  # the same of make_fx and torch.export
+        return False
     try:
         forward_ad.make_dual(_probe.detach(), _probe.detach())
     except RuntimeError:
