@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from gradoverride._core import everywhere
 from gradoverride._core.function_mode import quieted, scoped
 from gradoverride._core.functions import ANY, calls_that_are
-from gradoverride._core.layers import FunctionLayer, FunctionRule, Layer
+from gradoverride._core.layers import FunctionLayer, FunctionRule, Layer, Order
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import in_reentrant_checkpoint
 from gradoverride._core.signature import Forward, Rule, youngest
@@ -45,7 +45,7 @@ def links(base: Any, layers: Sequence[Layer], functions: Sequence[FunctionLayer]
     own = sorted((*layers, *everywhere.layers_on(base)), key=lambda layer: layer.order)
     within = sorted((*functions, *everywhere.functions), key=lambda layer: layer.order)
     called = calls_that_are(base) if leaf and own and within else frozenset[str]()
-    steps: list[tuple[int, Rule]] = [(layer.order, layer.rule) for layer in own]
+    steps: list[tuple[Order, Rule]] = [(layer.order, layer.rule) for layer in own]
     quiet: list[FunctionRule] = []
     counted: list[Layer | FunctionLayer] = [layer for layer in own if layer not in layers]
     for layer in within:

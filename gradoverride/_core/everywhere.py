@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from gradoverride._core.layers import FunctionLayer, Layer
+from gradoverride._core.layers import FunctionLayer, Layer, Order
 from gradoverride._core.targets import Class
 
 __all__ = [
     "bare_forward",
     "classes",
+    "derived_from",
     "forget_compiled",
     "functions",
     "inert",
@@ -29,12 +30,16 @@ __all__ = [
 classes: list[tuple[Class, Layer]] = []
 functions: list[FunctionLayer] = []
 originals: dict[Any, Any] = {}  # by forward that was put on a class: the one that it replaced
+derived_from: dict[Any, Any] = {}  # by forward of a class of overridden modules: the class that it is derived from
 inert: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # the same of what does nothing any more
 
 
 def bare_forward(cls: Any) -> Any:
     """The forward of a class without ours."""
     forward = cls.forward
+    base = derived_from.get(forward)
+    if base is not None:  # others have derived theirs from a class of overridden modules
+        return bare_forward(base)
     return originals.get(forward, forward)
 
 
@@ -49,7 +54,7 @@ def without_inert(value: Any) -> Any:
 
 def layers_on(cls: Any) -> list[Layer]:
     """The layers in force on modules of this class: of each override the one whose target is nearest."""
-    best: dict[int, tuple[int, Layer]] = {}
+    best: dict[Order, tuple[int, Layer]] = {}
     for target, layer in classes:
         distance = target.distance_of(cls)
         if distance is not None and distance <= best.get(layer.order, (distance, layer))[0]:

@@ -1,24 +1,39 @@
 """One rule, put somewhere by one override: on a module, on a function of torch within a model, on a class.
 
-Layers are ordered by `order`, the number of their override: a later one is outside of an earlier one.
+Layers are ordered by `order`, the place of their override: a later one is outside of an earlier one. All layers of an
+override have the same, and keep it in copies and pickles: it tells what belongs together.
 """
 
 from __future__ import annotations
 
 import itertools
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 from gradoverride._core.signature import Rule
 
-__all__ = ["FunctionLayer", "FunctionRule", "Layer", "next_order"]
+__all__ = ["FunctionLayer", "FunctionRule", "Layer", "Order", "next_order"]
+
+Order = tuple[int, ...]
 
 _orders = itertools.count()
+_process = uuid.uuid4().hex
+_others: dict[str, Order] = {}  # by process that something was pickled in: when it was first heard of
 
 
-def next_order() -> int:
-    """The number of a new override."""
-    return next(_orders)
+def next_order() -> Order:
+    """The place of a new override among all, outside of those that there are."""
+    return (next(_orders),)
+
+
+def _order_again(process: str, order: Order) -> Order:
+    """A place that was pickled: the same in the same process, else one behind what was there when it was loaded."""
+    if process == _process:
+        return order
+    if process not in _others:
+        _others[process] = next_order()
+    return (*_others[process], *order)
 
 
 class Layer:
@@ -26,7 +41,7 @@ class Layer:
 
     __slots__ = ("calls", "order", "path", "rule", "since", "target")
 
-    def __init__(self, rule: Rule, path: str, target: str, order: int) -> None:
+    def __init__(self, rule: Rule, path: str, target: str, order: Order) -> None:
         self.rule = rule
         self.path = path
         self.target = target
@@ -39,11 +54,11 @@ class Layer:
         return Layer(self.rule, self.path, self.target, self.order)
 
     def __reduce__(self) -> Any:
-        return _layer_again, (self.rule.fn, self.path, self.target)
+        return _layer_again, (self.rule.fn, self.path, self.target, _process, self.order)
 
 
-def _layer_again(rule: Callable[..., Any], path: str, target: str) -> Layer:
-    return Layer(Rule.of(rule), path, target, next_order())
+def _layer_again(rule: Callable[..., Any], path: str, target: str, process: str, order: Order) -> Layer:
+    return Layer(Rule.of(rule), path, target, _order_again(process, order))
 
 
 class FunctionRule:
@@ -67,7 +82,7 @@ class FunctionLayer:
 
     __slots__ = ("awaited", "calls", "key", "order", "path", "target", "unrecorded")
 
-    def __init__(self, name: str, rule: Rule, path: str, target: str, order: int, nth: int = 0) -> None:
+    def __init__(self, name: str, rule: Rule, path: str, target: str, order: Order, nth: int = 0) -> None:
         self.key = rule.once((FunctionRule, name, nth), lambda: FunctionRule(name, rule, nth))
         self.path = path
         self.target = target
@@ -87,8 +102,14 @@ class FunctionLayer:
         return copied
 
     def __reduce__(self) -> Any:
-        return _function_layer_again, (self.key.name, self.rule.fn, self.path, self.target, self.key.nth)
+        key = self.key
+        return _function_layer_again, (
+            *(key.name, self.rule.fn, self.path, self.target),
+            *(_process, self.order, key.nth),
+        )
 
 
-def _function_layer_again(name: str, rule: Callable[..., Any], path: str, target: str, nth: int) -> FunctionLayer:
-    return FunctionLayer(name, Rule.of(rule), path, target, next_order(), nth)
+def _function_layer_again(
+    name: str, rule: Callable[..., Any], path: str, target: str, process: str, order: Order, nth: int
+) -> FunctionLayer:
+    return FunctionLayer(name, Rule.of(rule), path, target, _order_again(process, order), nth)

@@ -149,12 +149,14 @@ def _overridden(base: Any) -> Any:
             return _new, (base, *arguments[1:]), *rest
         return make, arguments, *rest
 
+    functools.update_wrapper(forward, base.forward, updated=())
+    everywhere.derived_from[forward] = base
     body = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__reduce_ex__": __reduce_ex__,
-        "forward": functools.update_wrapper(forward, base.forward, updated=()),
+        "forward": forward,
         BASE: base,
     }
     return type(base)(base.__name__, (base,), body)

@@ -348,7 +348,7 @@ _probe = torch.zeros((), requires_grad=True)
 
 @evaluated_while_tracing
 def _probe_functorch() -> bool:
-    if torch.jit.is_tracing():  # which would record the probe, and crash
+    if is_jit_tracing():  # which would record the probe, and crash
         return False
     try:
         _probe.requires_grad_()  # what it requires already: refused inside of a transform, and otherwise nothing
@@ -365,7 +365,7 @@ class _Levels:
 
 @evaluated_while_tracing
 def _probe_forward_ad() -> bool:
-    if torch.jit.is_tracing() or get_proxy_mode() is not None:  # the same of make_fx and torch.export
+    if is_jit_tracing() or get_proxy_mode() is not None:  # the same of make_fx and torch.export
         return False
     try:
         forward_ad.make_dual(_probe.detach(), _probe.detach())

@@ -210,8 +210,6 @@ class Party:
 
     def apply_everywhere(self, which, rule):
         kind, names = EVERYWHERE[which % len(EVERYWHERE)]
-        if any(account.parametrized for account in self.accounts):
-            return  # not yet: it recurses when an earlier override of the module is removed first
         layer = dict.fromkeys(names, rule)
         try:
             handle = go.override({kind: rule})
@@ -245,8 +243,6 @@ class Party:
         account = self.accounts[which % len(self.accounts)]
         if account.wrapped or account.parametrized or len(self.accounts) > 3:
             return  # a closure around the forward knows the original; torch copies no parametrized class
-        if how != "deepcopy" and self.everywhere and len(account.layers) > 1:
-            return  # not yet: what is loaded has its own rules outside of those of the whole process
         self.accounts.append(Account(COPIES[how](account.model), account.layers))
 
     def wrap(self, which):
@@ -261,8 +257,8 @@ class Party:
 
     def parametrize(self, which):
         account = self.accounts[which % len(self.accounts)]
-        if account.wrapped or (self.everywhere and not account.parametrized):
-            return  # not yet, as above
+        if account.wrapped:
+            return
         if account.parametrized:
             parametrize.remove_parametrizations(account.model.first, "weight", leave_parametrized=False)
         else:

@@ -2,7 +2,10 @@
 
 import copy
 import gc
+import io
+import pickle
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,6 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 
 import gradoverride as go
+from gradoverride._core import layers
 from overrides.models import doubled, gradient, guided, mlp, negated, tripled
 
 pytestmark = pytest.mark.filterwarnings(
@@ -179,6 +183,68 @@ class TestClass:
                 ("1", "class 'ReLU'"),
                 ("2.1", "class 'ReLU'"),
             ]
+
+
+def pickled(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def saved(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def passed(grad_output):
+    return grad_output
+
+
+def weights_of(x):
+    """What `gradient` gives where the gradient passes as it is."""
+    return gradient(lambda x: x, x)
+
+
+class TestCopies:
+    """Which rule is outside is told by the order of their overrides, in copies too."""
+
+    @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled, saved])
+    def test_a_later_rule_of_the_process_is_outside_of_the_rule_that_a_copy_brings(self, copied, x):
+        module = Own()
+        go.override(module, {module: passed})
+        with go.override({Own: doubled}):
+            exactly(gradient(copied(module), x), 2 * weights_of(x))
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+    def test_rules_of_one_override_apply_once_in_a_copy(self, copied, x):
+        model = nn.Sequential(nn.ReLU())
+        plain = gradient(model, x)
+        go.override(model, {nn.ReLU: doubled, F.relu: doubled})
+        exactly(gradient(copied(model), x), 2 * plain)
+
+    def test_a_pickle_of_another_process_is_inside_of_what_comes_after_it(self, x):
+        module = nn.Sequential(nn.ReLU())
+        plain = gradient(module, x)
+        go.override(module, {nn.ReLU: doubled})
+        go.override(module, {nn.ReLU: tripled})
+        ours, theirs = (uuid.UUID(int=0).hex.encode(), layers._process.encode())
+        loaded = pickle.loads(pickle.dumps(module).replace(theirs, ours))
+        exactly(gradient(loaded, x), 6 * plain)
+        with go.override({nn.ReLU: passed}):
+            exactly(gradient(loaded, x), weights_of(x))
+
+
+def test_a_module_that_was_parametrized_under_a_rule_loses_it_while_its_class_has_another(x):
+    module = nn.Linear(3, 3, bias=False).double()
+    first = go.override(module, {module: doubled})
+    parametrizations.weight_norm(module)
+    weight = module.weight.detach()
+    plain = gradient(lambda x: F.linear(x, weight), x)
+    with go.override({nn.Linear: tripled}):
+        closely(gradient(module, x), 6 * plain)
+        first.remove()
+        closely(gradient(module, x), 3 * plain)
+    closely(gradient(module, x), plain)
 
 
 class TestFunction:
