@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradoverride._core.private import in_modes
 from gradoverride._core.targets import RECORD
 
 __all__ = ["Collector", "Copied", "stand_in", "with_parameters", "write_back"]
@@ -180,10 +181,15 @@ class Collector:
     ) -> None:
         self.params: dict[str, Tensor] = {}
         self.before: dict[str, Tensor] = {}  # the `grad` of each that is a plain alias: is it another, it was assigned
+        traced = traced or torch.compiler.is_dynamo_compiling()  # the backward alone: compiled autograd
         for name, (_, tensor) in params.items():
-            # Dynamo knows no properties on tensors, and a DTensor is no other subclass besides.
-            if traced or type(tensor) not in (Tensor, nn.Parameter):
+            # Dynamo knows no properties on tensors, a DTensor is no other subclass besides, and modes that operations
+            # are shown to (those of compiled autograd, of FLOP counters) do not know ours.
+            if traced or type(tensor) not in (Tensor, nn.Parameter) or in_modes():
                 self.params[name] = tensor.detach()
+                if not traced and torch.is_grad_enabled() and tensor.requires_grad:  # for second derivatives
+                    self.params[name] = tensor.view_as(tensor)
+                    self.params[name].retain_grad()  # or torch warns of a look at its `grad`
                 self.params[name].grad = self.before[name] = torch.zeros_like(tensor)
             else:
                 self.params[name] = tensor.view_as(tensor).as_subclass(_Collected)

@@ -28,6 +28,7 @@ from conformance.twins import (
     RoundByHand,
     ScaleByHand,
     TanhByOutput,
+    TripledLinearFunction,
     elementwise,
 )
 
@@ -165,19 +166,30 @@ class AffineByHand(nn.Module):
 
 
 @go.custom_backward
-class AffineByClass(nn.Module):
+class LinearByClass(nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(numbers(WIDTH))
+        self.weight = nn.Parameter(numbers(WIDTH, WIDTH))
         self.bias = nn.Parameter(numbers(WIDTH).detach() * 0.5)
 
     def forward(self, x):
-        return x * self.weight + self.bias
+        return F.linear(x, self.weight, self.bias)
 
     def backward(self, grad_output, x):
-        self.weight.grad = (3 * grad_output * x.conj()).sum_to_size(self.weight.shape)
-        self.bias.grad = grad_output.sum_to_size(self.bias.shape)
-        return 2 * grad_output * self.weight.conj()
+        rows = grad_output.reshape(-1, WIDTH)
+        self.weight.grad = 3 * rows.T @ x.reshape(-1, WIDTH).conj()
+        self.bias.grad = rows.sum(0)
+        return 2 * grad_output @ self.weight.conj()
+
+
+class LinearByClassByHand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(numbers(WIDTH, WIDTH))
+        self.bias = nn.Parameter(numbers(WIDTH).detach() * 0.5)
+
+    def forward(self, x):
+        return TripledLinearFunction.apply(x, self.weight, self.bias)
 
 
 class Net(nn.Module):
@@ -311,7 +323,12 @@ FORMS = [
     ),
     module_form("method of a module", Affine, AffineByHand, SMOOTH, attach=bodies.METHOD, without=(NO_SCOPE,)),
     module_form(
-        "class with backward", AffineByClass, AffineByHand, SMOOTH, attach=bodies.OWN_BACKWARD, without=(NO_SCOPE,)
+        "class with backward",
+        LinearByClass,
+        LinearByClassByHand,
+        SMOOTH,
+        attach=bodies.OWN_BACKWARD,
+        without=(NO_SCOPE,),
     ),
     function_form(
         "straight_through",

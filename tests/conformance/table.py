@@ -81,7 +81,10 @@ def outcome_of(cell: Cell) -> Outcome:
     if other:
         return Outcome("fails", f"warns: {other[0].category.__name__}: {other[0].message}")
     with _alone():
-        expected = (environment.reference or environment.run)(by_hand)
+        try:
+            expected = (environment.reference or environment.run)(by_hand)
+        except Exception as error:
+            return Outcome("fails", f"it runs, and what was written by hand does not: {type(error).__name__}: {error}")
     try:
         compare(found, expected, environment.tolerance)
     except AssertionError as error:

@@ -22,6 +22,7 @@ __all__ = [
     "ScaleByHand",
     "TanhByOutput",
     "Times",
+    "TripledLinearFunction",
     "elementwise",
 ]
 
@@ -211,6 +212,20 @@ class GateFunction(ByHand):
         x, scale = ctx.saved_tensors
         total = 6 * tangent_x * (1 - torch.tanh(x) ** 2) * scale
         return total if tangent_scale is None else total + torch.tanh(x) * tangent_scale
+
+
+class TripledLinearFunction(LinearFunction):
+    """The same with three times the gradient to the weight."""
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_x, grad_weight, grad_bias = LinearFunction.backward(ctx, grad_output)
+        return grad_x, 3 * grad_weight, grad_bias
+
+    @staticmethod
+    def jvp(ctx, tangent_x, tangent_weight, tangent_bias):
+        tripled = None if tangent_weight is None else 3 * tangent_weight
+        return LinearFunction.jvp(ctx, tangent_x, tripled, tangent_bias)
 
 
 class LinearByHand(nn.Linear):

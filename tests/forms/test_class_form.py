@@ -9,6 +9,7 @@ import torch
 from oracles import closely, exactly, float64, noise
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradoverride as go
 
@@ -546,3 +547,39 @@ def test_parametrized_weight_is_assigned_under_its_plain_name():
     closely(x.grad, y.grad)
     for ours, theirs in zip(module.parameters(), plain.parameters(), strict=True):
         closely(ours.grad, theirs.grad)
+
+
+class Shown(TorchDispatchMode):
+    """Notes what kinds of tensors operations are called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.kinds = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.kinds.update(type(arg) for arg in args if isinstance(arg, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_backward_under_a_mode_that_operations_are_shown_to(create_graph):
+    @go.custom_backward
+    class Linear(nn.Linear):
+        def backward(self, grad_output, input):
+            self.weight.grad = 3 * grad_output.T @ input
+            self.bias.grad = None
+            return 2 * grad_output @ self.weight
+
+    module, x = Linear(2, 2, dtype=torch.float64), noise(3, 2)
+    wanted = x, module.weight
+
+    def gradients():
+        first = torch.autograd.grad(module(x).square().sum(), wanted, create_graph=create_graph)
+        if not create_graph:
+            return first
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), wanted)
+
+    expected = gradients()
+    with Shown() as shown:
+        closely(gradients(), expected)
+    assert shown.kinds <= {torch.Tensor, nn.Parameter}
