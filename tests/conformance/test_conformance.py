@@ -1,5 +1,7 @@
 """Each cell of the table is right, or refused for a reason that is known; and the page in docs/ says which."""
 
+import re
+
 import pytest
 import torch
 
@@ -38,6 +40,12 @@ def test_every_cell_is_in_the_table_or_has_a_reason_why_not():
 def test_page_has_every_cell_and_no_other():
     device = {cell.id for cell in CELLS if cell.environment.group == "device"}
     assert set(COMMITTED) | device == {cell.id for cell in CELLS} | device
+
+
+def test_readme_has_the_counts_of_the_page():
+    readme = " ".join((report.PAGE.parent.parent / "README.md").read_text().split())
+    right, refused = re.search(r"(\d+) right, (\d+) refused", report.PAGE.read_text()).groups()
+    assert f"{right} cells are right and {refused} are refused" in readme
 
 
 def test_names_are_unique():
