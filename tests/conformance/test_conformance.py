@@ -5,10 +5,11 @@ import re
 import pytest
 import torch
 
-from conformance import report
+from conformance import mutants, report
 from conformance.environment import REFUSALS
 from conformance.environments import ENVIRONMENTS
 from conformance.forms import FORMS
+from conformance.mutants import MUTANTS
 from conformance.table import CELLS, outcome_of, reason_left_out
 
 COMMITTED = report.committed()
@@ -46,6 +47,13 @@ def test_readme_has_the_counts_of_the_page():
     readme = " ".join((report.PAGE.parent.parent / "README.md").read_text().split())
     right, refused = re.search(r"(\d+) right, (\d+) refused", report.PAGE.read_text()).groups()
     assert f"{right} cells are right and {refused} are refused" in readme
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_planted_defect_still_applies_and_has_cells(mutant):
+    text = (mutants.ROOT / "gradoverride" / mutant.file).read_text()
+    assert [text.count(old) for old, _ in ((mutant.old, mutant.new), *mutant.more)] == [1] * (1 + len(mutant.more))
+    assert any(re.search(mutant.cells, cell.id) for cell in CELLS)
 
 
 def test_names_are_unique():

@@ -1,0 +1,258 @@
+"""`make mutants`: planted defects, one at a time. Each turns at least one cell of the table red.
+
+A defect is applied to a copy of the package in a temporary folder; then the cells that it should break are run in a new
+process, against what docs/conformance.md says of them, until one differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in a file of the package. `cells`: a pattern of the ids of cells that may see it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    cells: str
+    more: tuple[tuple[str, str], ...] = ()  # that belongs to it, in the same file
+
+
+MUTANTS = [
+    Mutant(
+        "wrapt on the traced path: Dynamo takes the wrapper for the wrapped",
+        "_core/wrapper.py",
+        "    plan.wrapper = wrapper\n    return wrapper\n",
+        "    plan.wrapper = wrapper\n    import wrapt\n\n    made = wrapper\n"
+        "    return wrapt.FunctionWrapper(original, lambda wrapped, self, args, kwargs: made(*args, **kwargs))\n",
+        "compile: inside a compiled parent / custom_backward",
+    ),
+    Mutant(
+        "an attribute of the context instead of save_for_backward",
+        "_core/short_function.py",
+        "ctx.save_for_backward({', '.join(saves)})",
+        "ctx.kept = ({', '.join(saves)},)",
+        "autograd: second backward without retain_graph / custom_backward$",
+        (("}, = ctx.saved_tensors", "}, = ctx.kept"),),
+    ),
+    Mutant(
+        "no stand-in for self: the forward meets the live parameters",
+        "_core/forward_pass.py",
+        "            inner = stand_in(module, tensors, copied)\n",
+        "            inner = module\n",
+        "call: eager / (class with|method)",
+    ),
+    Mutant(
+        "a missing detach: a parameter that is returned becomes the output of the node",
+        "_core/function.py",
+        "    alias = tensor.detach()\n",
+        "    alias = tensor\n",
+        "(call: result is a parameter|autograd: accumulation)",
+    ),
+    Mutant(
+        "what the forward wrote into is not marked dirty",
+        "_core/function.py",
+        "    if call.dirty:\n",
+        "    if False:\n",
+        "call: in-place forward",
+    ),
+    Mutant(
+        "compiled code passes the override by",
+        "_core/overridden.py",
+        "        if record is None:\n            return base",
+        "        if record is None or compiling():\n            return base",
+        "compile: aot_eager / override by",
+    ),
+    Mutant(
+        "no recipe for pickles of overridden modules",
+        "_core/overridden.py",
+        '        "__reduce_ex__": __reduce_ex__,\n',
+        "",
+        "copies: pickle / override",
+    ),
+    Mutant(
+        "the class of an overridden module is not put back",
+        "_core/overridden.py",
+        "            _derive(module, overridden(record.base), record.base, record.tally.copied)\n",
+        "            pass\n",
+        "wraps: (exception|removal)",
+    ),
+    Mutant(
+        "nested overrides in the wrong order",
+        "_core/chain.py",
+        "        for rule in found.rules:\n",
+        "        for rule in reversed(found.rules):\n",
+        "call: eager / two nested",
+    ),
+    Mutant(
+        "a rule that is not linear is transposed all the same",
+        "_core/forward_mode.py",
+        "    _check_linear(gradients, metas, who)\n",
+        "",
+        "transforms: jvp / override by glob",
+    ),
+    Mutant(
+        "compiled transforms are let through",
+        "_core/forward_pass.py",
+        "        if transformed:\n            fail(\n",
+        "        if transformed and plan is None:\n            fail(\n",
+        "compile: compile\\((func|vmap\\(g)",
+    ),
+    Mutant(
+        "no rule for vmap",
+        "_core/function.py",
+        "    generate_vmap_rule = True\n",
+        "    generate_vmap_rule = False\n",
+        "transforms: vmap / custom_backward",
+    ),
+    Mutant(
+        "autocast is not restored for the rule",
+        "_core/backward_pass.py",
+        "            with call.autocast.restored():\n",
+        "            if True:\n",
+        "transforms: autocast / class with",
+    ),
+    Mutant(
+        "the kept graph is freed by the first question",
+        "_core/kept_graph.py",
+        "        keep = again or not last or keeps_graph()\n",
+        "        keep = False\n",
+        "autograd: retain_graph",
+    ),
+    Mutant(
+        "the derivative of a kept graph is cut off",
+        "_core/kept_graph.py",
+        "        if not again:\n            return found\n",
+        "        return [grad.detach() if grad is not None else None for grad in found]\n",
+        "autograd: create_graph",
+    ),
+    Mutant(
+        "what an override saves is not marked",
+        "_core/chain.py",
+        "            plan.on_trace, plan.marked = on_trace, True\n",
+        "            plan.on_trace, plan.marked = on_trace, False\n",
+        "transforms: checkpoint, replayed outside",
+    ),
+    Mutant(
+        "a reentrant checkpoint is not noticed",
+        "_core/overridden.py",
+        "    return record is not None and record.tally.awaited",
+        "    return False and record.tally.awaited",
+        "transforms: reentrant checkpoint, replayed outside",
+    ),
+    Mutant(
+        "tracers go unnoticed",
+        "_core/tracers.py",
+        "    if torch.compiler.is_dynamo_compiling():\n        return EXPORT if exporting() else None\n",
+        "    if values is not None:\n        return None\n",
+        "export: (torch.export|fx.symbolic_trace) /",
+    ),
+    Mutant(
+        "parameters that the rule leaves to autograd get nothing",
+        "_core/forward_pass.py",
+        "        call.flows = [natural and out.requires_grad for out in outs]\n",
+        "        call.flows = [False for out in outs]\n",
+        "call: result is a parameter / method",
+    ),
+    Mutant(
+        "what is in force in a thread belongs to all threads",
+        "_core/function_mode.py",
+        "class _Here(threading.local):\n",
+        "class _Here:\n",
+        "threads: ",
+    ),
+    Mutant(
+        "what a thread has is not there from the start: Dynamo guards it",
+        "_core/function_mode.py",
+        "        self.active: tuple[FunctionRule, ...] = ()  # entered by the modules around\n"
+        "        self.quiet: tuple[FunctionRule, ...] = ()  # of these, not to be applied here\n"
+        "        self.layers: tuple[FunctionLayer, ...] = ()  # whose calls are counted\n",
+        "        pass\n\n    active = quiet = layers = ()\n",
+        "compile: (aot_eager|inside a compiled parent|override after .*|graph break .*) / override by function",
+    ),
+    Mutant(
+        "the kept graph hangs on an attribute of a saved tensor, where hooks give back another",
+        "_core/private.py",
+        "    return _hooks is not None and _hooks(True) is None\n",
+        "    return True\n",
+        "autograd: saved_tensors_hooks / custom_backward with vjp",
+    ),
+    Mutant(
+        "the gradients of two arguments are exchanged",
+        "_core/short_function.py",
+        """return {none}{', '.join(grads)}\"]""",
+        """return {none}{', '.join(reversed(grads))}\"]""",
+        "call: eager / custom_backward$",
+    ),
+]
+
+RUN = """
+import re, sys
+sys.path.insert(0, {tests!r})
+import gradoverride
+assert gradoverride.__file__.startswith({folder!r}), gradoverride.__file__
+from conformance import report
+from conformance.table import CELLS, outcome_of
+committed = report.committed()
+for cell in CELLS:
+    if re.search({pattern!r}, cell.id) and cell.environment.group != "device":
+        outcome = outcome_of(cell)
+        if outcome.verdict != committed.get(cell.id):
+            print("red:", cell.id, "|", (outcome.text.strip() or outcome.verdict).splitlines()[0][:120])
+            sys.exit(1)
+"""
+
+
+def is_caught(mutant: Mutant) -> str | None:
+    """The first cell that turned red, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "gradoverride"
+        shutil.copytree(ROOT / "gradoverride", package)
+        path = package / mutant.file
+        text = path.read_text()
+        for old, new in ((mutant.old, mutant.new), *mutant.more):
+            if text.count(old) != 1:
+                return f"NOT APPLIED: {old.strip()!r} is {text.count(old)} times in {mutant.file}"
+            text = text.replace(old, new)
+        path.write_text(text)
+        code = RUN.format(tests=str(ROOT / "tests"), folder=str(Path(folder).resolve()), pattern=mutant.cells)
+        environment = {**os.environ, "PYTHONPATH": folder}
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        if run.returncode == 0:
+            return None
+        found = re.search(r"^red: (.*)", run.stdout, re.MULTILINE)
+        # A defect that breaks the import of the forms is caught too.
+        return found[1] if found else (run.stderr.strip().splitlines() or ["?"])[-1][:160]
+
+
+def main() -> int:
+    pattern = sys.argv[1] if len(sys.argv) > 1 else ""
+    missed = 0
+    for mutant in MUTANTS:
+        if not re.search(pattern, mutant.name):
+            continue
+        caught = is_caught(mutant)
+        missed += caught is None or caught.startswith("NOT APPLIED")
+        print(
+            f"{'MISSED' if caught is None else 'caught'}  {mutant.name}\n        {caught or 'by no cell'}", flush=True
+        )
+    print(f"{len(MUTANTS)} defects, {missed} missed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
