@@ -30,6 +30,7 @@ from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.plan import Plan
 from gradoverride._core.signature import Rule, unknown_name
 from gradoverride._core.targets import BASE, RECORD, class_of
+from gradoverride._core.tracers import refuse_script
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
 __all__ = [
@@ -151,11 +152,21 @@ def _overridden(base: Any) -> Any:
 
     functools.update_wrapper(forward, base.forward, updated=())
     everywhere.derived_from[forward] = base
+
+    def __prepare_scriptable__(self: Any) -> Any:
+        record = self.__dict__.get(RECORD)
+        if record is not None and record.layers:
+            who, rule = f"an overridden '{base.__name__}'", record.layers[-1].rule.who
+            refuse_script(who, rule, "script the model without the override")
+        made = getattr(base, "__prepare_scriptable__", None)
+        return self if made is None else made(self)
+
     body = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__reduce_ex__": __reduce_ex__,
+        "__prepare_scriptable__": __prepare_scriptable__,
         "forward": forward,
         BASE: base,
     }

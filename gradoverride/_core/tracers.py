@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -43,6 +43,7 @@ __all__ = [
     "record_call",
     "record_function",
     "recorded_as",
+    "refuse_script",
     "says_of",
     "tracer_now",
     "warn",
@@ -91,6 +92,14 @@ def warn(plan: Plan, tracer: str) -> None:
         "what needs no gradient",
         GradOverrideWarning,
         stacklevel=3,
+    )
+
+
+def refuse_script(who: str, rule: str, way: str) -> NoReturn:
+    """What `torch.jit.script` is told when it asks for something to compile: TorchScript has no Python rules."""
+    raise UnsupportedError(
+        f"{who} must run Python code for its rule {rule}, and torch.jit.script compiles none. Use torch.compile, or "
+        f"{way}"
     )
 
 

@@ -31,6 +31,7 @@ from gradoverride._core.plan import Plan
 from gradoverride._core.private import IN_FORWARD_AD, dual_levels, in_functorch
 from gradoverride._core.reach import SCALARS
 from gradoverride._core.traced import TracedPath
+from gradoverride._core.tracers import refuse_script
 
 __all__ = ["make_wrapper"]
 
@@ -71,6 +72,10 @@ def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> Function
         wrapper.__dict__.update({key: value for key, value in marks.items() if not key.startswith("__")})
     if not isinstance(getattr(original, "__name__", None), str):
         wrapper.__name__ = wrapper.__qualname__ = plan.forward.name
+    # torch.jit.script asks for what it is to compile instead.
+    wrapper.__dict__["__prepare_scriptable__"] = functools.partial(
+        refuse_script, plan.forward.who, plan.rule.who, "script the undecorated function, its __wrapped__"
+    )
     plan.wrapper = wrapper
     return wrapper
 

@@ -100,3 +100,25 @@ def test_nothing_is_said_where_no_gradient_is_wanted(tracer, x):
 def test_make_fx_of_a_gradient_has_the_rule(x):
     graph = make_fx(torch.func.grad(lambda x: seven(x).sum()))(x.detach())
     exactly(graph(x.detach()), torch.full_like(x, 7.0).detach())
+
+
+def calls_seven(x):
+    return seven(x) + 1
+
+
+@pytest.mark.parametrize("what", [seven, calls_seven, Model()], ids=["itself", "what calls it", "a model"])
+def test_script_of_a_decorated_function_is_refused_with_a_way_out(what):
+    with pytest.raises(go.UnsupportedError, match=r"'seven' .* torch.jit.script compiles none.*its __wrapped__"):
+        torch.jit.script(what)
+
+
+def test_script_of_an_overridden_model_is_refused_and_without_the_override_it_is_what_it_was(x):
+    model = nn.Sequential(nn.ReLU())
+    refused = pytest.raises(
+        go.UnsupportedError, match=r"an overridden 'ReLU' .* torch.jit.script .*without the override"
+    )
+    with go.override(model, {nn.ReLU: lambda grad_output: 7 * grad_output}):
+        model(x)
+        with refused:
+            torch.jit.script(model)
+    exactly(torch.jit.script(model)(x), x.relu())
