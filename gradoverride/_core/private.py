@@ -396,7 +396,7 @@ any_autocast: Callable[[], bool] = getattr(
 )
 
 
-# True where torch shows operations to modes: what torch.export and make_fx trace with is one.
+# True where torch may show operations to modes: what torch.export and make_fx trace with is one.
 in_modes: Callable[[], Any] = getattr(torch._C, "_len_torch_dispatch_stack", get_proxy_mode)
 
 # `torch.jit.is_tracing` asks whether it is itself scripted before.

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradoverride as go
+from gradoverride._core.private import in_modes
 
 
 def some_operation(grad_of_c):
@@ -581,5 +582,7 @@ def test_backward_under_a_mode_that_operations_are_shown_to(create_graph):
 
     expected = gradients()
     with Shown() as shown:
+        if not in_modes():
+            pytest.skip("other modes are not known without a private name of torch")
         closely(gradients(), expected)
     assert shown.kinds <= {torch.Tensor, nn.Parameter}
