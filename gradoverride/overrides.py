@@ -70,8 +70,8 @@ def override(model: Any, rules: Any = None, /) -> Override:
     specific one wins (see `Registry`). A rule is one of `custom_backward`.
 
     Functions and paths are overridden in calls of `model` and of its modules. Without a model, classes, functions and
-    paths are overridden in the whole process. (Functions of torch in this thread and those that it starts meanwhile; if
-    others run already, a warning says that they keep them.)
+    paths are overridden in the whole process. (Functions of torch in this thread, threads that it starts meanwhile, and
+    tasks that it gives to an executor; if other threads run already, a warning says that they keep them.)
 
     It is decided when a forward runs: a backward after the removal has the rules of its forward. Overrides nest: the
     later one is outside, and its `vjp` is the gradient of the earlier one. Copies and pickles of a module take its

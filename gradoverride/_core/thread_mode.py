@@ -1,17 +1,21 @@
 """Rules for functions of torch without a model: a mode that stands in a thread until they go.
 
-torch has its modes per thread, and nobody can enter one in another thread. So the thread that asked has it, and each
-thread that is started meanwhile, by it or by one that has it: an executor's workers too. Of those that ran before, a
-warning tells.
+torch has its modes per thread, and nobody can enter one in another thread. So the thread that asked has it, and what it
+hands to others meanwhile: each thread that it starts, each task that it gives to an executor. Of threads that ran
+before, a warning tells.
 """
 
 from __future__ import annotations
 
+import concurrent.futures.thread
 import functools
+import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 from gradoverride._core import everywhere
@@ -48,6 +52,13 @@ class _Standing:
             self._enter_or_leave()
         for child in list(self.children):
             child.set(child.own)
+
+    def end(self) -> None:
+        """Leave it, in the thread that has it."""
+        if self.parent is not None:
+            self.parent.children.discard(self)
+        self.parent, self.layers = None, ()
+        self._enter_or_leave()
 
     def _enter_or_leave(self) -> None:
         if self.layers and not self.entered:
@@ -94,70 +105,107 @@ def take_off_thread(layer: FunctionLayer) -> None:
 
 def _warn_of_threads(layer: FunctionLayer) -> None:
     """Tell of the threads that keep torch's own function; of daemons, a program's background, not."""
+    frames = sys._current_frames()
     others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
-    running = [repr(thread.name) for thread in others if not thread.daemon]
-    if running:
+    others = [thread for thread in others if not (thread.daemon or _is_worker(frames.get(thread.ident or 0)))]
+    if others:
         warnings.warn(
             f"override of the whole process: torch lets nobody enter a mode in a thread that runs already, so the "
-            f"{layer.target} is not overridden in the thread {', '.join(running)}. Override it before the thread is "
-            "started, or in a model: override(model, ...) holds in every thread that calls it",
+            f"{layer.target} is not overridden in the thread {', '.join([repr(thread.name) for thread in others])}. "
+            "Override it before the thread is started, or in a model: override(model, ...) holds in every thread that "
+            "calls it",
             GradOverrideWarning,
             stacklevel=2,
         )
 
 
-# --- threads that are started
+def _is_worker(frame: FrameType | None) -> bool:
+    """Whether this is the stack of a thread of an executor, which has the rules of each task that it is given."""
+    while frame is not None:
+        if frame.f_code.co_filename == concurrent.futures.thread.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
-def _inherit(thread: threading.Thread) -> None:
-    """Have a thread that is about to be started run with the rules that stand in this one."""
-    standing: _Standing | None = getattr(_here, "standing", None)
-    before = thread.__dict__.get("run")  # somebody's own, or none
-    if standing is None or not standing.layers or isinstance(before, _Run):
-        return
-    thread.run = _Run(thread, before, standing)  # type: ignore[method-assign]  # of this one, until it runs
+# --- threads that are started, and tasks that are given to threads
 
 
-class _Run:
-    """The `run` of a thread that inherits."""
+class _Inherited:
+    """What runs in another thread, under the rules that stand in this one."""
 
-    def __init__(self, thread: threading.Thread, before: Any, standing: _Standing) -> None:
-        self.thread = thread
-        self.before = before
+    def __init__(self, run: Callable[..., Any], standing: _Standing) -> None:
+        self.run = run
         self.standing = standing
 
-    def __call__(self) -> None:
-        thread = self.thread
-        if self.before is None:
-            del thread.run
-        else:
-            thread.run = self.before  # type: ignore[method-assign]  # as it was
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before: _Standing | None = getattr(_here, "standing", None)
+        if before is not None and self.standing in (before, before.parent):
+            return self.run(*args, **kwargs)
         with _lock:
             _here.standing = _Standing(self.standing)
-        thread.run()
+        try:
+            return self.run(*args, **kwargs)
+        finally:
+            with _lock:
+                _here.standing.end()
+                _here.standing = before
 
 
-def _starting(original: Callable[[threading.Thread], None]) -> Any:
+def _standing_here() -> _Standing | None:
+    standing: _Standing | None = getattr(_here, "standing", None)
+    return standing if standing is not None and standing.layers else None
+
+
+def _starting(original: Callable[..., Any]) -> Any:
+    """`Thread.start`"""
+
     @functools.wraps(original)
     def start(self: threading.Thread) -> None:
-        _inherit(self)
+        standing, own, run = _standing_here(), self.__dict__.get("run"), self.run
+
+        def as_it_was() -> None:
+            if own is None:
+                del self.run
+            else:
+                self.run = own  # type: ignore[method-assign]  # somebody has put it there
+            run()
+
+        if standing is not None and not isinstance(own, _Inherited):
+            self.run = _Inherited(as_it_was, standing)  # type: ignore[method-assign]  # of this one, until it runs
         original(self)
 
     return start
 
 
-# What is in the place of `Thread.start` while rules stand. Where others have wrapped it, it stays, and does nothing.
-_starts: list[Any] = []
+def _submitting(original: Callable[..., Any]) -> Any:
+    """`ThreadPoolExecutor.submit`"""
+
+    @functools.wraps(original)
+    def submit(self: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        standing = _standing_here()
+        if standing is not None and not isinstance(fn, _Inherited):
+            fn = _Inherited(fn, standing)
+        return original(self, fn, *args, **kwargs)
+
+    return submit
+
+
+_PLACES = ((threading.Thread, "start", _starting), (ThreadPoolExecutor, "submit", _submitting))
+# What is in these places while rules stand. Where others have wrapped it, it stays, and does nothing.
+_ours: list[tuple[type, str, Any]] = []
 
 
 def _see_starts() -> None:
-    if not _starts:
-        _starts.append(_starting(threading.Thread.start))
-        threading.Thread.start = _starts[0]  # type: ignore[method-assign]  # torch tells nobody of a new thread
+    if not _ours:
+        for owner, name, wrap in _PLACES:
+            ours = wrap(getattr(owner, name))
+            _ours.append((owner, name, ours))
+            setattr(owner, name, ours)
 
 
 def _see_no_starts() -> None:
-    while _starts:
-        start = _starts.pop()
-        if threading.Thread.start is start:
-            threading.Thread.start = start.__wrapped__  # type: ignore[attr-defined, method-assign]  # what it was
+    while _ours:
+        owner, name, ours = _ours.pop()
+        if getattr(owner, name) is ours:
+            setattr(owner, name, ours.__wrapped__)

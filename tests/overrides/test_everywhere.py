@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import queue
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -331,7 +332,7 @@ class TestThreads:
     """torch has its modes per thread."""
 
     def test_those_that_are_started_meanwhile_have_the_rule(self, x):
-        plain, start = gradient(F.relu, x), threading.Thread.start
+        plain, start, submit = gradient(F.relu, x), threading.Thread.start, ThreadPoolExecutor.submit
         with go.override({F.relu: doubled}):
             exactly(in_thread(lambda: gradient(F.relu, x)), 2 * plain)
             exactly(in_thread(lambda: in_thread(lambda: gradient(F.relu, x))), 2 * plain)
@@ -339,20 +340,68 @@ class TestThreads:
                 for found in workers.map(lambda _: gradient(F.relu, x), range(4)):
                     exactly(found, 2 * plain)
         exactly(in_thread(lambda: gradient(F.relu, x)), plain)
-        assert threading.Thread.start is start
+        assert (threading.Thread.start, ThreadPoolExecutor.submit) == (start, submit)
 
     def test_one_that_goes_on_loses_the_rule_when_it_goes_and_gets_later_ones(self, x):
+        plain, asked, answers = gradient(F.relu, x), queue.Queue(), queue.Queue()
+
+        def work():
+            while asked.get():
+                answers.put(gradient(F.relu, x))
+
+        def now():
+            asked.put(True)
+            return answers.get()
+
+        first = go.override({F.relu: doubled})
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            exactly(now(), 2 * plain)
+            second = go.override({F.relu: tripled})
+            exactly(now(), 6 * plain)
+            first.remove()
+            exactly(now(), 3 * plain)
+            second.remove()
+            exactly(now(), plain)
+        finally:
+            asked.put(False)
+            thread.join()
+
+    def test_tasks_of_an_executor_have_the_rules_of_whoever_gives_them(self, x):
         plain = gradient(F.relu, x)
         with ThreadPoolExecutor(1) as workers:
-            first = go.override({F.relu: doubled})
-            exactly(workers.submit(gradient, F.relu, x).result(), 2 * plain)
-            with pytest.warns(go.GradOverrideWarning, match="thread that runs already"):
-                second = go.override({F.relu: tripled})
-            exactly(workers.submit(gradient, F.relu, x).result(), 6 * plain)
-            first.remove()
-            exactly(workers.submit(gradient, F.relu, x).result(), 3 * plain)
-            second.remove()
-            exactly(workers.submit(gradient, F.relu, x).result(), plain)
+            run = lambda: workers.submit(gradient, F.relu, x).result()  # noqa: E731
+            exactly(run(), plain)  # its thread runs already
+            with go.override({F.relu: doubled}):
+                exactly(run(), 2 * plain)
+                with go.override({F.relu: tripled}):
+                    exactly(run(), 6 * plain)
+                exactly(in_thread(run), 2 * plain)
+            exactly(run(), plain)
+            failing = workers.submit(lambda: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                failing.result()
+            exactly(run(), plain)
+
+    def test_a_task_that_goes_on_loses_the_rule_when_it_goes(self, x):
+        plain, may_go_on = gradient(F.relu, x), threading.Event()
+
+        def work():
+            first = gradient(F.relu, x)
+            ready.set()
+            may_go_on.wait()
+            return first, gradient(F.relu, x)
+
+        with ThreadPoolExecutor(1) as workers:
+            ready = threading.Event()
+            with go.override({F.relu: doubled}):
+                task = workers.submit(work)
+                ready.wait()
+            may_go_on.set()
+            first, second = task.result()
+        exactly(first, 2 * plain)
+        exactly(second, plain)
 
     def test_of_those_that_run_already_a_warning_tells(self, x):
         go_on = threading.Event()
@@ -373,6 +422,7 @@ class TestThreads:
     def test_where_another_has_wrapped_the_start_of_threads_meanwhile_theirs_stays(self, x):
         plain, start = gradient(F.relu, x), threading.Thread.start
         with go.override({F.relu: doubled}):
+            exactly(gradient(F.relu, x), 2 * plain)
             ours = threading.Thread.start
             threading.Thread.start = theirs = lambda self: ours(self)
         try:
