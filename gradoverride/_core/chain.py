@@ -11,7 +11,7 @@ from gradoverride._core.functions import ANY, calls_that_are
 from gradoverride._core.layers import FunctionLayer, FunctionRule, Layer, Order
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import in_reentrant_checkpoint
-from gradoverride._core.signature import Forward, Rule, youngest
+from gradoverride._core.signature import Forward, Rule, passing
 from gradoverride._core.targets import RECORD
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import RuleSignatureError, UnsupportedError
@@ -118,7 +118,7 @@ def chain_of(base: Any, found: Links) -> Chain:
     if not rules:
         return Chain(base, innermost, found)
     key = (Chain, base, innermost, found.rules, found.scope, found.quiet)
-    return youngest(rules).once(key, lambda: Chain(base, innermost, found))
+    return passing(rules).once(key, lambda: Chain(base, innermost, found))
 
 
 def _unrecorded(module: Any) -> None:

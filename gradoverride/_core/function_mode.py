@@ -24,7 +24,7 @@ from gradoverride._core.functions import every_spelling, reaching, spellings, tu
 from gradoverride._core.layers import FunctionLayer, FunctionRule
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import dynamo_shows, fail, in_reentrant_checkpoint, is_compiled_graph, let_dynamo_show
-from gradoverride._core.signature import Forward, youngest
+from gradoverride._core.signature import Forward, passing
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
@@ -81,7 +81,7 @@ class FunctionMode(TorchFunctionMode):
 
 def mode_of(keys: tuple[FunctionRule, ...]) -> FunctionMode:
     """The mode of these rules, always the same."""
-    return youngest([key.rule for key in keys]).once((FunctionMode, keys), lambda: FunctionMode(keys))
+    return passing([key.rule for key in keys]).once((FunctionMode, keys), lambda: FunctionMode(keys))
 
 
 def _run(function: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from gradoverride._core import scan
 from gradoverride.errors import RuleSignatureError
 
-__all__ = ["RESERVED", "Forward", "Rule", "name_of", "resolve", "takes", "unknown_name", "youngest"]
+__all__ = ["RESERVED", "Forward", "Rule", "name_of", "passing", "resolve", "takes", "unknown_name"]
 
 T = TypeVar("T")
 
@@ -179,9 +179,12 @@ class _Kept:
         return type(None), ()
 
 
-def youngest(rules: Sequence[Rule]) -> Rule:
-    """The one to keep what is made of several: a ready-made rule would keep a passing one."""
-    return max(rules, key=lambda rule: rule.number)
+def passing(rules: Sequence[Rule]) -> Rule:
+    """The one to keep what is made of several: that which goes first, for one that stays would keep it.
+
+    A function that was made in another goes before what stands in a module, a later one before an earlier one.
+    """
+    return max(rules, key=lambda rule: ("<locals>" in getattr(rule.fn, "__qualname__", ""), rule.number))
 
 
 def resolve(rule: Rule, forward: Forward, *, may_defer: bool) -> dict[str, str]:
