@@ -37,3 +37,14 @@ def right_or_refused(run, expected, text):
             raise
     else:
         closely(actual, expected)
+
+
+def accumulators(*owners):
+    """What holds the nodes where gradients of these leaves, or of the parameters of these modules, are accumulated.
+
+    Whoever holds it while threads use the same leaves spares torch from making them anew: there it takes a lock and
+    then the GIL, and `Function.apply` of any Function takes the two the other way round (torch 2.13: a deadlock). Held
+    by graphs, for a node that Python holds is asked for under the GIL too.
+    """
+    leaves = [leaf for owner in owners for leaf in (owner.parameters() if hasattr(owner, "parameters") else [owner])]
+    return [leaf.view_as(leaf) for leaf in leaves if leaf.requires_grad]

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from oracles import closely, exactly, noise
+from oracles import accumulators, closely, exactly, noise
 from torch import nn
 
 import gradoverride as go
@@ -25,8 +25,19 @@ def threads_that_take_turns_often():
     sys.setswitchinterval(before)
 
 
+def leaves_in(value):
+    """The tensors and modules that a function holds, or a function within it."""
+    if isinstance(value, (nn.Module, torch.Tensor)):
+        yield value
+    for cell in getattr(value, "__closure__", None) or ():
+        yield from leaves_in(cell.cell_contents)
+    for part in value if isinstance(value, (list, tuple)) else getattr(value, "__defaults__", None) or ():
+        yield from leaves_in(part)
+
+
 def together(*works):
     """Run these at once, each in a thread; give their results, or raise what one raised."""
+    held = accumulators(*[leaf for work in works for leaf in leaves_in(work)])
     barrier = threading.Barrier(len(works))
     results, errors = [None] * len(works), []
 
@@ -43,6 +54,7 @@ def together(*works):
     for thread in threads:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
+    del held
     if errors:
         raise errors[0]
     return results
