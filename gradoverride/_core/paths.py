@@ -27,7 +27,7 @@ from gradoverride._core.layers import FunctionLayer
 from gradoverride._core.overridden import records
 from gradoverride._core.plan import Plan
 from gradoverride._core.residuals import save_for_backward
-from gradoverride._core.signature import Forward, Rule, resolve
+from gradoverride._core.signature import Forward, Made, Rule, resolve
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import GradOverrideWarning, TargetError, TargetNotFoundError
 
@@ -302,7 +302,7 @@ def _holders(value: Any, known: list[Any]) -> Iterator[str]:
             if holder.keys() not in classes and holder.get("__wrapped__") is not value:
                 yield "a dict"
         elif isinstance(holder, (list, tuple, set)):
-            if any([isinstance(owner, _CACHED) for owner in gc.get_referrers(holder)]):
+            if any([isinstance(owner, (_CACHED, Made)) for owner in gc.get_referrers(holder)]):
                 continue  # the arguments of a call whose result is cached, of our own too
             yield f"a {type(holder).__name__}"
         else:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from gradoverride._core import scan
 from gradoverride.errors import RuleSignatureError
 
-__all__ = ["RESERVED", "Forward", "Rule", "name_of", "passing", "resolve", "takes", "unknown_name"]
+__all__ = ["RESERVED", "Forward", "Made", "Rule", "name_of", "passing", "resolve", "takes", "unknown_name"]
 
 T = TypeVar("T")
 
@@ -88,6 +88,10 @@ class Forward:
         return f"'{self.name}' ({self.place})" if self.place else f"'{self.name}'"
 
 
+class Made(dict[Any, Any]):
+    """What was made of a rule, by key. A type of its own: who asks what holds a function is to know our own keys."""
+
+
 class Rule:
     """A rule as its forward sees it: the names it asks for, and whether it may do without each."""
 
@@ -103,7 +107,7 @@ class Rule:
             raise RuleSignatureError(f"a rule is a function of the gradient, `rule(grad_output, ...)`; got {_kind(fn)}")
         self.fn = fn
         self.number = next(_numbers)
-        self.made: dict[Any, Any] = {}  # see `once`
+        self.made: dict[Any, Any] = Made()  # see `once`
         self.jvp: Rule | None = None  # the user's own forward mode
         self.name = name or name_of(fn)
         self.place = place or scan.location(fn)

@@ -104,9 +104,12 @@ def take_off_thread(layer: FunctionLayer) -> None:
 
 
 def _warn_of_threads(layer: FunctionLayer) -> None:
-    """Tell of the threads that keep torch's own function; of daemons, a program's background, not."""
+    """Tell of the threads that keep torch's own function; of daemons, a program's background, not, and not of the main
+    thread, which waits for others as a rule.
+    """
     frames = sys._current_frames()
-    others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+    known = (threading.current_thread(), threading.main_thread())
+    others = [thread for thread in threading.enumerate() if thread not in known]
     others = [thread for thread in others if not (thread.daemon or _is_worker(frames.get(thread.ident or 0)))]
     if others:
         warnings.warn(
