@@ -1,5 +1,7 @@
 """The suite's tolerances, each named once, and the comparisons that use them."""
 
+import threading
+
 import torch
 
 FLOAT64 = {"rtol": 1e-10, "atol": 1e-12}
@@ -48,3 +50,22 @@ def accumulators(*owners):
     """
     leaves = [leaf for owner in owners for leaf in (owner.parameters() if hasattr(owner, "parameters") else [owner])]
     return [leaf.view_as(leaf) for leaf in leaves if leaf.requires_grad]
+
+
+def in_threads(count, run):
+    """`run(index)` in as many threads; the first error of one is raised."""
+    errors = []
+
+    def guarded(index):
+        try:
+            run(index)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

@@ -15,7 +15,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import accumulators
+from oracles import accumulators, in_threads
 from torch import nn
 
 import gradoverride as go
@@ -137,24 +137,6 @@ def calls_of(listed, count):
 # --- what must not grow ---
 
 
-def in_threads(work, count=THREADS):
-    errors = []
-
-    def run(index):
-        try:
-            work(index)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
 def objects():
     """Live objects by type."""
     return collections.Counter(type(each).__qualname__ for each in gc.get_objects())
@@ -203,9 +185,9 @@ def test_calls_in_eight_threads_are_right_and_leave_nothing(share):
     listed, modules, handle = forms()
     count = int(CALLS * share) // THREADS
     held = accumulators(*modules)
-    in_threads(lambda index: calls_of(listed, WARM_CALLS // THREADS))
+    in_threads(THREADS, lambda index: calls_of(listed, WARM_CALLS // THREADS))
     with nothing_grows():
-        in_threads(lambda index: calls_of(listed, count))
+        in_threads(THREADS, lambda index: calls_of(listed, count))
     del held
     assert all(module.weight.grad is None for module in modules)
     handle.remove()
@@ -275,9 +257,9 @@ def applied_and_removed(model, count):
 def test_overrides_applied_and_removed_in_eight_threads_leave_nothing(share):
     count = int(OVERRIDES * share) // THREADS
     models = [Model() for _ in range(THREADS)]
-    in_threads(lambda index: applied_and_removed(models[index], WARM_OVERRIDES // THREADS))
+    in_threads(THREADS, lambda index: applied_and_removed(models[index], WARM_OVERRIDES // THREADS))
     with nothing_grows():
-        in_threads(lambda index: applied_and_removed(models[index], count))
+        in_threads(THREADS, lambda index: applied_and_removed(models[index], count))
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -323,7 +305,7 @@ def test_a_call_meets_an_override_as_a_whole_or_not_at_all(share):
             done.set()
 
     before, held = seen(model), accumulators(model)
-    in_threads(work, 4)
+    in_threads(4, work)
     del held
     assert seen(model) == before
 
@@ -352,7 +334,7 @@ KEPT = []
 def test_what_a_call_leaves_is_seen(leave):
     count = int(CALLS * 0.1) // len(forms()[0])
     with pytest.raises(AssertionError), nothing_grows():
-        in_threads(lambda index: [leave() for _ in range(count)], 1)
+        in_threads(1, lambda index: [leave() for _ in range(count)])
     KEPT.clear()
 
 

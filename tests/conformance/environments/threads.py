@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from oracles import accumulators
+from oracles import accumulators, in_threads
 
 from conformance.environment import Environment, Make
 from conformance.subjects import accumulated, grads_of, loss_of, plain, run_backward
 
 __all__ = ["ENVIRONMENTS"]
-
-
-def in_threads(count: int, run: Callable[[int], None]) -> None:
-    """`run(index)` in as many threads; the first error of one is raised."""
-    errors: list[BaseException] = []
-
-    def guarded(index: int) -> None:
-        try:
-            run(index)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 def four_threads(make: Make) -> Any:
