@@ -101,15 +101,33 @@ def test_a_peak_counts_what_is_freed_again():
 
 
 def test_compiled_sides_are_not_compiled_again_while_they_are_measured(monkeypatch):
-    counters = [CompileCounter(), CompileCounter()]
-    remaining = iter(counters)
-    monkeypatch.setattr(compiled, "CompileCounterWithBackend", lambda backend: next(remaining))
+    counters = []
+
+    def counter(backend):
+        counters.append(CompileCounter())
+        return counters[-1]
+
+    monkeypatch.setattr(compiled, "CompileCounterWithBackend", counter)
 
     def sides():
         return (lambda x: x.sin()), (lambda x: x.sin()), (8,)
 
     timing.ratio("any", None, lambda: compiled.pair(sides)).measure(BRIEF)
-    assert [counter.frame_count for counter in counters] == [1, 1]
+    assert [counter.frame_count for counter in counters] == [1, 1] * BRIEF.builds
+
+
+def test_each_of_two_compiled_sides_goes_first_in_turn(monkeypatch):
+    monkeypatch.setattr(compiled, "CompileCounterWithBackend", lambda backend: CompileCounter())
+    order = []
+
+    def sides():
+        return (lambda x: order.append("ours") or x.sin()), (lambda x: order.append("reference") or x.sin()), (8,)
+
+    for _ in range(2):
+        order.append("build")
+        compiled.pair(sides)
+    builds = [build.split() for build in " ".join(order).split("build")[1:]]
+    assert {build[0] for build in builds} == {"ours", "reference"}
 
 
 @pytest.mark.parametrize("name", ["atan", "fast_sigmoid", "sigmoid", "triangle"])

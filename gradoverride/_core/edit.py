@@ -7,7 +7,8 @@ argument.
 
 from __future__ import annotations
 
-from types import FunctionType
+import inspect
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -215,6 +216,11 @@ def _call(rule: Any, reading: Reading) -> Call:
 
 
 def _edit_traced(x: Any, rule: Any) -> Any:
+    """Few names and attributes: each is a guard that every compiled call checks again."""
+    if isinstance(x, Tensor) and x.requires_grad and _grad_enabled() and isinstance(rule, FunctionType):
+        names = _names_asked(rule.__code__)
+        if names is not None:
+            return (_Keeping if names else _NotKeeping).apply((rule, names), x)
     names = _names_of_value(rule)
     if names is None or not is_differentiable(x) or in_functorch() or exporting():
         return _general(kept_plan(_name_of_plan(*unbound(rule))), x, rule)
@@ -223,18 +229,26 @@ def _edit_traced(x: Any, rule: Any) -> Any:
     return (_Keeping if names else _NotKeeping).apply((rule, names), x)
 
 
+@evaluated_while_tracing
+def _names_asked(code: CodeType) -> tuple[str, ...] | None:
+    """By which names a function of this code asks for the value; None if it asks for more, or any call is general."""
+    return None if in_functorch() or exporting() else _names_in(code)
+
+
+@evaluated_while_tracing
+def _names_in(code: CodeType) -> tuple[str, ...] | None:
+    names = code.co_varnames[1 : code.co_argcount]
+    plain = code.co_argcount and not code.co_kwonlyargcount and not code.co_flags & _STARRED
+    return names if plain and VALUES.issuperset(names) else None
+
+
+_STARRED = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+
+
 def _names_of_value(rule: Any) -> tuple[str, ...] | None:
     """By which names `rule` asks for the value; None if it asks for anything else."""
-    if isinstance(rule, FunctionType):
-        code = rule.__code__
-        names = code.co_varnames[1 : code.co_argcount]
-        plain = code.co_argcount and not code.co_kwonlyargcount and not code.co_flags & _STARRED
-        if plain and all([name in VALUES for name in names]):
-            return names
-    return _names_read(*unbound(rule))
-
-
-_STARRED = 0x04 | 0x08  # *args, **kwargs: what `inspect` calls CO_VARARGS and CO_VARKEYWORDS
+    names = _names_in(rule.__code__) if isinstance(rule, FunctionType) else None
+    return _names_read(*unbound(rule)) if names is None else names
 
 
 @evaluated_while_tracing

@@ -63,11 +63,12 @@ class TracedPath:
         inputs = [*tensors, *self.params]
         general = f"    return _go_general({receiver}, {', '.join(arguments)})"
         unfit = [f"not _go_traced_fits(_go_type({receiver}))"]
-        unfit += [f"{name!r} not in {receiver}._parameters" for name in self.params.values()]
         unfit += [f"not _go_is_tensor({name})" for name in tensors]
         unfit += [f"not {name}.is_floating_point()" for name in tensors]
         unfit += [f"not _go_isinstance({name}, _go_Scalar)" for name in others]
-        unfit += [f"not ({variable} := {receiver}.{name}).requires_grad" for variable, name in self.params.items()]
+        for variable, name in self.params.items():
+            unfit.append(f"not _go_is_tensor({variable} := {receiver}.{name})")
+            unfit.append(f"not {variable}.requires_grad")
         if plan.reach is not None:
             numbers = plan.reach.attributes - {*self.params.values()} - ({"inplace"} if plan.inplace_tells else set())
             unfit += [f"not _go_is_number({receiver}, {name!r})" for name in sorted(numbers)]

@@ -108,3 +108,28 @@ def test_class_forward_replaced_while_overridden_is_refused_in_compiled_code(x):
         with pytest.raises(Exception, match="'Own' must keep its 'forward' while one is overridden and compiled"):
             compiled(module)(x)
         gradient(module, x)
+
+
+@pytest.mark.filterwarnings("ignore:.*not a leaf Tensor is being accessed:UserWarning")  # by Dynamo itself
+def test_a_weight_that_is_computed_and_no_parameter():
+    module = nn.Linear(3, 2).double()
+    original = module.weight.detach().clone().requires_grad_()
+
+    def tripled(grad_output, input, weight):
+        return {"input": grad_output @ weight, "weight": 3 * grad_output.T @ input}
+
+    go.override(module, {nn.Linear: tripled})
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    compiled(x).sum().backward()
+    del module.weight
+    module.weight = 2 * original  # as weight_norm of old leaves it
+    x.grad = None
+    compiled(x).sum().backward()
+    ones = torch.ones(4, 2, dtype=torch.float64)
+    torch.testing.assert_close(x.grad, ones @ (2 * original))
+    torch.testing.assert_close(original.grad, 2 * 3 * ones.T @ x)
+    module.weight = (2 * original).detach()
+    x.grad = None
+    compiled(x).sum().backward()
+    torch.testing.assert_close(x.grad, ones @ (2 * original))
