@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from gradoverride._core.call import TRACED
 from gradoverride._core.fast import FittingClasses, is_number
@@ -51,6 +52,7 @@ class TracedPath:
             _go_traced_fits=fits,
             _go_is_number=is_number,
             _go_no_grad=torch.no_grad,
+            _go_Parameter=nn.Parameter,
             _go_Scalar=tuple(SCALARS),
         )
         names["_go_Function"] = self.function.make(names)
@@ -67,7 +69,7 @@ class TracedPath:
         unfit += [f"not {name}.is_floating_point()" for name in tensors]
         unfit += [f"not _go_isinstance({name}, _go_Scalar)" for name in others]
         for variable, name in self.params.items():
-            unfit.append(f"not _go_is_tensor({variable} := {receiver}.{name})")
+            unfit.append(f"not _go_isinstance({variable} := {receiver}.{name}, _go_Parameter)")  # not a computed one
             unfit.append(f"not {variable}.requires_grad")
         if plan.reach is not None:
             numbers = plan.reach.attributes - {*self.params.values()} - ({"inplace"} if plan.inplace_tells else set())
