@@ -189,7 +189,8 @@ def _resolved(target: Target, rule: Rule) -> Target:
         else:
             check_path(target.value, value, rule)
     if isinstance(target, Function):
-        check_names(Forward(target.value, name=target.name, method=False), rule)
+        function = Forward(target.value, name=target.name, method=False)
+        rule.once((check_names, target.value), partial(check_names, function, rule))
     return target
 
 
@@ -226,8 +227,9 @@ def _named(target: Target) -> str:
 
 def _without_containers(found: list[Match]) -> list[Match]:
     """A pattern may name a list of modules by the way, which has no forward. Named alone it is an error (`check`)."""
-    called = {match.target for match in found if has_forward(match.module)}
-    return [match for match in found if has_forward(match.module) or match.target not in called]
+    containers = {match.path for match in found if not has_forward(match.module)}
+    called = {match.target for match in found if match.path not in containers}
+    return [match for match in found if match.path not in containers or match.target not in called]
 
 
 def remove_overrides(model: nn.Module) -> None:

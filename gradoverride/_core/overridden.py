@@ -192,24 +192,30 @@ def functions_of(module: nn.Module) -> tuple[FunctionLayer, ...]:
 
 def check(module: nn.Module, path: str) -> None:
     """Raise what is in the way of an override of this module, before anything is changed."""
-    who = _who(module, path)
+    obstacle = _obstacle(module)
+    if obstacle:
+        raise UnsupportedError(f"{_who(module, path)}: a module must {obstacle}")
+
+
+def _obstacle(module: nn.Module) -> str:
     if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
-        raise UnsupportedError(
-            f"{who}: a module must run Python code to be overridden; it is a ScriptModule. Override the module before "
-            "it is scripted, or its parent"
+        return (
+            "run Python code to be overridden; it is a ScriptModule. Override the module before it is scripted, or its "
+            "parent"
         )
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-        raise UnsupportedError(
-            f"{who}: a module must have its parameters to be overridden; it is lazy, and would drop the override when "
-            "it gets them. Call the model once before"
+        return (
+            "have its parameters to be overridden; it is lazy, and would drop the override when it gets them. Call the "
+            "model once before"
         )
     if "forward" in module.__dict__:
-        raise UnsupportedError(
-            f"{who}: a module must have the forward of its class to be overridden; somebody has put another one on "
-            "the instance, which would pass the override by. Override the module before that is done"
+        return (
+            "have the forward of its class to be overridden; somebody has put another one on the instance, which would "
+            "pass the override by. Override the module before that is done"
         )
     if not has_forward(module):
-        raise UnsupportedError(f"{who}: a module must have a 'forward' to be overridden; it is a container only")
+        return "have a 'forward' to be overridden; it is a container only"
+    return ""
 
 
 def check_rule(module: nn.Module, path: str, rule: Rule) -> None:

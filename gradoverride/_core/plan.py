@@ -88,6 +88,7 @@ class Plan:
         self.captured_names: Callable[[], str] = evaluated_while_tracing(lambda: ", ".join(captured_names(forward.fn)))
         self.rule_writes = not scan.writes_nothing(rule.fn, is_known_method)
         self.rule_is_arithmetic = scan.is_arithmetic(rule.fn)
+        self.rule_is_algebra = self.rule_is_arithmetic or scan.is_algebra(rule.fn)
         self.rule_is_scaling = scan.is_scaling(rule.fn)
         # A rule that mentions these may answer for parameters that it does not ask for.
         self.may_answer = scan.strings(rule.fn)

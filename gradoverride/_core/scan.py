@@ -17,6 +17,7 @@ __all__ = [
     "called_once",
     "calls",
     "global_names",
+    "is_algebra",
     "is_arithmetic",
     "is_scaling",
     "location",
@@ -154,23 +155,36 @@ def is_arithmetic(fn: Any, attributes: frozenset[str] = frozenset(), *, free: bo
 
     Such a function writes nowhere, reaches nothing else, stays on its device, and means the same under autocast.
     """
+    return _is_expression(fn, _ELEMENTWISE, attributes, _OPERATORS, free=free)
+
+
+def is_algebra(fn: Any) -> bool:
+    """The same with matrix products, sums and other shapes besides: not all of it means the same under autocast, and
+    what it gives may be a view.
+    """
+    return _is_expression(fn, _ELEMENTWISE | _ALGEBRA, _TRANSPOSED, _OPERATORS | {"@"}, free=False)
+
+
+def _is_expression(
+    fn: Any, functions: frozenset[str], attributes: frozenset[str], operators: frozenset[str], *, free: bool
+) -> bool:
     if not isinstance(fn, FunctionType) or (fn.__closure__ and not free) or writes(fn):
         return False
-    functions = calls = 0
+    named = calls = 0
     for step in dis.get_instructions(fn.__code__):
         known = step.opname in _ARITHMETIC or (free and step.opname in ("COPY_FREE_VARS", "LOAD_DEREF"))
         if step.opname in ("LOAD_METHOD", "LOAD_ATTR"):
-            known = step.argval in _ELEMENTWISE or step.argval in attributes
-            functions += step.argval in _ELEMENTWISE
+            known = step.argval in functions or step.argval in attributes
+            named += step.argval in functions
         elif step.opname == "LOAD_GLOBAL":
             known = getattr(fn.__globals__.get(step.argval), "__name__", None) == "torch"
         elif step.opname == "BINARY_OP":
-            known = step.argrepr in {"+", "-", "*", "/"}
+            known = step.argrepr in operators
         elif step.opname in _CALLS:
             calls += 1
         if not known:
             return False
-    return calls == functions  # or it calls one of its arguments
+    return calls == named  # or it calls one of its arguments
 
 
 def is_scaling(fn: Any, *, free: bool = False) -> bool:
@@ -207,6 +221,14 @@ _ELEMENTWISE = frozenset(
         *("square", "sub", "tanh", "where", "zeros_like"),
     }
 )
+_OPERATORS = frozenset({"+", "-", "*", "/"})
+_ALGEBRA = frozenset(
+    {
+        *("bmm", "expand", "expand_as", "flatten", "matmul", "mean", "mm", "permute", "reshape", "reshape_as"),
+        *("squeeze", "sum", "sum_to_size", "t", "transpose", "unflatten", "unsqueeze", "view", "view_as"),
+    }
+)
+_TRANSPOSED = frozenset({"H", "T", "mH", "mT"})
 
 
 def writes_nothing(fn: Any, known_method: Callable[[str], bool]) -> bool:

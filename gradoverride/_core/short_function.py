@@ -210,7 +210,7 @@ class ShortFunction:
         if self.plan.rule_writes:
             lines.append("    handed = grad_output.clone()")
             handed = "handed"
-        watched = eager and not (self.plan.rule_is_arithmetic or self.plan.rule_writes)
+        watched = eager and not (self.plan.rule_is_algebra or self.plan.rule_writes)
         if watched:
             lines.append("    version = None if _go_compiling() else grad_output._version")
         asked = f"answer = _go_rule({', '.join([handed, *self.asks])})"
@@ -266,7 +266,7 @@ class ShortFunction:
     def _fits(self, grad: str, name: str) -> str:
         """Code that looks whether `grad` is like the tensor that it is the gradient of."""
         known = self._known(name)
-        if self.plan.rule_is_arithmetic:  # which does not move between devices
+        if self.plan.rule_is_algebra:  # which does not move between devices
             return f"{grad}.shape == {known}.shape and {grad}.dtype is {known}.dtype"
         return self._alike(grad, known)
 
