@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,8 +43,8 @@ def links(base: Any, layers: Sequence[Layer], functions: Sequence[FunctionLayer]
     """
     if not functions and not everywhere.classes and not everywhere.functions:
         return Links(tuple([layer.rule for layer in layers]), (), (), ())
-    own = sorted((*layers, *everywhere.layers_on(base)), key=lambda layer: layer.order)
-    within = sorted((*functions, *everywhere.functions), key=lambda layer: layer.order)
+    own = sorted((*layers, *everywhere.layers_on(base)), key=_order)
+    within = sorted((*functions, *everywhere.functions), key=_order)
     called = calls_that_are(base) if leaf and own and within else frozenset[str]()
     steps: list[tuple[Order, Rule]] = [(layer.order, layer.rule) for layer in own]
     quiet: list[FunctionRule] = []
@@ -61,6 +62,9 @@ def links(base: Any, layers: Sequence[Layer], functions: Sequence[FunctionLayer]
     steps.sort(key=lambda step: step[0])
     scope = tuple([layer.key for layer in within if layer.key not in quiet]) if functions else ()
     return Links(tuple([rule for _, rule in steps]), scope, tuple(quiet), tuple(counted))
+
+
+_order = operator.attrgetter("order")
 
 
 def _check_outside(base: Any, layer: FunctionLayer, earlier: Layer, plain: bool) -> None:

@@ -289,7 +289,8 @@ def base_of(module: nn.Module) -> Any:
     record = module.__dict__.get(RECORD)
     if record is not None:
         return record.base
-    return _base_of_class(_beneath(module))
+    cls: Any = _beneath(module) if "parametrizations" in module._modules else type(module)
+    return _base_of_class(cls)
 
 
 @functools.cache

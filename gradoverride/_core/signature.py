@@ -11,6 +11,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -106,7 +107,7 @@ class Rule:
         if isinstance(fn, type) or not callable(fn):
             raise RuleSignatureError(f"a rule is a function of the gradient, `rule(grad_output, ...)`; got {_kind(fn)}")
         self.fn = fn
-        self.number = next(_numbers)
+        self.passes = "<locals>" in getattr(fn, "__qualname__", ""), next(_numbers)  # see `passing`
         self.made: dict[Any, Any] = Made()  # see `once`
         self.jvp: Rule | None = None  # the user's own forward mode
         self.name = name or name_of(fn)
@@ -188,7 +189,10 @@ def passing(rules: Sequence[Rule]) -> Rule:
 
     A function that was made in another goes before what stands in a module, a later one before an earlier one.
     """
-    return max(rules, key=lambda rule: ("<locals>" in getattr(rule.fn, "__qualname__", ""), rule.number))
+    return max(rules, key=_passes)
+
+
+_passes = operator.attrgetter("passes")
 
 
 def resolve(rule: Rule, forward: Forward, *, may_defer: bool) -> dict[str, str]:
