@@ -1,14 +1,17 @@
 """`python -m tests.conformance [pattern]` runs the table, prints it, and writes the page of the documentation.
 
-With a pattern it runs the cells whose id it matches, and writes nothing.
+With a pattern it runs the cells whose id it matches, and writes nothing. The distributed ones are run last, all of them
+by one pair of processes.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # as pytest has it
 
@@ -16,30 +19,39 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # as pytest has it
 def main() -> int:
     import torch
 
-    from conformance import report
+    from conformance import distributed, report
     from conformance.table import CELLS, Outcome, outcome_of
 
     pattern = re.compile(sys.argv[1] if len(sys.argv) > 1 else "")
     cells = [cell for cell in CELLS if pattern.search(cell.id)]
     if not torch.cuda.is_available():
         cells = [cell for cell in cells if cell.environment.group != "device"]
+    spread = [cell for cell in distributed.CELLS if pattern.search(f"distributed: {cell.id}")]
     outcomes: dict[str, Outcome] = {}
     start = time.perf_counter()
     for cell in cells:
-        outcome = outcomes[cell.id] = outcome_of(cell)
-        message = (
-            "" if outcome.verdict == "right" else f"  {outcome.text.splitlines()[0][:160]}" if outcome.text else ""
-        )
-        print(f"{outcome.verdict:<28} {cell.id}{message}", flush=True)
-        if outcome.verdict == "fails":
-            print("    " + outcome.text.replace("\n", "\n    "))
-    print(f"{report.summary(outcomes)}, {time.perf_counter() - start:.0f} s")
-    failed = report.counts(outcomes)["fails"]
+        outcomes[cell.id] = outcome_of(cell)
+        tell(cell.id, outcomes[cell.id])
+    with tempfile.TemporaryDirectory() as folder:
+        over_two = distributed.run(folder, spread) if spread else {}
+    for one, outcome in over_two.items():
+        tell(f"distributed: {one.id}", outcome)
+    seconds = time.perf_counter() - start
+    print(f"{report.summary(outcomes)}; distributed: {report.summary(over_two)}; {seconds:.0f} s")
+    failed = report.counts(outcomes)["fails"] + report.counts(over_two)["fails"]
     if len(sys.argv) == 1 and not failed:
         report.PAGE.parent.mkdir(exist_ok=True)
-        report.PAGE.write_text(report.page(outcomes))
+        report.PAGE.write_text(report.page(outcomes, over_two))
         print(f"written: {report.PAGE}")
     return 1 if failed else 0
+
+
+def tell(name: str, outcome: Any) -> None:
+    """One line for a cell, and all of the text where it fails."""
+    first = outcome.text.splitlines()[0][:160] if outcome.text else ""
+    print(f"{outcome.verdict:<28} {name}  {first}".rstrip(), flush=True)
+    if outcome.verdict == "fails":
+        print("    " + outcome.text.replace("\n", "\n    "))
 
 
 if __name__ == "__main__":

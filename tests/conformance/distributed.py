@@ -4,7 +4,7 @@ One pair of processes runs all cells, for starting one takes longer than a hundr
 computed here, in one process, from the same model by hand: the mean over the ranks for data parallelism, the whole for
 tensor and pipeline parallelism.
 
-    outcomes = run(folder)            # {cell: "right" | "refused: ..." | "wrong: ..."}
+    outcomes = run(folder)            # {cell: Outcome}
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradoverride as go
 from conformance.distributed_forms import FORMS, Form, LinearThen, Net
+from conformance.environment import REFUSALS
+from conformance.table import Outcome
 
 RANKS = 2
 PATIENCE = 20  # seconds that a rank waits for the other
@@ -54,8 +56,12 @@ class Environment:
     batches: int = 1
     is_data_parallel: bool = True  # each rank has its own batch
     model: dict = dataclasses.field(default_factory=dict)  # options of `Net`
-    skips: tuple[str, ...] = ()  # forms that are not for it
+    skips: tuple[str, ...] = ()  # forms that are not for it: see `reason_left_out`
     has_argument: bool = True
+
+    @property
+    def id(self):
+        return f"distributed: {self.name}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -234,9 +240,7 @@ ENVIRONMENTS = [
         "pipeline, zero bubble",
         partial(pipeline, schedule=ScheduleInterleavedZeroBubble, stages=FOUR_STAGES),
         model={"deep": True},
-        skips=(
-            "custom_backward on forward, a parameter stopped",
-        ),  # torch asks for a gradient of each, whoever wrote the Function
+        skips=("custom_backward on forward, a parameter stopped",),
     ),
     Environment("FSDP2, the whole", fsdp),
     Environment("FSDP2, parts", partial(fsdp, parts=("first", "middle"))),
@@ -259,11 +263,13 @@ CELLS = [
     for first in (("override", "wrap") if form.rules else ("override",))
 ]
 
-# What torch gives no way to, and what the error says.
-REFUSED = {
-    ("bridge", "tensor parallel, DTensors between"): "a bridge must be given plain tensors, to turn them into arrays; "
-    "it got a DTensor of shape (4, 8), of which this process has a part. Give it tensor.full_tensor()",
-}
+# What torch gives no way to: a key of `REFUSALS`.
+REFUSED = {("bridge", "tensor parallel, DTensors between"): "in parts"}
+
+
+def reason_left_out(form: Form, environment: Environment) -> str:
+    """Why a column does not apply to a form; empty if it does."""
+    return "torch asks there for a gradient of each parameter, by hand too" if form.name in environment.skips else ""
 
 
 # --- the reference ---
@@ -297,7 +303,7 @@ def _mean(grads):
 # --- the run ---
 
 
-def run(folder, cells=CELLS, limit=LIMIT) -> dict[Cell, str]:
+def run(folder, cells=CELLS, limit=LIMIT) -> dict[Cell, Outcome]:
     """What became of each cell."""
     names = [cell.id for cell in cells]
     context = torch.multiprocessing.spawn(_rank, (names, str(folder)), nprocs=RANKS, join=False)
@@ -350,22 +356,24 @@ def _rank(rank, names, folder):
 def _verdict(cell, results):
     for rank, result in enumerate(results):
         if result is None:
-            return f"wrong: rank {rank} has not come to it, or hangs"
+            return Outcome("fails", f"rank {rank} has not come to it, or hangs")
         if isinstance(result, str):
-            return f"{'refused' if result.startswith('UnsupportedError') else 'wrong'}: {result}"
+            key = REFUSED.get((cell.form.name, cell.environment.name))
+            known = key is not None and result.startswith("UnsupportedError") and REFUSALS[key].matches(result)
+            return Outcome(f"refused: {key}" if known else "fails", result)
     for rank, (found, wanted) in enumerate(zip(results, expected(cell), strict=True)):
         for name, grad in found.items():
             want = wanted[name]
             if grad is None or want is None:
                 if not _is_zero(grad) or not _is_zero(want):
-                    return f"wrong: the gradient of '{name}' on rank {rank}"
+                    return Outcome("fails", f"the gradient of '{name}' on rank {rank}")
                 continue
             try:
                 closely(grad, want)
             except AssertionError as error:
-                return f"wrong: the gradient of '{name}' on rank {rank}: {error}"
+                return Outcome("fails", f"the gradient of '{name}' on rank {rank}: {error}")
     missing = set(expected(cell)[0]) - set().union(*results)
-    return f"wrong: no gradient of {missing}" if missing else "right"
+    return Outcome("fails", f"no gradient of {missing}") if missing else Outcome("right")
 
 
 def _is_zero(grad):

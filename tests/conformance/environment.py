@@ -50,6 +50,11 @@ class Refusal:
 
 
 REFUSALS = {
+    "in parts": Refusal(
+        r"a bridge must be given plain tensors, .* of which this process has a part. Give it tensor.full_tensor\(\)",
+        "arrays are made of a whole tensor, and a process has a part of it",
+        "torch.distributed.tensor.DTensor",
+    ),
     "overwritten": Refusal(
         r"overwrites its argument '.*' in place, and its rule .* asks for .*Ask for 'output'",
         "the rule asks for a value that the forward overwrites",

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from conformance.environment import REFUSALS, Environment
+from conformance import distributed, table
+from conformance.environment import REFUSALS
 from conformance.environments import GROUPS
 from conformance.forms import FORMS
-from conformance.table import CELLS, Outcome, reason_left_out
+from conformance.table import CELLS, Outcome
 
 __all__ = ["PAGE", "committed", "counts", "page", "release", "summary"]
 
@@ -25,31 +27,43 @@ def release() -> str:
     return ".".join(torch.__version__.split(".")[:2])
 
 
-def counts(outcomes: Mapping[str, Outcome]) -> Counter[str]:
+def counts(outcomes: Mapping[Any, Outcome]) -> Counter[str]:
     return Counter([outcome.verdict.partition(":")[0] for outcome in outcomes.values()])
 
 
-def summary(outcomes: Mapping[str, Outcome]) -> str:
+def summary(outcomes: Mapping[Any, Outcome]) -> str:
     """One line."""
     found = counts(outcomes)
     return f"{found['right']} right, {found['refused']} refused, {found['fails']} failed, of {len(outcomes)} cells"
 
 
-def page(outcomes: Mapping[str, Outcome]) -> str:
-    """The documentation of these outcomes, in Markdown."""
+def page(alone: Mapping[str, Outcome], spread: Mapping[distributed.Cell, Outcome]) -> str:
+    """The documentation of these outcomes, in Markdown: of those in one process, and of those over two."""
+    outcomes = {**alone, **_of_both_orders(spread)}
     used = sorted({o.verdict.removeprefix("refused: ") for o in outcomes.values() if o.verdict.startswith("refused")})
     numbers = {key: str(index) for index, key in enumerate(used, 1)}
     reasons: dict[str, str] = {}
-    tables = [_group(name, columns, outcomes, numbers, reasons) for name, columns in GROUPS.items() if columns]
+    tables = [
+        _group(name, columns, FORMS, table.reason_left_out, outcomes, numbers, reasons)
+        for name, columns in GROUPS.items()
+    ]
+    tables.append(
+        _group(
+            *("distributed", distributed.ENVIRONMENTS, distributed.FORMS, distributed.reason_left_out),
+            *(outcomes, numbers, reasons),
+        )
+    )
     lines = [
         "# Right everywhere, or refused",
         "",
         "Each form of the library in each environment of torch, against the same computation written by hand. A cell",
         "is right (✓), or refused by an error or a warning that names the way out (the number of its reason), or the",
         "form does not go there (a letter). This page is written by `python -m tests.conformance`, and a test holds it",
-        "to the code. The distributed part is in `tests/conformance/distributed.py`.",
+        "to the code.",
         "",
-        f"torch {release()}: {summary(outcomes)}.",
+        f"torch {release()}: {summary(alone)}.",
+        "",
+        f"Distributed, each override before the wrap and after it: {summary(spread)}.",
         "",
         *tables,
         "## What is refused, and why",
@@ -64,19 +78,31 @@ def page(outcomes: Mapping[str, Outcome]) -> str:
     return "\n".join(lines)
 
 
+def _of_both_orders(spread: Mapping[distributed.Cell, Outcome]) -> dict[str, Outcome]:
+    """One outcome for both orders of an override and a wrap: what is not right, if anything is not."""
+    found: dict[str, Outcome] = {}
+    for cell, outcome in spread.items():
+        key = f"{cell.environment.id} / {cell.form.name}"
+        if found.get(key, Outcome("right")).verdict == "right":
+            found[key] = outcome
+    return found
+
+
 def _group(
     name: str,
-    columns: list[Environment],
+    columns: Sequence[Any],
+    forms: Sequence[Any],
+    reason_left_out: Callable[[Any, Any], str],
     outcomes: Mapping[str, Outcome],
     numbers: Mapping[str, str],
     reasons: dict[str, str],
 ) -> str:
     """One table: environments down, forms across, for there are more of the former."""
-    heads = [str(index) for index in range(1, len(FORMS) + 1)]
+    heads = [str(index) for index in range(1, len(forms) + 1)]
     lines = [f"## {name}", "", "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for environment in columns:
         cells = []
-        for form in FORMS:
+        for form in forms:
             why = reason_left_out(form, environment)
             if why:
                 cells.append(reasons.setdefault(why, chr(ord("a") + len(reasons))))
@@ -84,7 +110,7 @@ def _group(
             verdict = outcomes.get(f"{environment.id} / {form.name}", Outcome("not run")).verdict
             cells.append(numbers.get(verdict.removeprefix("refused: "), SIGNS.get(verdict, "✗")))
         lines.append(f"| {environment.name} | " + " | ".join(cells) + " |")
-    legend = [f"{head} {form.name}" for head, form in zip(heads, FORMS, strict=True)]
+    legend = [f"{head} {form.name}" for head, form in zip(heads, forms, strict=True)]
     return "\n".join([*lines, "", f"({'; '.join(legend)})", ""])
 
 
@@ -93,11 +119,12 @@ def _sentence(text: str) -> str:
 
 
 def committed() -> dict[str, str]:
-    """The verdicts on the page, by the id of a cell."""
+    """The verdicts on the page, by environment and form."""
     text = PAGE.read_text()
     keys = dict(_numbered(text))
     found: dict[str, str] = {}
-    for name, columns in GROUPS.items():
+    groups = [(name, columns, FORMS) for name, columns in GROUPS.items()]
+    for name, columns, forms in [*groups, ("distributed", distributed.ENVIRONMENTS, distributed.FORMS)]:
         rows = {environment.name: environment for environment in columns}
         section = text.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
         for line in section.splitlines():
@@ -105,7 +132,7 @@ def committed() -> dict[str, str]:
             environment = rows.get(head.strip("| "))
             if environment is None:
                 continue
-            for form, cell in zip(FORMS, cells, strict=True):
+            for form, cell in zip(forms, cells, strict=True):
                 sign = cell.strip(" |")
                 verdict = "right" if sign == SIGNS["right"] else f"refused: {keys[sign]}" if sign in keys else ""
                 if verdict:

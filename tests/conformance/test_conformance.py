@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from conformance import mutants, report
+from conformance import distributed, mutants, report
 from conformance.environment import REFUSALS
 from conformance.environments import ENVIRONMENTS
 from conformance.forms import FORMS
@@ -40,13 +40,24 @@ def test_every_cell_is_in_the_table_or_has_a_reason_why_not():
 
 def test_page_has_every_cell_and_no_other():
     device = {cell.id for cell in CELLS if cell.environment.group == "device"}
-    assert set(COMMITTED) | device == {cell.id for cell in CELLS} | device
+    spread = {f"{cell.environment.id} / {cell.form.name}" for cell in distributed.CELLS}
+    assert set(COMMITTED) | device == {cell.id for cell in CELLS} | spread | device
+
+
+def test_page_says_of_the_distributed_cells_what_their_test_holds():
+    for cell in distributed.CELLS:
+        key = distributed.REFUSED.get((cell.form.name, cell.environment.name))
+        said = COMMITTED[f"{cell.environment.id} / {cell.form.name}"]
+        assert said == ("right" if key is None else f"refused: {key}")
 
 
 def test_readme_has_the_counts_of_the_page():
     readme = " ".join((report.PAGE.parent.parent / "README.md").read_text().split())
-    right, refused = re.search(r"(\d+) right, (\d+) refused", report.PAGE.read_text()).groups()
+    (right, refused), (right_of_two, refused_of_two) = re.findall(
+        r"(\d+) right, (\d+) refused", report.PAGE.read_text()
+    )
     assert f"{right} cells are right and {refused} are refused" in readme
+    assert f"{right_of_two} are right and {refused_of_two} refused" in readme
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
