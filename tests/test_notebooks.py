@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, and print as much as they did when they were saved."""
 
+import itertools
 from pathlib import Path
 
 import nbformat
@@ -10,9 +11,17 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
 def shape_of_outputs(notebook):
-    """By cell and output, its kind and its number of lines."""
+    """By cell, the kinds of its outputs and their numbers of lines.
+
+    What is printed on one stream counts together: the kernel sends it in pieces of a fifth of a second.
+    """
     return [
-        [(output.output_type, len(output.get("text", "").splitlines())) for output in cell.get("outputs", [])]
+        [
+            (kind, sum(len(output.get("text", "").splitlines()) for output in outputs))
+            for kind, outputs in itertools.groupby(
+                cell.get("outputs", []), lambda output: output.get("name", output.output_type)
+            )
+        ]
         for cell in notebook.cells
     ]
 

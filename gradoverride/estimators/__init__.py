@@ -1,4 +1,7 @@
-"""Rules for forwards without a derivative: black boxes that are evaluated again, solvers whose result is implicit."""
+"""Rules for forwards without a derivative: black boxes that are evaluated again, solvers whose result is implicit.
+
+A forward must return a floating tensor, or there is nothing that a gradient could come from: `ForwardResultError`.
+"""
 
 from gradoverride.estimators.combinatorial import blackbox, imle, perturbed
 from gradoverride.estimators.implicit import fixed_point, implicit_root

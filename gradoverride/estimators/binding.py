@@ -113,6 +113,7 @@ class Bound:
     """An estimator as the rule of one forward."""
 
     takes_tensors = True
+    needs_floating = True  # a forward of integers alone has no gradient that it could estimate
     writes_nothing = True
     not_traced = NOT_TRACED
 

@@ -54,6 +54,7 @@ class _Implicit:
     """What both rules have in common. `zero` is what the residual is: the function itself, or less the result."""
 
     takes_tensors = True  # in a `bridge` too: the residual is one of tensors
+    needs_floating = True  # a result of integers alone solves nothing
     writes_nothing = True
     not_traced = NOT_TRACED
 

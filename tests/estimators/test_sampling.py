@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 from collections import Counter
 from typing import NamedTuple
 
@@ -644,8 +645,19 @@ def test_a_module_that_writes_into_its_buffers_has_written_once():
     exactly(model.norm.running_mean, after)
 
 
-def test_an_integer_result_has_no_gradient_as_ever():
-    assert not go.custom_backward(spsa())(lambda x: x.argsort())(noise(3)).requires_grad
+def test_a_result_of_integers_alone_is_refused():
+    def ranks(x):
+        return x.argsort()
+
+    estimated = go.custom_backward(spsa())(ranks)
+    with pytest.raises(go.ForwardResultError) as caught:
+        estimated(noise(3))
+    assert re.fullmatch(
+        r"'.*ranks' \(.*\) must return a floating tensor, for its rule 'spsa' \(.*\) to give it a gradient; it "
+        r"returned a tensor of shape \(3,\) of torch\.int64\. Convert it: \.to\(torch\.get_default_dtype\(\)\)",
+        str(caught.value),
+    )
+    assert estimated(noise(3).detach()).dtype is torch.int64  # nobody asks for a gradient
 
 
 WRONG = [
