@@ -25,7 +25,7 @@ OVERRIDES = 10_000
 THREADS = 8
 SHARES = [0.1, pytest.param(1.0, marks=pytest.mark.soak)]
 
-WARM_CALLS = 2000  # before anything is counted
+WARM_CALLS = 10_000  # the first ones of many threads leave some hundred blocks, the next ones none
 WARM_OVERRIDES = 500
 
 # What may be left over. An object left by each call of one form, or by each override, would be more in a tenth too.
