@@ -52,7 +52,7 @@ def published(name: str) -> Registry:
 
 @functools.lru_cache(maxsize=1)
 def _entries(installed: tuple[tuple[str, int], ...]) -> list[EntryPoint]:
-    """What is published by the packages in these directories, as they were at these times: to read it takes 3 ms."""
+    """What is published by the packages in these directories, as they were at these times. (Of a hundred, 2 ms.)"""
     return list({(entry.name, entry.value): entry for entry in entry_points(group=GROUP)}.values())
 
 

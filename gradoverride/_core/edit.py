@@ -216,16 +216,15 @@ def _call(rule: Any, reading: Reading) -> Call:
 
 
 def _edit_traced(x: Any, rule: Any) -> Any:
-    """Few names and attributes: each is a guard that every compiled call checks again."""
-    if isinstance(x, Tensor) and x.requires_grad and _grad_enabled() and isinstance(rule, FunctionType):
-        names = _names_asked(rule.__code__)
-        if names is not None:
-            return (_Keeping if names else _NotKeeping).apply((rule, names), x)
-    names = _names_of_value(rule)
-    if names is None or not is_differentiable(x) or in_functorch() or exporting():
-        return _general(kept_plan(_name_of_plan(*unbound(rule))), x, rule)
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return x
+    """Few names and attributes for a function and a tensor: each is a guard that every compiled call checks again."""
+    usual = isinstance(x, Tensor) and x.requires_grad and _grad_enabled() and isinstance(rule, FunctionType)
+    names = _names_asked(rule.__code__) if usual else None
+    if names is None:
+        names = _names_of_value(rule)
+        if names is None or not is_differentiable(x) or in_functorch() or exporting():
+            return _general(kept_plan(_name_of_plan(*unbound(rule))), x, rule)
+        if not (x.requires_grad and _grad_enabled()):
+            return x
     return (_Keeping if names else _NotKeeping).apply((rule, names), x)
 
 

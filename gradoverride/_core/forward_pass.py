@@ -242,18 +242,18 @@ class ForwardPass:
                 f"{self.plan.forward.who} must return a floating tensor for a gradient to pass straight through it; "
                 f"it returned {what(result)}",
             )
+        if not tensors:
+            fail(
+                ForwardResultError,
+                f"{self.plan.forward.who} must return at least one tensor, for its rule {self.plan.rule.who} to get "
+                f"a gradient; it returned {what(result)}. Return the tensor that the rule is about",
+            )
         if getattr(self.plan.rule.fn, "needs_floating", False):
             kind = f" of {result.dtype}" if isinstance(result, Tensor) else ""
             fail(
                 ForwardResultError,
                 f"{self.plan.forward.who} must return a floating tensor, for its rule {self.plan.rule.who} to give it "
                 f"a gradient; it returned {what(result)}{kind}. Convert it: .to(torch.get_default_dtype())",
-            )
-        if not tensors:
-            fail(
-                ForwardResultError,
-                f"{self.plan.forward.who} must return at least one tensor, for its rule {self.plan.rule.who} to get "
-                f"a gradient; it returned {what(result)}. Return the tensor that the rule is about",
             )
         return result
 

@@ -14,7 +14,7 @@ from oracles import closely, exactly, float64, noise
 from torch import nn
 
 import gradoverride as go
-from gradoverride.estimators import evolution, finite_difference, spsa
+from gradoverride.estimators import evolution, finite_difference, fixed_point, spsa
 
 BY_DIFFERENCES = {"rtol": 1e-6, "atol": 1e-8}  # central ones, in float64
 EVERY = {"finite_difference": finite_difference, "spsa": spsa, "evolution": evolution}
@@ -658,6 +658,17 @@ def test_a_result_of_integers_alone_is_refused():
         str(caught.value),
     )
     assert estimated(noise(3).detach()).dtype is torch.int64  # nobody asks for a gradient
+
+
+@pytest.mark.parametrize("make", [finite_difference, evolution, lambda: fixed_point(lambda y, x: y)])
+def test_every_estimator_refuses_a_result_of_integers_alone(make):
+    with pytest.raises(go.ForwardResultError, match=r"must return a floating tensor, .* of torch\.int64"):
+        go.custom_backward(make())(lambda x: x.argsort())(noise(3))
+
+
+def test_a_result_that_is_no_tensor_is_told_from_one_of_integers():
+    with pytest.raises(go.ForwardResultError, match="must return at least one tensor"):
+        go.custom_backward(spsa())(lambda x: 0.5)(noise(3))
 
 
 WRONG = [

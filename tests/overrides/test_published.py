@@ -1,5 +1,6 @@
 """Registries by name: what other packages publish. Contract, section 5."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -90,3 +91,16 @@ def test_the_presets_are_published(name):
     with go.override(model, name) as plan:
         model(torch.ones(2, requires_grad=True)).sum().backward()
         assert "1" in [row.calls for row in plan.table if row.cls == "ReLU"]
+
+
+def test_a_package_that_is_installed_after_a_first_look_is_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(go.TargetNotFoundError, match="must be published under the name 'late'"):
+        go.override(nn.ReLU(), "late")
+    install(tmp_path, "late_rules", {"late": "late_rules:registry"}, SOURCE)
+    later = tmp_path.stat().st_mtime_ns + 10**9  # a file system may keep times by some milliseconds alone
+    os.utime(tmp_path, ns=(later, later))
+    with go.override(model := nn.ReLU(), "late"):
+        x = torch.ones(2, requires_grad=True)
+        assert torch.autograd.grad(model(x).sum(), x)[0].tolist() == [2, 2]
+    sys.modules.pop("late_rules")
