@@ -34,7 +34,8 @@ from gradoverride._core.overridden import (
     layers_of,
     take_off,
 )
-from gradoverride._core.paths import check_names, check_path, find
+from gradoverride._core.path_patch import check_names, check_path
+from gradoverride._core.paths import find
 from gradoverride._core.puts import Put, on_class, on_modules, on_path, on_thread
 from gradoverride._core.signature import Forward, Rule
 from gradoverride._core.targets import Class, Entry, Function, ImportPath, Match, Target, class_of, matches

@@ -1,56 +1,33 @@
-"""What an import path names, `"package.module:attribute"`, and how a function there is replaced: now, or when its
-module is imported.
-
-A plain function stands in its place (Dynamo would see through a proxy of wrapt), in the module, and in each module that
-has imported it by name. When the rules are gone it is taken out again; where somebody has kept it, it calls the
-original.
-"""
+"""What an import path names, `"package.module:attribute"`: now, or when its module is imported."""
 
 from __future__ import annotations
 
 import difflib
-import functools
-import gc
 import importlib.util
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from types import CellType, FrameType, FunctionType, ModuleType
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-from torch.compiler import is_dynamo_compiling as compiling
-
-from gradoverride._core import everywhere, scan
-from gradoverride._core.function_mode import count, here
-from gradoverride._core.layers import FunctionLayer
-from gradoverride._core.overridden import records
-from gradoverride._core.plan import Plan
-from gradoverride._core.residuals import save_for_backward
-from gradoverride._core.signature import Forward, Made, Rule, resolve
-from gradoverride._core.wrapper import make_wrapper
+from gradoverride._core.imports import on_import, resolve_path
 from gradoverride.errors import GradOverrideWarning, TargetError, TargetNotFoundError
 
-__all__ = ["PENDING", "check_names", "check_path", "find", "put_on_path", "take_off_path", "when_imported"]
+__all__ = ["PENDING", "find", "parts_of", "when_imported"]
 
 PENDING = object()
 """What a path names whose module has not been imported yet."""
 
-_lock = threading.RLock()
-
-
-# --- what a path names
-
 
 def find(path: str) -> Any:
     """What the path names: a class, a function; `PENDING` while its module has not been imported."""
-    module_name, attribute = _parts(path)
+    module_name, attribute = parts_of(path)
     module = sys.modules.get(module_name)
     if module is None:
         _check_module(module_name, path)
         return PENDING
     try:
-        return _resolve(module, attribute)[2]
+        return resolve_path(module, attribute)[2]
     except AttributeError:
         owner: Any = module
         for part in attribute.split(".")[:-1]:
@@ -63,7 +40,8 @@ def find(path: str) -> Any:
         ) from None
 
 
-def _parts(path: str) -> tuple[str, str]:
+def parts_of(path: str) -> tuple[str, str]:
+    """The module's name, and the attribute's, with dots for one of a class."""
     module_name, _, attribute = path.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
         raise TargetError(
@@ -71,17 +49,6 @@ def _parts(path: str) -> tuple[str, str]:
             f"'{path}'"
         )
     return module_name, attribute
-
-
-def _resolve(module: ModuleType, attribute: str) -> tuple[Any, str, Any]:
-    """The object that has it, its name there, and the value as it stands there: a staticmethod is one."""
-    import wrapt  # takes 30 ms, and most programs give no paths
-
-    try:
-        found: tuple[Any, str, Any] = wrapt.resolve_path(module, attribute)
-        return found
-    except Exception as error:  # wrapt has had several classes for this
-        raise AttributeError(attribute) from error
 
 
 def _check_module(name: str, path: str) -> None:
@@ -102,60 +69,16 @@ def _check_module(name: str, path: str) -> None:
         return
 
 
-def check_path(path: str, value: Any, rule: Rule) -> None:
-    """Raise what is in the way of an override of the function `value`, before anything is changed."""
-    if value is PENDING:
-        return
-    inner = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-    if isinstance(inner, type) or not callable(inner):
-        kind = f"the class '{inner.__name__}'" if isinstance(inner, type) else f"a {type(inner).__name__}"
-        raise TargetError(
-            f"override of path '{path}': it must name a function, a method or a class of modules; it names {kind}"
-        )
-    attribute = path.partition(":")[2]
-    check_names(_forward(value, attribute, in_class="." in attribute), rule)
-
-
-def _in_models(layer: FunctionLayer, above: Callable[..., Any], beneath: Callable[..., Any]) -> Callable[..., Any]:
-    key = layer.key
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        if key not in here.active:
-            return beneath(*args, **kwargs)
-        if not compiling():
-            count([key])
-        return above(*args, **kwargs)
-
-    return step
-
-
-def _anywhere(layer: FunctionLayer, above: Callable[..., Any], _: Callable[..., Any]) -> Callable[..., Any]:
-    def called() -> None:
-        layer.calls += 1
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        if not compiling():
-            called()
-        return above(*args, **kwargs)
-
-    return step
-
-
-def check_names(forward: Forward, rule: Rule) -> None:
-    """Raise if the rule asks for what a forward does not offer."""
-    resolve(rule, forward, may_defer=forward.is_method or scan.calls(forward.fn, save_for_backward))
-
-
 def when_imported(path: str, then: Callable[[Any], None]) -> Callable[[], None]:
     """Call `then` with what the path names, when its module is imported. Gives what calls that off."""
-    module_name, attribute = _parts(path)
-    waiting = [then]  # wrapt keeps what it calls
+    module_name, attribute = parts_of(path)
+    waiting = [then]  # what is called is kept for good
 
     def imported(module: ModuleType) -> None:
         if not waiting:
             return
         try:
-            value = _resolve(module, attribute)[2]
+            value = resolve_path(module, attribute)[2]
         except AttributeError:
             warnings.warn(
                 f"override of path '{path}': the module '{module_name}' has been imported and has no '{attribute}'; "
@@ -167,200 +90,8 @@ def when_imported(path: str, then: Callable[[Any], None]) -> Callable[[], None]:
         for then in waiting:
             then(value)
 
-    import wrapt  # as above
-
-    wrapt.register_post_import_hook(imported, module_name)
+    on_import(module_name, imported)
     return waiting.clear
-
-
-# --- a function that is replaced
-
-
-class _Replacement:
-    """Our function where another stands, and the rules in force on it."""
-
-    def __init__(self, path: str, inherited: _Replacement | None) -> None:
-        module_name, self.attribute = _parts(path)
-        self.path = path
-        self.layers: tuple[tuple[FunctionLayer, bool], ...] = inherited.layers if inherited else ()
-        parent, name, standing = _resolve(sys.modules[module_name], self.attribute)
-        self.parent = parent
-        self.original: Any = inherited.original if inherited else everywhere.without_inert(standing)
-        self.kind = type(self.original) if isinstance(self.original, (staticmethod, classmethod)) else None
-        self.function = self.original.__func__ if self.kind is not None else self.original
-        self.in_class = isinstance(parent, type)
-        self.places: list[tuple[Any, str, bool]] = [(parent, name, name in vars(parent))]
-        for value in [self.original] if standing is self.original else [self.original, standing]:
-            self.places += [place for place in _named_so(value) if place[:2] != (parent, name)]
-        if standing is self.original:
-            self._warn_of_others()
-
-        run = self.function
-
-        def stand_in(*args: Any, **kwargs: Any) -> Any:
-            return run(*args, **kwargs)
-
-        def run_from_now_on(under_rules: Callable[..., Any]) -> None:
-            nonlocal run  # Dynamo may see no object of ours here
-            run = under_rules
-
-        self.run_from_now_on = run_from_now_on
-
-        functools.update_wrapper(stand_in, self.function, updated=())
-        self.stand_in: Any = stand_in if self.kind is None else self.kind(stand_in)
-        try:
-            for place, attribute, _ in self.places:
-                setattr(place, attribute, self.stand_in)
-        except BaseException:  # a module may let nothing be set
-            self.take_out()
-            raise
-
-    def set(self, layers: tuple[tuple[FunctionLayer, bool], ...]) -> None:
-        """Have these rules, the last one outermost; each with whether it is for certain models only."""
-        self.layers = layers
-        run = self.function
-        for layer, scoped in layers:
-            run = self._step(layer, scoped, run)
-        self.run_from_now_on(run)
-        self._tell()
-
-    def _tell(self) -> None:
-        """What was made of the function before is made anew."""
-        if self.in_class:
-            for record in list(records):
-                record.refresh()
-        everywhere.forget_compiled()
-
-    def _step(self, layer: FunctionLayer, scoped: bool, beneath: Callable[..., Any]) -> Callable[..., Any]:
-        plan = Plan(_forward(self.original, self.attribute, in_class=self.in_class, fn=beneath), layer.rule)
-        plan.marked = True
-        plan.on_trace = layer.key.note_trace
-        step = (_in_models if scoped else _anywhere)(layer, make_wrapper(plan, beneath), beneath)
-        return functools.update_wrapper(step, beneath, updated=())
-
-    def inherits(self, base: _Replacement) -> bool:
-        """Whether ours stands where the name had what it has in a class that this one is derived from."""
-        inherited = self.in_class and self.original is base.original and not self.places[0][2]
-        return inherited and self is not base and issubclass(self.parent, base.parent)
-
-    def take_out(self) -> None:
-        """Put the original back wherever ours stands."""
-        self.set(())
-        everywhere.inert[getattr(self.stand_in, "__func__", self.stand_in)] = self.original
-        original = everywhere.without_inert(self.original)
-        for place, attribute, own in [*self.places, *_named_so(self.stand_in)]:
-            if vars(place).get(attribute) is not self.stand_in:
-                continue  # somebody has put another one there
-            if own:
-                setattr(place, attribute, original)
-            else:
-                delattr(place, attribute)
-        self._tell()
-
-    def _warn_of_others(self) -> None:
-        """What holds the function otherwise than by a name of a module goes on calling it."""
-        others = sorted(set(_holders(self.original, [place for place, _, _ in self.places])))
-        if others:
-            warnings.warn(
-                f"override of path '{self.path}': it is also held by {', '.join(others)}; what is called through that "
-                "is not overridden. Override before it is handed out, or what calls it",
-                GradOverrideWarning,
-                stacklevel=5,
-            )
-
-
-def _forward(original: Any, attribute: str, *, in_class: bool, fn: Any = None) -> Forward:
-    """A function as its rule sees it. In a class it is a method, if it is not static."""
-    inner = original.__func__ if isinstance(original, (staticmethod, classmethod)) else original
-    return Forward(fn or inner, name=attribute, method=in_class and not isinstance(original, staticmethod))
-
-
-def _named_so(value: Any) -> Iterator[tuple[Any, str, bool]]:
-    """The modules that have `value` under some name."""
-    modules: list[tuple[str, Any]] = list(sys.modules.items())
-    for name, module in modules:
-        if isinstance(module, ModuleType) and name.partition(".")[0] != "gradoverride":
-            for attribute, found in list(vars(module).items()):
-                if found is value:
-                    yield module, attribute, True
-
-
-def _holders(value: Any, known: list[Any]) -> Iterator[str]:
-    """What else holds a function, in words."""
-    modules = [id(vars(place)) for place in known if isinstance(place, ModuleType)]
-    classes = [vars(cls).keys() for place in known if isinstance(place, type) for cls in place.__mro__]
-    for holder in gc.get_referrers(value):
-        if id(holder) in modules or isinstance(holder, FrameType) or _is_ours(holder):
-            continue
-        if isinstance(holder, CellType):
-            # One of a function that runs now is held by no closure; it may be our own.
-            closures = [closure for closure in gc.get_referrers(holder) if isinstance(closure, tuple)]
-            if not all([_is_in_override(closure) for closure in closures]):
-                yield "a closure"
-        elif isinstance(holder, dict):
-            # A class has its names in a dict that is not to be had; whoever wraps it holds it in a closure as well.
-            if holder.keys() not in classes and holder.get("__wrapped__") is not value:
-                yield "a dict"
-        elif isinstance(holder, (list, tuple, set)):
-            if any([isinstance(owner, (_CACHED, Made)) for owner in gc.get_referrers(holder)]):
-                continue  # the arguments of a call whose result is cached, of our own too
-            yield f"a {type(holder).__name__}"
-        else:
-            yield f"an object of class '{type(holder).__name__}'"
-
-
-_CACHED = type(functools.cache(len))
-
-
-def _is_in_override(closure: tuple[Any, ...]) -> bool:
-    """Whether functions that stand somewhere for an override have this closure. What a decorator gives has not."""
-    owners = [owner for owner in gc.get_referrers(closure) if isinstance(owner, FunctionType)]
-    return bool(owners) and all([owner.__globals__.get("__name__") in _OVERRIDING for owner in owners])
-
-
-_OVERRIDING = [f"gradoverride._core.{name}" for name in ("chain", "class_patch", "function_mode", "paths")]
-
-
-def _is_ours(holder: Any) -> bool:
-    """Whether this is an object of this library, its `__dict__`, or the names of a function that it has generated."""
-    owners = [holder]
-    if isinstance(holder, dict):
-        if "_go_fn" in holder or any(
-            [holder is ours for ours in (everywhere.originals, vars(everywhere.inert)["data"])]
-        ):
-            return True
-        owners = [owner for owner in gc.get_referrers(holder) if getattr(owner, "__dict__", None) is holder]
-    return any(type(owner).__module__.startswith("gradoverride.") for owner in owners)
-
-
-_replacements: list[_Replacement] = []
-
-
-def put_on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> None:
-    """Put a rule on the function that a path names: if `scoped`, where its key is active alone."""
-    with _lock:
-        module_name, attribute = _parts(path)
-        parent, _, standing = _resolve(sys.modules[module_name], attribute)
-        ours = [replacement for replacement in _replacements if replacement.stand_in is standing]
-        found = [replacement for replacement in ours if replacement.parent is parent or not replacement.in_class]
-        if not found:
-            found = [_Replacement(path, ours[0] if ours else None)]
-            _replacements.extend(found)
-        found += [replacement for replacement in _replacements if replacement.inherits(found[0])]
-        for replacement in found:
-            replacement.set((*replacement.layers, (layer, scoped)))
-
-
-def take_off_path(layer: FunctionLayer) -> None:
-    """Take it off again."""
-    with _lock:
-        for replacement in list(_replacements):
-            left = tuple([pair for pair in replacement.layers if pair[0] is not layer])
-            if not left:
-                _replacements.remove(replacement)
-                replacement.take_out()
-            elif left != replacement.layers:
-                replacement.set(left)
 
 
 def _listed(names: list[str]) -> str:

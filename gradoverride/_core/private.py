@@ -19,6 +19,8 @@ from torch.autograd import Function, forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointFunction
 
+from gradoverride._core.imports import on_import
+
 __all__ = [
     "IN_FORWARD_AD",
     "IN_TRACER",
@@ -294,9 +296,7 @@ def let_dynamo_show(functions: Iterable[Any]) -> None:
         _shown.append(module)
 
     if not _shown:
-        import wrapt  # takes 30 ms, and most programs override no functions
-
-        wrapt.register_post_import_hook(add, "torch._dynamo.variables.torch")
+        on_import("torch._dynamo.variables.torch", add)
 
 
 _shown: list[Any] = []

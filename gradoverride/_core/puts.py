@@ -14,7 +14,8 @@ from gradoverride._core import overridden
 from gradoverride._core.class_patch import calls_on_class, put_on_class, take_off_class
 from gradoverride._core.function_mode import awaits_replay, calls_of
 from gradoverride._core.layers import FunctionLayer, Layer
-from gradoverride._core.paths import PENDING, find, put_on_path, take_off_path, when_imported
+from gradoverride._core.path_patch import put_on_path, take_off_path
+from gradoverride._core.paths import PENDING, find, when_imported
 from gradoverride._core.targets import Class, class_of
 from gradoverride._core.thread_mode import put_on_thread, take_off_thread
 from gradoverride.errors import GradOverrideWarning

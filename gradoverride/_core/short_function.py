@@ -239,7 +239,7 @@ class ShortFunction:
         elif not self.params and not self.plan.straight_through and self.places == list(range(len(tensors))):
             # Scalars that come after the tensors may be left out of the answer.
             lines += [
-                f"    if {alike}type(answer) is tuple and len(answer) == {len(tensors)}:",
+                f"    if {alike}{self._is('tuple')} and len(answer) == {len(tensors)}:",
                 f"        {', '.join(grads)} = answer",
                 *answered,
             ]
@@ -247,7 +247,7 @@ class ShortFunction:
             names = [self.layout.names[place] for place in self.places] + self.params
             present = " and ".join(f"{name!r} in answer" for name in names)
             lines += [
-                f"    if {alike}type(answer) is dict and len(answer) == {len(names)} and {present}:",
+                f"    if {alike}{self._is('dict')} and len(answer) == {len(names)} and {present}:",
                 *(f"        {grad} = answer[{name!r}]" for grad, name in zip(grads, names, strict=True)),
                 *answered,
             ]
@@ -258,6 +258,10 @@ class ShortFunction:
     def _is_tensor(self, name: str) -> str:
         """Code that looks whether this is a tensor. (A class that Dynamo meets twice it guards by a slow check.)"""
         return f"type({name}) is _go_Tensor" if self.mode == EAGER else f"_go_is_tensor({name})"
+
+    def _is(self, kind: str) -> str:
+        """Code that looks whether an answer is of this kind. (`isinstance` is guarded in traced code anyway.)"""
+        return f"type(answer) is {kind}" if self.mode == EAGER else f"isinstance(answer, {kind})"
 
     def _known(self, name: str) -> str:
         """What the gradient of the tensor `name` must be like."""

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,21 @@ __all__ = ["PAGE", "committed", "counts", "page", "release", "summary"]
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "conformance.md"
 SIGNS = {"right": "✓", "fails": "✗", "left out": "-", "not run": "?"}
+
+
+class Part(NamedTuple):
+    """What stands on the page as one table."""
+
+    name: str
+    environments: Sequence[Any]
+    forms: Sequence[Any]
+    reason_left_out: Callable[[Any, Any], str]  # why a form does not go into an environment; empty if it does
+
+
+PARTS = [
+    *[Part(name, environments, FORMS, table.reason_left_out) for name, environments in GROUPS.items()],
+    Part("distributed", distributed.ENVIRONMENTS, distributed.FORMS, distributed.reason_left_out),
+]
 
 
 def release() -> str:
@@ -43,16 +58,7 @@ def page(alone: Mapping[str, Outcome], spread: Mapping[distributed.Cell, Outcome
     used = sorted({o.verdict.removeprefix("refused: ") for o in outcomes.values() if o.verdict.startswith("refused")})
     numbers = {key: str(index) for index, key in enumerate(used, 1)}
     reasons: dict[str, str] = {}
-    tables = [
-        _group(name, columns, FORMS, table.reason_left_out, outcomes, numbers, reasons)
-        for name, columns in GROUPS.items()
-    ]
-    tables.append(
-        _group(
-            *("distributed", distributed.ENVIRONMENTS, distributed.FORMS, distributed.reason_left_out),
-            *(outcomes, numbers, reasons),
-        )
-    )
+    tables = [_drawn(part, outcomes, numbers, reasons) for part in PARTS]
     lines = [
         "# Right everywhere, or refused",
         "",
@@ -88,29 +94,21 @@ def _of_both_orders(spread: Mapping[distributed.Cell, Outcome]) -> dict[str, Out
     return found
 
 
-def _group(
-    name: str,
-    columns: Sequence[Any],
-    forms: Sequence[Any],
-    reason_left_out: Callable[[Any, Any], str],
-    outcomes: Mapping[str, Outcome],
-    numbers: Mapping[str, str],
-    reasons: dict[str, str],
-) -> str:
-    """One table: environments down, forms across, for there are more of the former."""
-    heads = [str(index) for index in range(1, len(forms) + 1)]
-    lines = [f"## {name}", "", "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for environment in columns:
+def _drawn(part: Part, outcomes: Mapping[str, Outcome], numbers: Mapping[str, str], reasons: dict[str, str]) -> str:
+    """A part as a table: environments down, forms across, for there are more of the former."""
+    heads = [str(index) for index in range(1, len(part.forms) + 1)]
+    lines = [f"## {part.name}", "", "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for environment in part.environments:
         cells = []
-        for form in forms:
-            why = reason_left_out(form, environment)
+        for form in part.forms:
+            why = part.reason_left_out(form, environment)
             if why:
                 cells.append(reasons.setdefault(why, chr(ord("a") + len(reasons))))
                 continue
             verdict = outcomes.get(f"{environment.id} / {form.name}", Outcome("not run")).verdict
             cells.append(numbers.get(verdict.removeprefix("refused: "), SIGNS.get(verdict, "✗")))
         lines.append(f"| {environment.name} | " + " | ".join(cells) + " |")
-    legend = [f"{head} {form.name}" for head, form in zip(heads, forms, strict=True)]
+    legend = [f"{head} {form.name}" for head, form in zip(heads, part.forms, strict=True)]
     return "\n".join([*lines, "", f"({'; '.join(legend)})", ""])
 
 
@@ -123,16 +121,15 @@ def committed() -> dict[str, str]:
     text = PAGE.read_text()
     keys = dict(_numbered(text))
     found: dict[str, str] = {}
-    groups = [(name, columns, FORMS) for name, columns in GROUPS.items()]
-    for name, columns, forms in [*groups, ("distributed", distributed.ENVIRONMENTS, distributed.FORMS)]:
-        rows = {environment.name: environment for environment in columns}
-        section = text.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    for part in PARTS:
+        rows = {environment.name: environment for environment in part.environments}
+        section = text.partition(f"\n## {part.name}\n")[2].partition("\n## ")[0]
         for line in section.splitlines():
             head, *cells = [part.strip() for part in line.strip("|").split(" | ")] if line.startswith("| ") else [""]
             environment = rows.get(head.strip("| "))
             if environment is None:
                 continue
-            for form, cell in zip(forms, cells, strict=True):
+            for form, cell in zip(part.forms, cells, strict=True):
                 sign = cell.strip(" |")
                 verdict = "right" if sign == SIGNS["right"] else f"refused: {keys[sign]}" if sign in keys else ""
                 if verdict:

@@ -456,6 +456,16 @@ def test_keyword_only_variable_and_default_arguments(x):
     closely((x.grad, weight.grad), (torch.full_like(x, 2.0), torch.full_like(x, 5.0)))
 
 
+def test_arguments_that_are_called_like_builtins(x):
+    def scale(isinstance, type, dict=2.0, len=0.0):
+        return isinstance * type * dict + len
+
+    scaled = go.custom_backward(lambda grad_output, isinstance, dict: (7 * grad_output, isinstance * dict))(scale)
+    type = noise(3)
+    compiled(scaled)(x, type).sum().backward()
+    closely((x.grad, type.grad), (torch.full_like(x, 7.0), 2 * x.detach()))
+
+
 def test_needs_of_gradients_that_change_from_call_to_call(x):
     product = go.custom_backward(lambda grad_output, x, w: (7 * grad_output * w, 5 * grad_output * x))(
         lambda x, w: x * w
