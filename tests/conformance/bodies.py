@@ -33,12 +33,14 @@ class Body:
     arguments: Callable[..., Any]  # from two leaves
     needs: tuple[str, ...] = ()  # "forward": one that the form runs; "structure": of results; "parameters"
 
-    def subject(self, attached: Any) -> Subject:
+    def subject(self, attached: Any, device: str = "cpu") -> Subject:
         """What has this body, ready to be called on two leaves."""
         if not isinstance(attached, Subject):
             attached = Subject(attached, module=attached if isinstance(attached, nn.Module) else None)
         leaves = torch.tensor([[0.7, -1.2, 2.3, -0.4]] * 3, dtype=torch.float64), torch.linspace(1, 2, 12).double()
-        inputs = tuple([leaf.clone().reshape(3, 4).requires_grad_() for leaf in leaves])
+        inputs = tuple([leaf.reshape(3, 4).to(device, copy=True).requires_grad_() for leaf in leaves])
+        if attached.module is not None:
+            attached.module.to(device)
         return dataclasses.replace(attached, inputs=inputs, arguments=self.arguments)
 
 

@@ -97,7 +97,11 @@ def _makers(cell: Cell) -> tuple[Callable[..., Subject], Callable[..., Subject]]
     if body is None:
         return form.build, form.twin
     assert form.attach is not None, "such a cell is left out"
-    return (lambda: body.subject(form.attach.ours(body))), (lambda: body.subject(form.attach.by_hand(body)))
+    attach = form.attach
+    return (
+        lambda device="cpu": body.subject(attach.ours(body), device),
+        lambda device="cpu": body.subject(attach.by_hand(body), device),
+    )
 
 
 @contextlib.contextmanager

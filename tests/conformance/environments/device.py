@@ -1,8 +1,13 @@
-"""Group "device": the cells of eager and compiled code on CUDA. Marked `cuda`, and skipped without a device."""
+"""Group "device": the cells of four other groups on CUDA, and what there is on CUDA alone.
+
+Marked `cuda`, and skipped without a device.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,9 +37,18 @@ def in_a_stream(make: Make) -> Any:
     return run_backward(subject, result)
 
 
-def half_autocast(make: Make) -> Any:
+def as_it_is(call: Any) -> Any:
+    return call
+
+
+def in_one_graph(call: Any) -> Any:
+    return torch.compile(call, backend="aot_eager", fullgraph=True)
+
+
+def half_autocast(make: Make, compiler: Callable[[Any], Any] = as_it_is) -> Any:
     """Autocast in float16 with a scaled loss, as GradScaler does it."""
     subject = make(dtype=torch.float32, device="cuda")
+    subject.call = compiler(subject.call)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8)
     with torch.autocast("cuda", dtype=torch.float16):
         result = subject()
@@ -71,42 +85,26 @@ def two_forwards_in_streams(make: Make) -> Any:
     return accumulated(subject)
 
 
-SHARED = {
-    "call": ("eager", "no_grad"),
-    "autograd": (
-        "accumulation",
-        "create_graph",
-        "retain_graph, three times",
-        "bfloat16",
-        "float16",
-        "hooks on tensors",
-    ),
-    "transforms": ("func.grad", "vmap(grad)", "jvp", "checkpoint"),
-    "compile": (
-        *("aot_eager", "inductor", "inside a compiled parent", "override after a first compiled call"),
-        *("undone after compilation", "12 instances are 1 graph", "dynamic shapes are 1 graph"),
-    ),
-}
-GROUPS = {"call": call, "autograd": autograd, "transforms": transforms, "compile": compiled}
+# Their own way to the same is below.
+LEFT_OUT = ("autograd: saved_tensors_hooks", "transforms: autocast", "compile: autocast")
 
 
 def shared() -> list[Environment]:
-    found = []
-    for group, names in SHARED.items():
-        for environment in GROUPS[group].ENVIRONMENTS:  # type: ignore[attr-defined]  # each has them
-            if environment.name in names and environment.body is None:
-                found.append(
-                    Environment(
-                        "device",
-                        f"{group}: {environment.name}",
-                        on_cuda(environment.run),
-                        None if environment.reference is None else on_cuda(environment.reference),
-                        environment.needs,
-                        environment.refusals,
-                        tolerance=environment.tolerance,
-                    )
-                )
-    return found
+    """Every environment of these groups, with all that is computed on the device."""
+    groups = (call, autograd, transforms, compiled)
+    return [
+        dataclasses.replace(
+            environment,
+            group="device",
+            name=environment.id,
+            run=on_cuda(environment.run),
+            reference=None if environment.reference is None else on_cuda(environment.reference),
+            quick=False,
+        )
+        for group in groups
+        for environment in group.ENVIRONMENTS
+        if environment.id not in LEFT_OUT
+    ]
 
 
 column = functools.partial(Environment, "device")
@@ -115,5 +113,12 @@ ENVIRONMENTS = [
     column("a stream of its own", in_a_stream),
     column("two streams", two_forwards_in_streams),
     column("autocast in float16, scaled", half_autocast, without_autocast, tolerance=LOOSE),
+    column(
+        "autocast in float16, scaled, compiled",
+        functools.partial(half_autocast, compiler=in_one_graph),
+        without_autocast,
+        refusals=("arrays compiled",),
+        tolerance=LOOSE,
+    ),
     column("saved tensors in pinned memory", offloaded),
 ]
