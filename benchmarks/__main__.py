@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import catalogue, compiled, eager, edits, importing, memory, modules, overrides
+from benchmarks import catalogue, compiled, eager, edits, importing, memory, modules, overrides, place
 from benchmarks.timing import FULL, QUICK, Case, Effort, NotMeasured, Samples
 
 SUBJECTS = (eager, compiled, modules, overrides, edits, catalogue, memory, importing)
@@ -36,6 +36,11 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints the table and returns the exit status."""
     options = parser().parse_args(argv)
+    try:
+        place.measure_on(options.device)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts that it has it
+        print(f"--device {options.device}: {error}", file=sys.stderr)
+        return 2
     cases = [case for subject in SUBJECTS for case in subject.cases() if options.only in case.name]
     if not cases:
         print(f"No case's name contains {options.only!r}", file=sys.stderr)
@@ -93,6 +98,7 @@ def report(rows: Sequence[Row]) -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "device": place.device_name(),
         "cases": [as_data(row) for row in rows],
     }
 
@@ -115,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description="What an override costs, against the same written by hand."
     )
     top.add_argument("--quick", action="store_true", help="fewer samples: a minute, for a first look")
+    top.add_argument("--device", default="cpu", help="where the tensors are: cpu, cuda (importing is measured as ever)")
     top.add_argument("--only", default="", metavar="SUBSTRING", help="the cases whose name contains this")
     top.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     top.add_argument("--check", action="store_true", help="exit with 1 if a limit is broken")

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 import gradoverride as go
-from benchmarks.timing import Case, NotMeasured, Pair, Step, leaf, ratio
+from benchmarks.place import leaf, noise
+from benchmarks.timing import Case, NotMeasured, Pair, Step, ratio
 from gradoverride import rules, surrogates
 
 N = 1_000_000
@@ -37,7 +38,7 @@ def cases() -> list[Case]:
 
 
 def pair(ours: Callable[[], TensorFunction], reference: Callable[[], TensorFunction]) -> Pair:
-    x, grad = leaf(N), torch.randn(N)
+    x, grad = leaf(N), noise(N)
     return Pair(gradient(ours(), x, grad), gradient(reference(), x, grad))
 
 

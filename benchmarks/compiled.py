@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks import eager
+from benchmarks.place import leaf, ones
 from benchmarks.timing import (
     COUNT,
     Case,
@@ -21,7 +22,6 @@ from benchmarks.timing import (
     Pair,
     Samples,
     forward_and_backward,
-    leaf,
     ratio,
     undisturbed,
 )
@@ -66,7 +66,7 @@ def compiled(sides: Sides, ours_first: bool = True) -> tuple[Pair, int, int]:
         raise NotMeasured("inductor needs a C++ compiler")
     ours, reference, sizes = sides()
     leaves = tuple(leaf(size) for size in sizes)
-    grad = torch.ones(sizes[0])
+    grad = ones(sizes[0])
 
     def compile_and_run(function: Callable[..., Any]) -> tuple[Callable[[], object], int]:
         counter = CompileCounterWithBackend("inductor")

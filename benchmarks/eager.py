@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 import gradoverride as go
-from benchmarks.timing import Case, Pair, added_microseconds, forward_and_backward, leaf, ratio
+from benchmarks.place import leaf, noise, ones
+from benchmarks.timing import Case, Pair, added_microseconds, forward_and_backward, ratio
 
 Grads = tuple[Tensor | None, ...]
 
@@ -48,7 +49,7 @@ def cases() -> list[Case]:
 def compared(n: int, ours: Callable[..., Any], reference: Callable[..., Any], tensors: int) -> Pair:
     """Both sides on the same `tensors` leaves of `n` elements."""
     leaves = tuple(leaf(n) for _ in range(tensors))
-    grad = torch.ones(n)
+    grad = ones(n)
     return Pair(
         forward_and_backward(ours, *leaves, grad=grad), forward_and_backward(reference, *leaves, grad=grad), leaves
     )
@@ -216,8 +217,8 @@ class AffineFunctionByCalls(AffineFunction):
 class AffineByHand(nn.Module):
     def __init__(self, n: int = TINY) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(n))
-        self.bias = nn.Parameter(torch.randn(n))
+        self.weight = nn.Parameter(noise(n))
+        self.bias = nn.Parameter(noise(n))
 
     def forward(self, x: Tensor) -> Any:
         return AffineFunction.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]  # as above
@@ -255,7 +256,7 @@ class AffineWithBackward(AffineByHand):
 
 
 def module(kind: type[AffineByHand], by_hand: type[AffineByHand] = AffineByHand) -> Pair:
-    ours, reference, x, grad = kind(), by_hand(), leaf(TINY), torch.ones(TINY)
+    ours, reference, x, grad = kind(), by_hand(), leaf(TINY), ones(TINY)
     return Pair(
         forward_and_backward(ours, x, grad=grad),
         forward_and_backward(reference, x, grad=grad),

@@ -12,7 +12,8 @@ from torch.autograd import Function
 
 import gradoverride as go
 from benchmarks import compiled, memory
-from benchmarks.timing import BYTES, Case, Effort, Pair, Samples, forward_and_backward, leaf, ratio
+from benchmarks.place import leaf, ones
+from benchmarks.timing import BYTES, Case, Effort, Pair, Samples, forward_and_backward, ratio
 
 SIZES = (1, 10_000, 1_000_000)
 
@@ -111,7 +112,7 @@ LIMITS = {"gradient alone, normalised": 1.05}
 
 def pair(ours: Edit, reference: Edit, n: int) -> Pair:
     """Both sides on one leaf of `n` elements."""
-    x, grad = leaf(n), torch.ones(n)
+    x, grad = leaf(n), ones(n)
     return Pair(forward_and_backward(ours, x, grad=grad), forward_and_backward(reference, x, grad=grad), (x,))
 
 

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import eager
 from benchmarks.modules import BLOCKS, Sides
-from benchmarks.timing import BYTES, Case, Effort, Samples, leaf, undisturbed
+from benchmarks.place import leaf
+from benchmarks.timing import BYTES, Case, Effort, Samples, undisturbed
 
 SIZE = 1000
 

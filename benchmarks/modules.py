@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradoverride as go
-from benchmarks.timing import Case, Pair, forward_and_backward, leaf, ratio
+from benchmarks.place import leaf, put_here
+from benchmarks.timing import Case, Pair, forward_and_backward, ratio
 
 BATCH, WIDTH = 256, 512
 
@@ -93,11 +94,11 @@ INPUTS = {nn.Sequential: (BATCH, WIDTH), nn.TransformerEncoderLayer: (32, 64, 12
 
 
 def block() -> nn.Module:
-    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+    return put_here(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)))
 
 
 def encoder() -> nn.Module:
-    return nn.TransformerEncoderLayer(128, nhead=4, dim_feedforward=256, dropout=0.1, batch_first=True)
+    return put_here(nn.TransformerEncoderLayer(128, nhead=4, dim_feedforward=256, dropout=0.1, batch_first=True))
 
 
 def two_layers(x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor) -> Tensor:

@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
 import gradoverride as go
 from benchmarks import compiled
-from benchmarks.timing import MILLISECONDS, Case, Effort, Pair, Samples, forward_and_backward, leaf, ratio, undisturbed
+from benchmarks.place import leaf, ones, put_here
+from benchmarks.timing import MILLISECONDS, Case, Effort, Pair, Samples, forward_and_backward, ratio, undisturbed
 
 DEPTH = 12  # overridden modules in a model
 MODULES = 1000  # in the large one
@@ -112,12 +112,12 @@ def sides_of(kind: str, shape: tuple[int, int]) -> tuple[nn.Module, nn.Module, t
 
 
 def model(width: int, linear: Any, relu: Any) -> nn.Module:
-    return nn.Sequential(*[part for _ in range(DEPTH) for part in (linear(width, width), relu())])
+    return put_here(nn.Sequential(*[part for _ in range(DEPTH) for part in (linear(width, width), relu())]))
 
 
 def pair(kind: str, shape: tuple[int, int]) -> Pair:
     ours, reference, _ = sides_of(kind, shape)
-    x, grad = leaf(*shape), torch.ones(shape)
+    x, grad = leaf(*shape), ones(*shape)
     return Pair(
         forward_and_backward(ours, x, grad=grad),
         forward_and_backward(reference, x, grad=grad),
@@ -137,8 +137,8 @@ APPLIED: dict[str, Any] = {
 def timed(rules: Any, place: int, effort: Effort) -> Samples:
     """How long it takes to apply (0) or to remove (1), beside a walk over the model."""
     blocks = MODULES // 4
-    large = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Tanh()) for _ in range(blocks)])
-    x = torch.zeros(1, 4)
+    large = put_here(nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Tanh()) for _ in range(blocks)]))
+    x = leaf(1, 4).detach()
     samples = Samples()
     go.override(large, rules).__exit__(KeyError, KeyError(), None)  # what is looked up once; it warns of nothing
     with undisturbed():

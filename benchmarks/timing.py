@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.place import wait
+
 BLOCK = 1e-3  # seconds: long beside the clock's resolution, short beside the machine's drift
 WARM_UP = 0.02  # seconds for each side of each build
 FEWEST_BLOCKS = 6  # for each build, however long a block takes
@@ -158,9 +160,11 @@ def warm_up(step: Step) -> float:
 def seconds_a_step(step: Step, steps: int, leaves: tuple[Tensor, ...] = ()) -> float:
     for leaf in leaves:
         leaf.grad = None
+    wait()
     start = time.perf_counter()
     for _ in range(steps):
         step()
+    wait()
     return (time.perf_counter() - start) / steps
 
 
@@ -178,10 +182,6 @@ def undisturbed() -> Iterator[None]:
         torch.set_num_threads(before)
         if collecting:
             gc.enable()
-
-
-def leaf(*shape: int) -> Tensor:
-    return torch.randn(*shape, requires_grad=True)
 
 
 def forward_and_backward(function: Callable[..., Any], *args: Any, grad: Any) -> Step:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from benchmarks import catalogue, compiled, memory, timing
+from benchmarks import catalogue, compiled, memory, overrides, place, timing
 from benchmarks.__main__ import SUBJECTS, main
 from benchmarks.timing import Case, Effort, Pair, Samples
 
@@ -35,6 +35,51 @@ def test_check_says_whether_limits_hold(monkeypatch, limit, status):
 def test_an_unknown_case_is_refused(capsys):
     assert main(["--only", "no such case"]) == 2
     assert "no such case" in capsys.readouterr().err
+
+
+@pytest.fixture
+def measured_on_the_processor_again():
+    yield
+    place.measure_on("cpu")
+
+
+@pytest.mark.usefixtures("measured_on_the_processor_again")
+@pytest.mark.parametrize(
+    "name",
+    ["eager: module method by calls", "edits: with the value", "modules: vjp"],
+)
+def test_everything_is_built_on_the_device_that_is_asked_for(tmp_path, monkeypatch, name):
+    seen = set()
+    forward_and_backward = timing.forward_and_backward
+
+    def looked_at(function, *args, grad):
+        seen.update(tensor.device.type for tensor in (*args, grad, function(*args)))
+        return forward_and_backward(function, *args, grad=grad)
+
+    for module in SUBJECTS:
+        if hasattr(module, "forward_and_backward"):
+            monkeypatch.setattr(module, "forward_and_backward", looked_at)
+    written = tmp_path / "results.json"
+    assert main(["--quick", "--device", "meta", "--only", name, "--json", str(written)]) == 0
+    results = json.loads(written.read_text())
+    assert results["device"] == "meta"
+    assert all(case["samples"] for case in results["cases"])
+    assert seen == {"meta"}
+
+
+@pytest.mark.usefixtures("measured_on_the_processor_again")
+def test_models_that_are_overridden_are_built_there_too():
+    place.measure_on("meta")
+    pair = overrides.pair("linear layers", (3, 4))
+    pair.ours()
+    assert {leaf.grad.device.type for leaf in pair.leaves if leaf.grad is not None} == {"meta"}
+    assert {leaf.device.type for leaf in pair.leaves} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["nonsense", *([] if torch.cuda.is_available() else ["cuda"])])
+def test_a_device_that_is_not_there_is_refused(capsys, name):
+    assert main(["--device", name]) == 2
+    assert f"--device {name}: " in capsys.readouterr().err
 
 
 def test_every_case_has_a_name_of_its_own():
@@ -89,13 +134,13 @@ def test_measuring_leaves_threads_as_they_were():
 
 
 def test_what_waits_for_backward_is_kept_and_counted():
-    sides = memory.Sides(lambda x: (x + 0).exp().clone(), lambda x: (x + 0) * 2, timing.leaf(100))
+    sides = memory.Sides(lambda x: (x + 0).exp().clone(), lambda x: (x + 0) * 2, place.leaf(100))
     assert memory.bytes_kept(sides.ours, sides) == 800  # the result, and what exp keeps
     assert memory.bytes_kept(sides.plain, sides) == 400
 
 
 def test_a_peak_counts_what_is_freed_again():
-    sides = memory.Sides(lambda x: x * 2, lambda x: x.exp().sum() + x * 2, timing.leaf(100))
+    sides = memory.Sides(lambda x: x * 2, lambda x: x.exp().sum() + x * 2, place.leaf(100))
     assert memory.bytes_at_peak(sides.ours, sides) < memory.bytes_at_peak(sides.plain, sides)
     assert sides.leaves[0].grad is None
 
