@@ -15,7 +15,7 @@ from gradoverride._core.private import fail
 from gradoverride._core.scan import writes_nothing
 from gradoverride._core.signature import Rule
 from gradoverride.errors import UnsupportedError
-from gradoverride.rules.gradient import each
+from gradoverride.rules.each import each
 
 __all__ = ["chain", "plain"]
 

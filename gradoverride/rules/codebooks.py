@@ -25,7 +25,7 @@ from gradoverride._core.contract import what
 from gradoverride._core.private import fail
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
-from gradoverride.rules.gradient import writes_nothing
+from gradoverride.rules.each import writes_nothing
 
 __all__ = ["vector_quantize", "rotation_trick"]
 

@@ -17,11 +17,10 @@ Alike in all of them:
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -31,9 +30,11 @@ from torch.func import debug_unwrap
 from gradoverride._core.call import is_differentiable
 from gradoverride._core.contract import shape_text
 from gradoverride._core.options import check, is_number, printed
-from gradoverride._core.private import evaluated_while_tracing, fail
+from gradoverride._core.private import fail
 from gradoverride._core.structure import LEAF, Node, flatten, unflatten
 from gradoverride.errors import NonFiniteGradientError, RuleResultError, UnsupportedError
+from gradoverride.rules.each import Each, each, writes_nothing
+from gradoverride.rules.untraced import untraced
 
 __all__ = [
     "reverse",
@@ -54,43 +55,13 @@ __all__ = [
 ]
 
 X = TypeVar("X")
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def each(edit: Callable[[Tensor], Tensor], grad_output: X) -> X:
-    """`edit` of a gradient, or of each in a structure of them. Not exported: for rules of this library."""
-    if isinstance(grad_output, Tensor):
-        return edit(grad_output)  # type: ignore[return-value]  # X is Tensor
-    leaves: list[Tensor] = []
-    spec = flatten(grad_output, is_differentiable, leaves)
-    edited: X = unflatten(spec, iter([edit(leaf) for leaf in leaves]))
-    return edited
-
-
-class _Each:
-    """A rule that says `of` one gradient what becomes of it."""
-
-    writes_nothing = True  # so it is given the gradient itself, no copy
-
-    def of(self, grad: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def __call__(self, grad_output: X) -> X:
-        """The gradient that goes on."""
-        return each(self.of, grad_output)
-
-
-def writes_nothing(rule: F) -> F:
-    """`rule`, known to write into no gradient that it is given. Not exported: for rules of this library."""
-    rule.writes_nothing = True  # type: ignore[attr-defined]  # a function may have attributes
-    return rule
 
 
 # --- linear ---
 
 
 @dataclass(frozen=True)
-class reverse(_Each):
+class reverse(Each):
     """The gradient reversed: `-strength * g`. For features that are to keep a classifier from its aim.
 
     >>> import torch, gradoverride as go
@@ -117,7 +88,7 @@ class reverse(_Each):
 
 
 @dataclass(frozen=True)
-class scale(_Each):
+class scale(Each):
     """The gradient times a number: `factor * g`.
 
     >>> import torch, gradoverride as go
@@ -154,7 +125,7 @@ def stop(grad_output: X) -> X:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class mask(_Each):
+class mask(Each):
     """The gradient times a tensor: `m * g`. Of True and False, the gradient where it is True, 0 elsewhere.
 
     >>> import torch, gradoverride as go
@@ -198,7 +169,7 @@ class mask(_Each):
 
 
 @dataclass(frozen=True)
-class centralize(_Each):
+class centralize(Each):
     """The gradient without its mean over `dim`: `g - mean(g)`.
 
     Without `dim` that is over all but the first, as for a weight of (results, inputs, ...); a gradient of one
@@ -231,7 +202,7 @@ class centralize(_Each):
 
 
 @dataclass(frozen=True)
-class clip_value(_Each):
+class clip_value(Each):
     """The gradient with each value between `-limit` and `limit`.
 
     >>> import torch, gradoverride as go
@@ -360,7 +331,7 @@ def sign(grad_output: X) -> X:
 
 
 @dataclass(frozen=True)
-class cast(_Each):
+class cast(Each):
     """The gradient in another dtype: what follows in a `chain` computes in it.
 
     At the end a gradient has the dtype of its tensor again, as torch wants it: so alone it rounds to the digits of
@@ -394,7 +365,7 @@ class cast(_Each):
 
 
 @dataclass(frozen=True)
-class add_noise(_Each):
+class add_noise(Each):
     """The gradient with normal noise: `g + std * n`, n of a standard normal distribution.
 
     >>> import torch, gradoverride as go
@@ -418,7 +389,7 @@ class add_noise(_Each):
         _check_generator("add_noise", self.generator)
 
     def of(self, grad: Tensor) -> Tensor:
-        return self.untraced(grad) if self.generator is None else _untraced(self, grad)
+        return self.untraced(grad) if self.generator is None else untraced(self, grad)
 
     def untraced(self, grad: Tensor, place: str = "") -> Tensor:
         noise = torch.randn(grad.shape, dtype=grad.dtype, device=grad.device, generator=self.generator)
@@ -426,7 +397,7 @@ class add_noise(_Each):
 
 
 @dataclass(frozen=True)
-class quantize(_Each):
+class quantize(Each):
     """The gradient in integers of so many bits, times a step: those from `-k` to `k`, `k = 2 ** (bits - 1) - 1`.
 
     The step is `max |g| / k`, of each tensor or over `dim`; 0 stays 0, and so does the largest value. `stochastic`
@@ -457,7 +428,7 @@ class quantize(_Each):
         _check_generator("quantize", self.generator)
 
     def of(self, grad: Tensor) -> Tensor:
-        return self.untraced(grad) if self.generator is None else _untraced(self, grad)
+        return self.untraced(grad) if self.generator is None else untraced(self, grad)
 
     def untraced(self, grad: Tensor, place: str = "") -> Tensor:
         if grad.numel() == 0:
@@ -478,7 +449,7 @@ class quantize(_Each):
 
 
 @dataclass(frozen=True)
-class scrub(_Each):
+class scrub(Each):
     """The gradient with 0 in place of nan and inf. `count` says how many values that were, so far.
 
     >>> import torch, gradoverride as go
@@ -499,7 +470,7 @@ class scrub(_Each):
         return sum(int(count) for count in self._counts.values())
 
     def of(self, grad: Tensor) -> Tensor:
-        return _untraced(self, grad)
+        return untraced(self, grad)
 
     def untraced(self, grad: Tensor, place: str = "") -> Tensor:
         wrong = grad.isfinite().logical_not()
@@ -518,7 +489,7 @@ _COUNTING = threading.Lock()
 
 
 @dataclass(frozen=True)
-class check_finite(_Each):
+class check_finite(Each):
     """The gradient, if it is finite; else a `NonFiniteGradientError` that says where nan or inf is.
 
     >>> import torch, gradoverride as go
@@ -544,7 +515,7 @@ class check_finite(_Each):
         named = f" of {self.name}" if self.name else ""
         leaves: list[Tensor] = []
         spec = flatten(grad_output, is_differentiable, leaves)
-        looked_at = [_untraced(self, leaf, named + place) for leaf, place in zip(leaves, _places(spec), strict=True)]
+        looked_at = [untraced(self, leaf, named + place) for leaf, place in zip(leaves, _places(spec), strict=True)]
         result: X = unflatten(spec, iter(looked_at))
         return result
 
@@ -576,7 +547,7 @@ def _places(spec: Any, path: str = "") -> Iterator[str]:
 
 
 @dataclass(frozen=True, repr=False)
-class observe(_Each):
+class observe(Each):
     """The gradient as it is, and `callback(g)` sees it, without its graph: to print it, to keep it, to measure it.
 
     >>> import torch, gradoverride as go
@@ -597,7 +568,7 @@ class observe(_Each):
         check("observe", "callback", self.callback, callable(self.callback), "a function of one tensor")
 
     def of(self, grad: Tensor) -> Tensor:
-        return _untraced(self, grad)
+        return untraced(self, grad)
 
     def untraced(self, grad: Tensor, place: str = "") -> Tensor:
         self.callback(grad.detach())
@@ -605,45 +576,6 @@ class observe(_Each):
 
     def __repr__(self) -> str:
         return f"observe({printed(self.callback)})"
-
-
-# --- compiled: what looks at values, or has an effect, is one node of the graph ---
-
-
-def _untraced(rule: Any, grad: Tensor, place: str = "") -> Tensor:
-    """`rule.untraced(grad, place)`, which Dynamo is not to look into."""
-    if torch.compiler.is_dynamo_compiling():
-        return _run_rule(grad, _keep(rule), place)
-    found: Tensor = rule.untraced(grad, place)
-    return found
-
-
-@torch.library.custom_op(
-    "gradoverride::run_rule", mutates_args=(), schema="(Tensor grad, int key, str place) -> Tensor"
-)
-def _run_rule(grad: Tensor, key: int, place: str) -> Tensor:
-    found: Tensor = _kept[key].untraced(grad, place).contiguous()
-    return found.clone() if found is grad else found  # torch wants a new one
-
-
-@_run_rule.register_fake
-def _like(grad: Tensor, key: int, place: str) -> Tensor:
-    return torch.empty_like(grad, memory_format=torch.contiguous_format)
-
-
-_kept: dict[int, Any] = {}  # rules in compiled code, which knows them by these numbers
-_keys = itertools.count()
-
-
-@evaluated_while_tracing
-def _keep(rule: Any) -> int:
-    if not all([hasattr(rule, option.name) for option in fields(rule)]):  # Dynamo has not run what makes it
-        raise UnsupportedError(
-            f"{type(rule).__name__}: it must be made outside of the code that is compiled; it was made within"
-        )
-    key = next(_keys)  # another one at each place, or two calls on one gradient would be taken for the same
-    _kept[key] = rule
-    return key
 
 
 # --- options ---

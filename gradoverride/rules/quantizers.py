@@ -39,7 +39,7 @@ from gradoverride._core.options import check, is_number
 from gradoverride._core.private import fail
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
-from gradoverride.rules.gradient import writes_nothing
+from gradoverride.rules.each import writes_nothing
 from gradoverride.surrogates import clipped
 
 __all__ = [
