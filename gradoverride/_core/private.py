@@ -414,9 +414,22 @@ class _Tracers:
 
 
 _symbolic = getattr(torch.fx, "_symbolic_trace", None)
+_by_thread = getattr(_symbolic, "_is_fx_tracing_tls", None)
 _jit = getattr(torch.jit, "_trace", None)
+
+
+class _OfThread:
+    """The flag of torch.fx as torch 2.15 keeps it: one for each thread, and none before the first trace."""
+
+    @property
+    def _is_fx_tracing_flag(self) -> bool:
+        return getattr(_by_thread, "flag", False)
+
+
 # The flags of torch.fx and make_fx, and of torch.jit.trace for modules. As code, like IN_FORWARD_AD.
-fx_tracer: Any = _symbolic if hasattr(_symbolic, "_is_fx_tracing_flag") else _Tracers()
+fx_tracer: Any = (
+    _symbolic if hasattr(_symbolic, "_is_fx_tracing_flag") else _Tracers() if _by_thread is None else _OfThread()
+)
 jit_tracer: Any = _jit if hasattr(_jit, "_trace_module_map") else _Tracers()
 IN_TRACER = "_go_fx_tracer._is_fx_tracing_flag or _go_jit_tracer._trace_module_map is not None"
 

@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from oracles import exactly, float64
+
+import gradoverride as go
+from gradoverride._core import dispatch, fast, private
 
 TESTS = Path(__file__).parent.parent
 # What a compiler costs, and what tensors the fallbacks keep themselves, is not the question here. (That compiled calls
@@ -30,3 +35,32 @@ def test_fallbacks_are_what_that_suite_ran_on():
     script += "private.in_functorch.__name__, private.use_count.__name__)"
     run = subprocess.run([sys.executable, "-c", script], cwd=TESTS.parent, capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "_probe_functorch", "<lambda>"]
+
+
+def test_installed_torch_has_each_private_name_that_a_call_is_fast_by():
+    fallbacks = [private._Tracers, private._Levels, type(lambda: None)]
+    for name in ("fx_tracer", "jit_tracer", "dual_levels", "use_count", "in_functorch", "keeps_graph", "any_autocast"):
+        assert type(getattr(private, name)) not in fallbacks, name
+    for name in ("_run_backward", "_hooks", "_ENGINE_CODE", "_transforms"):
+        assert getattr(private, name) is not None, name
+    assert private.can_call_directly()
+
+
+def test_plain_calls_take_the_short_path(monkeypatch):
+    scale = go.custom_backward(lambda grad_output, x: 3 * grad_output * x)(lambda x: x * 2)
+    for module in (dispatch, fast):
+        monkeypatch.setattr(module, "differentiate", None)  # the general path: to call it would fail
+    x = float64(1.0, 2.0)
+    scale(x).sum().backward()
+    exactly(x.grad, 3 * x.detach())
+
+
+def test_a_tracer_is_seen_while_it_is_at_work():
+    def look(x):
+        seen.append(private.may_be_symbolic())
+        return x * 2
+
+    seen: list[bool] = []
+    torch.fx.symbolic_trace(look)
+    look(torch.ones(1))
+    assert seen == [True, False]
