@@ -205,10 +205,12 @@ def _forward_of(target: Any) -> Forward:
     if function is not None and bound_to is not None:
         return Forward(function, receiver=bound_to, signature=Forward(target).signature, name=Forward(function).name)
     if isinstance(target, nn.Module):
+        called = Forward(target.forward)
         return Forward(
             type(target).__call__,
             receiver=target,
-            signature=Forward(target.forward).signature,
+            signature=called.signature,
+            as_given=called.as_given,
             name=_class_name(target),
             place=location(getattr(type(target), "forward", None)),
         )

@@ -15,6 +15,13 @@ __all__ = ["make_dispatch"]
 def make_dispatch(plan: Plan) -> tuple[Callable[..., Any], Runs | None]:
     """The general path of `plan`, as the wrapper calls it, and the short one if its calls can take it."""
     parameters = plan.forward.parameters
+    if plan.forward.as_given and parameters is not None:
+
+        def as_given(receiver: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            layout, values = plan.taken_apart(args, kwargs)
+            return differentiate(plan, layout, receiver, values)
+
+        return as_given, None
     if parameters is None or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
 
         def variadic(receiver: Any, positional: tuple[Any, ...], star: tuple[Any, ...], named: dict[str, Any]) -> Any:

@@ -33,11 +33,22 @@ gets is something else, and raises.
 
 
 class Layout:
-    """How the values of one call stand for the parameters of the forward: static but for `*args` and `**kwargs`."""
+    """How the values of one call stand for the parameters of the forward: static but for `*args` and `**kwargs`.
 
-    __slots__ = ("groups", "keywords", "names", "positional", "variadic")
+    `given`: how many values were given by position, and the names of those that were given by keyword, where the
+    forward is to be called in the same way.
+    """
 
-    def __init__(self, names: Sequence[str], keywords: Sequence[str], variadic: str | None, extra: int) -> None:
+    __slots__ = ("given", "groups", "keywords", "names", "positional", "variadic")
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        keywords: Sequence[str],
+        variadic: str | None,
+        extra: int,
+        given: tuple[int, tuple[str, ...]] | None = None,
+    ) -> None:
         self.positional = len(names) + extra
         self.keywords = tuple(keywords)
         self.variadic = variadic
@@ -47,6 +58,9 @@ class Layout:
         if variadic is not None:
             self.groups[variadic] = tuple(range(len(names), self.positional))
         self.groups.update({name: (self.positional + index,) for index, name in enumerate(keywords)})
+        self.given: tuple[int, list[tuple[str, int]]] | None = None
+        if given is not None:
+            self.given = given[0], [(name, self.groups[name][0]) for name in given[1]]
 
 
 class Plan:
@@ -101,6 +115,7 @@ class Plan:
         self.transformed = named(Transformed, forward.name)
         self._subclasses: dict[Any, Plan] = {}
         self._layouts: dict[Any, Layout] = {}
+        self._own_signature = inspect.Signature(forward.parameters) if forward.as_given else None
         self._recorded: Callable[..., Any] | None = None
 
     def recorded(self) -> Callable[..., Any]:
@@ -132,9 +147,9 @@ class Plan:
             self._subclasses[backward] = Plan(self.forward, rule, class_form=True)
         return self._subclasses[backward]
 
-    def layout(self, extra: int, keywords: tuple[str, ...]) -> Layout:
+    def layout(self, extra: int, keywords: tuple[str, ...], given: tuple[int, tuple[str, ...]] | None = None) -> Layout:
         """The layout of a call with this many values for `*args` and these names."""
-        key = (extra, keywords)
+        key = (extra, keywords, given)
         found = self._layouts.get(key)
         if found is None:
             parameters = self.forward.parameters
@@ -148,16 +163,43 @@ class Plan:
                         names.append(parameter.name)
                     elif parameter.kind is parameter.VAR_POSITIONAL:
                         variadic = parameter.name
-            found = self._layouts[key] = Layout(names, keywords, variadic, extra)
+            found = self._layouts[key] = Layout(names, keywords, variadic, extra, given)
         return found
 
     def invoke(self, layout: Layout, receiver: Any, values: Sequence[Any]) -> Any:
         """The undecorated forward on these values."""
-        positional = values[: layout.positional]
-        keywords = dict(zip(layout.keywords, values[layout.positional :], strict=True))
+        if layout.given is not None:
+            count, named = layout.given
+            positional = values[:count]
+            keywords = {name: values[index] for name, index in named}
+        else:
+            positional = values[: layout.positional]
+            keywords = dict(zip(layout.keywords, values[layout.positional :], strict=True))
         if self.takes_receiver:
             return self.fn(receiver, *positional, **keywords)
         return self.fn(*positional, **keywords)
+
+    def taken_apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Layout, list[Any]]:
+        """The layout of a call as its caller made it, and its values. Raises a TypeError as any call does."""
+        assert self._own_signature is not None, "a forward of another kind is called by position"
+        bound = self._own_signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        extra = 0
+        for name, parameter in self._own_signature.parameters.items():
+            value = bound.arguments[name]
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                positional += value
+                extra = len(value)
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                keywords.update(value)
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                keywords[name] = value
+            else:
+                positional.append(value)
+        layout = self.layout(extra, tuple(keywords), (len(args), tuple(kwargs)))
+        return layout, [*positional, *keywords.values()]
 
     def undecorated(self, layout: Layout, receiver: Any, values: Sequence[Any]) -> Any:
         """A call where no gradient is wanted: the original, and nothing else happens."""

@@ -55,8 +55,11 @@ class Forward:
         signature: inspect.Signature | None = None,
         place: str | None = None,
         method: bool | None = None,
+        as_given: bool | None = None,
     ) -> None:
         self.fn = fn
+        # Whether it is called as its caller calls, with the same keywords and no defaults; else by position.
+        self.as_given = _sees_how_it_is_called(fn) if as_given is None else as_given
         self.name = name or _node_name(fn)
         self.place = scan.location(fn) if place is None else place
         self.signature = signature or _signature(fn)
@@ -257,6 +260,31 @@ def _signature(fn: Any) -> inspect.Signature | None:
         return inspect.signature(fn)
     except (ValueError, TypeError):  # builtins such as torch.round have none
         return _scripted_signature(fn)
+
+
+def _sees_how_it_is_called(fn: Any) -> bool:
+    """Whether a decorator is around it that may look at what is given by position, by keyword or not at all."""
+    if not inspect.isroutine(fn) and not isinstance(fn, functools.partial):
+        fn = type(fn).__call__ if callable(fn) else None
+    while (inner := getattr(fn, "__wrapped__", None)) is not None:
+        if not _passes_on(fn) and _shape(fn) != _shape(inner):
+            return True
+        fn = inner
+    return False
+
+
+def _passes_on(fn: Any) -> bool:
+    """Whether this is a wrapper of torch or of this library, which pass on what they are given as it is."""
+    names = getattr(fn, "__globals__", {})
+    return "_go_fn" in names or str(names.get("__name__")).partition(".")[0] in ("torch", "gradoverride")
+
+
+def _shape(fn: Any) -> list[tuple[str, Any]] | None:
+    try:
+        signature = inspect.signature(fn, follow_wrapped=False)
+    except (ValueError, TypeError):
+        return None
+    return [(parameter.name, parameter.kind) for parameter in signature.parameters.values()]
 
 
 def takes(fn: Any, count: int) -> bool:

@@ -92,7 +92,13 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
     receiver = "_go_receiver"
     if plan.forward.takes_self:
         receiver, positional = positional[0], positional[1:]
-    head = [f"def wrapper({_declared(parameters, names)}):"]
+    if plan.forward.as_given:
+        receiver = "_go_self" if plan.forward.takes_self else receiver
+        declared = "_go_self, /, *_go_args, **_go_kwargs" if plan.forward.takes_self else "*_go_args, **_go_kwargs"
+        positional, keywords, star, rest = [], [], "_go_args", "_go_kwargs"
+    else:
+        declared = _declared(parameters, names)
+    head = [f"def wrapper({declared}):"]
     first = [receiver] if plan.takes_receiver else []
     stars = ([f"*{star}"] if star else []) + [f"{name}={name}" for name in keywords]
     passed = [*first, *positional, *stars, *([f"**{rest}"] if rest else [])]
@@ -107,6 +113,8 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
             *([] if plan.on_unrecorded is None else [f"        if not _go_compiling(): _go_unrecorded({receiver})"]),
             f"        return _go_fn({', '.join(passed)})",
         ]
+    if plan.forward.as_given:
+        return "\n".join([*head, f"    return _go_general({receiver}, _go_args, _go_kwargs)\n"])
     if star or rest:
         pairs = [*(f"{name!r}: {name}" for name in keywords), *([f"**{rest}"] if rest else [])]
         values = f"({''.join(name + ', ' for name in positional)}), {star or '()'}, {{{', '.join(pairs)}}}"

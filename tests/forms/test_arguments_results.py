@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import typing
 
 import numpy as np
@@ -33,6 +34,86 @@ def test_gradients_reach_arguments_however_they_are_passed(passing):
     a, b = float64(2.0), float64(5.0)
     WAYS_TO_PASS[passing](a, b).backward()
     assert (a.grad.item(), b.grad.item()) == (10.0, 6.0)
+
+
+def as_it_was_called(function):
+    """A decorator that looks at how it is called, as those of transformers do."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        seen.append((len(args), sorted(kwargs)))
+        kwargs.setdefault("bias", torch.full((), 10.0, dtype=torch.float64))
+        return function(*args, **kwargs)
+
+    seen: list[tuple[int, list[str]]] = []
+    call.seen = seen
+    return call
+
+
+def weighted(x, w=2.0, *rest, bias=0.0, **more):
+    return x * w + bias + sum(rest) + sum(more.values())
+
+
+class Weighted(torch.nn.Module):
+    @as_it_was_called
+    def forward(self, x, w=2.0, *rest, bias=0.0, **more):
+        return weighted(x, w, *rest, bias=bias, **more)
+
+
+WAYS_TO_CALL = [
+    (lambda f, a, b: f(a, b), 10.0, (2, [])),
+    (lambda f, a, b: f(a, w=b), 10.0, (1, ["w"])),
+    (lambda f, a, b: f(w=b, x=a), 10.0, (0, ["w", "x"])),
+    (lambda f, a, b: f(a, b, 7.0, more=1.0), 18.0, (3, ["more"])),
+    (lambda f, a, b: f(a, b, bias=3.0), 3.0, (2, ["bias"])),
+]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("call", "added", "seen"), WAYS_TO_CALL)
+def test_forward_whose_decorator_looks_at_how_it_is_called_is_called_so(call, added, seen, compiled):
+    def rule(grad_output, x, w):
+        return {"x": 3 * grad_output * w, "w": 5 * grad_output * x}
+
+    bare = as_it_was_called(weighted)
+    function = go.custom_backward(rule)(bare)
+    if compiled:
+        torch.compiler.reset()
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
+    a, b = float64(2.0), float64(5.0)
+    result = call(function, a, b)
+    result.backward()
+    assert (result.item(), a.grad.item(), b.grad.item()) == (10.0 + added, 15.0, 10.0)
+    assert compiled or bare.seen == [seen]
+    with torch.no_grad():
+        assert call(function, a, b).item() == 10.0 + added
+
+
+@pytest.mark.parametrize(("call", "added", "seen"), WAYS_TO_CALL)
+def test_method_whose_decorator_looks_at_how_it_is_called_is_called_so(call, added, seen):
+    module, (a, b) = Weighted(), (float64(2.0), float64(5.0))
+    Weighted.forward.seen.clear()
+    with go.override(module, {module: lambda grad_output, vjp: {"x": 2 * vjp.by_name(grad_output)["x"]}}):
+        result = call(module, a, b)
+    result.backward()
+    assert (result.item(), a.grad.item(), b.grad) == (10.0 + added, 10.0, None)
+    receiver = 1
+    assert Weighted.forward.seen == [(seen[0] + receiver, seen[1])]
+
+
+def test_argument_that_is_not_given_has_its_default_for_the_rule():
+    def rule(grad_output, w):
+        return grad_output * 100 * w
+
+    x = float64(3.0)
+    go.custom_backward(rule)(as_it_was_called(weighted))(x).backward()
+    assert x.grad.item() == 200.0
+
+
+def test_call_with_arguments_that_do_not_fit_is_a_type_error():
+    function = go.custom_backward(lambda grad_output: grad_output)(as_it_was_called(lambda x, w: x * w))
+    with pytest.raises(TypeError, match="missing a required argument: 'w'"):
+        function(float64(1.0))
 
 
 def test_default_values_apply():
