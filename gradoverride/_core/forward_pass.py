@@ -22,7 +22,7 @@ from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Asked, Call, is_
 from gradoverride._core.contract import Meta, what
 from gradoverride._core.function import TOKEN, fresh
 from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph, distinct, outer_of
-from gradoverride._core.plan import MARK, Layout, Plan
+from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import (
     fail,
     forward_mode_depth,
@@ -353,7 +353,7 @@ class ForwardPass:
         if isinstance(call.graph, KeptGraph):
             call.token = call.graph.end([*outs, *floating])
         elif self.plan.marked and mode == EAGER and saver.positions:
-            saver.slot(saver.extra(MARK))
+            saver.slot(saver.extra(self.plan.mark))
         call.first_out = len(inputs)
         call.n_outs = len(outs)
         call.out_metas = [Meta(out) for out in outs]

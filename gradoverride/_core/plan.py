@@ -5,6 +5,7 @@ Everything that can be decided once is decided here, so that a call decides litt
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,13 +24,7 @@ from gradoverride._core.signature import Forward, Rule, resolve
 from gradoverride._core.tracers import EXPORT, recorded_as, warn
 from gradoverride.errors import RuleSignatureError
 
-__all__ = ["MARK", "Layout", "Plan", "is_known_method"]
-
-
-MARK = torch.empty(0)
-"""Saved besides by an override that may be left: a checkpoint that replays the forward without it sees that what it
-gets is something else, and raises.
-"""
+__all__ = ["Layout", "Plan", "is_known_method"]
 
 
 class Layout:
@@ -73,7 +68,7 @@ class Plan:
         self.jvp = rule.jvp
         self.rule = rule = rule.for_forward(forward)
         self.fn: Callable[..., Any] = forward.fn
-        self.marked = False  # whether what it saves is to be told from what the bare forward saves: see MARK
+        self.marked = False  # whether what it saves is to be told from what the bare forward saves: see `mark`
         self.on_trace: Callable[[], None] | None = None  # when Dynamo traces a call
         self.traced: Callable[[], None] = evaluated_while_tracing(lambda: self.on_trace and self.on_trace())
         self.on_unrecorded: Callable[[Any], None] | None = None  # when a call of a receiver records no graph
@@ -117,6 +112,15 @@ class Plan:
         self._layouts: dict[Any, Layout] = {}
         self._own_signature = inspect.Signature(forward.parameters) if forward.as_given else None
         self._recorded: Callable[..., Any] | None = None
+
+    @functools.cached_property
+    def mark(self) -> Tensor:
+        """Saved besides by an override that may be left, without a value, of a shape that tells the rule.
+
+        A checkpoint that replays the forward without it, or under another rule, sees that what it gets is something
+        else, and raises.
+        """
+        return torch.empty(0, self.rule.number)
 
     def recorded(self) -> Callable[..., Any]:
         """What torch.fx records as called, always the same."""

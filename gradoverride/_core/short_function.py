@@ -24,7 +24,7 @@ from gradoverride._core.contract import Meta, read_answer, read_params
 from gradoverride._core.forward_pass import ForwardPass
 from gradoverride._core.function import plain_function
 from gradoverride._core.kept_graph import KeptGraph
-from gradoverride._core.plan import MARK, Layout, Plan
+from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import any_autocast, use_count
 from gradoverride._core.vjp import ShortVjp
 
@@ -108,7 +108,7 @@ class ShortFunction:
             "_go_fn": self.plan.fn,
             "_go_getrefcount": sys.getrefcount,
             "_go_is_tensor": torch.is_tensor,
-            "_go_MARK": MARK,
+            "_go_mark": self.plan.mark if self.marked else None,
             "_go_note": self.note,
             "_go_path": self,
             "_go_plan": self.plan,
@@ -142,7 +142,7 @@ class ShortFunction:
             lines.append(f"    ctx.constants = ({', '.join(self.constants)},)")
         saves = [*self.saves, "token"] if self.plan.asks_vjp else self.saves
         if self.marked:
-            saves = ["_go_MARK", *saves]
+            saves = ["_go_mark", *saves]
         if saves:
             lines.append(f"    ctx.save_for_backward({', '.join(saves)})")
         if self.unsaved:

@@ -22,7 +22,7 @@ __all__ = ["RESERVED", "Forward", "Made", "Rule", "name_of", "passing", "resolve
 
 T = TypeVar("T")
 
-_numbers = itertools.count()
+_numbers = itertools.count(1)
 
 RESERVED = ("input", "output", "vjp", "needs", "params", "module", "forward")
 
@@ -110,7 +110,8 @@ class Rule:
         if isinstance(fn, type) or not callable(fn):
             raise RuleSignatureError(f"a rule is a function of the gradient, `rule(grad_output, ...)`; got {_kind(fn)}")
         self.fn = fn
-        self.passes = "<locals>" in getattr(fn, "__qualname__", ""), next(_numbers)  # see `passing`
+        self.number = next(_numbers)
+        self.passes = "<locals>" in getattr(fn, "__qualname__", ""), self.number  # see `passing`
         self.made: dict[Any, Any] = Made()  # see `once`
         self.jvp: Rule | None = None  # the user's own forward mode
         self.name = name or name_of(fn)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from oracles import closely, noise
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import gradoverride as go
 from overrides.models import doubled, gradient, mlp
@@ -74,3 +74,30 @@ def test_handle_removed_before_backward_warns_too(x):
     in_checkpoint(model)(x)
     with pytest.warns(go.GradOverrideWarning, match="reentrant checkpoint"):
         handle.remove()
+
+
+def by_output(grad_output, output):
+    return 3 * grad_output * output
+
+
+def by_input(grad_output, input):
+    return 5 * grad_output * input
+
+
+@pytest.mark.parametrize("target", [nn.ReLU, F.relu, "*"])
+def test_block_that_is_run_again_under_another_rule_is_an_error(target, x):
+    model = nn.Sequential(nn.ReLU())
+    with go.override(model, {target: by_output}):
+        result = checkpoint(model, x, use_reentrant=False)
+    with go.override(model, {target: by_input}), pytest.raises(CheckpointError, match="different metadata"):
+        result.sum().backward()
+
+
+@pytest.mark.parametrize("target", [nn.ReLU, F.relu, "*"])
+def test_block_that_is_run_again_under_the_same_rule_is_right(target, x):
+    model = nn.Sequential(nn.ReLU())
+    with go.override(model, {target: by_output}):
+        result = checkpoint(model, x, use_reentrant=False)
+    with go.override(model, {target: by_output}):
+        result.sum().backward()
+    closely(x.grad, 3 * x.detach().clamp(min=0))
