@@ -64,14 +64,15 @@ class TracedPath:
         others = [name for place, name in enumerate(arguments) if place not in self.places]
         inputs = [*tensors, *self.params]
         general = f"    return _go_general({receiver}, {', '.join(arguments)})"
-        # torch's own code, traced with every Function, has this builtin guarded already.
-        isinstance_ = "_go_isinstance" if "isinstance" in arguments else "isinstance"
+        # torch's own code, traced with every Function, has these builtins guarded already.
+        isinstance_, getattr_ = [f"_go_{name}" if name in arguments else name for name in ("isinstance", "getattr")]
         unfit = [f"not _go_traced_fits({receiver}.__class__)"]
         unfit += [f"not _go_is_tensor({name})" for name in tensors]
         unfit += [f"not {name}.is_floating_point()" for name in tensors]
         unfit += [f"not {isinstance_}({name}, _go_Scalar)" for name in others]
         for variable, name in self.params.items():
-            unfit.append(f"not {isinstance_}({variable} := {receiver}.{name}, _go_Parameter)")  # not a computed one
+            value = f"{variable} := {getattr_}({receiver}, {name!r}, None)"  # it may be an option of the rule's own
+            unfit.append(f"not {isinstance_}({value}, _go_Parameter)")  # not a computed one
             unfit.append(f"not {variable}.requires_grad")
         if plan.reach is not None:
             numbers = plan.reach.attributes - {*self.params.values()} - ({"inplace"} if plan.inplace_tells else set())

@@ -58,6 +58,7 @@ def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> Function
         "_go_runs": runs,
         "_go_SCALARS": SCALARS,
         # A parameter may be called like a builtin.
+        "_go_getattr": getattr,
         "_go_isinstance": isinstance,
         "_go_len": len,
         "_go_type": type,

@@ -466,6 +466,32 @@ def test_arguments_that_are_called_like_builtins(x):
     closely((x.grad, type.grad), (torch.full_like(x, 7.0), 2 * x.detach()))
 
 
+class ScaleByOption(Scale):
+    @go.custom_backward(lambda grad_output, alpha=7.0: grad_output * alpha)
+    def forward(self, x):
+        return x * 2
+
+
+def test_option_of_a_methods_rule_is_its_own(x):
+    compiled(ScaleByOption())(x).sum().backward()
+    exactly(x.grad, torch.full_like(x, 7.0))
+
+
+def test_option_of_a_rule_is_the_parameter_of_that_name_where_the_module_has_one(x):
+    class Own(ScaleByOption):
+        def __init__(self):
+            super().__init__()
+            self.alpha = nn.Parameter(float64(3.0, 4.0, 5.0))
+
+        @go.custom_backward(lambda grad_output, alpha=7.0: {"input": grad_output * alpha, "alpha": grad_output * 2})
+        def forward(self, input):
+            return input * self.alpha
+
+    module = Own()
+    compiled(module)(x).sum().backward()
+    closely((x.grad, module.alpha.grad), (module.alpha.detach(), torch.full_like(x, 2.0)))
+
+
 def test_needs_of_gradients_that_change_from_call_to_call(x):
     product = go.custom_backward(lambda grad_output, x, w: (7 * grad_output * w, 5 * grad_output * x))(
         lambda x, w: x * w
