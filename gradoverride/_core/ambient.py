@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from gradoverride._core.private import any_autocast
+from gradoverride._core.private import any_autocast, evaluated_while_tracing
 
-__all__ = ["Autocast", "RandomState"]
+__all__ = ["Autocast", "RandomState", "autocast_while_tracing"]
 
 _NOTHING = contextlib.nullcontext()
 
@@ -49,6 +49,19 @@ class Autocast:
             elif torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         return stack
+
+
+@evaluated_while_tracing
+def autocast_while_tracing() -> tuple[tuple[str, bool, torch.dtype], ...]:
+    """The same of a call that Dynamo traces, by device; empty where no autocast is around it.
+
+    One that is switched off may stand in one that is on, where the compiled backward will be.
+    """
+    torch.autocast_increment_nesting()
+    around = torch.autocast_decrement_nesting() > 0
+    if not around and not any_autocast():
+        return ()
+    return tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _device_types()])
 
 
 def _device_types() -> tuple[str, ...]:

@@ -56,8 +56,8 @@ class Backward:
             torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if grad is None else grad
             for grad, meta in zip(grad_outputs[: call.n_outs], call.out_metas, strict=True)
         ]
-        if call.autocast is None:
-            leaf_grads, param_grads, flowing = self.gradients(grads)
+        if self.traced:
+            leaf_grads, param_grads, flowing = self._traced_gradients(grads, call.autocast)
         else:
             with call.autocast.restored():
                 leaf_grads, param_grads, flowing = self.gradients(grads)
@@ -66,6 +66,16 @@ class Backward:
             leaf_grads, param_grads = self._through_residuals(residual_grads, leaf_grads, param_grads)
         n_extra = call.first_out - call.n_leaves - len(call.params)
         return [*leaf_grads, *param_grads, *[None] * n_extra, *flowing, *[None] * len(residual_grads)]
+
+    def _traced_gradients(
+        self, grads: list[Tensor], states: tuple[tuple[str, bool, torch.dtype], ...]
+    ) -> tuple[Gradients, Gradients, Gradients]:
+        """The same under this state of autocast, one `with` for each device, which Dynamo traces."""
+        if not states:
+            return self.gradients(grads)
+        (kind, enabled, dtype), *others = states
+        with torch.autocast(kind, dtype=dtype, enabled=enabled):
+            return self._traced_gradients(grads, tuple(others))
 
     def gradients(self, grads: list[Tensor]) -> tuple[Gradients, Gradients, Gradients]:
         """The gradients of the leaves, of the parameters, and what flows on into torch's own graph."""

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.func import debug_unwrap
 from torch.nn.parameter import is_lazy
 
-from gradoverride._core.ambient import Autocast
+from gradoverride._core.ambient import Autocast, autocast_while_tracing
 from gradoverride._core.backward_pass import Backward
 from gradoverride._core.contract import Meta, shape_text
 from gradoverride._core.forward_mode import transpose
@@ -94,7 +94,7 @@ class Call:
     names: tuple[str, ...]  # of the arguments, from the layout
     groups: dict[str, tuple[int, ...]]
     variadic: str | None
-    autocast: Autocast | None  # the state that the rule is to run under
+    autocast: Any  # the state that the rule is to run under
     # From the arguments (`take_apart`):
     specs: list[Any]  # by argument, its structure
     ends: list[int]  # by argument, the number of leaves up to its last
@@ -146,7 +146,7 @@ class Call:
         self.names = layout.names
         self.groups = layout.groups
         self.variadic = layout.variadic
-        self.autocast = Autocast() if mode != TRACED else None
+        self.autocast = autocast_while_tracing() if mode == TRACED else Autocast()
         self.params = []
         self.aliased = []
         self.natural = []

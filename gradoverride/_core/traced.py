@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradoverride._core.ambient import autocast_while_tracing
 from gradoverride._core.call import TRACED
 from gradoverride._core.fast import FittingClasses, is_number
 from gradoverride._core.plan import Layout, Plan
@@ -43,6 +44,8 @@ class TracedPath:
         def fits(receiver: type) -> bool:
             keep_own_frames_whole()
             plan.traced()
+            if not plan.rule_is_arithmetic and autocast_while_tracing():
+                return False
             known = plan.reach is None or (plan.reach.holds() and (not plan.takes_receiver or fitting[receiver]))
             return known and not in_functorch() and not torch.compiler.is_exporting()
 

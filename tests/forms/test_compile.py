@@ -972,3 +972,52 @@ def test_ready_made_functions_that_are_compiled_themselves_are_so_one_after_anot
         y = torch.compile(function, fullgraph=True, backend="aot_eager")(x)
         exactly(torch.autograd.grad(y.sum(), x)[0], torch.ones(4, 4))
         torch.func.vmap(function)(x.detach())  # the eager path, whose frames Dynamo might take up
+
+
+def in_half(outer, inner, call):
+    with torch.autocast("cpu", torch.bfloat16, enabled=outer), torch.autocast("cpu", torch.bfloat16, enabled=inner):
+        return call()
+
+
+@pytest.mark.parametrize("asks", ["argument", "vjp", "parameter"])
+@pytest.mark.parametrize(
+    ("around", "outer", "inner"), [(False, False, True), (False, True, False), (True, True, False)]
+)
+def test_compiled_rule_runs_under_the_autocast_that_was_entered_within(around, outer, inner, asks):
+    seen = []
+
+    def noted(grad_output, w):
+        grad = grad_output.to(w.dtype) @ w.t()  # a product that autocast rounds
+        return grad.float()
+
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 8))
+
+        @go.custom_backward(lambda grad_output, x, w: {"x": noted(grad_output, w), "w": None})
+        def forward(self, x):
+            return x @ self.w
+
+    by_argument = go.custom_backward(lambda grad_output, w: (noted(grad_output, w), None))(lambda x, w: x @ w)
+    by_vjp = go.custom_backward(lambda grad_output, w, vjp: (vjp(grad_output)[0] * 0 + noted(grad_output, w), None))(
+        lambda x, w: x @ w
+    )
+    module = Product()
+    x, w = torch.randn(8, 8, requires_grad=True), module.w
+    call = {"argument": lambda x: by_argument(x, w), "vjp": lambda x: by_vjp(x, w), "parameter": module}[asks]
+
+    def step(x):
+        return in_half(outer, inner, lambda: call(x)).float()
+
+    compiled_step = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for run in (step, compiled_step):
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            result = run(x)
+        seen.append(torch.autograd.grad(result, x, torch.ones_like(result))[0])
+    by_hand = torch.ones(8, 8) @ w.detach().t()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = (torch.ones(8, 8) @ w.detach().t()).float()
+    assert not torch.equal(by_hand, rounded)
+    for found in seen:
+        torch.testing.assert_close(found, rounded if inner else by_hand, rtol=1e-6, atol=1e-6)
