@@ -54,7 +54,18 @@ def is_plain(plan: Plan) -> bool:
 
 
 def _is_plain_method(plan: Plan) -> bool:
-    return plan.forward.takes_self and plan.reach is not None and not plan.straight_through and not plan.asks_vjp
+    return (
+        plan.forward.takes_self
+        and plan.reach is not None
+        and not plan.straight_through
+        and not plan.asks_vjp
+        and not plan.reach.attributes & reserved_of(plan)  # which comes before the reserved one
+    )
+
+
+def reserved_of(plan: Plan) -> set[str]:
+    """The reserved names that the rule asks for, unless the module has a tensor of its own under one."""
+    return {name for name, source in plan.sources.items() if source == "reserved"}
 
 
 def guessed_places(plan: Plan) -> list[int]:
@@ -242,6 +253,8 @@ class ShortPath:
         tensors = [arguments[place] for place in self.places]
         params = [f"_go_{name}" for name in self.function.params]
         unfit = [f"{receiver}._modules", f"_go_len(_go_parameters) != {len(params)}"]
+        if reserved_of(self.plan):  # a buffer may bear that name
+            unfit.append(f"{receiver}._buffers")
         for name in self.function.params:
             unfit.append(f"_go_type(_go_{name} := _go_parameters.get({name!r})) is not _go_Parameter")
             unfit.append(f"not _go_{name}.requires_grad or {name!r} in _go_state")

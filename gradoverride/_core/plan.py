@@ -18,9 +18,9 @@ from gradoverride._core import scan
 from gradoverride._core.captured import captured_names
 from gradoverride._core.function import General, Transformed, named
 from gradoverride._core.private import call_directly, can_call_directly, evaluated_while_tracing, fast_apply
-from gradoverride._core.reach import Reach
+from gradoverride._core.reach import Reach, calls_unseen
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
-from gradoverride._core.signature import Forward, Rule, resolve
+from gradoverride._core.signature import RESERVED, Forward, Rule, resolve
 from gradoverride._core.tracers import EXPORT, recorded_as, warn
 from gradoverride.errors import RuleSignatureError
 
@@ -79,7 +79,7 @@ class Plan:
         self.class_form = class_form  # the rule is a method called `backward`, whose self is a stand-in
         self.straight_through = straight_through  # the rule answers for the first differentiable argument alone
         self.mirrors = False  # the rule answers in the structure of the only argument, if that is a dict too
-        self.hands_over = any(scan.calls(fn, save_for_backward) for fn in (self.fn, inspect.unwrap(self.fn)))
+        self.hands_over = self._may_hand_over()
         self.sources = resolve(rule, forward, may_defer=forward.is_method or self.hands_over)
         self.jvp_sources = self._sources_of_jvp()
         reserved = {name for name, source in self.sources.items() if source == "reserved"}
@@ -121,6 +121,13 @@ class Plan:
         else, and raises.
         """
         return torch.empty(0, self.rule.number)
+
+    def _may_hand_over(self) -> bool:
+        """Whether the forward hands over values, or may do so where nobody sees it and the rule asks for one."""
+        if any(scan.calls(fn, save_for_backward) for fn in (self.fn, inspect.unwrap(self.fn))):
+            return True
+        offered = {*self.forward.names, *RESERVED}
+        return not offered.issuperset(self.rule.asks) and not self.forward.is_method and calls_unseen(self.fn)
 
     def recorded(self) -> Callable[..., Any]:
         """What torch.fx records as called, always the same."""

@@ -17,7 +17,7 @@ import torch
 
 from gradoverride._core import scan
 
-__all__ = ["SCALARS", "Reach", "named", "of_modules"]
+__all__ = ["SCALARS", "Reach", "calls_unseen", "named", "of_modules"]
 
 SCALARS = frozenset({int, float, bool, complex, str, type(None), torch.dtype, torch.device})
 """Types of values that are no tensor and hold none."""
@@ -83,6 +83,36 @@ class Reach:
 
 
 _NOTHING = object()
+
+
+def calls_unseen(fn: Any) -> bool:
+    """Whether `fn` calls what `scan.reachable` does not show: a method of an object, or what is no function."""
+    seen = list(scan.reachable(fn))
+    functions = {function for function, _ in seen}
+    for function, code in seen:
+        found = [*named(function, code), *of_modules(function, code)]
+        if not all(_is_known_attribute(name, found) for name in _method_names(code)):
+            return True
+        if any(_is_unseen(value) for _, _, value in found if value not in functions):
+            return True
+    return False
+
+
+def _is_unseen(value: Any) -> bool:
+    if isinstance(value, FunctionType):
+        return not _is_of_library(value.__module__)
+    if not callable(value) or isinstance(value, (type, torch.Tensor)):
+        return False
+    return not isinstance(value, BuiltinFunctionType) and not _is_of_library(type(value).__module__)
+
+
+def _method_names(code: CodeType) -> set[str]:
+    """The names of the methods that `code` calls."""
+    return {
+        step.argval
+        for step in dis.get_instructions(code)
+        if step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL" in step.argrepr)
+    }
 
 
 def named(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, str, Any]]:

@@ -1,6 +1,7 @@
 """Methods of modules, and the parameters that they reach through `self`. Contract, sections 1 and 2."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -354,6 +355,27 @@ def test_buffer_may_be_asked_for_by_name():
     x = float64(1.0, 1.0)
     Masked()(x).sum().backward()
     exactly(x.grad, float64(0.0, 7.0, grad=False))
+
+
+# (One that the forward does not read would be a guard of every compiled call.)
+@pytest.mark.parametrize(("read", "compiled"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("name", ["input", "output"])
+def test_buffer_comes_before_the_reserved_name_that_it_bears(name, read, compiled):
+    rules = {"input": lambda grad_output, input: grad_output * input, "output": lambda grad_output, output: output}
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer(name, float64(10.0, 20.0, grad=False))
+
+    source = f"def forward(self, x): return x * self.{name}" if read else "def forward(self, x): return x * 2"
+    names: dict[str, Any] = {}
+    exec(source, names)
+    Named.forward = go.custom_backward(rules[name])(names["forward"])
+    x, module = float64(3.0, 3.0), Named()
+    run = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+    run(x).sum().backward()
+    exactly(x.grad, float64(10.0, 20.0, grad=False))
 
 
 def test_unknown_name_is_an_error_at_the_first_call_with_the_closest_one():

@@ -281,6 +281,42 @@ def hand_over(result, factor):
     return go.save_for_backward(result, factor=factor)
 
 
+class Helpers:
+    def hand_over(self, result, factor):
+        return go.save_for_backward(result, factor=factor)
+
+    @staticmethod
+    def statically(result, factor):
+        return go.save_for_backward(result, factor=factor)
+
+    def __call__(self, x):
+        return self.hand_over(x * 2, 5.0)
+
+
+by_partial = functools.partial(go.save_for_backward, factor=5.0)
+UNSEEN = {
+    "method of the forward's object": Helpers(),
+    "method of another object": lambda x: helpers.hand_over(x * 2, 5.0),
+    "static method": lambda x: Helpers.statically(x * 2, 5.0),
+    "partial": lambda x: by_partial(x * 2),
+}
+helpers = Helpers()
+
+
+@pytest.mark.parametrize("rule", [lambda grad_output, factor: grad_output * factor, with_default])
+@pytest.mark.parametrize("how", UNSEEN)
+def test_what_nobody_sees_may_hand_over_for_the_forward(how, rule):
+    assert answer_of(UNSEEN[how], rule, float64(1.0))[0].item() == 5.0
+
+
+def test_name_that_nobody_hands_over_is_an_error_at_the_first_call():
+    function = go.custom_backward(lambda grad_output, fctor: grad_output)(UNSEEN["method of another object"])
+    with torch.no_grad():
+        function(float64(1.0))
+    with pytest.raises(go.RuleSignatureError, match=r"asks for 'fctor', which does not exist.*Did you mean 'factor'"):
+        function(float64(1.0))
+
+
 def test_helper_may_hand_over_for_the_forward():
     def rule(grad_output, factor):
         return grad_output * factor
