@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gradoverride._core import scan
@@ -224,5 +223,5 @@ class Plan:
 
 
 def is_known_method(name: str) -> bool:
-    """Whether a method of this name is one of torch, or of what a rule is given: see `writes_nothing`."""
-    return hasattr(Tensor, name) or hasattr(torch, name) or hasattr(F, name) or name in ("by_name", "items", "values")
+    """Whether a method of this name is one of tensors, or of what else a rule is given: see `writes_nothing`."""
+    return (hasattr(Tensor, name) and not name.startswith("__")) or name in ("by_name", "items", "values")

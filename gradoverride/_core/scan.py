@@ -6,9 +6,11 @@ or later): nothing is silently wrong when a function hides what it does, only sl
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, MethodType, ModuleType
 from typing import Any
@@ -234,53 +236,140 @@ _TRANSPOSED = frozenset({"H", "T", "mH", "mT"})
 def writes_nothing(fn: Any, known_method: Callable[[str], bool]) -> bool:
     """Whether the code of `fn` shows that it writes into no tensor that it is given.
 
-    It calls only methods that are known, functions of torch and its own module, and a few builtins. What calls
-    anything else may write: such a rule is handed a copy.
+    It calls only methods that are known, what torch computes with, functions of its own module, and a few builtins.
+    What calls anything else may write: such a rule is handed a copy.
     """
     if getattr(fn, "writes_nothing", False):  # says so itself
         return True
     found = list(reachable(fn))
-    if not found or writes(fn) or any(_is_told_to_write(code) for _, code in found):
+    if not found or writes(fn):
         return False
     own = {function.__module__ for function, _ in found}
     for function, code in found:
-        for step in dis.get_instructions(code):
-            method = step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL" in step.argrepr)
-            if method and not known_method(str(step.argval)):
-                return False
         for name in global_names(code):
             if name not in function.__globals__ and name not in _HARMLESS_BUILTINS:
                 return False
+        if not _calls_what_is_harmless(function, code, own, known_method):
+            return False
     return all(_is_harmless(value, own) for function, _ in found for value in _named_values(function))
 
 
-def _is_told_to_write(code: CodeType) -> bool:
-    """Whether `True` may be the `inplace` of a function: `F.relu(x, True)`."""
-    return True in code.co_consts and any(name in _MAY_BE_IN_PLACE for name in code.co_names)
+def _calls_what_is_harmless(
+    function: FunctionType, code: CodeType, own: set[str], known_method: Callable[[str], bool]
+) -> bool:
+    """What comes out of modules is looked at, what is called on other values is known by its name."""
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG")]
+    free = _free_variables(function)
+    value: Any = None  # what the last steps have loaded, as far as that can be told
+    loaded = ""  # the variable of a function that the last step has loaded
+    called = False  # whether what the last steps have loaded is called
+    for index, step in enumerate(steps):
+        name = step.argval
+        if step.opname.startswith("IMPORT_") or (step.opname == "CALL_FUNCTION_EX" and step.arg != 0):
+            return False  # what is imported, and the names in `**options`, the code does not show
+        if step.opname in _ATTRIBUTES:
+            method = step.opname == "LOAD_METHOD" or "NULL" in step.argrepr or _is_called(steps, index)
+            method = method or (called and steps[index + 1].opname not in _ATTRIBUTES)
+            if isinstance(value, ModuleType):  # a method or not: an imported name is no object to Python's compiler
+                value = getattr(value, name, _Unknown)
+                if not _is_harmless(value, own):
+                    return False
+            elif method and (loaded in _HOLDERS or not known_method(name) or not _is_plain(value)):
+                return False
+            else:
+                value = None
+            loaded = ""
+        elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            value, loaded, called = function.__globals__.get(name), "", False
+        elif "LOAD_FAST" in step.opname or step.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF"):
+            name = name[-1] if isinstance(name, tuple) else name  # of two at once
+            value, loaded = free.get(name) if "DEREF" in step.opname else None, name
+            called = _is_called(steps, index)
+            if called and value is None and name != "vjp" and steps[index + 1].opname not in _ATTRIBUTES:
+                return False
+        elif step.opname.startswith("BINARY_") and _is_called(steps, index):
+            return False  # an item
+        elif step.opname != "PUSH_NULL":
+            value, loaded, called = None, "", False
+        if _may_be_told_to_write(value, steps, index):
+            return False
+    return True
 
 
-_MAY_BE_IN_PLACE = frozenset(
-    {
-        *("alpha_dropout", "celu", "dropout", "dropout1d", "dropout2d", "dropout3d", "elu", "feature_alpha_dropout"),
-        *("hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu", "relu6", "rrelu", "selu", "silu"),
-        "threshold",
-    }
-)
+class _Unknown:
+    """What a module does not have: it is not harmless."""
+
+
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+_HOLDERS = ("self", "cls", "module")  # what hangs there may have any name, and do anything
+
+
+def _free_variables(function: FunctionType) -> dict[str, Any]:
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            found[name] = cell.cell_contents
+    return found
+
+
+def _is_called(steps: list[dis.Instruction], index: int) -> bool:
+    """Whether what this step loads, or an item or attribute of it, is called (Python 3.10 does not tell)."""
+    beside = index - 1 if sys.version_info < (3, 13) else index + 1
+    return 0 <= beside < len(steps) and steps[beside].opname == "PUSH_NULL"
+
+
+def _may_be_told_to_write(value: Any, steps: list[dis.Instruction], index: int) -> bool:
+    """Whether this step loads a function that is told by a position whether to write: `F.relu(x, FLAG)`."""
+    if not isinstance(value, FunctionType):
+        return False
+    names = value.__code__.co_varnames[: value.__code__.co_argcount]
+    places = [place for place, name in enumerate(names) if name in _WRITING_OPTIONS]
+    if not places:
+        return False
+    depth = 0
+    for step in steps[index + 1 :]:
+        if step.opcode in _JUMPS:
+            break  # which way it goes is not known
+        depth += dis.stack_effect(step.opcode, step.arg)
+        if step.opname in _CALLS and depth <= 0:
+            return step.arg is None or step.arg > min(places)
+    return True
 
 
 def _is_harmless(value: Any, own: set[str]) -> bool:
     if isinstance(value, ModuleType):
-        return value.__name__.partition(".")[0] in ("torch", "math")
+        return value.__name__ in _HARMLESS_MODULES
     if isinstance(value, FunctionType) and value.__module__ in own:
         return True
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return all(_is_harmless(part, own) for part in value)
+    if isinstance(value, dict):
+        return all(_is_harmless(part, own) for part in value.values())
     if callable(value):
         if not isinstance(value, (type, *_FUNCTIONS)):  # a module, an object: what it does is not known
             return False
-        return str(getattr(value, "__module__", "")).partition(".")[0] in ("torch", "math")
+        if value.__module__ == "builtins":
+            return value.__name__ in _HARMLESS_BUILTINS
+        return value.__module__ in _HARMLESS_MODULES and not _is_inplace_name(value.__name__)
     return True
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether methods of this value are those of tensors, or of numbers, texts and containers."""
+    return isinstance(value, type) or type(value).__module__ in ("builtins", "torch", "torch.nn.parameter")
+
+
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodDescriptorType)
+# Where torch keeps functions that compute. Elsewhere are modules, which may be told to work in place, collectives,
+# which write and say so neither by their names nor by the version of a tensor, and operators of others.
+_HARMLESS_MODULES = frozenset(
+    {
+        *("math", "torch", "torch.functional", "torch.linalg", "torch.special", "torch.fft", "torch._linalg_utils"),
+        *("torch._C._fft", "torch._C._linalg", "torch._C._nn", "torch._C._special"),
+        *("torch.nn", "torch.nn.functional", "torch.nn.grad"),
+        *("torch.amp", "torch.amp.autocast_mode", "torch.autograd.grad_mode", "torch.compiler"),
+    }
+)
 _HARMLESS_BUILTINS = frozenset(
     {
         *("abs", "bool", "complex", "dict", "enumerate", "float", "int", "isinstance", "len", "list", "max", "min"),
@@ -298,22 +387,28 @@ def _constants(code: CodeType) -> Iterator[Any]:
 
 
 def _is_inplace_name(name: str) -> bool:
-    return (name.endswith("_") and not name.endswith("__") and not name.startswith("_")) or name in {
-        "__setitem__",
-        "data",
-        "numpy",
-        "__array__",
-        "copyto",
-        "set_data",
-        *("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub"),
-        *("itruediv", "ixor"),
+    return (name.endswith("_") and not name.endswith("__")) or name in _INPLACE_NAMES
+
+
+_INPLACE_OPERATORS = (
+    *("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv"),
+    "ixor",
+)
+_INPLACE_NAMES = frozenset(
+    {
+        *("__setitem__", "data", "numpy", "__array__", "copyto", "set_data"),
+        *_INPLACE_OPERATORS,
+        *(f"__{name}__" for name in _INPLACE_OPERATORS),
     }
+)
 
 
 def _is_write(instruction: dis.Instruction) -> bool:
     name = instruction.opname
     if name in {"STORE_SUBSCR", "STORE_SLICE", "DELETE_SUBSCR"} or name.startswith("INPLACE_"):
         return True
+    if name == "STORE_ATTR":
+        return instruction.argval in ("real", "imag")  # each a view of the tensor
     return name == "BINARY_OP" and instruction.argrepr.endswith("=")
 
 

@@ -1,10 +1,18 @@
 """What the code of a rule tells: wrong here is a check left out where it is needed."""
 
+import sys
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from oracles import exactly, float64
+from torch import nn
+from torch.nn import ReLU
 
 import gradoverride as go
 from gradoverride._core import scan
+from gradoverride._core.plan import is_known_method
 
 factor = torch.ones(3)
 
@@ -54,3 +62,143 @@ def test_algebra_is_checked_all_the_same():
 
     with pytest.raises(go.RuleResultError, match=r"shape \(2, 3\) for 'w'.* returned a tensor of shape \(3, 2\)"):
         transposed(*leaves).sum().backward()
+
+
+# --- what may write: each of these rules makes (-1, 0, 2) times 7 of it, or what ReLU does, in a way of its own ---
+
+IN_PLACE = True
+WRITERS = [dist.all_gather]
+
+
+class Halves:
+    factor = 0.5
+
+    def add(self, tensor):
+        return tensor.mul_(7)
+
+
+settings = Halves()
+
+
+def gather(tensor):
+    dist.all_gather([tensor], tensor * 7)
+
+
+def by_collective(g):  # the compiler takes what an imported module has for no method; and no version is counted
+    dist.all_gather([g], g * 7)
+    return g
+
+
+def by_collective_of_torch(g):
+    torch.distributed.all_gather([g], g * 7)
+    return g
+
+
+def by_collective_in_a_helper(g):
+    gather(g)
+    return g
+
+
+def by_collective_in_a_list(g):
+    WRITERS[0]([g], g * 7)
+    return g
+
+
+def by_module_of_another_name(g):
+    name = torch.distributed
+    name.all_gather([g], g * 7)
+    return g
+
+
+def by_import_within(g):
+    from torch.distributed import all_gather as gather
+
+    gather([g], g * 7)
+    return g
+
+
+def by_default(g, write=torch.Tensor.mul_):
+    return write(g, 7)
+
+
+def by_list_of_tensors(g):
+    torch._foreach_mul_([g], 7.0)
+    return g
+
+
+def by_real_part(g):
+    g.real = g * 7
+    return g
+
+
+def by_method_of_an_operator(g):
+    g.__imul__(7)
+    return g
+
+
+def by_options(g):
+    options = {"o" + "ut": g}
+    return torch.mul(g, 7, **options)
+
+
+WRITING = {
+    "collective": by_collective,
+    "collective of torch": by_collective_of_torch,
+    "collective in a helper": by_collective_in_a_helper,
+    "collective in a list": by_collective_in_a_list,
+    "module of another name": by_module_of_another_name,
+    "import within": by_import_within,
+    "foreach": by_list_of_tensors,
+    "real part": by_real_part,
+    "method of an operator": by_method_of_an_operator,
+    "method found by name": lambda g: g.__getattribute__("mul" + "_")(7),
+    "method of a global": lambda g: settings.add(g),
+    "options": by_options,
+    "module": lambda g: ReLU(True)(g),
+    "module of torch.nn": lambda g: nn.ReLU(True)(g),
+    "flag": lambda g: F.relu(g, IN_PLACE),
+    "flag beside a call": lambda g: F.relu(F.leaky_relu(g), IN_PLACE),
+    "flag in a list": lambda g: F.relu(*[g, IN_PLACE]),
+    "flag at a later place": lambda g: F.threshold(g, 0.0, 0.0, IN_PLACE),
+    "operator of torch": lambda g: torch.ops.aten.relu_(g),
+}
+if sys.version_info >= (3, 11):  # before, a parameter that is called is not told from others
+    WRITING["default"] = by_default
+
+
+@pytest.fixture(scope="module")
+def group():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("name", WRITING)
+@pytest.mark.parametrize("form", ["forward", "edit"])
+def test_rule_that_writes_in_any_such_way_works_on_a_copy(form, name):
+    x, given, rule = float64(1.0, 2.0, 3.0), float64(-1.0, 0.0, 2.0, grad=False), WRITING[name]
+    result = go.custom_backward(rule)(lambda x: x * 2)(x) if form == "forward" else go.edit_gradient(x, rule)
+    result.backward(given)
+    exactly(given, float64(-1.0, 0.0, 2.0, grad=False))
+    exactly(x.grad, rule(given.clone()))
+
+
+HARMLESS = {
+    "operators": lambda g, x: g * x,
+    "functions of torch": lambda g, x: torch.where(x > 0, torch.linalg.norm(g), torch.Tensor.mul(g, 2)),
+    "functions that may work in place": lambda g, x: F.relu(F.linear(g, x)) + F.dropout(g, 0.5, training=True),
+    "functions by their whole name": lambda g: torch.nn.functional.leaky_relu(g, 0.1).sum(),
+    "a helper": lambda g: helper(g),
+    "vjp": lambda g, vjp: [vjp(part) for part in g.unbind()],
+    "vjp by name": lambda g, vjp: {**vjp.by_name(g)},
+    "values of globals": lambda g: g * factor.abs() * settings.factor,
+    "sizes in a list": lambda g, x: g.reshape(*[1] * x.dim()),
+    "an empty tuple": lambda g, x: g.expand(() if x is None else x.shape),
+    "values of a module": lambda self, g: g * self.weight.abs() * self.scale,
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_rule_that_shows_that_it_writes_nothing_is_given_the_gradient_itself(name):
+    assert scan.writes_nothing(HARMLESS[name], is_known_method)
