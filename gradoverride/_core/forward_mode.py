@@ -1,7 +1,8 @@
 """Forward mode from a rule: it is linear in the gradient, so its transpose is the JVP.
 
-If a rule maps grad_output to J^H grad_output, differentiating <rule(g), v> with respect to g gives J v, at any g. A
-rule that is not linear (a clip, a normalisation) has no transpose, and is refused.
+If a rule maps grad_output to J^H grad_output, differentiating <rule(g), v> with respect to g gives J v, at any g but
+zero, where a linear rule may branch. A rule that is not linear (a clip, a normalisation) has no transpose, and is
+refused; so is one whose derivative autograd does not know (it detaches).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.func import debug_unwrap
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from gradoverride._core.ambient import Autocast
 from gradoverride._core.contract import Meta
 from gradoverride._core.private import fail
 from gradoverride.errors import UnsupportedError
@@ -21,50 +23,139 @@ from gradoverride.errors import UnsupportedError
 __all__ = ["transpose"]
 
 Gradients = Callable[..., list[Tensor | None]]
+Answer = list[Tensor | None]
+
+_TF32 = (torch.float32, torch.complex64)
 
 
 def transpose(gradients: Gradients, metas: Sequence[Meta], tangents: Sequence[Tensor | None], who: str) -> list[Tensor]:
     """The tangents of the results, for `tangents` of the inputs whose gradients `gradients(*grad_outputs)` gives."""
-    _check_linear(gradients, metas, who)
-    zeros = [torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) for meta in metas]
-    answered: list[int] = []
+    if get_proxy_mode() is not None:
+        _refuse_traced(who)
+    first, second = ([_probe(meta, seed) for meta in metas] for seed in (1, 2))
+    answers = gradients(*first), gradients(*second)
+    roundings = _Roundings([*first, *answers[0], *tangents])
+    _check_linear(gradients, (first, second), answers, roundings, who)
+    answered = [
+        index
+        for index, (grad, tangent) in enumerate(zip(answers[0], tangents, strict=True))
+        if grad is not None and tangent is not None
+    ]
+    if not answered:
+        return [torch.zeros_like(probe) for probe in first]
 
     def wanted(*grads: Tensor) -> tuple[Tensor, ...]:
         found = gradients(*grads)
-        answered[:] = [
-            index
-            for index, (grad, tangent) in enumerate(zip(found, tangents, strict=True))
-            if grad is not None and tangent is not None
-        ]
         return tuple(found[index] for index in answered)  # type: ignore[misc]  # None has just been sorted out
 
-    _, pullback, *_ = torch.func.vjp(wanted, *zeros)
-    if not answered:
-        return zeros
-    return list(pullback(tuple(tangents[index] for index in answered)))
+    _, pullback, *_ = torch.func.vjp(wanted, *first)
+
+    def pulled(values: Sequence[Tensor | None]) -> list[Tensor]:
+        return list(pullback(tuple(values[index] for index in answered)))
+
+    results = pulled(tangents)
+    signs = [None if grad is None or index not in answered else grad.sgn() for index, grad in enumerate(answers[0])]
+    _check_derivative(answers[0], tangents, first, results, roundings, who)
+    _check_derivative(answers[1], tangents, second, results, roundings, who)
+    _check_derivative(answers[0], signs, first, pulled(signs), roundings, who)  # a sum in which nothing cancels
+    return results
 
 
-def _check_linear(gradients: Gradients, metas: Sequence[Meta], who: str) -> None:
-    """Additivity at gradients of several sizes: a clip shows at large ones, a threshold at small ones."""
-    if get_proxy_mode() is not None:
-        _refuse_traced(who)
-    for scale in (1e-2, 1.0, 1e4):
-        first = [_probe(meta, 1.0, scale) for meta in metas]
-        second = [_probe(meta, 2.0, -0.7 * scale) for meta in metas]
-        together = gradients(*[a + b for a, b in zip(first, second, strict=True)])
-        for a, b, both in zip(gradients(*first), gradients(*second), together, strict=True):
-            if a is not None and b is not None and both is not None and not _is_close(a + b, both, who):
-                fail(
-                    UnsupportedError,
-                    f"{who} must be linear in the gradient for forward mode (jvp, jacfwd, hessian), which is its "
-                    "transpose; it is not. Use reverse mode, or a rule that is linear",
-                )
+class _Roundings:
+    """What roundings may come to where these tensors are computed with, and which sizes of them are numbers."""
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+        infos = [torch.finfo(dtype) for dtype in (*dtypes, *(dtype for _, dtype in Autocast().states))]
+        self.relative = max(info.eps for info in infos) ** 0.5
+        if any(tensor is not None and tensor.is_cuda and tensor.dtype in _TF32 for tensor in tensors):
+            self.relative = max(self.relative, 2.0**-9)  # convolutions round what they multiply to 11 bits
+        self.absolute = 32 * max(info.smallest_normal * info.eps for info in infos)  # of the smallest numbers
+        # Powers of two, by which a linear rule multiplies its answer to the last bit. Squares of the outermost are
+        # still numbers of float32 and bfloat16; float16 has a range of its own.
+        self.scales = (2.0**-60, -(2.0**-20), -(2.0**-7), 2.0**13, 2.0**20, -(2.0**60))
+        if min(info.max for info in infos) < 1e10:
+            self.scales = (2.0**-10, -(2.0**-6), -(2.0**-3), 2.0**4, 2.0**8, -(2.0**12))
 
 
-def _is_close(expected: Tensor, found: Tensor, who: str) -> bool:
+def _check_linear(
+    gradients: Gradients,
+    probes: tuple[list[Tensor], list[Tensor]],
+    answers: tuple[Answer, Answer],
+    roundings: _Roundings,
+    who: str,
+) -> None:
+    """Additivity, and multiples of many sizes: a clip shows at large ones, a threshold at small ones."""
+    together = gradients(*[a + b for a, b in zip(*probes, strict=True)])
+    for first, second, both in zip(*answers, together, strict=True):
+        _check_sum([first, second], both, 1.0, roundings, who)
+    for scale in roundings.scales:
+        multiples = gradients(*[probe * scale for probe in probes[0]])
+        for first, multiple in zip(answers[0], multiples, strict=True):
+            _check_sum([first], multiple, scale, roundings, who)
+
+
+def _check_sum(
+    parts: Sequence[Tensor | None], found: Tensor | None, scale: float, roundings: _Roundings, who: str
+) -> None:
+    """Whether `found` is the sum of the parts, times `scale`. None counts as zero."""
+    some = next((part for part in (found, *parts) if part is not None), None)
+    if some is None or not some.numel():
+        return
+    terms = [_wide(torch.zeros_like(some) if part is None else part) for part in (found, *parts)]
+    got, expected = terms[0] / scale, sum(terms[2:], terms[1])
+    finite = torch.isfinite(got) & torch.isfinite(expected)  # where it is too large, nothing can be said
+    size = torch.stack([term.abs().where(finite, 0.0).amax() for term in (expected, *terms[1:])]).amax()
+    tolerance = roundings.relative * size + roundings.absolute / abs(scale)
+    if _any(((got - expected).abs() > tolerance) & finite, who):
+        fail(
+            UnsupportedError,
+            f"{who} must be linear in the gradient for forward mode (jvp, jacfwd, hessian), which is its "
+            "transpose; it is not. Use reverse mode, or a rule that is linear",
+        )
+
+
+def _check_derivative(
+    answer: Answer,
+    tangents: Sequence[Tensor | None],
+    probes: list[Tensor],
+    results: list[Tensor],
+    roundings: _Roundings,
+    who: str,
+) -> None:
+    """Whether <rule(g), tangents> is <g, results>: if not, the derivative of the rule is not what the rule does."""
+    left = [_terms(*pair, probes[0].device) for pair in zip(answer, tangents, strict=True)]
+    right = [_terms(*pair, probes[0].device) for pair in zip(probes, results, strict=True)]
+    gap = torch.stack([terms.sum() for terms in left]).sum() - torch.stack([terms.sum() for terms in right]).sum()
+    size = torch.stack([terms.abs().sum() for terms in (*left, *right)]).sum()
+    absolute = roundings.absolute * sum(terms.numel() for terms in (*left, *right))
+    if _any(gap.abs() > 2 * roundings.relative * size + absolute, who):
+        fail(
+            UnsupportedError,
+            f"{who} must compute with the gradient what autograd differentiates for forward mode (jvp, jacfwd, "
+            "hessian), which is its transpose; its derivative is not what it does, as where it detaches the gradient. "
+            "Use reverse mode, or a rule that is differentiable",
+        )
+
+
+def _terms(a: Tensor | None, b: Tensor | None, device: torch.device) -> Tensor:
+    """The terms of a real inner product."""
+    if a is None or b is None:
+        return torch.zeros((), device=device)
+    product = _wide(a).conj() * _wide(b)
+    return (product.real if product.is_complex() else product).to(device)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In a dtype that holds sums and multiples of its numbers."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _any(wrong: Tensor, who: str) -> bool:
     try:
-        return _close(expected, found)
-    except RuntimeError:  # there are no values to compare
+        # The plain tensor under all transforms: vmap forbids to look at values.
+        return bool(debug_unwrap(wrong).any())
+    except RuntimeError:  # there are no values to look at
         _refuse_traced(who)
 
 
@@ -76,20 +167,15 @@ def _refuse_traced(who: str) -> NoReturn:
     )
 
 
-def _probe(meta: Meta, seed: float, scale: float) -> Tensor:
+def _probe(meta: Meta, seed: int) -> Tensor:
+    """Numbers between -1 and 1 without a pattern, none of them zero, the sums of two of which are exact."""
     # Not drawn at random: the generator is the user's, and vmap refuses random numbers.
-    count = 1
-    for size in meta.shape:
-        count *= size
-    wave = torch.sin(torch.arange(1, count + 1, dtype=torch.float64, device=meta.device) * 12.9898 * seed) * scale
-    return wave.reshape(meta.shape).to(meta.dtype)
-
-
-def _close(expected: Tensor, found: Tensor) -> bool:
-    # The plain tensors under all transforms: vmap forbids to look at values.
-    expected, found = debug_unwrap(expected).detach(), debug_unwrap(found).detach()
-    if not bool(torch.isfinite(expected).all()):
-        return True
-    size = float(expected.abs().max()) if expected.numel() else 0.0
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5 * max(size, torch.finfo(expected.dtype).tiny)
-    return bool(((expected - found).abs() <= tolerance).all())
+    count, units = meta.shape.numel(), 1 / torch.finfo(meta.dtype).eps
+    parts = []
+    for part in range(2 if meta.dtype.is_complex else 1):
+        steps = torch.arange(1, count + 1, dtype=torch.float64, device=meta.device)
+        wave = torch.sin(steps * 12.9898 * seed + part) * 43758.5453
+        whole = torch.floor((wave - torch.floor(wave)) * 2 * units) - units
+        parts.append(torch.where(whole == 0, units, whole) / units)
+    numbers = torch.complex(*parts) if len(parts) == 2 else parts[0]
+    return numbers.reshape(meta.shape).to(meta.dtype)

@@ -99,7 +99,7 @@ MUTANTS = [
     Mutant(
         "a rule that is not linear is transposed all the same",
         "_core/forward_mode.py",
-        "    _check_linear(gradients, metas, who)\n",
+        "    _check_linear(gradients, (first, second), answers, roundings, who)\n",
         "",
         "transforms: jvp / override by glob",
     ),

@@ -227,6 +227,120 @@ def test_rule_that_is_not_linear_raises_in_forward_mode_and_says_so(x):
         jvp(clipped, (x,), (torch.ones_like(x) * 10,))
 
 
+# Each is 3 g, and branches where a part of the gradient, or all of it, is zero.
+LINEAR_BUT_FOR_A_BRANCH_AT_ZERO = {
+    "where": lambda grad_output: torch.where(grad_output == 0, 0.0, 3 * grad_output),
+    "mask": lambda grad_output: 3 * grad_output * (grad_output != 0),
+    "early exit": lambda grad_output: 3 * grad_output if grad_output.any() else torch.zeros_like(grad_output),
+    "nothing for nothing": lambda grad_output: 3 * grad_output if grad_output.any() else None,
+    "sign and size": lambda grad_output: 3 * grad_output.abs() * grad_output.sgn(),
+}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", LINEAR_BUT_FOR_A_BRANCH_AT_ZERO)
+def test_forward_mode_of_a_linear_rule_that_branches_at_zero(rule, dtype):
+    tripled = go.custom_backward(LINEAR_BUT_FOR_A_BRANCH_AT_ZERO[rule])(lambda x: x * 1)
+    x, tangent = torch.ones(4, dtype=dtype), torch.arange(4).to(dtype)
+    closely(jvp(tripled, (x,), (tangent,))[1], 3 * tangent)
+    if not dtype.is_complex:  # jacfwd takes none
+        exactly(jacfwd(tripled)(x), 3 * torch.eye(4, dtype=dtype))
+
+
+# What the forward is, whose true gradient the rule gives: sums that cancel, numbers near the ends of the dtype.
+HONEST = {
+    "mean": torch.mean,
+    "mean of few": lambda x: x.mean(0),
+    "difference": lambda x: (x[1:] - x[:-1]) * 50,
+    "centred": lambda x: x - x.mean(0),
+    "small": lambda x: x * 1e-4,
+    "small and back": lambda x: x * 1e-3 * 1e3,
+    "softmax": lambda x: x.softmax(-1),
+    "layer norm": lambda x: torch.nn.functional.layer_norm(x, (16,)),
+    "wider": lambda x: 3 * x.float(),
+    "narrower": lambda x: 3 * x.half(),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:4], ids=str)
+@pytest.mark.parametrize("function", HONEST)
+def test_forward_mode_of_linear_rules_raises_no_false_alarm_in_any_dtype(function, dtype):
+    plain = HONEST[function]
+    ours = go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(plain)
+    for rows in (2, 300):
+        x = noise(rows, 16, grad=False).to(dtype)
+        for tangent in (torch.ones_like(x), noise(rows, 16, grad=False).to(dtype)):
+            found, expected = (jvp(f, (x,), (tangent,))[1] for f in (ours, plain))
+            size = jvp(plain, (x,), (x.abs(),))[1].abs().max().double() + 1
+            tolerance = float(torch.finfo(found.dtype).eps) ** 0.5
+            torch.testing.assert_close(found / size, expected / size, rtol=0, atol=tolerance, check_dtype=False)
+
+
+def test_forward_mode_under_autocast_raises_no_false_alarm():
+    product = go.custom_backward(lambda grad_output, x, w: (grad_output @ w.T, x.T @ grad_output))(lambda x, w: x @ w)
+    x, w = noise(30, 16, grad=False, dtype=torch.float32), noise(16, 8, grad=False, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = jvp(lambda x: product(x, w), (x,), (x,))[1]
+        torch.testing.assert_close(found, x @ w)
+
+
+NOT_LINEAR = {
+    "clip at a large value": lambda g: 3 * g.clamp(-1e5, 1e5),
+    "clip of a large norm": lambda g: g * (1e6 / (g.norm() + 1e-6)).clamp(max=1),
+    "threshold at a small value": lambda g: torch.where(g.abs() < 1e-4, 0.0, 3 * g),
+    "offset": lambda g: g + 1e-9,
+    "size": torch.abs,
+    "nothing for what is small": lambda g: g if g.abs().max() > 1e-3 else None,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("rule", NOT_LINEAR)
+def test_rule_that_is_linear_for_gradients_of_usual_size_alone_raises_in_forward_mode(rule, dtype):
+    x = torch.ones(2, dtype=dtype)
+    with pytest.raises(go.UnsupportedError, match="must be linear in the gradient for forward mode"):
+        jvp(go.custom_backward(NOT_LINEAR[rule])(lambda x: x * 2), (x,), (x,))
+
+
+def test_clip_of_the_imaginary_part_raises_in_forward_mode():
+    x = torch.ones(2, dtype=torch.complex64)
+    clipped = go.custom_backward(lambda g: torch.complex(g.real, g.imag.clamp(-1, 1)))(lambda x: x * 2)
+    with pytest.raises(go.UnsupportedError, match="must be linear in the gradient for forward mode"):
+        jvp(clipped, (x,), (x,))
+
+
+def test_clip_beside_an_infinite_gradient_raises_in_forward_mode():
+    x = torch.tensor([0.0, 1.0])
+    clipped = go.custom_backward(lambda g, x: g.clamp(-1, 1) / x)(lambda x: x * 2)
+    with pytest.raises(go.UnsupportedError, match="must be linear in the gradient for forward mode"):
+        jvp(clipped, (x,), (x,))
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_rule_whose_derivative_is_not_what_it_does_raises_in_forward_mode_and_says_so(size):
+    x = torch.ones(size)
+    tripled = go.custom_backward(lambda grad_output: 3 * grad_output.detach())(lambda x: x * 3)
+    text = (
+        r"rule '<lambda>' \(.*\.py:\d+\) of .* must compute with the gradient what autograd differentiates .*detaches"
+    )
+    with pytest.raises(go.UnsupportedError, match=text):
+        jvp(tripled, (x,), (x,))
+    one = torch.eye(size)[0]
+    of_one = go.custom_backward(lambda grad_output: torch.cat([grad_output[:1].detach(), grad_output[1:]]))
+    with pytest.raises(go.UnsupportedError, match=text):
+        jvp(of_one(lambda x: x * 1), (x,), (one,))
+
+
+def test_forward_mode_along_an_argument_without_a_gradient_is_zero(x):
+    half = go.custom_backward(lambda grad_output, b: (grad_output * b, None))(lambda a, b: a * b)
+    exactly(jvp(lambda b: half(x, b), (x,), (x,))[1], torch.zeros_like(x))
+    exactly(jvp(half, (x, x), (2 * x, x))[1], 2 * x * x)
+    stopped = go.custom_backward(lambda grad_output: None)(lambda x: 2 * x)
+    exactly(jacfwd(lambda x: stopped(x) + x)(x), torch.eye(4, dtype=torch.float64))
+    exactly(vmap(lambda t: jvp(stopped, (x,), (t,))[1])(torch.ones(3, 4)), torch.zeros(3, 4, dtype=torch.float64))
+
+
 # Modules
 
 
