@@ -13,6 +13,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
+
 __all__ = ["LEAF", "Node", "alike", "flatten", "in_order_of", "is_container", "skeleton", "unchanged", "unflatten"]
 
 
@@ -53,8 +55,10 @@ class Constant:
 
 
 def is_container(value: Any) -> bool:
-    """Whether `flatten` looks inside."""
-    return isinstance(value, (tuple, list, dict)) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
+    """Whether `flatten` looks inside. A shape is a value: no `torch.Size` holds anything but numbers."""
+    if isinstance(value, (tuple, list, dict)):
+        return not isinstance(value, torch.Size)
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any]) -> Any:
@@ -93,7 +97,8 @@ def unflatten(spec: Any, leaves: Iterator[Any], constants: bool = True) -> Any:
     if kind is dict:
         return dict(zip(spec.keys, parts, strict=True))
     if issubclass(kind, tuple):
-        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+        # Not by its constructor: that of a PackedSequence, as of any subclass, may do more than hold the parts.
+        return kind(parts) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, parts)
     if issubclass(kind, list):
         return kind(parts)
     if kind is OrderedDict:

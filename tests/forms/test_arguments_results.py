@@ -250,8 +250,8 @@ def test_tensor_in_something_that_is_not_looked_into_is_an_error(hide):
 
 @pytest.mark.parametrize(
     "extra",
-    [None, "text", 3, 2.5, np.arange(3.0), object(), torch.float32, slice(None), torch.tensor([1, 2])],
-    ids=["None", "string", "int", "float", "array", "object", "dtype", "slice", "integer tensor"],
+    [None, "text", 3, 2.5, np.arange(3.0), object(), torch.float32, slice(None), torch.Size([2]), torch.tensor([1, 2])],
+    ids=["None", "string", "int", "float", "array", "object", "dtype", "slice", "shape", "integer tensor"],
 )
 def test_argument_without_a_gradient_passes_through_untouched(extra):
     seen = []
@@ -266,6 +266,19 @@ def test_argument_without_a_gradient_passes_through_untouched(extra):
     assert x.grad.item() == 7.0
     assert type(seen[0]) is type(seen[1]) is type(extra)
     assert torch.equal(seen[1], extra) if isinstance(extra, torch.Tensor) else seen[1] is extra
+
+
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("ask", [lambda g, vjp: vjp(g), lambda g, vjp: vjp.by_name(g)], ids=["vjp", "by name"])
+def test_shape_among_the_arguments_has_no_gradient(ask, compiling):
+    @go.custom_backward(ask)
+    def scaled(x, weight, shape):
+        return (x * weight).view(shape)
+
+    x, weight = float64(1.0, 2.0), float64(5.0, 7.0, grad=False)
+    run = torch.compile(scaled, backend="aot_eager", fullgraph=True) if compiling else scaled
+    run(x, weight, torch.Size([2, 1])).sum().backward()
+    exactly(x.grad, weight)
 
 
 def test_integer_index_is_not_counted_among_the_arguments_with_gradients():
@@ -323,6 +336,20 @@ class FrozenRecord:
     right: torch.Tensor
 
 
+class Sorted(Pair):
+    """A namedtuple whose constructor takes something else than its parts."""
+
+    def __new__(cls, parts):
+        return super().__new__(cls, *parts)
+
+
+class Several(tuple):
+    """A tuple that is made of its parts one by one."""
+
+    def __new__(cls, *parts):
+        return super().__new__(cls, parts)
+
+
 def model_output(left, right):
     transformers = pytest.importorskip("transformers")
     return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=left, hidden_states=(right,))
@@ -332,6 +359,10 @@ RESULTS = {
     "tuple": (lambda a, b: (a, b), lambda r: r[0], lambda r: r[1]),
     "list": (lambda a, b: [a, b], lambda r: r[0], lambda r: r[1]),
     "namedtuple": (Pair, lambda r: r.left, lambda r: r.right),
+    "namedtuple with a constructor": (lambda a, b: Sorted((a, b)), lambda r: r.left, lambda r: r.right),
+    "tuple with a constructor": (Several, lambda r: r[0], lambda r: r[1]),
+    "named result of torch": (lambda a, b: torch.return_types.aminmax((a, b)), lambda r: r.min, lambda r: r.max),
+    "with a shape": (lambda a, b: (a, a.shape, b), lambda r: r[0], lambda r: r[2]),
     "dict": (lambda a, b: {"left": a, "right": b}, lambda r: r["left"], lambda r: r["right"]),
     "OrderedDict": (
         lambda a, b: collections.OrderedDict(left=a, right=b),
@@ -396,6 +427,21 @@ def test_structured_result_with_vjp_has_autograds_gradient(structure):
     result = split(x)
     grad_x = torch.autograd.grad((left(result) * right(result)).sum(), x)[0]
     closely(grad_x, 5 * x.detach() ** 4)
+
+
+def test_shape_beside_a_tensor_is_none_for_the_rule():
+    parts = []
+
+    @go.custom_backward(lambda grad_output: (parts.append(grad_output), 7 * grad_output[0])[1])
+    def with_shape(x):
+        return 2 * x, x.shape
+
+    x = float64(1.0, 3.0)
+    y, shape = with_shape(x)
+    y.sum().backward()
+    exactly(x.grad, float64(7.0, 7.0, grad=False))
+    assert type(shape) is torch.Size
+    assert parts[0][1] is None
 
 
 def test_non_tensors_of_the_result_round_trip():

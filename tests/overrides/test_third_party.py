@@ -71,6 +71,14 @@ class Recurrent(nn.Module):
         return self.recurrent(x)[0]
 
 
+class Packed(Recurrent):
+    """The same of sequences of different lengths."""
+
+    def forward(self, x):
+        packed = nn.utils.rnn.pack_padded_sequence(x, [5, 3], batch_first=True)
+        return nn.utils.rnn.pad_packed_sequence(self.recurrent(packed)[0])[0]
+
+
 # name: (model, its argument, targets, whether torch can compile it)
 OF_TORCH = {
     "convolutional": (
@@ -88,6 +96,8 @@ OF_TORCH = {
     "attention": (Thrice, sequence, [nn.MultiheadAttention, "*"], True),
     "LSTM": (lambda: Recurrent(nn.LSTM), sequence, [nn.LSTM], False),
     "GRU": (lambda: Recurrent(nn.GRU), sequence, [nn.GRU], False),
+    "packed LSTM": (lambda: Packed(nn.LSTM), sequence, [nn.LSTM], False),
+    "packed GRU": (lambda: Packed(nn.GRU), sequence, [nn.GRU], False),
     "embedding": (lambda: nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 3)), tokens, [nn.Embedding, "*"], True),
 }
 
