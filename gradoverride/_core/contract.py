@@ -21,7 +21,7 @@ from gradoverride.errors import RuleResultError
 if TYPE_CHECKING:
     from gradoverride._core.call import Call, Param
 
-__all__ = ["Meta", "conform", "read_answer", "read_params", "shape_text", "what"]
+__all__ = ["Meta", "answers_by_name", "conform", "read_answer", "read_params", "shape_text", "what"]
 
 
 def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str, Any]]:
@@ -30,7 +30,7 @@ def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str,
         first = call.holders[0]
         entry = _entry(call, first, answer)
         return [*entry, *[None] * (call.n_leaves - len(entry))], {}
-    if not call.answers_dict_bare and isinstance(answer, dict) and not dataclasses.is_dataclass(answer):
+    if answers_by_name(call, answer):
         return _by_name(call, answer)
     names, specs = call.names, call.specs
     if call.single is not None and not (isinstance(answer, (tuple, list)) and not _is_sequence(specs[call.single])):
@@ -60,6 +60,11 @@ def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str,
         else:
             grads += _nothing(spec)
     return grads, {}
+
+
+def answers_by_name(call: Call, answer: Any) -> bool:
+    """Whether this answer holds gradients by the names of arguments and parameters."""
+    return not call.answers_dict_bare and isinstance(answer, dict) and not dataclasses.is_dataclass(answer)
 
 
 def read_params(call: Call, answers: dict[str, Any]) -> dict[str, Tensor | None]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from gradoverride._core.contract import answers_by_name
 from gradoverride._core.structure import has_leaf, unflatten
 
 if TYPE_CHECKING:
@@ -37,11 +38,11 @@ class Vjp:
                 self._kept = self._backward.pull_leaves(grad_output, unmodified=True)
             leaves = self._kept
         given = iter(leaves)
-        # Of a dict argument it comes in a tuple: a bare dict would be an answer by names.
-        if call.single is not None and (
-            call.answers_dict_bare or getattr(call.specs[call.single], "kind", None) is not dict
-        ):
-            return unflatten(call.specs[call.single], given, constants=False)
+        if call.single is not None:
+            bare = unflatten(call.specs[call.single], given, constants=False)
+            if not answers_by_name(call, bare):
+                return bare
+            return tuple([bare if index == call.single else None for index in range(len(call.specs))])
         return tuple([unflatten(spec, given, constants=False) for spec in call.specs])
 
     def by_name(self, grad_output: Any) -> dict[str, Any]:

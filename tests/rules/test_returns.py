@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections import namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 
 import pytest
 import torch
@@ -251,7 +251,18 @@ def test_dict_answer_in_the_structure_of_a_dict_argument_is_refused():
     refused(r"\(pair\); it has 'a'", lambda pair: pair["a"] * 2, lambda g: {"a": g}, {"a": noise(3)})
 
 
-FORMS = {**MIRRORED, "dict": (lambda a, b: {"a": a, "b": b}, lambda pair: pair["a"] * pair["b"])}
+class Dict(dict):
+    """A dict of a type of its own."""
+
+
+FORMS = {
+    **MIRRORED,
+    **{
+        kind.__name__: (lambda a, b, kind=kind: kind(a=a, b=b), lambda pair: pair["a"] * pair["b"])
+        for kind in (dict, OrderedDict, Dict)
+    },
+    "defaultdict": (lambda a, b: defaultdict(list, a=a, b=b), lambda pair: pair["a"] * pair["b"]),
+}
 
 
 @pytest.mark.parametrize(("pack", "forward"), FORMS.values(), ids=FORMS)
