@@ -7,9 +7,8 @@ It knows no tensors: what a leaf is, the caller says.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,17 +28,19 @@ LEAF = _Leaf()
 
 
 class Node:
-    """A container: its type, its keys, the specs of its parts, and an example to be copied where a type needs one."""
+    """A container: its type, its keys, the specs of its parts, and what an object of this type has besides."""
 
-    __slots__ = ("bare", "example", "keys", "kind", "parts")
+    __slots__ = ("bare", "keys", "kind", "more", "parts")
 
-    def __init__(self, kind: type, keys: tuple[Any, ...] | None, parts: list[Any], example: Any = None) -> None:
+    def __init__(
+        self, kind: type, keys: tuple[Any, ...] | None, parts: list[Any], more: dict[str, Any] | None = None
+    ) -> None:
         self.kind = kind
         self.keys = keys
         self.parts = parts
-        self.example = example
+        self.more = more
         # Whether it is its own skeleton: it holds leaves alone.
-        self.bare: bool = example is None and (
+        self.bare: bool = more is None and (
             parts.count(LEAF) == len(parts)
             or all([part is LEAF or (type(part) is Node and part.bare) for part in parts])
         )
@@ -74,12 +75,28 @@ def flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any]) -> An
     if not is_container(value):
         return Constant(value)
     if isinstance(value, dict):
-        example = None if _is_made_of_items(kind) else value
-        return Node(kind, tuple(value), [flatten(value[key], is_leaf, leaves) for key in value], example)
+        return Node(kind, tuple(value), [flatten(value[key], is_leaf, leaves) for key in value], _attributes(value))
     if isinstance(value, (tuple, list)):
-        return Node(kind, None, [flatten(part, is_leaf, leaves) for part in value])
+        return Node(kind, None, [flatten(part, is_leaf, leaves) for part in value], _attributes(value))
     keys = _fields(value)
-    return Node(kind, keys, [flatten(getattr(value, key), is_leaf, leaves) for key in keys], value)
+    return Node(kind, keys, [flatten(getattr(value, key), is_leaf, leaves) for key in keys], _attributes(value))
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """What an object has besides its parts: attributes that were set on a dict, or in `__post_init__`."""
+    kind = type(value)
+    if kind is OrderedDict:
+        return None
+    if kind is defaultdict:
+        return {"default_factory": value.default_factory}
+    own: Any = getattr(value, "__dict__", None)
+    if own is value:
+        return {"__dict__": None}  # its items are its attributes
+    fields = [field.name for field in dataclasses.fields(value)] if own and dataclasses.is_dataclass(value) else ()
+    more = {name: own[name] for name in own if name not in fields} if own else {}
+    if isinstance(value, defaultdict):
+        more["default_factory"] = value.default_factory
+    return more or None
 
 
 def unflatten(spec: Any, leaves: Iterator[Any], constants: bool = True) -> Any:
@@ -96,23 +113,41 @@ def unflatten(spec: Any, leaves: Iterator[Any], constants: bool = True) -> Any:
         return parts
     if kind is dict:
         return dict(zip(spec.keys, parts, strict=True))
-    if issubclass(kind, tuple):
-        # Not by its constructor: that of a PackedSequence, as of any subclass, may do more than hold the parts.
-        return kind(parts) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, parts)
-    if issubclass(kind, list):
-        return kind(parts)
+    return _made(spec, kind, parts)
+
+
+def _made(spec: Node, kind: Any, parts: list[Any]) -> Any:
+    """An object of this type that holds these parts, made without its constructor.
+
+    That may take something else than the parts, check them, or do more: `PackedSequence` does all three.
+    """
+    keys, more = spec.keys or (), spec.more or {}
     if kind is OrderedDict:
-        return OrderedDict(zip(spec.keys, parts, strict=True))
-    if issubclass(kind, dict) and spec.example is None:
-        return kind(**dict(zip(spec.keys, parts, strict=True)))
-    # A copy keeps what a constructor would not (default factories, fields without init, checks in __post_init__).
-    result = copy.copy(spec.example)
-    for key, part in zip(spec.keys, parts, strict=True):
-        if isinstance(result, dict):
-            result[key] = part
+        return OrderedDict(zip(keys, parts, strict=True))
+    if kind is defaultdict:
+        return defaultdict(more.get("default_factory"), zip(keys, parts, strict=True))
+    from_items = issubclass(kind, dict) and dataclasses.is_dataclass(kind)  # a `ModelOutput`, which has both
+    if from_items:
+        made = kind(**dict(zip(keys, parts, strict=True)))
+    elif issubclass(kind, tuple):
+        # A named result of torch, as of `torch.max`, refuses the second way.
+        made = kind(parts) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, parts)
+    else:
+        made = kind.__new__(kind)
+    for name, value in more.items():  # first, for a dict of the user's own may need them to take its items
+        if name == "__dict__":
+            made.__dict__ = made
         else:
-            object.__setattr__(result, key, part)  # a frozen dataclass too
-    return result
+            object.__setattr__(made, name, value)
+    if issubclass(kind, list):
+        made.extend(parts)
+    elif not from_items:
+        for key, part in zip(keys, parts, strict=False):  # a tuple has no keys
+            if issubclass(kind, dict):
+                made[key] = part
+            else:
+                object.__setattr__(made, key, part)  # a frozen dataclass too
+    return made
 
 
 def unchanged(spec: Any, leaves: Iterator[Any], value: Any) -> bool:
@@ -135,11 +170,6 @@ def unchanged(spec: Any, leaves: Iterator[Any], value: Any) -> bool:
 
 def _fields(value: Any) -> tuple[str, ...]:
     return tuple([field.name for field in dataclasses.fields(value) if hasattr(value, field.name)])
-
-
-def _is_made_of_items(kind: type) -> bool:
-    """Whether such a dict is made anew from its items alone. (Dynamo cannot copy one.)"""
-    return kind is OrderedDict or dataclasses.is_dataclass(kind)
 
 
 def alike(one: Any, other: Any) -> bool:
@@ -169,22 +199,30 @@ def in_order_of(spec: Any, value: Any) -> Any:
 
 
 def skeleton(spec: Any) -> Any:
-    """The spec without its constants and examples of them: for what is kept until the backward."""
+    """The spec without its constants, and what else may hold a tensor: for what is kept until the backward."""
     if spec is LEAF:
         return LEAF
     if isinstance(spec, Constant):
         return Constant(None)
     if spec.bare:
         return spec
-    example = spec.example
-    if example is not None:
-        example = copy.copy(example)
-        for key in spec.keys:
-            if isinstance(example, dict):
-                example[key] = None
-            else:
-                object.__setattr__(example, key, None)
-    return Node(spec.kind, spec.keys, [skeleton(part) for part in spec.parts], example)
+    more = spec.more
+    if more is not None:
+        # What counts or names something stays: a dict of the user's own may need it to take its items.
+        more = {name: value if _is_plain(value) else None for name, value in more.items()}
+    return Node(spec.kind, spec.keys, [skeleton(part) for part in spec.parts], more)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is of numbers and text alone, and so holds no tensor."""
+    if isinstance(value, (tuple, list)):
+        return all([_is_plain(part) for part in value])
+    if isinstance(value, dict):
+        return all([_is_plain(part) for part in value.values()])
+    return value is None or isinstance(value, _PLAIN)
+
+
+_PLAIN = (bool, int, float, complex, str)
 
 
 def has_leaf(spec: Any) -> bool:

@@ -350,6 +350,62 @@ class Several(tuple):
         return super().__new__(cls, parts)
 
 
+@dataclasses.dataclass(slots=True)
+class SlotsRecord:
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FrozenSlotsRecord:
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+@dataclasses.dataclass
+class Derived:
+    """A field that no constructor takes, and an attribute that is no field."""
+
+    left: torch.Tensor
+    scale: dataclasses.InitVar[float]
+    right: torch.Tensor = dataclasses.field(init=False)
+
+    def __post_init__(self, scale):
+        self.right = self.left * scale
+        self.note = "derived"
+
+
+class Labelled(list):
+    """A list whose constructor takes more than its items."""
+
+    def __init__(self, items, label):
+        super().__init__(items)
+        self.label = label
+
+
+class Attributes(dict):
+    """A dict whose items are its attributes."""
+
+    def __init__(self, **items):
+        super().__init__(**items)
+        self.__dict__ = self
+
+
+class Both(dict):
+    """A dict that keeps each item as an attribute too, and can take none before it is set up."""
+
+    def __init__(self, **items):
+        super().__init__()
+        self.order = []
+        for key, value in items.items():
+            self[key] = value
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        object.__setattr__(self, key, value)
+        self.order = [*self.order, key]
+
+
 def model_output(left, right):
     transformers = pytest.importorskip("transformers")
     return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=left, hidden_states=(right,))
@@ -371,6 +427,16 @@ RESULTS = {
     ),
     "dataclass": (lambda a, b: Record(a, b, "set"), lambda r: r.left, lambda r: r.right),
     "frozen dataclass": (FrozenRecord, lambda r: r.left, lambda r: r.right),
+    "dataclass with slots": (SlotsRecord, lambda r: r.left, lambda r: r.right),
+    "frozen dataclass with slots": (FrozenSlotsRecord, lambda r: r.left, lambda r: r.right),
+    "list with a constructor": (lambda a, b: Labelled([a, b], "text"), lambda r: r[0], lambda r: r[1]),
+    "defaultdict": (
+        lambda a, b: collections.defaultdict(list, left=a, right=b),
+        lambda r: r["left"],
+        lambda r: r["right"],
+    ),
+    "dict of attributes": (lambda a, b: Attributes(left=a, right=b), lambda r: r.left, lambda r: r["right"]),
+    "dict and attributes": (lambda a, b: Both(left=a, right=b), lambda r: r.left, lambda r: r["right"]),
     "nested": (lambda a, b: {"x": [a, ({"y": b},)]}, lambda r: r["x"][0], lambda r: r["x"][1][0]["y"]),
     "with non-tensors": (lambda a, b: (None, a, "text", {"n": 3, "b": b}), lambda r: r[1], lambda r: r[3]["b"]),
     "ModelOutput": (model_output, lambda r: r.last_hidden_state, lambda r: r.hidden_states[0]),
@@ -461,6 +527,55 @@ def test_dataclass_keeps_its_plain_fields():
         return Record(2 * x, 3 * x, name="given")
 
     assert record(float64(1.0)).name == "given"
+
+
+def with_attribute(value):
+    value.note = "derived"
+    return value
+
+
+NOTED = {
+    "dataclass": lambda x: Derived(x, 3.0),
+    "list": lambda x: with_attribute(Labelled([x], "text")),
+    "tuple": lambda x: with_attribute(Several(x)),
+    "dict": lambda x: with_attribute(Both(left=x)),
+}
+
+
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("build", NOTED.values(), ids=NOTED)
+def test_attribute_that_is_no_part_round_trips(build, compiling):
+    @go.custom_backward(lambda grad_output, vjp: vjp(grad_output))
+    def built(x):
+        return build(2 * x)
+
+    x = float64(1.0)
+    result = (torch.compile(built, backend="aot_eager", fullgraph=True) if compiling else built)(x)
+    assert result.note == "derived"
+    assert type(result) is type(build(x))
+
+
+def test_default_of_a_dict_round_trips():
+    result = go.custom_backward(lambda grad_output: grad_output["y"])(lambda x: collections.defaultdict(list, y=2 * x))(
+        float64(1.0)
+    )
+    assert result["missing"] == []
+
+
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
+def test_container_of_a_type_of_its_own_as_an_argument_has_autograds_gradient_by_vjp(structure, compiling):
+    build, left, right = structure
+
+    @go.custom_backward(lambda grad_output, vjp: vjp(grad_output))
+    def product(pair):
+        return left(pair) * right(pair) ** 2
+
+    run = torch.compile(product, backend="aot_eager", fullgraph=True) if compiling else product
+    a, b = noise(3), noise(3)
+    if compiling and isinstance(build(a, b), Attributes):
+        pytest.skip("Dynamo does not know that the items of such a dict are its attributes")
+    run(build(a, b)).sum().backward()
+    closely((a.grad, b.grad), (b.detach() ** 2, 2 * a.detach() * b.detach()))
 
 
 def test_model_output_keeps_its_access_by_name_index_and_key():

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -155,6 +156,37 @@ def test_nested_argument_that_is_asked_for_is_kept_whole():
 def test_several_results_that_are_not_asked_for_are_not_kept():
     forward = decorate(lambda g: g["s"] + g["c"], lambda x: {"s": x.sin(), "c": x.cos()})
     assert kept_by(forward, noise(SIZE)) == 0
+
+
+@dataclass
+class Batch:
+    """With an attribute besides its fields."""
+
+    x: torch.Tensor
+
+    def __post_init__(self):
+        self.mask = torch.zeros(SIZE, dtype=torch.float64)
+
+
+class Dict(dict):
+    """With an attribute besides its items."""
+
+    def __init__(self, **items):
+        super().__init__(**items)
+        self.mask = torch.zeros(SIZE, dtype=torch.float64)
+
+
+ATTRIBUTES = {
+    "dataclass argument": lambda x: decorate(lambda g: {"b": Batch(g)}, lambda b: b.x.sin())(Batch(x)),
+    "dict argument": lambda x: decorate(lambda g: {"b": Dict(x=g)}, lambda b: b["x"].sin())(Dict(x=x)),
+    "dataclass result": lambda x: decorate(lambda g: g.x, lambda x: Batch(x.sin()))(x).x,
+    "dict result": lambda x: decorate(lambda g: g["x"], lambda x: Dict(x=x.sin()))(x)["x"],
+}
+
+
+@pytest.mark.parametrize("function", ATTRIBUTES.values(), ids=ATTRIBUTES)
+def test_attributes_that_a_container_has_besides_its_parts_are_not_kept(function):
+    assert kept_by(function, noise(SIZE)) == 0
 
 
 def test_call_without_gradient_keeps_nothing():
