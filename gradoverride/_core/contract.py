@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradoverride._core.private import fail
-from gradoverride._core.structure import LEAF, Node, describe, has_leaf
+from gradoverride._core.structure import LEAF, Node, describe, has_leaf, holds_value
 from gradoverride.errors import RuleResultError
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _match(
     elif spec is LEAF:
         grads.append(conform(call, path, entry, metas[len(grads)]))
     elif not isinstance(spec, Node) or not has_leaf(spec):
-        if isinstance(spec, Node) and not _holds_tensor(entry):
+        if _is_left(call, path, spec, entry):
             return
         _refuse(
             call,
@@ -261,12 +261,28 @@ def _nothing(spec: Any) -> list[Tensor | None]:
     return [none for part in spec.parts for none in _nothing(part)] if isinstance(spec, Node) else []
 
 
-def _holds_tensor(value: Any) -> bool:
+def _is_left(call: Call, path: tuple[Any, ...], spec: Any, entry: Any) -> bool:
+    """Whether `entry` is left there from the argument, as by `dataclasses.replace(record, x=gradient)`."""
+    if isinstance(spec, Node):
+        return not _holds_gradient(entry)
+    if len(path) == 1:
+        return False
+    if isinstance(entry, (bool, int, float, complex, str)):
+        return type(entry) is type(spec.value) and bool(entry == spec.value)
+    if isinstance(entry, Tensor):
+        return not _holds_gradient(entry)
+    return any([holds_value(asked.spec, entry) for asked in call.asked])
+
+
+def _holds_gradient(value: Any) -> bool:
+    """Whether there is a floating or complex tensor in it."""
     if isinstance(value, dict):
-        return any(_holds_tensor(part) for part in value.values())
+        return any([_holds_gradient(part) for part in value.values()])
     if isinstance(value, (tuple, list)):
-        return any(_holds_tensor(part) for part in value)
-    return isinstance(value, Tensor)
+        return any([_holds_gradient(part) for part in value])
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return any([_holds_gradient(getattr(value, field.name, None)) for field in dataclasses.fields(value)])
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def what(value: Any) -> str:

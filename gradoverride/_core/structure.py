@@ -210,7 +210,8 @@ def skeleton(spec: Any) -> Any:
     if more is not None:
         # What counts or names something stays: a dict of the user's own may need it to take its items.
         more = {name: value if _is_plain(value) else None for name, value in more.items()}
-    return Node(spec.kind, spec.keys, [skeleton(part) for part in spec.parts], more)
+    parts = [part if type(part) is Constant and _is_plain(part.value) else skeleton(part) for part in spec.parts]
+    return Node(spec.kind, spec.keys, parts, more)
 
 
 def _is_plain(value: Any) -> bool:
@@ -223,6 +224,13 @@ def _is_plain(value: Any) -> bool:
 
 
 _PLAIN = (bool, int, float, complex, str)
+
+
+def holds_value(spec: Any, value: Any) -> bool:
+    """Whether `value` itself is what stands at one of its places."""
+    if isinstance(spec, Constant):
+        return spec.value is value
+    return isinstance(spec, Node) and any([holds_value(part, value) for part in spec.parts])
 
 
 def has_leaf(spec: Any) -> bool:

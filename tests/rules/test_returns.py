@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections import OrderedDict, defaultdict, namedtuple
 
+import numpy as np
 import pytest
 import torch
 from oracles import closely, exactly, float64, noise
@@ -270,6 +271,65 @@ def test_vjp_of_a_nested_argument_has_a_form_that_the_rule_may_return(pack, forw
     a, b = noise(3), noise(3)
     go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(forward)(pack(a, b)).sum().backward()
     closely((a.grad, b.grad), (b.detach(), a.detach()))
+
+
+@dataclasses.dataclass
+class Mixed:
+    """A record with values of all kinds beside its tensor."""
+
+    x: torch.Tensor
+    count: int = 3
+    name: str | None = "text"
+    index: torch.Tensor = dataclasses.field(default_factory=lambda: torch.arange(3))
+    array: np.ndarray = dataclasses.field(default_factory=lambda: np.arange(3.0))
+    options: dict = dataclasses.field(default_factory=lambda: {"mode": "text", "mask": torch.ones(3) > 0})
+
+
+@pytest.mark.parametrize("answered", ["bare", "by name"])
+def test_gradient_may_leave_in_a_record_what_is_no_floating_tensor(answered):
+    def rule(grad_output, record):
+        grad = dataclasses.replace(record, x=grad_output * 7)
+        return grad if answered == "bare" else {"record": grad}
+
+    x = noise(3)
+    go.custom_backward(rule)(lambda record: record.x * record.count)(Mixed(x)).sum().backward()
+    exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("make", [lambda g: (g, 3, "text"), lambda g: [g, None, "text"]], ids=["as given", "with None"])
+def test_equal_numbers_and_strings_may_be_left_where_they_stand(make):
+    x = noise(3)
+    backward_of(lambda parts: parts[0] * parts[1], make, (x, 3, "text"))
+    assert x.grad is not None
+
+
+def test_numbers_and_strings_may_be_left_where_they_stand_in_compiled_code():
+    @go.custom_backward(lambda grad_output: (grad_output * 7, 3, "text"))
+    def forward(parts):
+        return parts[0] * parts[1]
+
+    x = noise(3)
+    torch.compile(forward, backend="aot_eager", fullgraph=True)((x, 3, "text")).sum().backward()
+    exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+
+
+OTHERS = {
+    "another number": (4, "returned 4, an int"),
+    "a number of another type": (3.0, "returned 3.0, a float"),
+    "a string": ("text", "returned 'text', a str"),
+    "a gradient": (torch.ones(()), r"returned a tensor of shape \(\)"),
+    "an array": (np.ones(3), "returned a.*ndarray"),
+}
+
+
+@pytest.mark.parametrize(("entry", "text"), OTHERS.values(), ids=OTHERS)
+def test_something_else_in_place_of_a_number_is_refused(entry, text):
+    refused(
+        r"None for 'parts\[1\]', which holds no floating tensor; it " + text,
+        lambda parts: parts[0] * parts[1],
+        lambda g: (g, entry),
+        (noise(3), 3),
+    )
 
 
 def test_none_for_a_part_of_a_nested_argument_stops_that_part():
