@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from gradoverride._core.private import fail
+from gradoverride._core.private import evaluated_while_tracing, fail
 from gradoverride._core.structure import LEAF, Node, describe, has_leaf, holds_value
 from gradoverride.errors import RuleResultError
 
@@ -178,13 +178,18 @@ def _by_name(call: Call, answer: dict[str, Any]) -> tuple[list[Tensor | None], d
 
 def _refuse_key(call: Call, key: Any) -> NoReturn:
     names = [*call.groups, *(param.name for param in call.params)]
-    close = difflib.get_close_matches(str(key), names, n=1)
-    hint = f"Did you mean '{close[0]}'?" if close else "Leave it out"
+    close = _closest(str(key), *names)
+    hint = f"Did you mean '{close}'?" if close is not None else "Leave it out"
     _refuse(
         call,
         f"must return a dict by the names of arguments and parameters "
         f"({', '.join(names) or 'there are none'}); it has {key!r}. {hint}",
     )
+
+
+@evaluated_while_tracing  # Dynamo cannot trace `difflib`
+def _closest(key: str, *names: str) -> str | None:
+    return next(iter(difflib.get_close_matches(key, names, n=1)), None)
 
 
 def _variadic_entries(call: Call, name: str, entry: Any, count: int) -> list[Any]:

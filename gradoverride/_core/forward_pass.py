@@ -36,7 +36,7 @@ from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import Copied, stand_in, with_parameters, write_back
 from gradoverride._core.structure import LEAF, Node, flatten, skeleton, unchanged, unflatten
 from gradoverride._core.tracers import FX, record_call, says_of, tracer_now
-from gradoverride.errors import ForwardResultError, UnsupportedError
+from gradoverride.errors import ForwardResultError, RuleSignatureError, UnsupportedError
 
 __all__ = ["ForwardPass", "differentiate", "tie"]
 
@@ -420,8 +420,7 @@ class ForwardPass:
                     call.asked.append(Asked(name, call.result, slots))
             elif plan.rule.asks.get(name) or (plan.jvp is not None and plan.jvp.asks.get(name)):
                 more = [*residuals, *own, *call.frozen, *(module._buffers if module is not None else ())]
-                error = unknown_name(plan.rule, plan.forward, name, [key for key in more if "." not in key])
-                fail(type(error), str(error))
+                fail(RuleSignatureError, plan.unknown_name(name, *[key for key in more if "." not in key]))
         call.given = {asked.name for asked in call.asked}
         call.module_slots = {}
         if module is not None and (plan.asks_module or plan.asks_params):

@@ -19,7 +19,7 @@ from gradoverride._core.function import General, Transformed, named
 from gradoverride._core.private import call_directly, can_call_directly, evaluated_while_tracing, fast_apply
 from gradoverride._core.reach import Reach, calls_unseen
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
-from gradoverride._core.signature import RESERVED, Forward, Rule, resolve
+from gradoverride._core.signature import RESERVED, Forward, Rule, resolve, unknown_name
 from gradoverride._core.tracers import EXPORT, recorded_as, warn
 from gradoverride.errors import RuleSignatureError
 
@@ -94,6 +94,10 @@ class Plan:
         self.forward_may_write = not scan.writes_nothing(self.fn, is_known_method)
         # By names: where a graph cannot be looked at, and evaluated while tracing, for Dynamo knows no cells.
         self.captured_names: Callable[[], str] = evaluated_while_tracing(lambda: ", ".join(captured_names(forward.fn)))
+        # For the same reason: the search for the closest name is nothing that Dynamo traces.
+        self.unknown_name: Callable[..., str] = evaluated_while_tracing(
+            lambda name, *more: str(unknown_name(self.rule, forward, name, more))
+        )
         self.rule_writes = not scan.writes_nothing(rule.fn, is_known_method)
         self.rule_is_arithmetic = scan.is_arithmetic(rule.fn)
         self.rule_is_algebra = self.rule_is_arithmetic or scan.is_algebra(rule.fn)

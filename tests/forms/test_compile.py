@@ -721,6 +721,41 @@ def test_straight_through_of_another_shape_keeps_its_text(x):
         compiled(go.straight_through(lambda x: x[:1]))(x).sum().backward()
 
 
+class Unknown(nn.Module):
+    """Its rule asks for a parameter by a name that is not quite right."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    @go.custom_backward(lambda grad_output, scal: grad_output)
+    def forward(self, x):
+        return x * self.scale
+
+
+WRONG_NAMES = {
+    "key of an answer": (
+        lambda: go.custom_backward(lambda grad_output: {"X": grad_output})(lambda x: x * 2),
+        r"must return a dict by the names of arguments and parameters \(x\); it has 'X'\. Leave it out",
+    ),
+    "close key of an answer": (
+        lambda: go.custom_backward(lambda grad_output: {"scal": grad_output})(lambda scale: scale * 2),
+        r"\(scale\); it has 'scal'\. Did you mean 'scale'\?",
+    ),
+    "name beside a residual": (
+        lambda: go.custom_backward(lambda g, msk: g)(lambda x: go.save_for_backward(x * 2, mask=x > 0)),
+        r"asks for 'msk', which does not exist.*Did you mean 'mask'\?",
+    ),
+    "name of a parameter": (Unknown, r"asks for 'scal', which does not exist.*Did you mean 'scale'\?"),
+}
+
+
+@pytest.mark.parametrize(("make", "text"), WRONG_NAMES.values(), ids=WRONG_NAMES)
+def test_wrong_name_keeps_its_text_and_the_closest_one(make, text, x):
+    with pytest.raises(Exception, match=f"(?s){text}"):
+        compiled(make())(x).sum().backward()
+
+
 def test_eager_and_compiled_are_right_after_an_error_in_compiled_code(x):
     with pytest.raises(Exception, match="wrong_shape"):
         compiled(go.custom_backward(wrong_shape)(halve))(x).sum().backward()
