@@ -124,7 +124,7 @@ class Rule:
         if not parameters or parameters[0].kind not in _POSITIONAL:
             raise RuleSignatureError(
                 f"rule {self.who} must take the gradient as its first positional parameter, "
-                f"`def {_printable(self.name)}(grad_output, ...)`; it takes ({', '.join(map(str, parameters))})"
+                f"`def {_printable(self.name)}(grad_output, ...)`; it takes {inspect.Signature(parameters)}"
             )
         bound = _bound_by_partial(fn)
         for parameter in parameters[1:]:

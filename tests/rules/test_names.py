@@ -771,6 +771,14 @@ def test_what_cannot_be_a_rule_is_refused_when_it_is_given(rule):
         go.custom_backward(rule)
 
 
+def test_message_shows_the_parameters_as_they_are_written():
+    def rule(*, grad_output, x=1):
+        return grad_output
+
+    with pytest.raises(go.RuleSignatureError, match=r"it takes \(\*, grad_output, x=1\)$"):
+        go.custom_backward(rule)
+
+
 def test_positional_only_name_cannot_be_asked_for():
     def rule(grad_output, x, /):
         return grad_output
