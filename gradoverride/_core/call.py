@@ -181,6 +181,9 @@ class Call:
         self.metas = [Meta(leaf) for leaf in leaves]
         everywhere = self.mode == TRANSFORMED
         self.wanted = [everywhere or leaf.requires_grad for leaf in leaves]
+        if everywhere and self.plan.tensor_defaults:  # these no transform can track
+            defaults = list(map(id, self.plan.tensor_defaults.values()))
+            self.wanted = [leaf.requires_grad or id(leaf) not in defaults for leaf in leaves]
         return leaves
 
     def describe_plain(self, places: Sequence[int], metas: list[Meta], wanted: Sequence[bool]) -> None:
@@ -292,6 +295,13 @@ class Call:
     def wants(self, index: int) -> bool:
         """Whether a gradient is wanted for the argument at `index`."""
         return any(self.wanted[self.ends[index - 1] if index else 0 : self.ends[index]])
+
+    @property
+    def passed_alone(self) -> int | None:
+        """The only argument with tensors beside those that have one as their default and want no gradient."""
+        defaults = self.plan.tensor_defaults
+        passed = [index for index in self.holders if self.names[index] not in defaults or self.wants(index)]
+        return passed[0] if len(passed) == 1 else None
 
     def note(self, error: Exception) -> None:
         note = f"in the rule {self.plan.rule.who} of {self.plan.forward.who}"

@@ -36,6 +36,10 @@ def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str,
     if call.single is not None and not (isinstance(answer, (tuple, list)) and not _is_sequence(specs[call.single])):
         return _entry(call, call.single, answer), {}
     if not isinstance(answer, (tuple, list)):
+        alone = call.passed_alone
+        if alone is not None:
+            entry = _entry(call, alone, answer)
+            return [grad for i, spec in enumerate(specs) for grad in (entry if i == alone else _nothing(spec))], {}
         _refuse(
             call,
             f"must return one gradient for each argument ({', '.join(names)}), as a tuple in this order or as a "

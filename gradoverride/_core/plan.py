@@ -75,6 +75,7 @@ class Plan:
         self.warn_of_export: Callable[[], None] = evaluated_while_tracing(lambda: warn(self, EXPORT))
         self.on_first_call: Callable[[Any, Any], None] | None = None  # of the first argument and the result
         self.takes_receiver = forward.is_method
+        self.tensor_defaults = {p.name: p.default for p in forward.parameters or () if isinstance(p.default, Tensor)}
         self.class_form = class_form  # the rule is a method called `backward`, whose self is a stand-in
         self.straight_through = straight_through  # the rule answers for the first differentiable argument alone
         self.mirrors = False  # the rule answers in the structure of the only argument, if that is a dict too

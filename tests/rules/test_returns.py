@@ -111,6 +111,46 @@ def test_dict_with_none_for_an_integer_tensor_is_fine():
     exactly(weight.grad, torch.full((5,), 7.0, dtype=torch.float64))
 
 
+DEFAULT = float64(3.0, 3.0, 3.0, grad=False)
+
+
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("rule", [lambda g: g * 7, lambda g, weight: g * 7, lambda g, vjp: g * 7])
+def test_default_value_that_is_a_tensor_does_not_count_beside_the_only_argument(rule, compiling):
+    @go.custom_backward(rule)
+    def forward(x, weight=DEFAULT):
+        return x * weight
+
+    x = noise(3)
+    run = torch.compile(forward, backend="aot_eager", fullgraph=True) if compiling else forward
+    run(x).sum().backward()
+    exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+
+
+def test_none_stops_the_gradient_of_the_only_argument_beside_a_default_value():
+    x, y = noise(3), noise(3)
+    (go.custom_backward(lambda g: None)(lambda x, weight=DEFAULT: x * weight)(x) + y).sum().backward()
+    assert x.grad is None or not x.grad.any()
+
+
+def test_default_value_that_is_a_tensor_does_not_count_in_a_transform():
+    @go.custom_backward(lambda g: g * 7)
+    def forward(x, weight=DEFAULT):
+        return x * weight
+
+    x = noise(3, grad=False)
+    exactly(torch.func.grad(lambda x: forward(x).sum())(x), torch.full_like(x, 7.0))
+    with pytest.raises(go.RuleResultError, match=r"one gradient for each argument \(x, weight\)"):
+        torch.func.grad(lambda w: forward(x, w).sum())(DEFAULT)
+
+
+def test_argument_that_has_a_tensor_as_its_default_counts_where_a_gradient_is_wanted_for_it():
+    def forward(x, weight=DEFAULT):
+        return x * weight
+
+    refused(r"one gradient for each argument \(x, weight\)", forward, lambda g: g, noise(3), noise(3))
+
+
 # --- several arguments ---
 
 
