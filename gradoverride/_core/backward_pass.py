@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 from gradoverride._core.contract import Meta, conform, read_answer, read_params, what
 from gradoverride._core.function import Refused
 from gradoverride._core.kept_graph import KeptGraph, TracedGraph
-from gradoverride._core.private import fail, fast_apply, pull
+from gradoverride._core.private import fail, fast_apply, out_of_left_transforms, pull
 from gradoverride._core.standin import Collector, stand_in
 from gradoverride._core.structure import alike, flatten, in_order_of, unflatten
 from gradoverride._core.vjp import Vjp
@@ -45,6 +45,9 @@ class Backward:
         self.saved: Sequence[Tensor] = ctx.saved_tensors if call.saved or call.graph is not None else ()
         self.eager = call.mode == "eager"
         self.traced = call.mode == "traced"
+        if call.mode == "transformed":
+            # In the backward of a forward that was replayed, its transform has been left.
+            self.saved = [out_of_left_transforms(tensor) for tensor in self.saved]
         self.own: dict[str, Tensor | None] = {}  # parameters left to autograd whose gradients are known already
 
     def run(self, grad_outputs: Sequence[Tensor | None]) -> Gradients:

@@ -52,6 +52,7 @@ __all__ = [
     "keep_own_frames_whole",
     "keeps_graph",
     "note_while_tracing",
+    "out_of_left_transforms",
     "Pass",
     "pass_id",
     "passes_now",
@@ -437,6 +438,22 @@ IN_TRACER = "_go_fx_tracer._is_fx_tracing_flag or _go_jit_tracer._trace_module_m
 def may_be_symbolic() -> bool:
     """Whether a tracer of torch.fx may be at work. Without its flag arguments are looked through each time."""
     return bool(fx_tracer._is_fx_tracing_flag)
+
+
+def out_of_left_transforms(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` without the wrappers of transforms that have been left.
+
+    torch takes them off for its own operations, and not for transforms: it crashes in one that is entered with such a
+    tensor. So any operation would do instead.
+    """
+    if _without_left is None:
+        return tensor.view_as(tensor)
+    while (inner := _without_left(tensor)) is not tensor:
+        tensor = inner
+    return tensor
+
+
+_without_left = getattr(getattr(torch._C, "_functorch", None), "unwrap_if_dead", None)
 
 
 # Without it all forward mode in `torch.func` is taken for nested, and refused.

@@ -40,6 +40,10 @@ FORMS = {
     "class": NotCubeByClass(),
     "surrogate": go.straight_through(torch.floor, surrogate=cube),
 }
+FORMS["vjp over vjp"] = go.custom_backward(lambda grad_output, vjp: -vjp(grad_output))(lambda x: -FORMS["vjp"](x))
+FORMS["vjp over surrogate"] = go.custom_backward(lambda grad_output, vjp: -vjp(grad_output))(
+    lambda x: -FORMS["surrogate"](x)
+)
 
 
 @pytest.fixture(params=FORMS)
