@@ -215,7 +215,7 @@ class ShortPath:
         if len(tensors) == 1:
             aliases, written = [f"{_alias(tensors[0])} = {tensors[0]}.data"], [f"{_alias(tensors[0])}._version"]
         unusual = self.function.unusual(list(map(_alias, tensors)), "_go_result")
-        unusual += ["_go_result.requires_grad", *written]
+        unusual += ["_go_result.requires_grad", "_go_result.is_inference()", *written]
         found = f"({', '.join(arguments)},), [{', '.join(map(_alias, tensors))}], _go_result"
         return [
             # Each has a version counter of its own, which shows writes in place.
@@ -236,7 +236,7 @@ class ShortPath:
         unusual = self.function.unusual(list(map(_alias, tensors)), "_go_result")
         unusual += [f"{_alias(name)}._version" for name in tensors]
         if self.reach is None:
-            unusual.append("_go_graph.stray(_go_result)")
+            unusual += ["_go_result.is_inference()", "_go_graph.stray(_go_result)"]
         boxed = ["_go_result.detach()", "_go_graph", "_go_graph.end((_go_result,))", *self._others(arguments)]
         return [
             f"    _go_graph = _go_kept_graph(({', '.join(tensors)},))",

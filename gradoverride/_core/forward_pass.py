@@ -162,6 +162,8 @@ class ForwardPass:
         call.result = flatten(result, is_differentiable, outs)
         if not outs:
             return self._without_gradient(result)
+        if self.mode == EAGER:
+            outs = [_trackable(out) for out in outs]
         if self.plan.straight_through and self.plan.rule.asks == {}:
             call.check_straight_through(leaves[0].shape, outs[0].shape)
         if self.plan.on_first_call is not None and self.mode == EAGER:
@@ -447,6 +449,8 @@ class ForwardPass:
     def _ask(self, saver: _Saver, name: str, value: Any, handed_over: bool = False) -> None:
         tensors: list[Tensor] = []
         spec = flatten(value, is_tensor, tensors)
+        if handed_over and self.mode != TRACED:
+            tensors = [_trackable(tensor) for tensor in tensors]
         places = [saver.place(tensor, handed_over) for tensor in tensors]
         self.call.asked.append(Asked(name, spec, [saver.slot(place) for place in places]))
 
@@ -551,6 +555,11 @@ def _place_in(tensors: Sequence[Tensor], count: int, wanted: Tensor) -> int | No
         if tensors[index] is wanted:
             return index
     return None
+
+
+def _trackable(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy if it was made in inference mode: to such a one torch gives no node, without a word."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _requires_grad_anywhere(tensor: Tensor) -> bool:

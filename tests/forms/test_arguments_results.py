@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import closely, exactly, float64, noise
+from torch import nn
 
 import gradoverride as go
 
@@ -693,6 +694,50 @@ def test_result_that_is_a_view_of_the_input_has_the_gradient_of_the_rule(view):
     viewed(x).sum().backward()
     view(twin).sum().backward()
     exactly(x.grad, 7 * twin.grad)
+
+
+def _in_inference_mode(x):
+    with torch.inference_mode():
+        return torch.floor(x)
+
+
+class _FloorInInferenceMode(nn.Module):
+    @go.custom_backward(lambda grad_output: 5 * grad_output)
+    def forward(self, x):
+        return _in_inference_mode(x)
+
+
+with torch.inference_mode():
+    TABLE = torch.arange(8, dtype=torch.float64).view(2, 4)
+
+MADE_IN_INFERENCE_MODE = {
+    "function": (go.custom_backward(lambda grad_output: 5 * grad_output)(_in_inference_mode), 5),
+    "output": (
+        go.custom_backward(lambda grad_output, output: 2 * grad_output * output)(lambda x: TABLE[1]),
+        TABLE[1] * 2,
+    ),
+    "vjp": (go.custom_backward(lambda grad_output, vjp: vjp(grad_output) + 5)(_in_inference_mode), 5),
+    "straight through": (go.straight_through(_in_inference_mode), 1),
+    "module": (_FloorInInferenceMode(), 5),
+    "decorated": (go.custom_backward(lambda grad_output: 5 * grad_output)(torch.inference_mode()(torch.floor)), 5),
+}
+
+
+@pytest.mark.parametrize("kind", MADE_IN_INFERENCE_MODE)
+def test_result_made_in_inference_mode_has_the_gradient_of_the_rule(kind):
+    form, slope = MADE_IN_INFERENCE_MODE[kind]
+    x = noise(4)
+    y = form(x)
+    exactly(y.detach(), TABLE[1].clone() if kind == "output" else torch.floor(x.detach()))
+    (y.sum() + x.sum()).backward()
+    exactly(x.grad, torch.ones(4, dtype=torch.float64) * slope + 1)
+
+
+def test_captured_inference_tensor_is_not_changed_by_being_a_result():
+    result = MADE_IN_INFERENCE_MODE["output"][0](noise(4))
+    assert result.requires_grad
+    assert TABLE.is_inference()
+    assert not TABLE.requires_grad
 
 
 def test_result_that_was_an_input_may_be_written_afterwards():

@@ -43,6 +43,15 @@ def test_value_and_gradient():
     closely(grad(y.sin().sum(), x), (x**3).cos() * 3 * x**2)
 
 
+def test_result_computed_in_inference_mode():
+    x = noise(4)
+    with torch.inference_mode():
+        result = x**3
+    y = go.connect(result, x, cube_rule)
+    exactly(y.detach(), x.detach() ** 3)
+    closely(grad(y.sum() + x.sum(), x), 3 * x.detach() ** 2 + 1)
+
+
 def test_gradcheck_and_gradgradcheck():
     x = noise(4)
     assert torch.autograd.gradcheck(cube, x)

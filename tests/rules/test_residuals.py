@@ -81,6 +81,20 @@ def test_without_gradients_the_result_comes_back(mode):
     exactly(y.clone(), x.detach().clamp(min=0) + 0.0)
 
 
+def test_what_was_made_in_inference_mode_may_be_handed_over():
+    @go.custom_backward(lambda grad_output, mask, scale, same: grad_output * mask * scale + same)
+    def masked_in_inference_mode(x):
+        with torch.inference_mode():
+            mask, scale, result = x > 0, 3 * x, x + 1
+        return go.save_for_backward(result, mask=mask, scale=scale, same=result)
+
+    x = noise(5)
+    y = masked_in_inference_mode(x)
+    (y.sum() + x.sum()).backward()
+    value = x.detach()
+    closely(x.grad, 3 * value.clamp(min=0) + value + 2)
+
+
 def test_input_that_wants_no_gradient_gives_the_result():
     x = noise(5, grad=False)
     exactly(relu(x), x.clamp(min=0) + 0.0)
