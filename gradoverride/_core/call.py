@@ -26,7 +26,7 @@ from gradoverride._core.private import fail, in_forward_ad
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten
 from gradoverride.errors import ForwardResultError, RuleResultError, UnsupportedError
 
-__all__ = ["EAGER", "TRACED", "TRANSFORMED", "Asked", "Call", "Param", "is_differentiable", "is_tensor"]
+__all__ = ["EAGER", "TRACED", "TRANSFORMED", "Asked", "Call", "Param", "is_differentiable", "is_tensor", "is_tracked"]
 
 EAGER, TRACED, TRANSFORMED = "eager", "traced", "transformed"
 
@@ -39,7 +39,7 @@ def is_differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _is_tracked(tensor: Tensor) -> bool:
+def is_tracked(tensor: Tensor) -> bool:
     """Whether a transform tracks this tensor. `requires_grad` does not tell: it is False in forward mode."""
     if in_forward_ad() and forward_ad.unpack_dual(tensor).tangent is not None:
         return True
@@ -221,7 +221,7 @@ class Call:
                 self._check_present(module, name, tensor)
             if tensor in found:
                 found[tensor].names.append(name)
-            elif tensor.requires_grad or (self.mode == TRANSFORMED and _is_tracked(tensor)):
+            elif tensor.requires_grad or (self.mode == TRANSFORMED and is_tracked(tensor)):
                 found[tensor] = Param(name, tensor, Meta(tensor))
             else:
                 self.frozen[name] = tensor

@@ -234,7 +234,9 @@ class ShortPath:
         tensors = [arguments[place] for place in self.places]
         aliases = ", ".join(map(_alias, tensors))
         unusual = self.function.unusual(list(map(_alias, tensors)), "_go_result")
-        unusual += [f"{_alias(name)}._version" for name in tensors]
+        unusual += [f"{_wants(name)} and {_alias(name)}._version" for name in tensors]
+        if len(tensors) == 1:
+            unusual[-1] = f"{_alias(tensors[0])}._version"
         if self.reach is None:
             unusual += ["_go_result.is_inference()", "_go_graph.stray(_go_result)"]
         boxed = ["_go_result.detach()", "_go_graph", "_go_graph.end((_go_result,))", *self._others(arguments)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import debug_unwrap
 
 from gradoverride._core import captured
-from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Asked, Call, is_differentiable, is_tensor
+from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Asked, Call, is_differentiable, is_tensor, is_tracked
 from gradoverride._core.contract import Meta, what
 from gradoverride._core.function import TOKEN, fresh
 from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph, distinct, outer_of
@@ -146,7 +146,8 @@ class ForwardPass:
             call.graph = TracedGraph(sources)
             aliases = call.graph.start(plan.forward_may_write)
         else:
-            call.graph = replay = Replay()
+            constants = [index for index, leaf in enumerate(self.leaves) if not _may_want_gradient(leaf)]
+            call.graph = replay = Replay(constants)
             aliases = [self._alias(tensor) for tensor in sources]
         if replay is not None and self.module is not None:
             self.buffers_before = {name: value.clone() for name, value in self.module.named_buffers()}
@@ -475,9 +476,14 @@ class ForwardPass:
         alias_of = list(call.alias_of)
 
         def forward(tensors: Sequence[Tensor]) -> list[Tensor]:
-            given, rest = iter(tensors[:n_leaves]), iter(tensors[n_leaves + n_params :])
-            copied = [tensor.clone() if plan.forward_may_write else tensor for tensor in given]
-            leaves = iter(copied)
+            rest = iter(tensors[n_leaves + n_params :])
+            # Constants may be written into where no code shows it: running statistics are.
+            leaves = iter(
+                [
+                    tensor.clone() if plan.forward_may_write or index in call.graph.constants else tensor
+                    for index, tensor in enumerate(tensors[:n_leaves])
+                ]
+            )
             arguments = []
             for spec, kinds in specs:
                 parts = [next(leaves) if differentiable else next(rest) for differentiable in kinds]
@@ -560,6 +566,11 @@ def _place_in(tensors: Sequence[Tensor], count: int, wanted: Tensor) -> int | No
 def _trackable(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy if it was made in inference mode: to such a one torch gives no node, without a word."""
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _may_want_gradient(tensor: Tensor) -> bool:
+    """Whether a transform may want a gradient for it, forward mode too, where `requires_grad` does not tell."""
+    return _requires_grad_anywhere(tensor) or (in_forward_ad() and is_tracked(tensor))
 
 
 def _requires_grad_anywhere(tensor: Tensor) -> bool:

@@ -8,6 +8,8 @@ gradients. What must hold, and how:
   on saved tensors would give back another tensor, its history holds them (`Tail`).
 - The derivative of a derivative is that of the rule as written: with `create_graph` the results of `pull` are tied
   to the outer tensors (`Lifted`), to any order.
+- An argument that requires no grad is a constant to the graph, as it is to torch, which has no derivative for some
+  of them (running statistics, the weights of classes): `vjp` gives zeros for it.
 - Under Dynamo the same graph is traced, with the aliases and the results as saved tensors.
 - Under torch.func a graph does not outlive its transform: there, and only there, the forward runs again in the
   backward, with the same random numbers and on copies of the buffers.
@@ -41,20 +43,26 @@ _EMPTY = torch.empty(0)
 class KeptGraph:
     """The inner graph of one eager call."""
 
-    __slots__ = ("aliases", "edges", "ends", "metas", "natural", "node", "outer")
+    __slots__ = ("aliases", "constants", "edges", "ends", "metas", "natural", "node", "outer")
 
     def __init__(self, tensors: Sequence[Tensor], natural: Sequence[Tensor] = ()) -> None:
         """`natural`: parameters that the forward meets themselves, no aliases of them."""
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
         # .data has a version counter of its own: a forward that writes in place spares the outer graph.
-        self.aliases = list(_cut(TOKEN, *[tensor.data for tensor in tensors]))
-        # Without tensors (an embedding of integers) there is only what the forward met itself.
-        node: Any = self.aliases[0].grad_fn if tensors else None
+        cut = list(_cut(TOKEN, *[tensor.data for tensor in wanted])) if wanted else []
+        # Without one (an embedding of integers) there is only what the forward met itself.
+        node: Any = cut[0].grad_fn if cut else None
         self.node = node
         # For those that are not leaves now: keeping them would keep their memory.
         self.natural = [
             (None, tensor) if tensor.is_leaf else (_edge_of(tensor), _carry(tensor)[0]) for tensor in natural
         ]
-        self.edges: list[Any] = [GradientEdge(node, index) for index in range(len(tensors))]
+        self.constants: Sequence[int] = [i for i, tensor in enumerate(tensors) if not tensor.requires_grad]
+        self.edges: list[Any] = [GradientEdge(node, index) for index in range(len(cut))]
+        self.aliases = cut
+        for index in self.constants:
+            cut.insert(index, tensors[index])
+            self.edges.insert(index, None)
         self.metas = [Meta(tensor) for tensor in tensors]
         inner = [tensor for tensor in tensors if tensor.requires_grad and not tensor.is_leaf]
         carriers = iter(_carry(*inner) if inner else ())
@@ -76,7 +84,7 @@ class KeptGraph:
         graph = cls.__new__(cls)
         graph.aliases = graph.edges = graph.metas = aliases  # type: ignore[assignment]  # a tensor has what a Meta has
         graph.outer = tensors  # type: ignore[assignment]  # never written to
-        graph.node, graph.natural = None, []
+        graph.node, graph.natural, graph.constants = None, [], ()
         return graph
 
     def start(self) -> list[Tensor]:
@@ -121,14 +129,19 @@ class KeptGraph:
         After them those of `parameters` that the forward met itself, None for one that it did not use. The `last` to
         ask in this backward frees what it has passed, as the backward itself does.
         """
-        edges = [*self._edges(which), *parameters] if parameters else self._edges(which)
+        asked = [index for index in which if index not in self.constants] if self.constants else which
+        edges = [*self._edges(asked), *parameters] if parameters else self._edges(asked)
         given = [grads[end] for end in self.ends]
         again = torch.is_grad_enabled()
         cut = _cut_off(given) if again else given
         keep = again or not last or keeps_graph()
         found = _pull(self._ends_of(token), cut, edges, keep)
+        if self.constants:
+            for place, index in enumerate(which):
+                if index in self.constants:
+                    found.insert(place, None)
         for place, index in enumerate(which):
-            if found[place] is None:  # not reached: the derivative is zero
+            if found[place] is None:  # not reached, or a constant: the derivative is zero
                 like = self.metas[index]
                 found[place] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
         if not again:
@@ -216,15 +229,19 @@ def _edge_of(tensor: Tensor) -> GradientEdge:
 class TracedGraph:
     """The inner graph of one call that Dynamo traces. Its aliases and results are inputs of the outer Function."""
 
-    __slots__ = ("aliases",)
+    __slots__ = ("aliases", "wanted")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        given = [distinct(tensor, tensors[:index]) for index, tensor in enumerate(tensors)]
-        self.aliases = list(TracedCut.apply(TOKEN, *given)) if given else []  # type: ignore[no-untyped-call]  # torch's
+        self.wanted = [tensor.requires_grad for tensor in tensors]
+        given = [distinct(tensor, tensors[:i]) for i, tensor in enumerate(tensors) if self.wanted[i]]
+        cut = iter(TracedCut.apply(TOKEN, *given) if given else ())  # type: ignore[no-untyped-call]  # torch's
+        self.aliases = [next(cut) if wanted else tensor for tensor, wanted in zip(tensors, self.wanted, strict=True)]
 
     def start(self, forward_may_write: bool) -> list[Tensor]:
         """What the forward is to run on: copies where it may write, for the graph starts at what was there before."""
-        return [alias.clone() for alias in self.aliases] if forward_may_write else self.aliases
+        if not forward_may_write:
+            return self.aliases
+        return [alias.clone() if wanted else alias for alias, wanted in zip(self.aliases, self.wanted, strict=True)]
 
     def pull(
         self,
@@ -235,9 +252,11 @@ class TracedGraph:
     ) -> list[Tensor]:
         """The gradients of the aliases `which`, for the gradients `grads` of the results."""
         pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if result.requires_grad]
-        if not pairs or not which:
+        asked = [aliases[index] for index in which if self.wanted[index]]
+        if not pairs or not asked:
             return [torch.zeros_like(aliases[index]) for index in which]
-        return list(trace_gradients([r for r, _ in pairs], [aliases[index] for index in which], [g for _, g in pairs]))
+        found = iter(trace_gradients([result for result, _ in pairs], asked, [grad for _, grad in pairs]))
+        return [next(found) if self.wanted[index] else torch.zeros_like(aliases[index]) for index in which]
 
 
 def distinct(tensor: Tensor, before: Sequence[Tensor]) -> Tensor:
@@ -248,9 +267,11 @@ def distinct(tensor: Tensor, before: Sequence[Tensor]) -> Tensor:
 class Replay:
     """Under torch.func: the forward, to be run again on the tensors that the backward is given."""
 
-    __slots__ = ("drew", "forward", "random")
+    __slots__ = ("constants", "drew", "forward", "random")
 
-    def __init__(self) -> None:
+    def __init__(self, constants: Sequence[int]) -> None:
+        """`constants`: the places of tensors without a gradient."""
+        self.constants = constants
         self.random = RandomState()
         self.drew = False
         self.forward: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
@@ -266,13 +287,15 @@ class Replay:
         if forward is None:
             raise AssertionError("a replay is asked for before the forward has run")
 
+        asked = [index for index in which if index not in self.constants]
+
         def part(*chosen: Tensor) -> tuple[Tensor, ...]:
             given = list(tensors)
-            for index, tensor in zip(which, chosen, strict=True):
+            for index, tensor in zip(asked, chosen, strict=True):
                 given[index] = tensor
             return tuple(forward(given))
 
-        chosen = [tensors[index] for index in which]
+        chosen = [tensors[index] for index in asked]
         try:
             if self.drew:
                 with self.random.replayed():
@@ -286,4 +309,5 @@ class Replay:
                 UnsupportedError,
                 f"{who} draws random numbers, and this transform allows no replay of them: {error}",
             )
-        return list(pullback(tuple(grads)))
+        found = iter(pullback(tuple(grads)))
+        return [torch.zeros_like(tensors[i]) if i in self.constants else next(found) for i in which]

@@ -319,6 +319,24 @@ def test_dropout_below_a_compiled_vjp_has_the_mask_of_the_forward():
     exactly(x.grad, 7 * y.detach())
 
 
+def test_compiled_vjp_leaves_constant_arguments_as_torch_does():
+    def forward(x, mean, variance):
+        return nn.functional.batch_norm(x, mean, variance, training=True)
+
+    weights, start = noise(4, 3, grad=False), noise(4, 3, grad=False)
+
+    def run(forward):
+        x, constants = start.clone().requires_grad_(), (torch.zeros_like(start[0]), torch.ones_like(start[0]))
+        (forward(x, *constants) * weights).sum().backward()
+        return x.grad, constants
+
+    ruled = go.custom_backward(lambda grad_output, vjp: tuple(7 * grad for grad in vjp(grad_output)))(forward)
+    grad_x, constants = run(torch.compile(ruled, backend="aot_eager", fullgraph=True))
+    plain, plain_constants = run(forward)
+    closely(grad_x, 7 * plain)
+    closely(constants, plain_constants)
+
+
 def test_batch_norm_below_a_compiled_vjp_counts_once():
     class Ruled(nn.BatchNorm1d):
         @go.custom_backward(lambda grad_output, vjp: 7 * vjp(grad_output))
