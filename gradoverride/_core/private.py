@@ -29,6 +29,7 @@ __all__ = [
     "any_autocast",
     "can_call_directly",
     "call_directly",
+    "defaults_while_tracing",
     "dual_levels",
     "evaluated_while_tracing",
     "fail",
@@ -551,6 +552,36 @@ def take_noted() -> list[torch.Tensor]:
 @evaluated_while_tracing
 def _noted_versions() -> tuple[int, ...]:
     return tuple([tensor._version for tensor in take_noted()])
+
+
+def defaults_while_tracing(function: Any) -> tuple[Any, ...]:
+    """How many defaults a function has that Dynamo traces, and the names of those that are given by keyword.
+
+    Dynamo of torch 2.13 crashes on `__defaults__` of one that is made within. Where its own door is shut, all
+    parameters are taken to have one: a missing argument is then found by the call.
+    """
+    keep_own_frames_whole()
+    _comptime(lambda context: _noted.append(_defaults_of(context.get_local("function"))))
+    return _noted_defaults(function.__code__)
+
+
+@evaluated_while_tracing
+def _noted_defaults(code: CodeType) -> tuple[Any, ...]:
+    found: Any = take_noted()[-1]
+    return found or (code.co_argcount - 1, *code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount])
+
+
+def _defaults_of(variable: Any) -> tuple[Any, ...] | None:
+    door = getattr(variable, "_i_will_not_complain_if_bc_breaks_VariableTracker", None)
+    if door is None:
+        return None
+    known = door().realize()
+    if hasattr(known, "fn"):
+        return len(known.fn.__defaults__ or ()), *(known.fn.__kwdefaults__ or ())
+    if not (hasattr(known, "defaults") and hasattr(known, "kwdefaults")):
+        return None
+    by_keyword = known.kwdefaults.keys_as_python_constant() if known.kwdefaults else ()
+    return len(known.defaults.items) if known.defaults else 0, *by_keyword
 
 
 _overridden: list[bool] = []  # what the switch was before, while it is set

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradoverride._core.plan import Plan, is_known_method
+from gradoverride._core.private import defaults_while_tracing
 from gradoverride._core.scan import is_arithmetic, is_scaling, writes_nothing
 from gradoverride._core.signature import Forward, Rule, resolve
 
@@ -142,27 +143,34 @@ def _given_with_the_call(*args: Any, **kwargs: Any) -> None:
 # --- while Dynamo traces, where a lambda that is made within is no object yet
 
 
-def unbound(rule: Any) -> tuple[Any, tuple[str, ...]]:
-    """What stands for a rule as an argument of a function that is evaluated while tracing: it holds no tensors."""
+def unbound(rule: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What stands for a rule as an argument of a function that is evaluated while tracing: it holds no tensors.
+
+    Besides, the names that are bound in it; and last, where only its code is left, `defaults_while_tracing`.
+    """
     bound: list[str] = []
     while isinstance(rule, functools.partial) and not rule.args:
         bound += rule.keywords
         rule = rule.func
     if isinstance(rule, FunctionType):
-        return (rule.__code__ if rule.__code__.co_freevars else rule), tuple(bound)
+        if rule.__code__.co_freevars:
+            return rule.__code__, (*bound, defaults_while_tracing(rule))
+        return rule, tuple(bound)
     # An object would be guarded by its identity, and each one compiled anew.
     return ((type(rule),) if _is_known_by_class(rule) else rule), tuple(bound)
 
 
-def keep_plan(readings: Readings, rule: Any, bound: tuple[str, ...]) -> str:
+def keep_plan(readings: Readings, rule: Any, bound: tuple[Any, ...]) -> str:
     """Keep the plan for an `unbound` rule, under a name that this returns: `kept_plan`.
 
-    Where only the code is there, it has lost its defaults; where only the class, its attributes.
+    Where only the code is there, it has lost what its defaults are; where only the class, its attributes.
     """
     if isinstance(rule, tuple):
         rule = object.__new__(rule[0])  # an object of this class, with nothing in it
     if isinstance(rule, CodeType):
-        rule = FunctionType(rule, {}, closure=tuple([CellType() for _ in rule.co_freevars]))
+        (count, *names), bound = bound[-1], bound[:-1]
+        rule = FunctionType(rule, {}, None, (None,) * count, tuple([CellType() for _ in rule.co_freevars]))
+        rule.__kwdefaults__ = dict.fromkeys(names)
     if bound:
         rule = functools.partial(rule, **dict.fromkeys(bound))
     plan = readings.of(rule).plan_for(rule)

@@ -224,6 +224,16 @@ def test_vmap_and_grad():
     closely(torch.func.vmap(torch.func.grad(fn))(x), 3 * x**2)
 
 
+def test_compiled_rule_with_a_closure_and_an_option_of_its_own():
+    def fn(x):
+        factor = 4.0
+        return go.connect(x.detach(), x, lambda g, scale=2.0: g * scale * factor)
+
+    x = noise(4)
+    torch._dynamo.reset()
+    exactly(grad(torch.compile(fn, backend="aot_eager", fullgraph=True)(x).sum(), x), torch.full_like(x, 8.0).detach())
+
+
 def test_graph_of_numpy_in_a_network():
     """A sort by NumPy between two layers, whose gradient is the permutation turned round."""
     x = noise(5, 4)

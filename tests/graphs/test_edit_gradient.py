@@ -404,7 +404,15 @@ def partial_with_a_tensor(x):
     return go.edit_gradient(x * 1, functools.partial(torch.mul, other=factor))
 
 
-COMPILED |= {f.__name__: f for f in (closure_number, closure_tensor, closure_structure, partial_with_a_tensor)}
+def closure_with_options(x):
+    factor = x.detach()
+    return go.edit_gradient(x * 1, lambda g, x, scale=2.0, *, more=3.0: g * x * factor * scale * more)
+
+
+COMPILED |= {
+    f.__name__: f
+    for f in (closure_number, closure_tensor, closure_structure, closure_with_options, partial_with_a_tensor)
+}
 
 
 @pytest.mark.parametrize("fn", COMPILED.values(), ids=COMPILED)
@@ -414,6 +422,16 @@ def test_compiled_in_one_graph_as_eager(fn):
     torch._dynamo.reset()
     compiled = torch.compile(fn, backend="aot_eager", fullgraph=True)
     closely(grad(compiled(x).sin().sum(), x), expected)
+
+
+def test_compiled_rule_with_a_closure_is_refused_for_an_unknown_name():
+    def forward(x):
+        factor = 3.0
+        return go.edit_gradient(x, lambda g, weight: g * weight * factor)
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"asks for 'weight', which does not exist. 'edit_gradient' offers 'x'"):
+        torch.compile(forward, backend="aot_eager", fullgraph=True)(noise(4))
 
 
 def test_compiled_refuses_a_wrong_shape_by_the_text():
