@@ -27,6 +27,7 @@ __all__ = [
     "OWNERS_IF_RETURNED",
     "after_backward",
     "any_autocast",
+    "as_dynamo_hands_on",
     "can_call_directly",
     "call_directly",
     "defaults_while_tracing",
@@ -470,12 +471,29 @@ def forward_mode_depth() -> int:
 
 @evaluated_while_tracing
 def _raise_while_tracing(kind: type[Exception], text: str) -> None:
-    raise kind(text)
+    raise as_dynamo_hands_on(kind(text))
+
+
+def as_dynamo_hands_on(error: Exception) -> Exception:
+    """`error`, of a kind that Dynamo hands on: it makes its InternalTorchDynamoError of others, with their text."""
+    handed_on: Any = getattr(sys.modules.get("torch._dynamo.exc"), "ShortenTraceback", None)
+    kind: Any = type(error)
+    if handed_on is None or isinstance(error, handed_on):
+        return error
+    try:
+        return _of_both(handed_on, kind)(*error.args, first_useful_frame=None)
+    except TypeError:  # it is made in another way by now
+        return error
+
+
+@functools.cache
+def _of_both(handed_on: Any, kind: Any) -> Any:
+    return type(kind.__name__, (handed_on, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def fail(kind: type[Exception], text: str) -> NoReturn:
-    """Raise `kind(text)`. Under Dynamo a plain raise loses its text ("Observed exception"); a call that it
-    evaluates while tracing keeps it.
+    """Raise `kind(text)`. Under Dynamo a plain raise loses its kind and its text ("Observed exception"); a call that
+    it evaluates while tracing keeps both.
     """
     if torch.compiler.is_dynamo_compiling():
         _raise_while_tracing(kind, text)

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradoverride._core.plan import Plan, is_known_method
-from gradoverride._core.private import defaults_while_tracing
+from gradoverride._core.private import as_dynamo_hands_on, defaults_while_tracing
 from gradoverride._core.scan import is_arithmetic, is_scaling, writes_nothing
 from gradoverride._core.signature import Forward, Rule, resolve
+from gradoverride.errors import RuleSignatureError
 
 __all__ = ["Reading", "Readings", "holds_numbers", "keep_plan", "kept_plan", "unbound"]
 
@@ -173,7 +174,10 @@ def keep_plan(readings: Readings, rule: Any, bound: tuple[Any, ...]) -> str:
         rule.__kwdefaults__ = dict.fromkeys(names)
     if bound:
         rule = functools.partial(rule, **dict.fromkeys(bound))
-    plan = readings.of(rule).plan_for(rule)
+    try:
+        plan = readings.of(rule).plan_for(rule)
+    except RuleSignatureError as error:
+        raise as_dynamo_hands_on(error) from None
     name = f"plan_{id(plan)}"
     setattr(_Plans, name, plan)
     return name

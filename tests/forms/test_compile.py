@@ -1074,3 +1074,45 @@ def test_compiled_rule_runs_under_the_autocast_that_was_entered_within(around, o
     assert not torch.equal(by_hand, rounded)
     for found in seen:
         torch.testing.assert_close(found, rounded if inner else by_hand, rtol=1e-6, atol=1e-6)
+
+
+# Errors
+
+
+CAPTURED = torch.ones(3, dtype=torch.float64, requires_grad=True)
+
+
+class LeavesItsWeightOut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    @go.custom_backward(lambda grad_output, x, weight: {"x": grad_output})
+    def forward(self, x):
+        return x * self.weight
+
+
+def asks_for_what_is_not_there(x):
+    factor = 3.0
+    return go.edit_gradient(x * 1, lambda g, weight: g * factor)
+
+
+REFUSED = {
+    "shape": (go.RuleResultError, go.custom_backward(lambda grad_output: grad_output[:1])(lambda x: x * 2)),
+    "result": (go.ForwardResultError, go.custom_backward(seven_times)(lambda x: None)),
+    "captured": (go.CapturedTensorError, go.custom_backward(seven_times)(lambda x: x * CAPTURED)),
+    "name": (go.RuleSignatureError, asks_for_what_is_not_there),
+    "graph": (go.GraphError, lambda x: go.connect(x * 2, x)),
+    "parameter": (go.RuleResultError, LeavesItsWeightOut()),
+    "transform": (go.UnsupportedError, grad(lambda x: FUNCTIONS["function"](x).sum())),
+}
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_errors_of_compiled_calls_are_of_the_kind_that_eager_ones_are(kind, fullgraph, x):
+    error, function = REFUSED[kind]
+    with pytest.raises(error) as caught:
+        torch.compile(function, backend="aot_eager", fullgraph=fullgraph)(x)
+    assert type(caught.value).__name__ == error.__name__
+    assert isinstance(caught.value, go.GradOverrideError)
