@@ -39,3 +39,21 @@ def test_every_public_name_is_there():
 def test_a_name_that_is_not_there_is_an_error_as_of_any_module():
     with pytest.raises(AttributeError, match="module 'gradoverride' has no attribute 'rulez'"):
         _ = go.rulez
+
+
+@pytest.mark.parametrize("mode", ["inference_mode", "no_grad"])
+def test_import_within_a_mode_leaves_rules_as_they_are(mode):
+    script = f"""
+import torch
+with torch.{mode}():
+    import gradoverride as go
+    from gradoverride import estimators, presets, rules, safe, surrogates
+x = torch.ones(2, requires_grad=True)
+go.custom_backward(lambda g, vjp: 2 * vjp(g))(lambda x: x * x)(x).sum().backward()
+layer = torch.nn.Tanh()
+with go.override(layer, {{layer: lambda grad_output, output: 3 * grad_output}}):
+    layer(x).sum().backward()
+grads = torch.func.grad(lambda x: go.custom_backward(lambda g, vjp: 2 * vjp(g))(lambda x: x * x)(x).sum())(x.detach())
+print(x.grad.tolist(), grads.tolist())
+"""
+    assert printed(script) == "[7.0, 7.0] [4.0, 4.0]"

@@ -22,11 +22,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gradoverride._core.private import call_directly, can_call_directly, fail
+from gradoverride._core.private import call_directly, can_call_directly, fail, made_at_import
 from gradoverride.errors import UnsupportedError
 
 __all__ = [
@@ -265,4 +264,4 @@ class ByLoop(Function):
 
 
 # Every Cut has an input that requires grad, so that its aliases do, whatever the caller's tensors want.
-TOKEN = torch.zeros((), requires_grad=True)
+TOKEN = made_at_import(requires_grad=True)

@@ -28,7 +28,15 @@ from gradoverride._core.ambient import RandomState
 from gradoverride._core.captured import foreign_leaf
 from gradoverride._core.contract import Meta
 from gradoverride._core.function import TOKEN, Carry, Cut, Lifted, Tail, TracedCut
-from gradoverride._core.private import fail, fast_apply, keeps_graph, pull, saves_plainly, trace_gradients
+from gradoverride._core.private import (
+    fail,
+    fast_apply,
+    keeps_graph,
+    made_at_import,
+    pull,
+    saves_plainly,
+    trace_gradients,
+)
 from gradoverride.errors import UnsupportedError
 
 __all__ = ["KeptGraph", "Replay", "TracedGraph", "distinct", "outer_of"]
@@ -37,7 +45,7 @@ _cut = fast_apply(Cut)
 _carry = fast_apply(Carry)
 _tail = fast_apply(Tail)
 _lift = fast_apply(Lifted)
-_EMPTY = torch.empty(0)
+_EMPTY = made_at_import(0)
 
 
 class KeptGraph:

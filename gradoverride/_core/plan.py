@@ -16,7 +16,13 @@ from torch import Tensor
 from gradoverride._core import scan
 from gradoverride._core.captured import captured_names
 from gradoverride._core.function import General, Transformed, named
-from gradoverride._core.private import call_directly, can_call_directly, evaluated_while_tracing, fast_apply
+from gradoverride._core.private import (
+    call_directly,
+    can_call_directly,
+    evaluated_while_tracing,
+    fast_apply,
+    made_at_import,
+)
 from gradoverride._core.reach import Reach, calls_unseen
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.signature import RESERVED, Forward, Rule, resolve, unknown_name
@@ -124,7 +130,7 @@ class Plan:
         A checkpoint that replays the forward without it, or under another rule, sees that what it gets is something
         else, and raises.
         """
-        return torch.empty(0, self.rule.number)
+        return made_at_import(0, self.rule.number)
 
     def _may_hand_over(self) -> bool:
         """Whether the forward hands over values, or may do so where nobody sees it and the rule asks for one."""

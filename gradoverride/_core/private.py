@@ -49,6 +49,7 @@ __all__ = [
     "is_jit_tracing",
     "jit_tracer",
     "let_dynamo_show",
+    "made_at_import",
     "may_be_symbolic",
     "dynamo_shows",
     "keep_own_frames_whole",
@@ -346,7 +347,15 @@ def take_off_stack(mode: Any) -> bool:
     return True
 
 
-_probe = torch.zeros((), requires_grad=True)
+def made_at_import(*shape: int, requires_grad: bool = False) -> torch.Tensor:
+    """A tensor of zeros for all calls to come: one made in inference mode, where this may be imported, would be refused
+    by each of them.
+    """
+    with torch.inference_mode(False):
+        return torch.zeros(shape, requires_grad=requires_grad)
+
+
+_probe = made_at_import(requires_grad=True)
 
 
 @evaluated_while_tracing
