@@ -216,10 +216,11 @@ class ForwardPass:
     def _may_hand_over(self) -> bool:
         """Whether what the forward hands over is to be collected."""
         plan, module = self.plan, self.module
-        if plan.hands_over or not plan.takes_receiver or self.mode != TRACED or module is None:
+        if plan.hands_over or not plan.takes_receiver or self.mode != TRACED:
             return plan.hands_over or plan.takes_receiver
         # Dynamo traces no such collecting inside of a checkpoint, so only where a name can come from nowhere else.
-        known = {name for param in self.call.params for name in param.names}.union(self.call.frozen, module._buffers)
+        buffers = module._buffers if module is not None else ()
+        known = {name for param in self.call.params for name in param.names}.union(self.call.frozen, buffers)
         return any([source == "deferred" and name not in known for name, source in plan.sources.items()])
 
     def _refuse_changed(self, arguments: Sequence[Any], aliases: Sequence[Tensor]) -> None:

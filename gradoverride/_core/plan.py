@@ -120,7 +120,10 @@ class Plan:
         self.transformed = named(Transformed, forward.name)
         self._subclasses: dict[Any, Plan] = {}
         self._layouts: dict[Any, Layout] = {}
-        self._own_signature = inspect.Signature(forward.parameters) if forward.as_given else None
+        if torch.compiler.is_dynamo_compiling():  # which traces no new entry inside of a checkpoint
+            kept: Layout = getattr(self, self._keep_layout(extra, keywords, given))
+            return kept
+        key = (extra, keywords, given)
         self._recorded: Callable[..., Any] | None = None
 
     @functools.cached_property
@@ -170,6 +173,9 @@ class Plan:
 
     def layout(self, extra: int, keywords: tuple[str, ...], given: tuple[int, tuple[str, ...]] | None = None) -> Layout:
         """The layout of a call with this many values for `*args` and these names."""
+        if torch.compiler.is_dynamo_compiling():  # which traces no new entry inside of a checkpoint
+            kept: Layout = getattr(self, self._keep_layout(extra, keywords, given))
+            return kept
         key = (extra, keywords, given)
         found = self._layouts.get(key)
         if found is None:
@@ -186,6 +192,15 @@ class Plan:
                         variadic = parameter.name
             found = self._layouts[key] = Layout(names, keywords, variadic, extra, given)
         return found
+
+    def _kept_layout(
+        self, extra: int, keywords: tuple[str, ...], given: tuple[int, tuple[str, ...]] | None = None
+    ) -> str:
+        """The attribute under which a layout is kept: Dynamo needs a place to know an object by."""
+        layout = self.layout(extra, keywords, given)
+        name = f"layout_{[*self._layouts].index((extra, keywords, given))}"
+        setattr(self, name, layout)
+        return name
 
     def invoke(self, layout: Layout, receiver: Any, values: Sequence[Any]) -> Any:
         """The undecorated forward on these values."""

@@ -407,6 +407,55 @@ def test_checkpointed_block_in_compiled_code(kind, x):
     closely(x.grad, torch.full_like(x, 7.0))
 
 
+class OfAClass:
+    @classmethod
+    @go.custom_backward(seven_times)
+    def halve(cls, x):
+        return x / 2
+
+
+def first_calls():
+    """Functions whose first call is the one that is compiled, with a slope of 7."""
+    return {
+        "*args": go.custom_backward(lambda grad_output, xs: tuple(3.5 * grad_output for _ in xs))(lambda *xs: sum(xs)),
+        "**kwargs": go.custom_backward(lambda grad_output: {"a": 3.5 * grad_output, "a_b": 3.5 * grad_output})(
+            lambda **xs: xs["a"] - xs["a_b"]
+        ),
+        "builtin": go.custom_backward(seven_times)(torch.neg),
+        "class method": OfAClass.halve,
+    }
+
+
+@pytest.mark.parametrize("kind", first_calls())
+def test_first_call_of_any_signature_may_be_in_a_compiled_checkpoint(kind, x):
+    form = first_calls()[kind]
+    call = {"*args": lambda x: form(x, x), "**kwargs": lambda x: form(a=x, a_b=x)}.get(kind, form)
+    compiled(lambda x: checkpoint(lambda x: call(x) * 1, x, use_reentrant=False))(x).sum().backward()
+    closely(x.grad, torch.full_like(x, 7.0))
+
+
+def test_layouts_of_one_compiled_function_are_told_apart(x):
+    form = go.custom_backward(lambda grad_output, xs: tuple((i + 1) * grad_output for i in range(len(xs))))(
+        lambda *xs, **more: sum(xs) + sum(more.values())
+    )
+    compiled(lambda x: form(x) + form(x * 1, x) + form(x, a=1, b=2) + form(x, a_b=3))(x).sum().backward()
+    closely(x.grad, torch.full_like(x, 1.0 + 3.0 + 1.0 + 1.0))
+
+
+def test_handing_over_in_a_compiled_checkpoint_is_refused_by_torch_or_right_outside_of_one_graph(x):
+    form = go.custom_backward(lambda grad_output, factor: factor * grad_output)(
+        lambda x: go.save_for_backward(x / 2, factor=x.detach() * 0 + 7)
+    )
+
+    def block(x):
+        return checkpoint(form, x, use_reentrant=False)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="side effect"):
+        compiled(block)(x)
+    torch.compile(block, backend="aot_eager")(x).sum().backward()
+    closely(x.grad, torch.full_like(x, 7.0))
+
+
 class Pair(typing.NamedTuple):
     left: torch.Tensor
     right: torch.Tensor
