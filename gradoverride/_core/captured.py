@@ -67,11 +67,12 @@ def refuse(who: str, names: str, leaf: Tensor | None = None) -> NoReturn:
         what = f"reached {names}, which requires grad, by a closure or a global"
     else:
         shape = f" of shape {tuple(leaf.shape)}" if leaf is not None else ""
-        what = f"reached a tensor{shape} that requires grad by a closure, a global or an attribute"
+        what = f"reached a tensor{shape} that requires grad by a closure, a global or an attribute, or made one itself"
     fail(
         CapturedTensorError,
         f"{who} must get each tensor that wants a gradient as an argument, or as a parameter of its module through "
-        f"'self'; it {what}, and that gradient would be lost. Pass it as an argument, or detach() it",
+        f"'self'; it {what}, and that gradient would be lost. Pass it as an argument, or detach() it"
+        f"{'' if names else '; of one that it made, detach() what it computes from it'}",
     )
 
 

@@ -196,3 +196,19 @@ def test_frozen_teacher_in_a_closure_is_no_error():
     x = float64(1.0)
     forward(x).backward()
     assert x.grad.item() == 7.0
+
+
+def test_tensor_that_the_forward_makes_is_refused_with_its_way_out():
+    def step(x, end=lambda slope: slope):
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad((z**3).sum(), z, create_graph=True)
+        return x - 0.1 * end(slope)
+
+    rule = go.custom_backward(lambda grad_output: grad_output * 5)
+    text = r"a tensor of shape \(1,\) that requires grad .* or made one itself.* detach\(\) what it computes from it$"
+    with pytest.raises(go.CapturedTensorError, match=text):
+        rule(step)(float64(2.0))
+    x = float64(2.0)
+    rule(lambda x: step(x, torch.detach))(x).backward()
+    assert x.grad.item() == 5.0
