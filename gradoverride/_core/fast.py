@@ -212,17 +212,27 @@ class ShortPath:
         tensors = [arguments[place] for place in self.places]
         aliases = [f"{_alias(name)} = {name}.data if {_wants(name)} else {name}" for name in tensors]
         written = [f"{_wants(name)} and {_alias(name)}._version" for name in tensors]
+        before = ""
         if len(tensors) == 1:
             aliases, written = [f"{_alias(tensors[0])} = {tensors[0]}.data"], [f"{_alias(tensors[0])}._version"]
+        elif self.plan.forward_may_write:  # into what needs no gradient too, and is no alias
+            aliases += [
+                f"{_version(name)} = 0 if {_wants(name)} else None if {name}.is_inference() else {name}._version"
+                for name in tensors
+            ]
+            written = [
+                f"{_version(name)} is not None and {_alias(name)}._version != {_version(name)}" for name in tensors
+            ]
+            before = f", [{', '.join(map(_version, tensors))}]"
         unusual = self.function.unusual(list(map(_alias, tensors)), "_go_result")
         unusual += ["_go_result.requires_grad", "_go_result.is_inference()", *written]
         found = f"({', '.join(arguments)},), [{', '.join(map(_alias, tensors))}], _go_result"
         return [
-            # Each has a version counter of its own, which shows writes in place.
+            # An alias has a version counter of its own, which shows writes in place.
             *(f"    {alias}" for alias in aliases),
             f"    _go_result = {self._call_on_aliases(arguments)}",
             f"    if {' or '.join(unusual)}:",
-            f"        return _go_finish(None, {found}, None, None)",
+            f"        return _go_finish(None, {found}, None, None{before})",
             # Somebody else may hold the result (a cached buffer), and would find it turned into an output.
             "    if _go_getrefcount(_go_result) != _go_SOLE or _go_use_count(_go_result) != 1:",
             "        _go_result = _go_result.detach()",
@@ -288,6 +298,10 @@ class ShortPath:
 
 def _alias(name: str) -> str:
     return f"_go_{name}_alias"
+
+
+def _version(name: str) -> str:
+    return f"_go_{name}_version"
 
 
 def _wants(name: str) -> str:

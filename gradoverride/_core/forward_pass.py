@@ -29,6 +29,7 @@ from gradoverride._core.private import (
     in_forward_ad,
     in_functorch,
     keep_own_frames_whole,
+    version_of,
     versions_while_tracing,
 )
 from gradoverride._core.residuals import close_frame, open_frame
@@ -127,8 +128,9 @@ class ForwardPass:
         # By leaf, its version before the forward: where that ran on the leaves themselves (`reach.py`), and then
         # where a gradient is wanted for it.
         self.versions: list[int | None] | None = None
-        # By alias, its version before a forward that may write, compiled or transformed.
-        self.before: tuple[int, ...] | None = None
+        # By alias, and then by other tensor that the rule asks for, its version before a forward that may write.
+        self.before: Sequence[int | None] | None = None
+        self.asked_besides: list[tuple[str, Tensor]] = []  # those others, which have no gradient, by argument
 
     def run(self) -> Any:
         """The forward on aliases, and its result tied to the rule."""
@@ -151,8 +153,10 @@ class ForwardPass:
             aliases = [self._alias(tensor) for tensor in sources]
         if replay is not None and self.module is not None:
             self.buffers_before = {name: value.clone() for name, value in self.module.named_buffers()}
-        if mode != EAGER and plan.forward_may_write:
-            self.before = self._versions_of(aliases)
+        if plan.forward_may_write:
+            self.asked_besides = self._asked_without_gradient() if plan.sources else []
+            if mode != EAGER or self.asked_besides or not all(call.wanted):
+                self.before = self._versions_of(aliases)
         result, residuals = self._forward(aliases)
         return self.finish(aliases, result, residuals)
 
@@ -183,10 +187,26 @@ class ForwardPass:
             return tensor
         return tensor.detach().clone() if self.plan.forward_may_write else tensor.detach()
 
-    def _versions_of(self, aliases: list[Tensor]) -> tuple[int, ...]:
+    def _versions_of(self, aliases: list[Tensor]) -> Sequence[int | None]:
+        tensors = [*aliases, *[tensor for _, tensor in self.asked_besides]]
         if self.mode == TRACED:
-            return versions_while_tracing(aliases)
-        return tuple([debug_unwrap(alias)._version for alias in aliases])
+            return versions_while_tracing(tensors)
+        return [version_of(debug_unwrap(tensor)) for tensor in tensors]
+
+    def _asked_without_gradient(self) -> list[tuple[str, Tensor]]:
+        """The tensors without a gradient among the arguments that the rule asks for."""
+        found = []
+        for index, name in enumerate(self.call.names):
+            if self.plan.sources.get(self._argument(name)) == "argument":
+                tensors: list[Tensor] = []
+                flatten(self.values[index], is_tensor, tensors)
+                found += [(name, tensor) for tensor in tensors if not is_differentiable(tensor)]
+        return found
+
+    def _argument(self, name: str) -> str:
+        """The name under which a rule asks for this value: those of `*args` and `**kwargs` have one for all."""
+        names, own = self.plan.forward.names, name.partition("[")[0]
+        return own if own in names or not names else names[-1]
 
     def _forward(self, aliases: list[Tensor]) -> tuple[Any, dict[str, Any]]:
         call, plan, module, receiver = self.call, self.plan, self.module, self.receiver
@@ -292,36 +312,39 @@ class ForwardPass:
         call, leaves = self.call, self.leaves
         call.alias_of = [_place_in(aliases, call.n_leaves, out) for out in outs]
         call.copies = []
-        if self.mode == EAGER:
-            if self.versions is None:
-                pairs = zip(aliases, leaves, strict=False)
-                written = [i for i, (alias, leaf) in enumerate(pairs) if alias is not leaf and alias._version]
-            else:
-                written = [i for i, v in enumerate(self.versions) if v is not None and aliases[i]._version != v]
-        elif self.before is not None:
-            after = self._versions_of(aliases)
-            pairs = zip(aliases, leaves, strict=False)
-            written = [i for i, (alias, leaf) in enumerate(pairs) if alias is not leaf and after[i] != self.before[i]]
-        else:
-            return
-        if not written:
+        before = self.versions if self.versions is not None and self.mode == EAGER else self.before
+        if before is None:
+            if self.mode != EAGER:
+                return
+            # Each alias has a version counter of its own.
+            before = [None if alias is leaf else 0 for alias, leaf in zip(aliases, leaves, strict=False)]
+        after = self._versions_of(aliases)
+        changed = [i for i, version in enumerate(before) if version is not None and after[i] != version]
+        if not changed:
             return
         returned = [leaves[index] for index in call.alias_of if index is not None]
+        written = [i for i in changed if i < call.n_leaves]
         # A write into a tensor that was passed twice shows in both.
         written = [i for i in written if i in call.alias_of or not any([leaves[i] is leaf for leaf in returned])]
         for index in written:
             name = call.name_of_leaf(index)
-            if index not in call.alias_of:
+            # What needs no gradient and was written into itself may be there to be written into.
+            if index not in call.alias_of and (aliases[index] is not leaves[index] or leaves[index].requires_grad):
                 fail(
                     ForwardResultError,
                     f"{self.plan.forward.who} writes into its argument '{name}' in place and must return it, so that "
                     f"the rule has a gradient for what it became; it returned something else. Return '{name}', or "
                     "work on a copy",
                 )
-            if self.plan.sources.get(name.partition("[")[0]) == "argument":
-                self._refuse_overwritten(name.partition("[")[0], name)
+            if self.plan.sources.get(self._argument(name)) == "argument":
+                self._refuse_overwritten(self._argument(name), name)
             if self.plan.sources.get("input") == "reserved" and index < call.ends[call.holders[0]]:
                 self._refuse_overwritten("input", name)
+        for index in changed:
+            if index >= len(aliases):
+                name = self.asked_besides[index - len(aliases)][0]
+                self._refuse_overwritten(self._argument(name), name)
+        written = [index for index in written if index in call.alias_of]
         if self.mode == EAGER:
             call.dirty = written
         else:

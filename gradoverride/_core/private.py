@@ -67,6 +67,7 @@ __all__ = [
     "take_noted",
     "trace_gradients",
     "use_count",
+    "version_of",
     "versions_while_tracing",
 ]
 
@@ -555,6 +556,11 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 # Dynamo's own door to what it knows while it traces. To import it costs 0.8 s, so that is done when Dynamo is there.
 _comptime: Any = None
 _noted: list[Any] = []
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """How often the tensor has been written into. None of one from `inference_mode`, which does not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def versions_while_tracing(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:

@@ -162,7 +162,10 @@ class ShortFunction:
         versions = ["None"] * len(given)
         if not self.plan.forward_is_arithmetic:
             versions = [f"version_{name}" for name in given]
-            before = [f"    version_{name} = {name}._version if {name}.requires_grad else None" for name in given]
+            counts = "{0}.requires_grad"
+            if self.plan.forward_may_write:  # into what needs no gradient too
+                counts = "({0}.requires_grad or not {0}.is_inference())"
+            before = [f"    version_{name} = {name}._version if {counts.format(name)} else None" for name in given]
             unusual += [f"version_{name} is not None and {name}._version != version_{name}" for name in given]
         lines = [
             *before,
@@ -290,15 +293,16 @@ class ShortFunction:
         result: Any,
         graph: KeptGraph | None,
         versions: list[int | None] | None,
+        before: list[int | None] | None = None,
     ) -> Any:
-        """The general path, for a forward that has run."""
+        """The general path, for a forward that has run: on its arguments as they are if there are `versions`."""
         call = Call(self.plan, self.layout, self.mode)
         call.graph = graph
         leaves = call.take_apart(values)
         if receiver is not None:
             call.find_params(receiver)
         forward_pass = ForwardPass(call, receiver, receiver, leaves, values)
-        forward_pass.versions = versions
+        forward_pass.versions, forward_pass.before = versions, before
         return forward_pass.finish(given, result, {})
 
     def check(self, ctx: Any, answer: Any, like: list[Tensor]) -> tuple[Any, ...]:

@@ -826,6 +826,100 @@ def test_rule_that_asks_for_an_overwritten_argument_is_an_error():
         double_(float64(1.0) * 1).backward()
 
 
+class Writer:
+    """A call of its method shows in the code of a forward, what the method does does not."""
+
+    def write_into(self, tensor):
+        return tensor.fill_(9)
+
+
+WRITER = Writer()
+
+
+@go.custom_backward(lambda grad_output, y: (grad_output * y, None))
+def overwrites_a_factor(x, y):
+    result = x * y
+    y.mul_(100)
+    return result
+
+
+@go.custom_backward(lambda grad_output, y: (grad_output * y, None))
+def overwrites_a_factor_elsewhere(x, y):
+    result = x * y
+    WRITER.write_into(y)
+    return result
+
+
+@go.custom_backward(lambda grad_output, y, vjp: {"x": vjp(grad_output)[0]})
+def overwrites_a_factor_and_keeps_its_graph(x, y):
+    result = x * 2
+    y.add_(1)
+    return result
+
+
+@go.custom_backward(lambda grad_output, y: {"x": grad_output * y[0]})
+def overwrites_a_factor_in_a_tuple(x, *y):
+    result = x * y[0]
+    y[0].mul_(100)
+    return result
+
+
+@go.custom_backward(lambda grad_output, y: {"x": grad_output * y["factor"]})
+def overwrites_a_named_factor(x, **y):
+    result = x * y["factor"]
+    y["factor"].mul_(100)
+    return result
+
+
+OVERWRITING = {
+    "in sight": overwrites_a_factor,
+    "out of sight": overwrites_a_factor_elsewhere,
+    "vjp": overwrites_a_factor_and_keeps_its_graph,
+    "args": overwrites_a_factor_in_a_tuple,
+    "kwargs": lambda x, factor: overwrites_a_named_factor(x, factor=factor),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+@pytest.mark.parametrize("kind", OVERWRITING)
+def test_rule_that_asks_for_an_overwritten_argument_without_a_gradient_is_an_error(kind, dtype, compiled):
+    forward = OVERWRITING[kind]
+    if compiled:
+        forward = torch.compile(forward, backend="aot_eager")
+    message = r"(?s)overwrites_a_\w*factor\w*' \(.*test_arguments_results\.py:\d+\) (over)?writes.*its argument '\w"
+    with pytest.raises(Exception, match=message):
+        forward(noise(3), torch.ones(3, dtype=dtype))
+
+
+def test_argument_without_a_gradient_may_be_written_into_where_the_rule_does_not_ask_for_it():
+    @go.custom_backward(lambda grad_output, x: {"x": 7 * grad_output * x})
+    def count(x, calls, total):
+        calls.add_(1)
+        total.add_(x.detach())
+        return x * 2
+
+    calls, total, x = torch.zeros((), dtype=torch.int64), float64(0.0, grad=False), float64(3.0)
+    for _ in range(2):
+        count(x, calls, total).backward()
+    assert (calls.item(), total.item(), x.grad.item()) == (2, 6.0, 42.0)
+
+
+def test_tensor_of_inference_mode_may_be_an_argument_of_a_forward_that_writes():
+    with torch.inference_mode():
+        y = torch.full((3,), 2.0, dtype=torch.float64)
+
+    @go.custom_backward(lambda grad_output: (7 * grad_output, None))
+    def scaled(x, y):
+        result = torch.empty_like(x)
+        result[:] = x * y
+        return result
+
+    x = noise(3)
+    scaled(x, y).sum().backward()
+    exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+
+
 def test_forward_that_writes_into_an_argument_and_does_not_return_it_is_refused():
     @go.custom_backward(lambda grad_output: 7 * grad_output)
     def write_and_read(x):
