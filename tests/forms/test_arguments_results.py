@@ -905,6 +905,33 @@ def test_argument_without_a_gradient_may_be_written_into_where_the_rule_does_not
     assert (calls.item(), total.item(), x.grad.item()) == (2, 6.0, 42.0)
 
 
+class AddInto(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, total, x):
+        ctx.mark_dirty(total)
+        return total.add_(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, 5 * grad
+
+
+@pytest.mark.parametrize("rule", [lambda grad: (grad, 5 * grad), lambda grad, vjp: (grad, 5 * vjp(grad)[1])])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_argument_without_a_gradient_that_is_written_into_and_returned_has_one_then_as_by_hand(rule, compiled):
+    ours = go.custom_backward(rule)(lambda total, x: total.add_(x))
+    found = []
+    for add_into in (ours, AddInto.apply):
+        if compiled and add_into is ours:
+            add_into = torch.compile(add_into, backend="aot_eager", fullgraph=True)
+        total, x, factor = float64(1.0, 2.0, grad=False), float64(3.0, 4.0), float64(5.0, 6.0)
+        assert add_into(total, x) is total
+        assert total.requires_grad
+        (total * factor).sum().backward()
+        found.append((total.detach(), x.grad, factor.grad))
+    exactly(*found)
+
+
 def test_tensor_of_inference_mode_may_be_an_argument_of_a_forward_that_writes():
     with torch.inference_mode():
         y = torch.full((3,), 2.0, dtype=torch.float64)
