@@ -320,7 +320,7 @@ def test_a_tensor_that_is_found_only_by_its_graph_is_an_error():
     with pytest.raises(go.CapturedTensorError) as caught:
         fire(x)
     assert str(caught.value).endswith(
-        "must be an nn.Module to have a parameter; it reached a tensor of shape (), which requires grad, in another "
+        "must be an nn.Module to have a parameter; it reached 'holder.slope', which requires grad, in another "
         "way or only since straight_through was called, and that gradient would be lost. Make it a module, or detach() "
         "the tensor"
     )

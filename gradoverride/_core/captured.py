@@ -1,4 +1,4 @@
-"""Tensors that require grad and are reached by a closure or a global: found, named and refused.
+"""Tensors that require grad and are no argument and no parameter: found, named and refused.
 
 The forward runs on cut aliases, so a result that requires grad reached something else. Its gradient would be lost
 without a word. Only when that happens are the names looked up.
@@ -6,16 +6,20 @@ without a word. Only when that happens are the names looked up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence, ValuesView
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from gradoverride._core import scan
 from gradoverride._core.private import evaluated_while_tracing, fail, note_while_tracing, take_noted
+from gradoverride._core.reach import SCALARS
 from gradoverride.errors import CapturedTensorError
 
-__all__ = ["captured_names", "foreign_leaf", "refuse"]
+__all__ = ["captured_names", "foreign_leaf", "held_by", "refuse", "refuse_held"]
 
 
 def foreign_leaf(results: list[Tensor], known: set[int], stops: set[Any]) -> Tensor | None:
@@ -64,7 +68,7 @@ def _noted_foreign(count: int) -> bool:
 def refuse(who: str, names: str, leaf: Tensor | None = None) -> NoReturn:
     """Raise the error for `who`, which captured what `names` lists, or `leaf` if no name is known."""
     if names:
-        what = f"reached {names}, which requires grad, by a closure or a global"
+        what = f"reached {names}, which requires grad, by a closure, a global or an attribute"
     else:
         shape = f" of shape {tuple(leaf.shape)}" if leaf is not None else ""
         what = f"reached a tensor{shape} that requires grad by a closure, a global or an attribute, or made one itself"
@@ -76,41 +80,120 @@ def refuse(who: str, names: str, leaf: Tensor | None = None) -> NoReturn:
     )
 
 
-def captured_names(fn: Any, leaf: Tensor | None = None, receiver: Any = None) -> list[str]:
-    """The names under which `fn`, a method of `receiver` perhaps, knows `leaf`, or else any tensor with a gradient."""
-    function = scan.python_function(fn)
+def refuse_held(who: str, name: str) -> NoReturn:
+    """Raise the error for an argument that is an object and holds a tensor as `name`."""
+    fail(
+        CapturedTensorError,
+        f"{who} must get each tensor that wants a gradient as an argument, or in a tuple, list, dict or dataclass; it "
+        f"got {name}, which requires grad, within an object that gradoverride does not look into, and the rule would "
+        "be dropped. Pass the tensor itself, or detach() it",
+    )
+
+
+def held_by(name: str, value: Any) -> str | None:
+    """Where in an argument, which has no tensors in its structure, one is that requires grad; or that none can see."""
+    if type(value) in SCALARS or isinstance(value, (nn.Module, type)):
+        return None
+    if isinstance(value, Iterator):
+        return f"what '{name}' gives"
+    return next((path for path, _ in _tensors(f"'{name}'", value, depth=4, objects=True, modules=False)), None)
+
+
+def captured_names(
+    fn: Any, leaf: Tensor | None = None, receiver: Any = None, arguments: Iterable[tuple[str, Any]] = ()
+) -> list[str]:
+    """The names under which `fn`, a method of `receiver` perhaps, knows `leaf`, or else any tensor with a gradient.
+
+    A leaf is looked for in more places: whatever else is found there is not it.
+    """
     found: list[tuple[str, Tensor]] = []
-    for name, value in _names(function) if function is not None else ():
-        found += _tensors(f"'{name}'", value, depth=2)
+    objects = leaf is not None
+    for name, value in arguments:
+        found += _tensors(f"'{name}'", value, depth=3, objects=True)
+    for name, value in _names(fn, objects):
+        found += _tensors(f"'{name}'", value, depth=2, objects=objects)
     for name, value in getattr(receiver, "__dict__", {}).items():
         if name not in ("_parameters", "_buffers", "_modules"):  # these are reached through self, as they should be
-            found += _tensors(f"'self.{name}'", value, depth=2)
-    exact = [name for name, tensor in found if leaf is not None and tensor is leaf]
-    return exact or [name for name, _ in found]
+            found += _tensors(f"'self.{name}'", value, depth=2, objects=objects)
+    if leaf is None:
+        return [name for name, _ in found]
+    if isinstance(receiver, nn.Module):
+        found += [(f"'self.{name}'", buffer) for name, buffer in receiver.named_buffers()]
+    exact = [name for name, tensor in found if tensor is leaf]
+    leading = [name for name, tensor in found if not tensor.is_leaf and _leads_to(tensor, leaf)]
+    return list(dict.fromkeys(exact or leading))
 
 
-def _names(function: Any) -> Iterator[tuple[str, Any]]:
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:  # a name that its enclosing function has not assigned yet
-            continue
-    for name in scan.global_names(function.__code__):
-        if name in function.__globals__:
-            yield name, function.__globals__[name]
+def _leads_to(tensor: Tensor, leaf: Tensor) -> bool:
+    """Whether the graph of `tensor` begins at `leaf` too."""
+    seen: set[Any] = set()
+    stack: list[Any] = [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if getattr(node, "variable", None) is leaf:
+                return True
+            stack += [below for below, _ in node.next_functions]
+    return False
 
 
-def _tensors(path: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
+def _names(fn: Any, helpers: bool) -> Iterator[tuple[str, Any]]:
+    """What `fn` knows by name: with `helpers` also what a partial has bound, defaults, and what the functions of its
+    module know that it calls.
+    """
+    while helpers and isinstance(fn, functools.partial):
+        yield from ((f"args[{index}]", value) for index, value in enumerate(fn.args))
+        yield from fn.keywords.items()
+        fn = fn.func
+    function = scan.python_function(fn)
+    if function is None:
+        return
+    known = [(function, function.__code__)] if not helpers else scan.reachable(function)
+    for function, code in known:
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                yield name, cell.cell_contents
+            except ValueError:  # a name that its enclosing function has not assigned yet
+                continue
+        if helpers:
+            names = function.__code__.co_varnames[: function.__code__.co_argcount]
+            yield from zip(reversed(names), reversed(function.__defaults__ or ()), strict=False)
+            yield from (function.__kwdefaults__ or {}).items()
+        for name in scan.global_names(code):
+            if name in function.__globals__:
+                yield name, function.__globals__[name]
+
+
+def _tensors(
+    path: str, value: Any, depth: int, *, objects: bool = False, modules: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors with a gradient in `value`, each with its path: in modules, and in attributes of `objects`."""
+    inner: Iterable[tuple[str, Any]] = ()
     if isinstance(value, Tensor):
         if value.requires_grad:
             yield path, value
     elif isinstance(value, nn.Module):
-        for name, parameter in value.named_parameters():
-            if parameter.requires_grad:
-                yield f"{path[:-1]}.{name}'", parameter
+        if modules:
+            inner = [(f".{name}", parameter) for name, parameter in value.named_parameters()]
     elif depth and isinstance(value, (list, tuple)):
-        for index, part in enumerate(value):
-            yield from _tensors(f"{path[:-1]}[{index}]'", part, depth - 1)
+        inner = [(f"[{index}]", part) for index, part in enumerate(value)]
     elif depth and isinstance(value, dict):
-        for key, part in value.items():
-            yield from _tensors(f"{path[:-1]}[{key!r}]'", part, depth - 1)
+        inner = [(f"[{key!r}]", part) for key, part in value.items()]
+    elif depth and objects and not isinstance(value, (type, ModuleType, FunctionType)):
+        if isinstance(value, (set, frozenset, deque, ValuesView)):
+            inner = [(f"[{index}]", part) for index, part in enumerate(value)]
+        elif isinstance(value, MethodType):
+            inner = [(".__self__", value.__self__)]
+        else:
+            inner = [(f".{name}", part) for name, part in [*getattr(value, "__dict__", {}).items(), *_slots(value)]]
+    for step, part in inner:
+        yield from _tensors(f"{path[:-1]}{step}'", part, depth - 1, objects=objects, modules=modules)
+
+
+def _slots(value: Any) -> Iterator[tuple[str, Any]]:
+    for cls in type(value).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(value, name):
+                yield name, getattr(value, name)

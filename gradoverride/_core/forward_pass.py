@@ -32,10 +32,11 @@ from gradoverride._core.private import (
     version_of,
     versions_while_tracing,
 )
+from gradoverride._core.reach import SCALARS
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import Copied, stand_in, with_parameters, write_back
-from gradoverride._core.structure import LEAF, Node, flatten, skeleton, unchanged, unflatten
+from gradoverride._core.structure import LEAF, Constant, Node, flatten, skeleton, unchanged, unflatten
 from gradoverride._core.tracers import FX, record_call, says_of, tracer_now
 from gradoverride.errors import ForwardResultError, RuleSignatureError, UnsupportedError
 
@@ -65,8 +66,32 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
         raise unknown_name(plan.rule, plan.forward, "params", ())
     wanted = mode == TRANSFORMED or any(leaf.requires_grad for leaf in leaves) or bool(call.params)
     if not wanted or not (leaves or call.params):
-        return plan.undecorated(layout, receiver, values)
+        result = plan.undecorated(layout, receiver, values)
+        if any([_may_hold(spec) for spec in call.specs]):
+            _refuse_held(call, values, result)
+        return result
     return ForwardPass(call, module, receiver, leaves, values).run()
+
+
+def _may_hold(spec: Any) -> bool:
+    """Whether an argument of this structure has a value in it that may hold tensors itself."""
+    if isinstance(spec, Constant):
+        return type(spec.value) not in SCALARS
+    return spec is not LEAF and not spec.bare and any([_may_hold(part) for part in spec.parts])
+
+
+def _refuse_held(call: Call, values: Sequence[Any], result: Any) -> None:
+    """No argument wants a gradient, but the result has one: of a tensor within an object, where it was not looked for.
+
+    Not of one in a closure or global: that has its own gradient by torch, as where nothing is decorated.
+    """
+    results: list[Tensor] = []
+    flatten(result, is_differentiable, results)
+    if any([tensor.requires_grad for tensor in results]):
+        for name, value in zip(call.names, values, strict=True):
+            held = captured.held_by(name, value)
+            if held is not None:
+                captured.refuse_held(call.plan.forward.who, held)
 
 
 def tie(plan: Plan, layout: Layout, values: Sequence[Any], result: Any, rule: Any) -> Any:
@@ -175,7 +200,7 @@ class ForwardPass:
             self.plan.on_first_call(leaves[0], outs[0])
             self.plan.on_first_call = None
         if self.versions is None:
-            self._refuse_captured(outs)
+            self._refuse_captured(outs, aliases)
         self._find_inputs_in(outs, aliases)
         return self._tie(aliases, outs, residuals)
 
@@ -281,7 +306,7 @@ class ForwardPass:
             )
         return result
 
-    def _refuse_captured(self, outs: list[Tensor]) -> None:
+    def _refuse_captured(self, outs: list[Tensor], aliases: list[Tensor]) -> None:
         call, forward = self.call, self.plan.forward
         if self.mode == TRANSFORMED:
             tracked = [out for out in outs if _requires_grad_anywhere(out)]
@@ -302,9 +327,12 @@ class ForwardPass:
         known = {id(param.tensor) for param in call.natural}
         if call.graph is not None:
             call.graph.stops(known, stops)
+        # Of an alias that the forward told to require grad none is lost.
+        known |= {id(alias) for alias, leaf in zip(aliases, self.leaves, strict=False) if alias is not leaf}
         leaf = captured.foreign_leaf(tracked, known, stops)
         if leaf is not None:
-            names = ", ".join(captured.captured_names(forward.fn, leaf, self.receiver))
+            arguments = zip(call.names, self.values, strict=True)
+            names = ", ".join(captured.captured_names(forward.fn, leaf, self.receiver, arguments))
             captured.refuse(forward.who, names, leaf)
 
     def _find_inputs_in(self, outs: list[Tensor], aliases: list[Tensor]) -> None:

@@ -1,5 +1,9 @@
 """Tensors that a forward reaches by a closure or a global are an error, at any call that wants a gradient."""
 
+import collections
+import functools
+import types
+
 import pytest
 import torch
 from oracles import float64
@@ -212,3 +216,143 @@ def test_tensor_that_the_forward_makes_is_refused_with_its_way_out():
     x = float64(2.0)
     rule(lambda x: step(x, torch.detach))(x).backward()
     assert x.grad.item() == 5.0
+
+
+# Tensors within an argument that is an object
+
+
+class Batch:
+    def __init__(self, x):
+        self.x = x
+
+
+class Slotted:
+    __slots__ = ("x",)
+
+    def __init__(self, x):
+        self.x = x
+
+
+HOLDERS = {
+    "object": (Batch, lambda batch: batch.x, "'batch.x'"),
+    "slots": (Slotted, lambda batch: batch.x, "'batch.x'"),
+    "namespace": (lambda x: types.SimpleNamespace(x=x), lambda batch: batch.x, "'batch.x'"),
+    "deque": (lambda x: collections.deque([x]), lambda batch: batch[0], r"'batch\[0\]'"),
+    "UserDict": (lambda x: collections.UserDict(x=x), lambda batch: batch["x"], r"'batch.data\['x'\]'"),
+    "values of a dict": (lambda x: {"x": x}.values(), lambda batch: next(iter(batch)), r"'batch\[0\]'"),
+    "generator": (lambda x: (part for part in [x]), next, "what 'batch' gives"),
+    "object in a list": (lambda x: [Batch(x)], lambda batch: batch[0].x, r"'batch\[0\].x'"),
+    "object in an object": (lambda x: Batch(Batch(x)), lambda batch: batch.x.x, "'batch.x.x'"),
+}
+
+
+@pytest.mark.parametrize("decorate", [go.custom_backward(lambda grad_output: grad_output), go.straight_through])
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_tensor_within_an_object_that_is_an_argument_is_an_error_that_names_it(kind, decorate):
+    make, get, name = HOLDERS[kind]
+
+    def forward(batch, factor=2.0):
+        return get(batch) * factor
+
+    message = rf"(?s)'forward' \(.*test_captured\.py:\d+\).*{name}, which requires grad.*Pass the tensor itself"
+    decorated = decorate(forward)
+    with pytest.raises(go.CapturedTensorError, match=message):
+        decorated(make(float64(1.0)))
+    decorated(make(float64(1.0, grad=False)))
+    with torch.no_grad():
+        decorated(make(float64(1.0)))
+
+
+def test_tensor_within_an_object_is_named_where_another_argument_wants_a_gradient():
+    forward = go.custom_backward(lambda grad_output: {"x": grad_output})(lambda x, batch: x * batch.x)
+    with pytest.raises(go.CapturedTensorError, match=r"reached 'batch\.x', which requires grad"):
+        forward(float64(1.0), Batch(float64(1.0)))
+
+
+def test_tensor_within_an_object_is_an_error_in_compiled_code_and_in_transforms():
+    forward = go.custom_backward(lambda grad_output: grad_output)(lambda batch: batch.x * 2)
+
+    def outer(x):
+        return forward(Batch(x))
+
+    with pytest.raises(Exception, match=r"'batch\.x', which requires grad"):
+        torch.compile(outer, backend="aot_eager", fullgraph=True)(float64(1.0))
+    with pytest.raises(go.CapturedTensorError, match=r"'batch\.x', which requires grad"):
+        torch.func.grad(outer)(float64(1.0, grad=False))
+
+
+def test_object_that_holds_no_tensor_with_a_gradient_is_no_error():
+    weight = float64(3.0)
+    forward = go.custom_backward(lambda grad_output: grad_output)(lambda x, batch: x * weight * batch.x)
+    x = float64(1.0, grad=False)
+    for other in (Batch(2.0), Batch(float64(2.0, grad=False)), Batch(nn.Linear(1, 1)), Batch(None)):
+        other.x = other.x if isinstance(other.x, torch.Tensor) else 2.0
+        forward(x, other).backward()
+    assert weight.grad.item() == 8.0
+
+
+# Names
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.other = [float64(1.0)]
+        self.weight = nn.Parameter(float64(1.0))
+        self.register_buffer("scale", float64(2.0))
+        self.settings = Batch(float64(3.0))
+        self.bound = self.helper
+
+    def helper(self, x):
+        return x * self.weight
+
+    @go.custom_backward(lambda grad_output: grad_output)
+    def by_buffer(self, x):
+        return x * self.scale
+
+    @go.custom_backward(lambda grad_output: grad_output)
+    def by_setting(self, x):
+        return x * self.settings.x
+
+    @go.custom_backward(lambda grad_output, weight: {"x": grad_output, "weight": grad_output})
+    def by_bound_method(self, x):
+        return self.bound(x)
+
+
+HELD = Batch(float64(3.0))
+
+
+def helped(x, factor=float64(5.0)):  # noqa: B008 - a default is what is tested
+    return x * factor
+
+
+CAPTURED_BY = {
+    "buffer": (lambda: Named().by_buffer, "'self.scale'"),
+    "attribute of an attribute": (lambda: Named().by_setting, "'self.settings.x'"),
+    "method bound to the module": (lambda: Named().by_bound_method, r"'self.bound.__self__.weight'"),
+    "attribute of a global": (lambda: lambda x: x * HELD.x * 1, "'HELD.x'"),
+    "default of a helper": (lambda: lambda x: helped(x), "'factor'"),
+    "argument of a partial": (lambda: functools.partial(lambda w, x: w * x, float64(2.0)), r"'args\[0\]'"),
+}
+
+
+@pytest.mark.parametrize("kind", CAPTURED_BY)
+def test_captured_tensor_is_named_where_it_is_and_no_other(kind):
+    make, name = CAPTURED_BY[kind]
+    forward = make()
+    if not isinstance(getattr(forward, "__self__", None), nn.Module):
+        forward = go.custom_backward(lambda grad_output: {"x": grad_output})(forward)
+    with pytest.raises(go.CapturedTensorError, match=rf"reached {name}, which requires grad"):
+        forward(float64(1.0))
+
+
+def test_argument_that_the_forward_tells_to_require_grad_is_not_captured():
+    @go.custom_backward(lambda grad_output: 7 * grad_output)
+    def forward(x):
+        x.requires_grad_()
+        return x * 2
+
+    for x in (float64(1.0), float64(1.0) * 1):
+        x.retain_grad()
+        forward(x).backward()
+        assert x.grad.item() == 7.0
