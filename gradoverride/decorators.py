@@ -8,6 +8,7 @@ its forward offers and its rule asks for (`_core/signature.py`). A call goes thr
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
@@ -164,12 +165,23 @@ def _attach(rule: Rule, target: Any, *, straight_through: bool = False, on_first
             f"custom_backward: a function, a method or a class with a 'forward' is needed; got {what(target)}"
         )
     forward = _forward_of_class(target, rule) if isinstance(target, type) else _forward_of(target)
+    if isinstance(target, type) and isinstance(inspect.getattr_static(target, "forward"), (staticmethod, classmethod)):
+        target.forward = _attach(  # type: ignore[attr-defined]  # it has one
+            rule,
+            inspect.getattr_static(target, "forward"),
+            straight_through=straight_through,
+            on_first_call=on_first_call,
+        )
+        return target
     plan = Plan(forward, rule, straight_through=straight_through)
     plan.on_first_call = on_first_call
     if not isinstance(target, type):
         other = None
+        make = functools.partial(_attach_to_function, rule, target, straight_through, on_first_call)
         if forward.may_be_function:  # what it is called with will tell
-            other = _attach_to_function(rule, target, straight_through, on_first_call)
+            other = make()
+        elif forward.takes_self:  # of a class of tensors perhaps
+            plan.read_as_function(make)
         return _wrapper(plan, target, as_function=other)
     target.forward = _wrapper(plan, forward.fn)  # type: ignore[attr-defined]  # it has one
     return target
@@ -224,6 +236,7 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _forward_of_class(cls: Any, rule: Rule) -> Forward:
+    _refuse_function(cls)
     forward = getattr(cls, "forward", None)
     if not callable(forward) or forward is nn.Module.forward:
         raise DecorationError(
@@ -232,7 +245,17 @@ def _forward_of_class(cls: Any, rule: Rule) -> Forward:
     return Forward(forward, name=cls.__name__, method=True)
 
 
+def _refuse_function(cls: type) -> None:
+    if issubclass(cls, torch.autograd.Function):
+        raise DecorationError(
+            f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must be no torch.autograd.Function, whose own "
+            f"'backward' is its rule. Decorate a function that calls {cls.__name__}.apply, or the function that its "
+            "forward is about"
+        )
+
+
 def _with_own_backward(cls: Any) -> Any:
+    _refuse_function(cls)
     missing = [name for name in ("forward", "backward") if not callable(getattr(cls, name, None))]
     if missing:
         raise DecorationError(
@@ -245,6 +268,13 @@ def _with_own_backward(cls: Any) -> Any:
             f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must be an nn.Module to be decorated bare, for "
             "its 'backward' to find parameters; give a rule instead: @custom_backward(rule)"
         )
+    for name in ("forward", "backward"):
+        if isinstance(inspect.getattr_static(cls, name), (staticmethod, classmethod)):
+            raise DecorationError(
+                f"custom_backward: '{name}' of class '{cls.__name__}' ({_place(cls)}) must be a method of its "
+                "instances, for 'backward' to find their parameters; it is a static method or one of the class. Take "
+                "'self' as its first parameter, or give a rule: @custom_backward(rule)"
+            )
     rule = Rule(cls.backward, method=True)
     forward = Forward(cls.forward, name=cls.__name__, method=True)
     cls.forward = make_wrapper(Plan(forward, rule, class_form=True), cls.forward)
@@ -254,5 +284,6 @@ def _with_own_backward(cls: Any) -> Any:
 def _place(cls: type) -> str:
     for name in ("forward", "backward", "__init__"):
         if name in cls.__dict__:
-            return location(cls.__dict__[name])
+            found = cls.__dict__[name]
+            return location(found.__func__ if isinstance(found, (staticmethod, classmethod)) else found)
     return cls.__module__

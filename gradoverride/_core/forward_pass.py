@@ -47,6 +47,8 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
     """Call the forward of `plan` with its rule in force, or with `rule`, if a gradient is wanted at all."""
     if plan.class_form:
         plan = plan.of_class(type(receiver))
+    if plan.make_as_function is not None and isinstance(receiver, Tensor):
+        return plan.called_as_function(layout, receiver, values)
     tracer = tracer_now(values)
     if tracer == FX:
         return record_call(plan, layout, receiver, values)

@@ -78,6 +78,8 @@ class Plan:
         self.traced: Callable[[], None] = evaluated_while_tracing(lambda: self.on_trace and self.on_trace())
         self.on_unrecorded: Callable[[Any], None] | None = None  # when a call of a receiver records no graph
         self.wrapper: Any = None  # what a user calls
+        self.make_as_function: Callable[[], None] | None = None  # of a method: see `called_as_function`
+        self.as_function: Any = None
         self.warn_of_export: Callable[[], None] = evaluated_while_tracing(lambda: warn(self, EXPORT))
         self.on_first_call: Callable[[Any, Any], None] | None = None  # of the first argument and the result
         self.takes_receiver = forward.is_method
@@ -120,10 +122,8 @@ class Plan:
         self.transformed = named(Transformed, forward.name)
         self._subclasses: dict[Any, Plan] = {}
         self._layouts: dict[Any, Layout] = {}
-        if torch.compiler.is_dynamo_compiling():  # which traces no new entry inside of a checkpoint
-            kept: Layout = getattr(self, self._keep_layout(extra, keywords, given))
-            return kept
-        key = (extra, keywords, given)
+        self._keep_layout: Callable[..., str] = evaluated_while_tracing(lambda *of: self._kept_layout(*of))
+        self._own_signature = inspect.Signature(forward.parameters) if forward.as_given else None
         self._recorded: Callable[..., Any] | None = None
 
     @functools.cached_property
@@ -236,6 +236,23 @@ class Plan:
                 positional.append(value)
         layout = self.layout(extra, tuple(keywords), (len(args), tuple(kwargs)))
         return layout, [*positional, *keywords.values()]
+
+    def read_as_function(self, make: Callable[[], Any]) -> None:
+        """`make` gives what to call instead where the receiver is a tensor. Few are, so it is made when one is met."""
+
+        @evaluated_while_tracing
+        def once() -> None:
+            if self.as_function is None:
+                self.as_function = make()
+
+        self.make_as_function = once
+
+    def called_as_function(self, layout: Layout, receiver: Any, values: Sequence[Any]) -> Any:
+        """A call of a method of a class of tensors: the receiver is its first argument."""
+        assert self.make_as_function is not None, "the caller has looked"
+        self.make_as_function()
+        keywords = dict(zip(layout.keywords, values[layout.positional :], strict=True))
+        return self.as_function(receiver, *values[: layout.positional], **keywords)
 
     def undecorated(self, layout: Layout, receiver: Any, values: Sequence[Any]) -> Any:
         """A call where no gradient is wanted: the original, and nothing else happens."""

@@ -317,6 +317,70 @@ def test_module_instance_leaves_its_parameters_to_autograd(reach):
     closely((linear.weight.grad, linear.bias.grad), (plain.weight.grad, plain.bias.grad))
 
 
+class Vector(torch.Tensor):
+    @go.custom_backward(lambda grad_output: 7 * grad_output)
+    def double(self):
+        return self * 2
+
+    @go.custom_backward(lambda grad_output, self, factor: (grad_output * factor, grad_output * self))
+    def times(self, factor, *, shift=0.0):
+        return self * factor + shift
+
+    @go.straight_through
+    def rounded(self, *scales):
+        return (self * scales[0]).round()
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda vector: vector.double(), 7.0),
+        (lambda vector: vector.times(float64(3.0, 3.0), shift=1.0), 3.0),
+        (lambda vector: vector.rounded(4.0), 1.0),
+    ],
+    ids=["rule", "rule that asks", "straight_through"],
+)
+def test_method_of_a_class_of_tensors_has_its_receiver_as_an_argument(call, expected):
+    vector = torch.tensor([1.0, 2.0], dtype=torch.float64).as_subclass(Vector).requires_grad_()
+    result = call(vector)
+    assert type(result) is Vector
+    result.sum().backward()
+    assert vector.grad.tolist() == [expected] * 2
+    with torch.no_grad():
+        assert not call(vector).requires_grad
+
+
+class OfModule(nn.Module):
+    @staticmethod
+    def forward(x):
+        return x * 2
+
+
+class OfAnyClass:
+    factor = 2
+
+    @classmethod
+    def forward(cls, x):
+        return x * cls.factor
+
+
+class Inheriting(OfModule):
+    pass
+
+
+@pytest.mark.parametrize("decorate", [go.custom_backward(seven_times), go.straight_through], ids=["rule", "ste"])
+@pytest.mark.parametrize("base", [OfModule, OfAnyClass, Inheriting])
+def test_rule_on_a_class_whose_forward_is_static_or_of_the_class(base, decorate):
+    decorated = decorate(type("Decorated", (base,), {}))
+    kind = type(inspect.getattr_static(base, "forward"))
+    assert isinstance(inspect.getattr_static(decorated, "forward"), kind)
+    for call in (decorated.forward, decorated().forward, *([decorated()] if issubclass(base, nn.Module) else [])):
+        x = float64(1.0)
+        y = call(x)
+        y.backward()
+        assert (y.item(), x.grad.item()) == (2.0, 1.0 if decorate is go.straight_through else 7.0)
+
+
 # One rule inside another
 
 
@@ -370,6 +434,36 @@ def test_class_without_forward_is_refused_by_name():
 
     with pytest.raises(go.DecorationError, match=r"(?s)Forwardless.*forward"):
         go.custom_backward(Forwardless)
+
+
+@pytest.mark.parametrize("decorate", [go.custom_backward(seven_times), go.custom_backward, go.straight_through])
+def test_autograd_function_is_refused_for_it_has_a_backward(decorate):
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 3
+
+    message = r"'Doubled' \(.*test_decorating\.py:\d+\) must be no torch.autograd.Function.* calls Doubled.apply"
+    with pytest.raises(go.DecorationError, match=message):
+        decorate(Doubled)
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_bare_class_with_a_static_forward_or_backward_is_refused(name):
+    class Static(nn.Module):
+        def forward(self, x):
+            return x
+
+        def backward(self, grad_output):
+            return grad_output
+
+    setattr(Static, name, staticmethod(lambda x: x))
+    with pytest.raises(go.DecorationError, match=rf"'{name}' of class 'Static' .*must be a method.*Take 'self'"):
+        go.custom_backward(Static)
 
 
 def test_rule_on_a_class_without_forward_is_refused_by_name():
