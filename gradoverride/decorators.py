@@ -93,7 +93,8 @@ def straight_through(fn: Any = None, /, *, surrogate: Callable[..., Any] | None 
     """Let the gradient through a function that has none, as if it were the identity, or as that of `surrogate`.
 
     The value is exactly that of `fn`, in every dtype. With several arguments the gradient goes to the first that is
-    differentiable; its shape must be the result's.
+    floating or complex (a warning says so where that wants none and another does); its shape must be the result's.
+    What is no floating tensor may be returned beside the one that is, in a tuple or dict.
 
     >>> import torch, gradoverride as go
     >>> round_ste = go.straight_through(torch.round)

@@ -21,7 +21,7 @@ from gradoverride._core.function import Refused
 from gradoverride._core.kept_graph import KeptGraph, TracedGraph
 from gradoverride._core.private import fail, fast_apply, out_of_left_transforms, pull
 from gradoverride._core.standin import Collector, stand_in
-from gradoverride._core.structure import alike, flatten, in_order_of, unflatten
+from gradoverride._core.structure import LEAF, alike, flatten, in_order_of, unflatten
 from gradoverride._core.vjp import Vjp
 from gradoverride.errors import RuleResultError, UnsupportedError
 
@@ -86,6 +86,8 @@ class Backward:
         self.grads = grads
         handed = [grad.clone() for grad in grads] if plan.rule_writes else grads
         grad_output = unflatten(call.result, iter(handed), constants=False)
+        if plan.straight_through and call.specs[call.holders[0]] is LEAF:
+            grad_output = handed[0]  # of the one tensor, whatever it was returned with
         vjp = Vjp(self, grad_output) if call.graph is not None else None
         supplied = self._supply(vjp)
         watched = self.eager and not plan.rule_writes and not torch.compiler.is_dynamo_compiling()

@@ -187,6 +187,8 @@ class ShortPath:
             return lines + self._kept_body(arguments)
         if len(tensors) > 1:
             fits = [f"({_wants(name)} or {is_floating})" for name, is_floating in zip(tensors, floating, strict=True)]
+            if self.plan.straight_through:  # for the first alone
+                fits[0] = _wants(tensors[0])
             lines += [f"    if not ({' and '.join(fits)}):", general]
         if self.function.direct:
             return lines + self._direct_body(arguments, receiver)

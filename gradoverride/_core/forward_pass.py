@@ -36,7 +36,7 @@ from gradoverride._core.reach import SCALARS
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import Copied, stand_in, with_parameters, write_back
-from gradoverride._core.structure import LEAF, Constant, Node, flatten, skeleton, unchanged, unflatten
+from gradoverride._core.structure import LEAF, Constant, Node, alike, flatten, skeleton, unchanged, unflatten
 from gradoverride._core.tracers import FX, record_call, says_of, tracer_now
 from gradoverride.errors import ForwardResultError, RuleSignatureError, UnsupportedError
 
@@ -196,8 +196,8 @@ class ForwardPass:
             return self._without_gradient(result)
         if self.mode == EAGER:
             outs = [_trackable(out) for out in outs]
-        if self.plan.straight_through and self.plan.rule.asks == {}:
-            call.check_straight_through(leaves[0].shape, outs[0].shape)
+        if self.plan.straight_through:
+            self._check_straight_through(result, outs)
         if self.plan.on_first_call is not None and self.mode == EAGER:
             self.plan.on_first_call(leaves[0], outs[0])
             self.plan.on_first_call = None
@@ -307,6 +307,35 @@ class ForwardPass:
                 f"a gradient; it returned {what(result)}{kind}. Convert it: .to(torch.get_default_dtype())",
             )
         return result
+
+    def _check_straight_through(self, result: Any, outs: list[Tensor]) -> None:
+        """The gradient of the result is to be one of the first differentiable argument."""
+        call, plan, first = self.call, self.plan, self.call.holders[0]
+        who, name, spec = plan.forward.who, call.names[first], call.specs[first]
+        identity = plan.rule.asks == {}
+        if spec is LEAF and len(outs) != 1:
+            fail(
+                ForwardResultError,
+                f"{who} must return one floating tensor for a gradient to pass straight through it to '{name}'; it "
+                f"returned {what(result)}. Decorate a function that returns the one alone (what is no floating tensor "
+                "may be returned with it), or give a rule: custom_backward(rule)",
+            )
+        if spec is not LEAF and not (identity and alike(spec, call.result)):
+            given = f"it was given {what(self.values[first])}"
+            need = f"have one tensor for its first differentiable argument '{name}', which is what a surrogate takes"
+            if identity:
+                need = f"return what is of the structure of its first differentiable argument '{name}'"
+                given += f" and returned {what(result)}"
+            fail(
+                ForwardResultError,
+                f"{who} must {need}, for a gradient to pass straight through; {given}. Decorate a function of one "
+                "tensor, or give a rule: custom_backward(rule)",
+            )
+        if identity:
+            for leaf, out in zip(self.leaves, outs, strict=False):
+                call.check_straight_through(leaf.shape, out.shape)
+        if any(call.wanted) and not any(call.wanted[: call.ends[first]]):
+            plan.warn_of_first(name, ", ".join(f"'{n}'" for i, n in enumerate(call.names) if call.wants(i)))
 
     def _refuse_captured(self, outs: list[Tensor], aliases: list[Tensor]) -> None:
         call, forward = self.call, self.plan.forward

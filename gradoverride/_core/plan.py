@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from gradoverride._core.reach import Reach, calls_unseen
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.signature import RESERVED, Forward, Rule, resolve, unknown_name
 from gradoverride._core.tracers import EXPORT, recorded_as, warn
-from gradoverride.errors import RuleSignatureError
+from gradoverride.errors import GradOverrideWarning, RuleSignatureError
 
 __all__ = ["Layout", "Plan", "is_known_method"]
 
@@ -81,6 +82,9 @@ class Plan:
         self.make_as_function: Callable[[], None] | None = None  # of a method: see `called_as_function`
         self.as_function: Any = None
         self.warn_of_export: Callable[[], None] = evaluated_while_tracing(lambda: warn(self, EXPORT))
+        self.warn_of_first: Callable[[str, str], None] = evaluated_while_tracing(
+            lambda first, others: self._warn_of_first(first, others)
+        )
         self.on_first_call: Callable[[Any, Any], None] | None = None  # of the first argument and the result
         self.takes_receiver = forward.is_method
         self.tensor_defaults = {p.name: p.default for p in forward.parameters or () if isinstance(p.default, Tensor)}
@@ -141,6 +145,14 @@ class Plan:
             return True
         offered = {*self.forward.names, *RESERVED}
         return not offered.issuperset(self.rule.asks) and not self.forward.is_method and calls_unseen(self.fn)
+
+    def _warn_of_first(self, first: str, others: str) -> None:
+        warnings.warn(
+            f"{self.forward.who} lets the gradient through to its first differentiable argument alone, '{first}', "
+            f"which wants none: so none gets to {others}. Make that the first argument, or detach() it",
+            GradOverrideWarning,
+            stacklevel=2,
+        )
 
     def recorded(self) -> Callable[..., Any]:
         """What torch.fx records as called, always the same."""

@@ -65,6 +65,7 @@ class SurrogateRule:
             alias = input.detach().requires_grad_()
             result = self.surrogate(alias)
         self._check_shape(result, grad_output)
+        self._check_differentiable(result)
         self._check_captured(result, alias)
         (grad_input,) = torch.autograd.grad(result, alias, grad_output.to(result.dtype), materialize_grads=True)
         return grad_input
@@ -72,9 +73,20 @@ class SurrogateRule:
     def check(self, input: Tensor, result: Tensor) -> None:
         """Look at the surrogate once before any gradient is asked for: an error then says which call it was."""
         with torch.enable_grad():
-            given = self.surrogate(input.detach())
+            alias = input.detach().requires_grad_()
+            given = self.surrogate(alias)
         self._check_shape(given, result)
-        self._check_captured(given, input)
+        self._check_differentiable(given)
+        self._check_captured(given, alias)
+
+    def _check_differentiable(self, given: Tensor) -> None:
+        if not given.requires_grad:
+            fail(
+                SurrogateError,
+                f"{self.who} must be a differentiable function of its argument; what it gives does not depend on it by "
+                "any function that torch knows the derivative of. Compute it of the argument, without detach() or "
+                "no_grad()",
+            )
 
     def _check_captured(self, given: Tensor, input: Tensor) -> None:
         """Refuse a tensor that `has_tensors` did not find, or that requires grad only since."""
@@ -185,4 +197,13 @@ def _check_shape(who: str, given: Any, like: Tensor) -> None:
             SurrogateError,
             f"{who} must give a result of shape {shape_text(like.shape)}, the shape of the result it stands "
             f"for; it gives {what(given)}",
+        )
+    if given.is_complex() != like.is_complex():
+        kinds, remedy = ("real", "complex"), "Take its real part"
+        if like.is_complex():
+            kinds, remedy = ("complex", "real"), "Make it complex"
+        fail(
+            SurrogateError,
+            f"{who} must give a {kinds[0]} result, for the result it stands for is {kinds[0]}; it gives a {kinds[1]} "
+            f"one. {remedy}",
         )

@@ -73,6 +73,8 @@ class TracedPath:
         unfit += [f"not _go_is_tensor({name})" for name in tensors]
         unfit += [f"not {name}.is_floating_point()" for name in tensors]
         unfit += [f"not {isinstance_}({name}, _go_Scalar)" for name in others]
+        if plan.straight_through and len(tensors) > 1:  # for the first alone
+            unfit.append(f"not {tensors[0]}.requires_grad")
         for variable, name in self.params.items():
             value = f"{variable} := {getattr_}({receiver}, {name!r}, None)"  # it may be an option of the rule's own
             unfit.append(f"not {isinstance_}({value}, _go_Parameter)")  # not a computed one

@@ -269,6 +269,92 @@ def test_surrogate_of_another_shape_is_an_error_with_both_shapes():
     assert "()" in str(caught.value)
 
 
+def test_first_differentiable_argument_that_wants_no_gradient_is_warned_of():
+    @go.straight_through
+    def quantize(scale, x):
+        return torch.round(x * scale) / scale
+
+    x, scale = noise(3), torch.full((3,), 4.0, dtype=torch.float64)
+    message = r"'quantize' \(.*test_straight_through\.py:\d+\).*'scale', which wants none: so none gets to 'x'"
+    with pytest.warns(go.GradOverrideWarning, match=message):
+        quantize(scale, x)
+    with pytest.warns(go.GradOverrideWarning, match=message):
+        torch.compile(quantize, backend="aot_eager", fullgraph=True)(scale, x)
+    quantize(scale, x.detach())  # nothing is lost where nothing is wanted
+    quantize(scale.clone().requires_grad_(), x)
+
+
+# Results
+
+
+SURROGATES = {"identity": None, "function": torch.tanh, "derivative": go.surrogates.atan()}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", SURROGATES)
+@pytest.mark.parametrize("pack", [lambda *parts: parts, lambda *parts: dict(zip("abc", parts, strict=True))])
+def test_one_floating_tensor_may_be_returned_with_what_is_none(pack, kind, compiled):
+    def quantize(x):
+        return pack(torch.round(x), torch.round(x).long(), "nearest")
+
+    decorated = go.straight_through(quantize, surrogate=SURROGATES[kind])
+    alone = go.straight_through(torch.round, surrogate=SURROGATES[kind])
+    x, twin = float64(0.4, 1.6), float64(0.4, 1.6)
+    run = torch.compile(decorated, backend="aot_eager", fullgraph=True) if compiled else decorated
+    result = run(x)
+    value, index, word = result.values() if isinstance(result, dict) else result
+    assert (type(result), index.tolist(), word) == (type(pack(1, 2, 3)), [0, 2], "nearest")
+    factor = float64(3.0, 5.0, grad=False)
+    (value * factor).sum().backward()
+    (alone(twin) * factor).sum().backward()
+    exactly(x.grad, twin.grad)
+
+
+@pytest.mark.parametrize("kind", SURROGATES)
+def test_several_floating_tensors_in_a_result_are_an_error_at_the_call(kind):
+    def quantize(x):
+        return torch.round(x), x * 2
+
+    decorated = go.straight_through(quantize, surrogate=SURROGATES[kind])
+    message = r"(?s)'quantize' \(.*\) must return one floating tensor .*to 'x'; it returned a tuple of 2 .*custom_back"
+    with pytest.raises(go.ForwardResultError, match=message):
+        decorated(noise(3))
+
+
+def test_identity_of_a_container_passes_to_a_container_of_its_structure_and_no_other():
+    pair = [float64(0.4), float64(1.6)]
+    first, second = go.straight_through(lambda pair: [torch.round(part) for part in pair])(pair)
+    (3 * first + 5 * second).backward()
+    assert [part.grad.item() for part in pair] == [3.0, 5.0]
+    for forward in (lambda pair: torch.round(pair[0]), lambda pair: tuple(map(torch.round, pair))):
+        message = r"must return what is of the structure of its first differentiable argument 'pair'.* was given a list"
+        with pytest.raises(go.ForwardResultError, match=message):
+            go.straight_through(forward)(pair)
+    with pytest.raises(go.ForwardResultError, match=r"must have one tensor for its first .*'pair'.*given a list of 2"):
+        go.straight_through(lambda pair: pair[0].sign(), surrogate=torch.tanh)(pair)
+
+
+CONSTANT = {
+    "constant": torch.ones_like,
+    "detached": lambda x: x.tanh().detach(),
+    "no_grad": torch.no_grad()(torch.tanh),
+}
+
+
+@pytest.mark.parametrize("kind", CONSTANT)
+def test_surrogate_that_has_no_derivative_is_an_error_at_the_call(kind):
+    message = r"(?s)surrogate '.*of 'sign'.* must be a differentiable function of its argument.*without detach"
+    with pytest.raises(go.SurrogateError, match=message):
+        go.straight_through(torch.sign, surrogate=CONSTANT[kind])(noise(3))
+
+
+def test_surrogate_of_another_kind_of_number_is_an_error_at_the_call():
+    with pytest.raises(go.SurrogateError, match=r"must give a real result.*gives a complex one. Take its real part"):
+        go.straight_through(torch.sign, surrogate=lambda x: x * 1j)(noise(3))
+    with pytest.raises(go.SurrogateError, match=r"must give a complex result.*gives a real one. Make it complex"):
+        go.straight_through(torch.sgn, surrogate=torch.abs)(noise(3, dtype=torch.complex128))
+
+
 def test_surrogate_that_is_not_callable_is_refused():
     with pytest.raises(go.GradOverrideError, match="surrogate"):
         go.straight_through(torch.round, surrogate=3)
