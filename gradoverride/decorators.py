@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
@@ -276,10 +277,37 @@ def _with_own_backward(cls: Any) -> Any:
                 "instances, for 'backward' to find their parameters; it is a static method or one of the class. Take "
                 "'self' as its first parameter, or give a rule: @custom_backward(rule)"
             )
+    if cls in _decorated:  # when it was made
+        return cls
     rule = Rule(cls.backward, method=True)
     forward = Forward(cls.forward, name=cls.__name__, method=True)
     cls.forward = make_wrapper(Plan(forward, rule, class_form=True), cls.forward)
+    _decorated.add(cls)
+    if not any(base in _decorated for base in cls.__mro__[1:]):
+        cls.__init_subclass__ = classmethod(_also_subclasses(cls))
     return cls
+
+
+# Classes that are decorated bare.
+_decorated: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def _also_subclasses(base: Any) -> Callable[..., None]:
+    """What is called for each subclass of `base`: one with a forward and a backward of its own is decorated as well.
+
+    Its forward takes the place of the decorated one, and its backward would never run.
+    """
+    own = base.__dict__.get("__init_subclass__")
+
+    def __init_subclass__(cls: Any, **kwargs: Any) -> None:
+        if own is None:
+            super(base, cls).__init_subclass__(**kwargs)
+        else:
+            own.__get__(None, cls)(**kwargs)
+        if "forward" in cls.__dict__ and "backward" in cls.__dict__:
+            _with_own_backward(cls)
+
+    return __init_subclass__
 
 
 def _place(cls: type) -> str:

@@ -305,6 +305,11 @@ class Call:
 
     def note(self, error: Exception) -> None:
         note = f"in the rule {self.plan.rule.who} of {self.plan.forward.who}"
+        if self.plan.class_form and isinstance(error, TypeError) and "NoneType" in str(error):
+            note += (
+                ", where the grad of each parameter is None until it is assigned: autograd adds it to what was "
+                "accumulated before. Assign it (=) before anything is added to it (+=)"
+            )
         if hasattr(error, "add_note"):
             error.add_note(note)
         else:  # Python 3.10

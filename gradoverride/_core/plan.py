@@ -125,6 +125,7 @@ class Plan:
         self.apply = fast_apply(self.general)
         self.transformed = named(Transformed, forward.name)
         self._subclasses: dict[Any, Plan] = {}
+        self._read_class: Callable[[Any], None] = evaluated_while_tracing(lambda cls: self._read_subclass(cls))
         self._layouts: dict[Any, Layout] = {}
         self._keep_layout: Callable[..., str] = evaluated_while_tracing(lambda *of: self._kept_layout(*of))
         self._own_signature = inspect.Signature(forward.parameters) if forward.as_given else None
@@ -173,15 +174,21 @@ class Plan:
                 )
         return sources
 
-    def of_class(self, cls: type) -> Plan:
+    def of_class(self, cls: Any) -> Plan:
         """The plan for instances of `cls`, which may have a `backward` of its own."""
-        backward = cls.backward  # type: ignore[attr-defined]  # the decorated class has one
-        if backward is self.rule.fn:
+        if cls.backward is self.rule.fn:
             return self
-        if backward not in self._subclasses:
-            rule = Rule(backward, method=True)
-            self._subclasses[backward] = Plan(self.forward, rule, class_form=True)
-        return self._subclasses[backward]
+        self._read_class(cls)
+        return self._subclasses[cls]
+
+    def _read_subclass(self, cls: Any) -> None:
+        if cls in self._subclasses:
+            return
+        # That of a subclass with a forward of its own is for it, and not for the one that it reaches by `super()`.
+        owners = (owner for owner in cls.__mro__ if inspect.getattr_static(owner, "forward", None) is self.wrapper)
+        backward = next(owners, cls).backward
+        same = backward is self.rule.fn
+        self._subclasses[cls] = self if same else Plan(self.forward, Rule(backward, method=True), class_form=True)
 
     def layout(self, extra: int, keywords: tuple[str, ...], given: tuple[int, tuple[str, ...]] | None = None) -> Layout:
         """The layout of a call with this many values for `*args` and these names."""

@@ -9,13 +9,14 @@ attributes and buffers, and only that, is written back. Only modules on the way 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gradoverride._core.private import in_modes
+from gradoverride._core.private import in_modes, versions_while_tracing
 from gradoverride._core.targets import RECORD
 
 __all__ = ["Collector", "Copied", "stand_in", "with_parameters", "write_back"]
@@ -180,7 +181,11 @@ class Collector:
         traced: bool,
     ) -> None:
         self.params: dict[str, Tensor] = {}
-        self.before: dict[str, Tensor] = {}  # the `grad` of each that is a plain alias: is it another, it was assigned
+        # The `grad` of each that is a plain alias, and its version: is it another, or was written into (`+=`), it was
+        # assigned.
+        self.before: dict[str, Tensor] = {}
+        self.versions: Sequence[int] = ()
+        self.traced = torch.compiler.is_dynamo_compiling()
         traced = traced or torch.compiler.is_dynamo_compiling()  # the backward alone: compiled autograd
         for name, (_, tensor) in params.items():
             # Dynamo knows no properties on tensors, a DTensor is no other subclass besides, and modes that operations
@@ -193,6 +198,7 @@ class Collector:
                 self.params[name].grad = self.before[name] = torch.zeros_like(tensor)
             else:
                 self.params[name] = tensor.view_as(tensor).as_subclass(_Collected)
+        self.versions = self._versions()
         # A frozen parameter is assigned to as well, and has no gradient to be collected.
         tensors = {**buffers, **{name: tensor.detach() for name, tensor in frozen.items()}}
         for name, (names, _) in params.items():
@@ -203,7 +209,12 @@ class Collector:
     def collected(self) -> dict[str, Any]:
         """By name, the gradients that were assigned. Plain attributes that were are given to the module."""
         write_back(self.copied)
-        return {name: param.grad for name, param in self.params.items() if self._was_assigned(name, param)}
+        written = dict(zip(self.before, map(operator.ne, self.versions, self._versions()), strict=True))
+        return {n: param.grad for n, param in self.params.items() if written.get(n) or self._was_assigned(n, param)}
+
+    def _versions(self) -> Sequence[int]:
+        given = list(self.before.values())
+        return versions_while_tracing(given) if self.traced else [tensor._version for tensor in given]
 
     def _was_assigned(self, name: str, param: Tensor) -> bool:
         if name in self.before:

@@ -221,6 +221,93 @@ def test_subclass_may_override_the_backward_and_call_that_of_its_base():
     closely((x.grad, layer.weights.grad), (30 * layer.weights.detach(), 5 * x.detach()))
 
 
+class Tripled(Odd):
+    def forward(self, x):
+        return x * self.weights * 11
+
+    def backward(self, grad_output, x):
+        self.weights.grad = 50 * grad_output * x
+        return 30 * grad_output * self.weights
+
+
+class TripledAgain(Tripled):
+    pass
+
+
+@go.custom_backward
+class TripledAndDecorated(Odd):
+    forward = Tripled.forward.__wrapped__
+    backward = Tripled.backward
+
+
+class AroundBase(Odd):
+    def forward(self, x):
+        return super().forward(x) * x
+
+    def backward(self, grad_output, vjp):
+        grads = vjp.by_name(grad_output)
+        self.weights.grad = 10 * grads["weights"]
+        return grads["x"]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", [Tripled, TripledAgain, TripledAndDecorated])
+def test_subclass_with_a_forward_and_a_backward_of_its_own_has_that_backward(kind, compiled):
+    layer, x = kind(), noise(3)
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    run(x).sum().backward()
+    exactly((x.grad, layer.weights.grad), (30 * layer.weights.detach(), 50 * x.detach()))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_subclass_with_both_of_its_own_may_call_the_forward_of_its_base_which_has_its_own_backward(compiled):
+    layer, x = AroundBase(), noise(3)
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    run(x).sum().backward()
+    weights, given = layer.weights.detach(), x.detach()
+    # d(w x) is 3 w and 5 x by the rule of the base, and the whole is w x * x.
+    closely(x.grad, 3 * weights * given + weights * given)
+    closely(layer.weights.grad, 10 * 5 * given * given)
+
+
+def test_subclass_with_a_rule_that_is_wrong_is_refused_when_it_is_made():
+    with pytest.raises(go.RuleSignatureError, match="must take the gradient as its first positional parameter"):
+
+        class Wrong(Odd):
+            def forward(self, x):
+                return x
+
+            def backward(self):
+                return None
+
+
+def test_subclass_keeps_an_init_subclass_of_the_users():
+    seen = []
+
+    @go.custom_backward
+    class Base(nn.Module):
+        def __init_subclass__(cls, tag=None, **kwargs):
+            super().__init_subclass__(**kwargs)
+            seen.append((cls.__name__, tag))
+
+        def forward(self, x):
+            return x
+
+        def backward(self, grad_output):
+            return 7 * grad_output
+
+    class Below(Base, tag="below"):
+        def forward(self, x):
+            return x * 2
+
+        def backward(self, grad_output):
+            return 70 * grad_output
+
+    x = float64(1.0)
+    Below()(x).backward()
+    assert (seen, x.grad.item()) == ([("Below", "below")], 70.0)
+
+
 def test_backward_of_chosen_inputs_leaves_the_others_alone():
     layer, x = Odd(), noise(3)
     layer(x).sum().backward(inputs=[x])
@@ -470,6 +557,49 @@ def test_grad_in_backward_starts_as_none_and_may_be_added_to():
         layer(float64(3.0, 4.0)).sum().backward()
     exactly(layer.weight.grad, float64(10.0, 10.0, grad=False))
     assert seen == [None, None]
+
+
+def guarded(self, grad_output, x):
+    if self.weight.grad is None:
+        self.weight.grad = torch.zeros_like(self.weight)
+    self.weight.grad += grad_output * x
+    self.weight.grad += 2 * grad_output
+    self.shift.grad = None
+    return grad_output
+
+
+def run_plainly(layer, x):
+    layer(x).sum().backward()
+
+
+def run_under_a_mode(layer, x):
+    with Shown():
+        layer(x).sum().backward()
+
+
+def run_compiled(layer, x):
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(x).sum().backward()
+
+
+@pytest.mark.parametrize("run", [run_plainly, run_under_a_mode, run_compiled])
+def test_what_is_added_in_place_to_a_grad_that_is_zeros_is_collected(run):
+    layer = affine(guarded)
+    for _ in range(2):
+        run(layer, float64(3.0, 4.0))
+    exactly(layer.weight.grad, float64(10.0, 12.0, grad=False))
+    assert layer.shift.grad is None
+
+
+def test_what_is_added_to_no_grad_is_an_error_with_a_note():
+    def backward(self, grad_output, x):
+        self.weight.grad += grad_output * x
+        return grad_output
+
+    with pytest.raises(TypeError, match="NoneType") as caught:
+        run_plainly(affine(backward), float64(3.0, 4.0))
+    (note,) = caught.value.__notes__
+    assert "'Affine'" in note
+    assert note.endswith("Assign it (=) before anything is added to it (+=)")
 
 
 def test_gradients_of_submodules_are_assigned_where_they_are():
