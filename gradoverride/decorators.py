@@ -69,6 +69,10 @@ def custom_backward(rule: Any, /, *, jvp: Any = None) -> Any:
     >>> torch.func.jvp(clipped(lambda x: 2 * x), (torch.ones(2),), (torch.ones(2),))[1]
     tensor([2., 2.])
 
+    What comes back is a function, so a bound method or a module that is decorated stays bound: `copy.deepcopy` of what
+    holds the function holds the same one, with the original's weights. Decorate the method in its class, or use
+    `override`, whose copies have their own.
+
     Shapes and dtypes: a gradient has the shape and device of what it belongs to; a differing floating dtype is cast.
 
     Raises `RuleSignatureError` for a name that does not exist, `RuleResultError` for a wrong answer,

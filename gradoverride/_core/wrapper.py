@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
@@ -73,6 +73,14 @@ def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> Function
         wrapper.__dict__.update({key: value for key, value in marks.items() if not key.startswith("__")})
     if not isinstance(getattr(original, "__name__", None), str):
         wrapper.__name__ = wrapper.__qualname__ = plan.forward.name
+    elif isinstance(original, BuiltinFunctionType):  # `torch.round` has that of a private class
+        wrapper.__qualname__ = wrapper.__name__
+    elif isinstance(original, MethodDescriptorType):  # which has none: a pickle would look for it everywhere
+        wrapper.__module__ = original.__objclass__.__module__
+    if getattr(original, "__isabstractmethod__", False):
+        wrapper.__dict__["__isabstractmethod__"] = True
+    if isinstance(original, torch.jit.ScriptFunction):  # in which `inspect` finds none
+        wrapper.__dict__["__signature__"] = plan.forward.signature
     # torch.jit.script asks for what it is to compile instead.
     wrapper.__dict__["__prepare_scriptable__"] = functools.partial(
         refuse_script, plan.forward.who, plan.rule.who, "script the undecorated function, its __wrapped__"

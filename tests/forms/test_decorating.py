@@ -1,5 +1,6 @@
 """What can be decorated, and what comes back. Contract, section 2."""
 
+import abc
 import copy
 import functools
 import inspect
@@ -91,6 +92,24 @@ def test_name_of_a_builtin_stays():
     assert go.straight_through(torch.round).__name__ == "round"
 
 
+@pytest.mark.parametrize(
+    ("builtin", "place"), [(torch.round, "torch.round"), (torch.Tensor.floor, r"torch._C.TensorBase.floor")]
+)
+def test_decorated_builtin_cannot_be_pickled_and_the_error_names_the_builtin(builtin, place):
+    with pytest.raises(pickle.PicklingError, match=f"not the same object as {place}"):
+        pickle.dumps(go.straight_through(builtin))
+
+
+def test_decorated_abstract_method_stays_abstract():
+    class Base(abc.ABC):
+        @go.custom_backward(seven_times)
+        @abc.abstractmethod
+        def forward(self, x): ...
+
+    with pytest.raises(TypeError, match="abstract"):
+        Base()
+
+
 def scripted_halve():
     return torch.jit.script(halve)
 
@@ -117,6 +136,7 @@ def test_scripted_function_is_known_by_its_own_name():
     decorated = go.custom_backward(seven_times)(scripted_halve())
     assert decorated(float64(1.0)).grad_fn.name() == "halveBackward"
     assert decorated.__name__ == "halve"
+    assert list(inspect.signature(decorated).parameters) == ["x"]
 
 
 @pytest.mark.parametrize("made", [torch.jit.script, lambda module: torch.compile(module, backend="eager")])
