@@ -310,8 +310,15 @@ class ForwardPass:
 
     def _check_straight_through(self, result: Any, outs: list[Tensor]) -> None:
         """The gradient of the result is to be one of the first differentiable argument."""
-        call, plan, first = self.call, self.plan, self.call.holders[0]
-        who, name, spec = plan.forward.who, call.names[first], call.specs[first]
+        call, plan, who = self.call, self.plan, self.plan.forward.who
+        if not call.holders:
+            fail(
+                ForwardResultError,
+                f"{who} must be given a floating tensor, for a gradient to pass straight through to it; it was given "
+                "none, and parameters alone want a gradient. Leave out straight_through, or convert an argument",
+            )
+        first = call.holders[0]
+        name, spec = call.names[first], call.specs[first]
         identity = plan.rule.asks == {}
         if spec is LEAF and len(outs) != 1:
             fail(
