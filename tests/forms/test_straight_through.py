@@ -334,6 +334,16 @@ def test_identity_of_a_container_passes_to_a_container_of_its_structure_and_no_o
         go.straight_through(lambda pair: pair[0].sign(), surrogate=torch.tanh)(pair)
 
 
+def test_method_of_a_module_that_is_given_no_floating_tensor_is_an_error():
+    class Look(nn.Embedding):
+        @go.straight_through
+        def forward(self, index):
+            return self.weight[index].round()
+
+    with pytest.raises(go.ForwardResultError, match=r"'Look' \(.*\) must be given a floating tensor.*given none"):
+        Look(3, 2)(torch.tensor([1]))
+
+
 CONSTANT = {
     "constant": torch.ones_like,
     "detached": lambda x: x.tanh().detach(),
