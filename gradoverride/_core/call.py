@@ -24,7 +24,7 @@ from gradoverride._core.function import fresh
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import fail, in_forward_ad
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten
-from gradoverride.errors import ForwardResultError, RuleResultError, UnsupportedError
+from gradoverride.errors import ForwardResultError, RuleResultError, RuleSignatureError, UnsupportedError
 
 __all__ = ["EAGER", "TRACED", "TRANSFORMED", "Asked", "Call", "Param", "is_differentiable", "is_tensor", "is_tracked"]
 
@@ -108,6 +108,7 @@ class Call:
     aliased: list[Param]
     natural: list[Param]
     frozen: dict[str, Tensor]
+    unsettled: bool  # whether the forward may yet hand over what else is a parameter that the rule asks for
     # From the result (`ForwardPass`):
     result: Any  # its structure
     n_outs: int  # the number of floating or complex tensors in it
@@ -151,6 +152,7 @@ class Call:
         self.aliased = []
         self.natural = []
         self.frozen = {}
+        self.unsettled = False
         self.dirty = []
         self.asked = []
         self.saved = []
@@ -230,10 +232,14 @@ class Call:
         # A buffer or parameter called `params` comes before the reserved name.
         asks_all = plan.asks_params and "params" not in module._buffers and "params" not in module._parameters
         for param in params:
-            param.asked = asks_all or plan.class_form or any([name in plan.sources for name in param.names])
+            names = plan.asked_of_module.intersection(param.names)
+            param.asked = asks_all or plan.class_form or bool(names - plan.may_hand_over)
+            self.unsettled = self.unsettled or (bool(names) and not param.asked)
+            if asks_all and not plan.class_form and all([name in self.groups for name in param.names]):
+                self._refuse_same_name(param.name)
         # Left to autograd, but reached through an alias: where the rule may answer for it all the same, and where
         # torch would run the parameter's hooks once more when the kept graph is asked for its gradient.
-        explicit = self.mode == TRANSFORMED or plan.names_all
+        explicit = self.mode == TRANSFORMED or plan.names_all or self.unsettled
         explicit = explicit or any(name in plan.may_answer for param in params for name in param.names)
         explicit = explicit or (self.mode == EAGER and any(param.tensor._backward_hooks for param in params))
         self.aliased = [param for param in params if explicit or param.asked]
@@ -242,6 +248,23 @@ class Call:
             for param in params:
                 param.asked = False
         self.params = [*self.aliased, *self.natural]
+
+    def settle_params(self, residuals: dict[str, Any]) -> None:
+        """The forward has run and handed these over: what else it could have is a parameter, and asked for."""
+        for param in self.aliased:
+            param.asked = param.asked or any(
+                [name in self.plan.asked_of_module and name not in residuals for name in param.names]
+            )
+        if not self.plan.asks_vjp and all([param.asked for param in self.aliased]):
+            self.graph = None  # was kept for their own gradients
+
+    def _refuse_same_name(self, name: str) -> None:
+        fail(
+            RuleSignatureError,
+            f"rule {self.plan.rule.who} of {self.plan.forward.who} asks for 'params' and could not answer for the "
+            f"parameter '{name}', for an argument of the forward has that name and comes first. Rename the argument, "
+            "or ask for other parameters by name",
+        )
 
     def _check_present(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         who = self.plan.forward.who
@@ -290,6 +313,7 @@ class Call:
             **wanted,
             **dict.fromkeys(self.frozen, False),
             **{param.name: True for param in self.params},
+            **wanted,  # an argument comes before a parameter of its name
         }
 
     def wants(self, index: int) -> bool:

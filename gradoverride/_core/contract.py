@@ -82,7 +82,7 @@ def read_params(call: Call, answers: dict[str, Any]) -> dict[str, Tensor | None]
                 value = _total(call, param, [answers[name] for name in answered])
             checked[param.name] = None if value is None else conform(call, (param.name,), value, param.meta)
         elif param.asked:
-            name = next((name for name in param.names if name in call.plan.sources), param.name)
+            name = next((name for name in param.names if name in call.plan.asked_of_module), param.name)
             _refuse(
                 call,
                 f"asks for the parameter '{name}' and must answer for its gradient: return a dict with "
@@ -164,7 +164,7 @@ def shape_text(shape: Any) -> str:
 
 def _by_name(call: Call, answer: dict[str, Any]) -> tuple[list[Tensor | None], dict[str, Any]]:
     known, names = call.groups, call.names
-    params = {name for param in call.params for name in param.names} if call.params else ()
+    params = {name for param in call.params for name in param.names} - known.keys() if call.params else ()
     for key in answer:
         if key not in known and key not in names and key not in params and key not in call.frozen:
             _refuse_key(call, key)

@@ -484,6 +484,8 @@ class ForwardPass:
     def _collect(self, saver: _Saver, residuals: dict[str, Any]) -> None:
         """Find each value that the rule asks for, and say where its tensors are to be saved from."""
         call, plan, module, values = self.call, self.plan, self.module, self.values
+        if call.unsettled:
+            call.settle_params(residuals)
         own = {name: index for index, param in enumerate(call.params) for name in param.names}
         sources = {**plan.jvp_sources, **plan.sources} if self.mode == TRANSFORMED else plan.sources
         for name, source in sources.items():

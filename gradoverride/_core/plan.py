@@ -94,6 +94,9 @@ class Plan:
         self.hands_over = self._may_hand_over()
         self.sources = resolve(rule, forward, may_defer=forward.is_method or self.hands_over)
         self.jvp_sources = self._sources_of_jvp()
+        # Names that a parameter of the module may supply, and those of them that the forward may hand over instead.
+        self.asked_of_module = frozenset(name for name, source in self.sources.items() if source != "argument")
+        self.may_hand_over = scan.strings(self.fn) & self.asked_of_module if self.hands_over else frozenset[str]()
         reserved = {name for name, source in self.sources.items() if source == "reserved"}
         self.asks_vjp = "vjp" in reserved
         self.asks_params = "params" in reserved

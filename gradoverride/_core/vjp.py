@@ -56,7 +56,8 @@ class Vjp:
             if any(has_leaf(call.specs[index]) for index in indices):
                 parts = tuple([entries[index] for index in indices])
                 named[name] = parts if name == call.variadic else parts[0]
-        return {**named, **params}
+        # An argument comes before a parameter of its name.
+        return {**named, **{name: grad for name, grad in params.items() if name not in call.groups}}
 
 
 class ShortVjp:

@@ -452,6 +452,103 @@ def test_residual_comes_before_the_modules_own(name):
     assert x.grad.item() == 9.0
 
 
+class Taken(nn.Module):
+    """A module with a parameter that has the name of an argument; it multiplies `x` by both in turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(float64(10.0, 20.0))
+
+    def forward(self, x, weight):
+        return x * weight + 1000 * self.weight
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda grad_output, x, weight: {"x": 3 * grad_output * weight, "weight": 5 * grad_output * x},
+        lambda grad_output, x, weight: (3 * grad_output * weight, 5 * grad_output * x),
+        lambda grad_output, x, weight, vjp: (3 * vjp(grad_output)[0], 5 * grad_output * x),
+        lambda grad_output, vjp: {
+            name: factor * grad for factor, (name, grad) in zip((3, 5), vjp.by_name(grad_output).items(), strict=True)
+        },
+        lambda grad_output, module, x: {"x": 3 * grad_output * 2, "weight": 5 * grad_output * x},
+    ],
+    ids=["dict", "tuple", "vjp", "by_name", "not asked for"],
+)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_argument_comes_before_a_parameter_of_its_name_which_keeps_autograds_gradient(rule, compiled):
+    method = go.custom_backward(rule)(Taken.forward)
+    method = torch.compile(method, backend="aot_eager", fullgraph=True) if compiled else method
+    module, x, weight = Taken(), float64(1.0, 1.0), float64(2.0, 2.0)
+    method(module, x, weight).sum().backward()
+    closely((x.grad, weight.grad), (float64(6.0, 6.0, grad=False), float64(5.0, 5.0, grad=False)))
+    closely(module.weight.grad, float64(1000.0, 1000.0, grad=False))
+
+
+def test_argument_without_a_gradient_comes_before_a_parameter_of_its_name():
+    seen = {}
+
+    def rule(grad_output, needs, vjp):
+        seen.update(needs)
+        return vjp.by_name(grad_output)
+
+    module, x = Taken(), float64(1.0, 1.0)
+    go.custom_backward(rule)(Taken.forward)(module, x, 2.0).sum().backward()
+    assert seen == {"x": True, "weight": False}
+    closely((x.grad, module.weight.grad), (float64(2.0, 2.0, grad=False), float64(1000.0, 1000.0, grad=False)))
+
+
+def test_params_of_a_module_with_one_that_has_the_name_of_an_argument_are_refused():
+    rule = go.custom_backward(lambda grad_output, vjp, params: vjp.by_name(grad_output))
+    with pytest.raises(go.RuleSignatureError) as caught:
+        rule(Taken.forward)(Taken(), float64(1.0, 1.0), float64(2.0, 2.0))
+    for part in ("rule '<lambda>' (", "of 'Taken' (", "asks for 'params'", "parameter 'weight'", "Rename the argument"):
+        assert part in str(caught.value)
+
+
+class Rounded(nn.Module):
+    """A module that hands over a value under the name of its parameter, if it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(float64(10.2, 20.2))
+
+    def forward(self, x, told):
+        if told:
+            return go.save_for_backward(x * self.weight, weight=self.weight.round())
+        return x * self.weight
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_parameter_of_the_name_of_a_residual_keeps_autograds_gradient(compiled):
+    method = go.custom_backward(lambda grad_output, weight: (grad_output * weight, None))(Rounded.forward)
+    method = torch.compile(method, backend="aot_eager", fullgraph=True) if compiled else method
+    module, x = Rounded(), float64(3.0, 4.0)
+    method(module, x, True).sum().backward()
+    closely((x.grad, module.weight.grad), (float64(10.0, 20.0, grad=False), float64(3.0, 4.0, grad=False)))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_parameter_of_the_name_of_a_residual_that_is_not_handed_over_is_the_rules_to_answer(compiled):
+    def rule(grad_output, weight):
+        return {"x": grad_output * weight, "weight": 7 * grad_output}
+
+    method = go.custom_backward(rule)(Rounded.forward)
+    method = torch.compile(method, backend="aot_eager", fullgraph=True) if compiled else method
+    module, x = Rounded(), float64(3.0, 4.0)
+    method(module, x, False).sum().backward()
+    closely((x.grad, module.weight.grad), (float64(10.2, 20.2, grad=False), float64(7.0, 7.0, grad=False)))
+
+
+def test_parameter_asked_for_that_could_have_been_handed_over_must_be_answered():
+    method = go.custom_backward(lambda grad_output, weight: (grad_output * weight, None))(Rounded.forward)
+    module, x = Rounded(), float64(3.0, 4.0)
+    result = method(module, x, False)
+    with pytest.raises(go.RuleResultError, match="must answer for its gradient"):
+        result.sum().backward()
+
+
 def asking_for(name):
     return eval(f"lambda grad_output, {name}: grad_output * {name}")
 
