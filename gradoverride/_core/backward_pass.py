@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 
 from gradoverride._core.contract import Meta, conform, read_answer, read_params, what
 from gradoverride._core.function import Refused
-from gradoverride._core.kept_graph import KeptGraph, TracedGraph
+from gradoverride._core.kept_graph import KeptGraph, TracedGraph, is_hooked
 from gradoverride._core.private import fail, fast_apply, out_of_left_transforms, pull
 from gradoverride._core.standin import Collector, stand_in
 from gradoverride._core.structure import LEAF, alike, flatten, in_order_of, unflatten
@@ -305,7 +305,17 @@ class Backward:
         """Where the gradients of natural parameters go: they are inputs of the node."""
         call = self.call
         first = call.n_leaves + len(call.aliased)
-        return [GradientEdge(*self.ctx.next_functions[first + call.natural.index(param)]) for param in natural]
+        edges = [GradientEdge(*self.ctx.next_functions[first + call.natural.index(param)]) for param in natural]
+        for param, edge in zip(natural, edges, strict=True):
+            if is_hooked(edge):
+                fail(
+                    UnsupportedError,
+                    f"{self.plan.forward.who} must have run after the hook was registered on its parameter "
+                    f"'{param.name}', or torch would run the hook twice: once where the gradient is found that the "
+                    f"rule {self.plan.rule.who} leaves to autograd. It ran before. Register the hook before the "
+                    "forward",
+                )
+        return edges
 
     def _pull(
         self, grads: Sequence[Tensor], which: Sequence[int], natural: Sequence[Param] = (), *, last: bool = False

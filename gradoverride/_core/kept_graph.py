@@ -26,7 +26,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gradoverride._core.ambient import RandomState
 from gradoverride._core.captured import foreign_leaf
-from gradoverride._core.contract import Meta
+from gradoverride._core.contract import Meta, shape_text
 from gradoverride._core.function import TOKEN, Carry, Cut, Lifted, Tail, TracedCut
 from gradoverride._core.private import (
     fail,
@@ -39,7 +39,7 @@ from gradoverride._core.private import (
 )
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["KeptGraph", "Replay", "TracedGraph", "distinct", "outer_of"]
+__all__ = ["KeptGraph", "Replay", "TracedGraph", "distinct", "is_hooked", "outer_of"]
 
 _cut = fast_apply(Cut)
 _carry = fast_apply(Carry)
@@ -181,10 +181,28 @@ class Tie:
         """The gradients of the outer tensors, for those of the derivatives."""
         again = torch.is_grad_enabled()
         cut = _cut_off(grads) if again else grads
+        for inner, outer in self.pairs:
+            if inner is not outer and getattr(getattr(inner, "node", None), "variable", None) is outer:
+                _refuse_hooked(outer)
         found = _pull(self.ends, cut, [inner for inner, _ in self.pairs])
         if again:
             found = _tied(found, [*self.pairs, *_cuts(cut, grads)])
         return found
+
+
+def is_hooked(edge: GradientEdge) -> bool:
+    """Whether a parameter has hooks that torch runs where its gradient is asked for at this edge."""
+    return bool(getattr(getattr(edge.node, "variable", None), "_backward_hooks", None))
+
+
+def _refuse_hooked(leaf: Tensor) -> None:
+    if leaf._backward_hooks:
+        fail(
+            UnsupportedError,
+            f"a second derivative with respect to a parameter of shape {shape_text(leaf.shape)}, of which a rule's "
+            "'vjp' has found the first, must be taken of a forward that ran after the parameter's hook was registered, "
+            "or torch would run the hook twice. It ran before. Register the hook before the forward",
+        )
 
 
 def _tied(found: Sequence[Tensor | None], pairs: Sequence[tuple[Any, Tensor]]) -> list[Tensor | None]:

@@ -125,6 +125,67 @@ def test_post_accumulate_hooks_on_parameters_fire_once(case):
     exactly(fired, [layer.weight.grad])
 
 
+def left_to_autograd_and_vjp(grad_output, vjp):
+    return vjp(grad_output)
+
+
+def answered_unasked(grad_output, module):
+    return {"x": None, "".join(["wei", "ght"]): grad_output}  # the name cannot be told from the code
+
+
+def a_hook(weight, seen):
+    return weight.register_hook(seen.append)
+
+
+def a_hook_of_several(weight, seen):
+    return torch.autograd.graph.register_multi_grad_hook([weight], seen.append)
+
+
+@pytest.mark.parametrize("register", [a_hook, a_hook_of_several])
+@pytest.mark.parametrize("rule", [left_to_autograd_and_vjp, answered_unasked])
+def test_hook_on_a_parameter_after_the_forward_is_refused_where_it_would_run_twice(rule, register):
+    layer, x = scale_module(rule), float64(3.0, 4.0)
+    result = layer(x)
+    handle = register(layer.shift, [])
+    with pytest.raises(go.UnsupportedError) as caught:
+        result.sum().backward(retain_graph=True)
+    for part in ("'Scale' (", "parameter 'shift'", f"the rule '{rule.__name__}' (", "before the forward"):
+        assert part in str(caught.value)
+    handle.remove()
+    result.sum().backward()
+    closely(layer.shift.grad, float64(1.0, 1.0, grad=False))
+
+
+def test_hook_on_a_parameter_after_the_first_derivative_is_refused_where_it_would_run_twice():
+    class Square(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(2.0, 2.0))
+
+        @go.custom_backward(left_to_autograd_and_vjp)
+        def forward(self, x):
+            return x**2 * self.weight
+
+    layer, x = Square(), float64(3.0, 4.0)
+    (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    handle = layer.weight.register_hook(lambda grad: None)
+    with pytest.raises(go.UnsupportedError, match=r"a parameter of shape \(2,\).*before the forward"):
+        grad.sum().backward(retain_graph=True)
+    handle.remove()
+    grad.sum().backward()
+    closely((x.grad, layer.weight.grad), (float64(4.0, 4.0, grad=False), float64(6.0, 8.0, grad=False)))
+
+
+@pytest.mark.parametrize("rule", [left_to_autograd, by_name])
+def test_hook_on_a_parameter_after_the_forward_runs_once(rule):
+    layer, x, seen = scale_module(rule), float64(3.0, 4.0), []
+    result = layer(x)
+    layer.weight.register_hook(seen.append)
+    layer.shift.register_hook(seen.append)
+    result.sum().backward()
+    assert len(seen) == 2
+
+
 def test_hook_that_changes_a_parameters_gradient_is_obeyed(case):
     layer, x, (_, grad_weight, _) = case
     layer.weight.register_hook(lambda grad: 10 * grad)
