@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradoverride._core.call import EAGER
 from gradoverride._core.forward_pass import differentiate
-from gradoverride._core.kept_graph import KeptGraph
+from gradoverride._core.kept_graph import KeptGraph, shares_versions
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import (
     IN_FORWARD_AD,
@@ -28,6 +28,7 @@ from gradoverride._core.private import (
     is_jit_tracing,
     jit_tracer,
     use_count,
+    version_of,
 )
 from gradoverride._core.reach import SCALARS, Reach
 from gradoverride._core.short_function import FLOATING, SOLE, ShortFunction, Unusual, compiled
@@ -154,6 +155,7 @@ class ShortPath:
             "_go_Tensor": Tensor,
             "_go_Unusual": Unusual,
             "_go_use_count": use_count,
+            "_go_version_of": version_of,
         }
 
     def run(self) -> Callable[..., Any]:
@@ -246,18 +248,30 @@ class ShortPath:
         tensors = [arguments[place] for place in self.places]
         aliases = ", ".join(map(_alias, tensors))
         unusual = self.function.unusual(list(map(_alias, tensors)), "_go_result")
-        unusual += [f"{_wants(name)} and {_alias(name)}._version" for name in tensors]
-        if len(tensors) == 1:
-            unusual[-1] = f"{_alias(tensors[0])}._version"
+        shares, before, versions = shares_versions(self.plan.forward_may_write), [], "None"
+        if not shares:
+            unusual += [f"{_wants(name)} and {_alias(name)}._version" for name in tensors]
+            if len(tensors) == 1:
+                unusual[-1] = f"{_alias(tensors[0])}._version"
+        elif self.plan.forward_is_arithmetic:  # it writes nowhere
+            versions = f"[{', '.join(f'_go_version_of({_alias(name)})' for name in tensors)}]"
+        else:
+            for name in tensors:
+                known, now = _version(name), f"{_alias(name)}._version"
+                before.append(f"    {known} = {now} if {_wants(name)} else _go_version_of({_alias(name)})")
+                unusual.append(f"{known} is not None and {now} != {known}")
+            versions = f"[{', '.join(map(_version, tensors))}]"
+        found = f"({', '.join(arguments)},), [{aliases}]"
         if self.reach is None:
             unusual += ["_go_result.is_inference()", "_go_graph.stray(_go_result)"]
         boxed = ["_go_result.detach()", "_go_graph", "_go_graph.end((_go_result,))", *self._others(arguments)]
         return [
-            f"    _go_graph = _go_kept_graph(({', '.join(tensors)},))",
+            f"    _go_graph = _go_kept_graph(({', '.join(tensors)},), {shares})",
             f"    {aliases}, = _go_graph.start()",
+            *before,
             f"    _go_result = {self._call_on_aliases(arguments)}",
             f"    if {' or '.join(unusual)}:",
-            f"        return _go_finish(None, ({', '.join(arguments)},), [{aliases}], _go_result, _go_graph, None)",
+            f"        return _go_finish(None, {found}, _go_result, _go_graph, None, {versions})",
             f"    return _go_apply(({', '.join(boxed)},), {', '.join(tensors)})",
         ]
 

@@ -21,7 +21,7 @@ from gradoverride._core import captured
 from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Asked, Call, is_differentiable, is_tensor, is_tracked
 from gradoverride._core.contract import Meta, what
 from gradoverride._core.function import TOKEN, fresh
-from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph, distinct, outer_of
+from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph, distinct, outer_of, shares_versions
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import (
     fail,
@@ -29,6 +29,7 @@ from gradoverride._core.private import (
     in_forward_ad,
     in_functorch,
     keep_own_frames_whole,
+    keep_versions,
     version_of,
     versions_while_tracing,
 )
@@ -155,7 +156,8 @@ class ForwardPass:
         # By leaf, its version before the forward: where that ran on the leaves themselves (`reach.py`), and then
         # where a gradient is wanted for it.
         self.versions: list[int | None] | None = None
-        # By alias, and then by other tensor that the rule asks for, its version before a forward that may write.
+        # By alias, and then by other tensor that the rule asks for, its version before the forward: where that may
+        # write, and where the alias counts together with the leaf.
         self.before: Sequence[int | None] | None = None
         self.asked_besides: list[tuple[str, Tensor]] = []  # those others, which have no gradient, by argument
 
@@ -164,12 +166,13 @@ class ForwardPass:
         call, plan, mode = self.call, self.plan, self.mode
         keeps = plan.asks_vjp or not all([param.asked for param in call.aliased])
         sources = [*self.leaves, *[param.tensor for param in call.aliased]]
-        replay = None
+        replay, shares = None, False
         if not keeps:
             aliases = [self._alias(tensor) for tensor in sources]
         elif mode == EAGER:
             natural: list[Any] = [param.tensor for param in call.natural]
-            call.graph = KeptGraph(sources, natural) if call.params else KeptGraph.alone(sources)
+            shares = shares_versions(plan.forward_may_write)
+            call.graph = KeptGraph(sources, shares, natural) if call.params else KeptGraph.alone(sources, shares)
             aliases = call.graph.start()
         elif mode == TRACED:
             call.graph = TracedGraph(sources)
@@ -182,8 +185,8 @@ class ForwardPass:
             self.buffers_before = {name: value.clone() for name, value in self.module.named_buffers()}
         if plan.forward_may_write:
             self.asked_besides = self._asked_without_gradient() if plan.sources else []
-            if mode != EAGER or self.asked_besides or not all(call.wanted):
-                self.before = self._versions_of(aliases)
+        if shares or (plan.forward_may_write and (mode != EAGER or self.asked_besides or not all(call.wanted))):
+            self.before = self._versions_of(aliases)
         result, residuals = self._forward(aliases)
         return self.finish(aliases, result, residuals)
 
@@ -465,7 +468,10 @@ class ForwardPass:
         if mode == TRACED:
             inputs = [distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
         call.saved = saver.positions
-        if mode == EAGER:
+        if mode == EAGER and call.dirty and isinstance(call.graph, KeptGraph) and keep_versions is not None:
+            with keep_versions(tuple([leaves[index] for index in call.dirty])):
+                results = self.plan.apply(call, *inputs)
+        elif mode == EAGER:
             results = self.plan.apply(call, *inputs)
         elif mode == TRACED:
             results = self.plan.general.apply(call, *inputs)

@@ -31,6 +31,7 @@ from gradoverride._core.function import TOKEN, Carry, Cut, Lifted, Tail, TracedC
 from gradoverride._core.private import (
     fail,
     fast_apply,
+    keep_versions,
     keeps_graph,
     made_at_import,
     pull,
@@ -39,7 +40,7 @@ from gradoverride._core.private import (
 )
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["KeptGraph", "Replay", "TracedGraph", "distinct", "is_hooked", "outer_of"]
+__all__ = ["KeptGraph", "Replay", "TracedGraph", "distinct", "is_hooked", "outer_of", "shares_versions"]
 
 _cut = fast_apply(Cut)
 _carry = fast_apply(Carry)
@@ -53,11 +54,11 @@ class KeptGraph:
 
     __slots__ = ("aliases", "constants", "edges", "ends", "metas", "natural", "node", "outer")
 
-    def __init__(self, tensors: Sequence[Tensor], natural: Sequence[Tensor] = ()) -> None:
-        """`natural`: parameters that the forward meets themselves, no aliases of them."""
+    def __init__(self, tensors: Sequence[Tensor], shares: bool, natural: Sequence[Tensor] = ()) -> None:
+        """`shares`: see `shares_versions`; `natural`: parameters that the forward meets themselves, no aliases."""
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
-        # .data has a version counter of its own: a forward that writes in place spares the outer graph.
-        cut = list(_cut(TOKEN, *[tensor.data for tensor in wanted])) if wanted else []
+        plain = [tensor.detach() if shares else tensor.data for tensor in wanted]
+        cut = list(_cut(TOKEN, *plain)) if wanted else []
         # Without one (an embedding of integers) there is only what the forward met itself.
         node: Any = cut[0].grad_fn if cut else None
         self.node = node
@@ -79,7 +80,7 @@ class KeptGraph:
         ]
 
     @classmethod
-    def alone(cls, tensors: Sequence[Tensor]) -> KeptGraph:
+    def alone(cls, tensors: Sequence[Tensor], shares: bool) -> KeptGraph:
         """The same where torch's own graph never runs through this one.
 
         A leaf lives as long as the outer graph: then an alias that is a leaf itself keeps no more, and costs less.
@@ -87,8 +88,8 @@ class KeptGraph:
         aliases = []
         for tensor in tensors:
             if not (tensor.requires_grad and tensor.is_leaf):
-                return cls(tensors)
-            aliases.append(tensor.data.requires_grad_())
+                return cls(tensors, shares)
+            aliases.append((tensor.detach() if shares else tensor.data).requires_grad_())
         graph = cls.__new__(cls)
         graph.aliases = graph.edges = graph.metas = aliases  # type: ignore[assignment]  # a tensor has what a Meta has
         graph.outer = tensors  # type: ignore[assignment]  # never written to
@@ -119,7 +120,7 @@ class KeptGraph:
         if not self.ends:  # a forward may cut all gradients, as torch.detach does
             return _EMPTY
         if saves_plainly():
-            token: Any = _EMPTY.detach()
+            token: Any = _EMPTY.data  # which no mode for operations is shown, as `detach` is
             token.ends = tuple([_edge_of(results[index]) for index in self.ends])
             return token
         return _tail(*[results[index] for index in self.ends])
@@ -166,6 +167,13 @@ class KeptGraph:
 
     def _edges(self, which: Sequence[int]) -> Sequence[Any]:
         return self.edges if len(which) == len(self.edges) else [self.edges[index] for index in which]
+
+
+def shares_versions(forward_may_write: bool) -> bool:
+    """Whether aliases count writes together with their tensors, so that a write after the forward into what its graph
+    has saved raises as ever. (`.data` has a version counter of its own.)
+    """
+    return not forward_may_write or keep_versions is not None
 
 
 class Tie:

@@ -53,6 +53,7 @@ __all__ = [
     "may_be_symbolic",
     "dynamo_shows",
     "keep_own_frames_whole",
+    "keep_versions",
     "keeps_graph",
     "note_while_tracing",
     "out_of_left_transforms",
@@ -117,6 +118,11 @@ def pull(ends: Any, edges: Any, grads: Any, keep: bool, create_graph: bool) -> t
 
 # Whether the backward that runs now is to leave its graph as it is. Without it the answer is yes.
 keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+# A context after which tensors have the versions that they had before: `mark_dirty` counts a write once more, which the
+# forward has counted already. Without it aliases of what a forward may write into have version counters of their own.
+keep_versions: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
 
 
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)

@@ -1,5 +1,6 @@
 """Writing in place: by a rule, never into the caller's tensor; by a forward, right or refused."""
 
+import functools
 import operator
 import re
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradoverride as go
+from gradoverride._core.private import keep_versions
 
 # --- rules that write into the gradient ---
 
@@ -381,6 +383,81 @@ def test_argument_asked_for_that_is_overwritten_after_the_call_raises_in_backwar
     y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def hands_on(fn, x):
+    return fn(x)
+
+
+# Without the private name it is not noticed where a forward may write: of no other can the write be told apart.
+counted_together = pytest.mark.skipif(keep_versions is None, reason="needs a private name")
+
+
+class Composite(nn.Module):
+    """What its parts do is not known from its code."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Softplus()
+        self.weight = nn.Parameter(float64(2.0, 2.0))
+
+    @go.custom_backward(lambda grad_output, vjp: vjp(grad_output))
+    def forward(self, x):
+        return self.part(x) * self.weight
+
+
+UNDER_VJP = {
+    "arithmetic": lambda x: x * x,
+    "of torch": lambda x: torch.sin(x),
+    "in place on its own": pytest.param(lambda x: x.square().mul_(x), marks=counted_together),
+    "a tuple": lambda x: (x * x, 1),
+    "unknown": pytest.param(functools.partial(hands_on, torch.square), marks=counted_together),
+}
+
+
+@pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "non-leaf"])
+@pytest.mark.parametrize("forward", UNDER_VJP.values(), ids=UNDER_VJP)
+def test_argument_that_vjp_needs_and_that_is_overwritten_after_the_call_raises_as_in_autograd(forward, leaf):
+    ruled = go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(forward)
+    for fn in (forward, ruled):
+        x = float64(1.0, 2.0)
+        given = x if leaf else x.clone()
+        y = fn(given)
+        y = y[0] if isinstance(y, tuple) else y
+        with torch.no_grad():
+            given.add_(10)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+@counted_together
+def test_argument_of_a_module_that_vjp_needs_and_that_is_overwritten_after_the_call_raises_as_in_autograd():
+    module, x = Composite(), float64(1.0, 2.0)
+    y = module(x)
+    with torch.no_grad():
+        x.add_(10)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@counted_together
+@pytest.mark.parametrize("writes", [torch.exp_, lambda x: x.tanh_()], ids=["exp_", "tanh_"])
+def test_result_in_place_that_vjp_needs_and_that_is_overwritten_after_the_call_raises_as_in_autograd(writes):
+    for fn in (writes, go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(writes)):
+        y = fn(float64(1.0, 2.0) * 1)
+        y.mul_(3)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_argument_that_vjp_does_not_need_may_be_overwritten_after_the_call():
+    ruled = go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))(lambda x: x + 1)
+    x = float64(1.0, 2.0)
+    h = x * 1
+    y = ruled(h)
+    h.add_(10)
+    (y.sum() + h.sum()).backward()
+    closely(x.grad, float64(4.0, 4.0, grad=False))
 
 
 def test_output_asked_for_that_is_overwritten_after_the_call_raises_in_backward():
