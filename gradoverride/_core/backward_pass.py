@@ -20,7 +20,7 @@ from gradoverride._core.contract import Meta, conform, read_answer, read_params,
 from gradoverride._core.function import Refused
 from gradoverride._core.kept_graph import KeptGraph, TracedGraph, is_hooked
 from gradoverride._core.private import fail, fast_apply, out_of_left_transforms, pull
-from gradoverride._core.standin import Collector, stand_in
+from gradoverride._core.standin import Collector, Stale, stand_in
 from gradoverride._core.structure import LEAF, alike, flatten, in_order_of, unflatten
 from gradoverride._core.vjp import Vjp
 from gradoverride.errors import RuleResultError, UnsupportedError
@@ -156,7 +156,8 @@ class Backward:
         if call.module is None:
             return None
         tensors = {name: saved[slot] for name, slot in call.module_slots.items()}
-        return stand_in(call.module, {**call.frozen, **(call.buffers if buffers is None else buffers), **tensors})
+        given = {**call.shown(call.frozen), **(call.shown(call.buffers) if buffers is None else buffers), **tensors}
+        return stand_in(call.module, given, training=call.training_then())
 
     def _forward_then(self) -> Any:
         if not self.plan.takes_receiver:
@@ -165,7 +166,8 @@ class Backward:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             # It may write into buffers, and the forward has counted already.
-            buffers = {name: buffer.clone() for name, buffer in call.buffers.items()}
+            shown = call.shown(call.buffers)
+            buffers = {name: one if isinstance(one, Stale) else one.clone() for name, one in shown.items()}
             then = call.receiver if call.module is None else self._module_then(buffers)
             return fn(then, *args, **kwargs)
 
@@ -191,10 +193,11 @@ class Backward:
         assert call.module is not None, "the class form is for modules"
         return Collector(
             call.module,
-            call.frozen,
-            call.buffers,
+            call.shown(call.frozen),
+            call.shown(call.buffers),
             {param.name: (param.names, self.saved[call.module_slots[param.name]]) for param in call.params},
             traced=self.traced,
+            training=call.training_then(),
         )
 
     def _collected(self, collector: Collector) -> dict[str, Any]:

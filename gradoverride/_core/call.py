@@ -7,7 +7,7 @@ that the forward met the parameter itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from gradoverride._core.contract import Meta, shape_text
 from gradoverride._core.forward_mode import transpose
 from gradoverride._core.function import fresh
 from gradoverride._core.plan import Layout, Plan
-from gradoverride._core.private import fail, in_forward_ad
+from gradoverride._core.private import fail, in_forward_ad, version_of
+from gradoverride._core.standin import Stale
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten
 from gradoverride.errors import ForwardResultError, RuleResultError, RuleSignatureError, UnsupportedError
 
@@ -44,6 +45,11 @@ def is_tracked(tensor: Tensor) -> bool:
     if in_forward_ad() and forward_ad.unpack_dual(tensor).tangent is not None:
         return True
     return debug_unwrap(tensor, recurse=False) is not tensor
+
+
+def training_of(module: nn.Module) -> dict[str, bool]:
+    """By prefix, whether each part of `module` is in training."""
+    return {f"{name}." if name else "": part.training for name, part in module.named_modules()}
 
 
 def sharded_part(module: nn.Module, name: str) -> str | None:
@@ -128,6 +134,8 @@ class Call:
     module: nn.Module | None
     receiver: Any  # of a method: its object, where that is no module
     buffers: dict[str, Any]
+    then: dict[str, int]  # of buffers and frozen parameters that are shown, the versions
+    training: dict[str, bool]  # whether each part of the module was in training, by prefix
     asked: list[Asked]
     saved: list[int]  # by saved tensor, where among inputs and results it stands
     # Where values are among the saved tensors:
@@ -162,6 +170,46 @@ class Call:
         self.module = None
         self.receiver = None
         self.buffers = {}
+        self.then = {}
+        self.training = {}
+
+    def keep_module(self, module: nn.Module, before: Mapping[str, int]) -> None:
+        """Keep what the rule is to be shown of the module besides its trainable parameters: buffers, frozen ones.
+
+        `before`: the versions of the buffers before the forward. Those that it wrote into will be written into again
+        by the next one, so a copy is kept.
+        """
+        self.module = module
+        self.buffers = dict(module.named_buffers())
+        if self.mode == TRACED:
+            return
+        for name, buffer in self.buffers.items():
+            if before.get(name, version_of(buffer)) != version_of(buffer):
+                self.buffers[name] = buffer.detach().clone()
+        self.then = {name: version_of(tensor) for name, tensor in {**self.frozen, **self.buffers}.items()}
+        self.training = training_of(module)
+
+    def shown(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The buffers or frozen parameters of the module, as they were: of one that was overwritten, an error."""
+        if not self.then or torch.compiler.is_dynamo_compiling():  # the backward alone: compiled autograd
+            return dict(tensors)
+        shown = dict(tensors)
+        for name, tensor in tensors.items():
+            if version_of(tensor) != self.then.get(name, version_of(tensor)):
+                shown[name] = Stale.of(
+                    tensor,
+                    f"rule {self.plan.rule.who} of {self.plan.forward.who} must read '{name}' of the module as it was "
+                    "in that forward, and it was written into since. Hand a copy over by save_for_backward, ask for "
+                    "'vjp', or write after the backward",
+                )
+        return shown
+
+    def training_then(self) -> dict[str, bool]:
+        """Of the parts of the module that have changed since, whether they were in training."""
+        if self.module is None or torch.compiler.is_dynamo_compiling():
+            return {}
+        now = training_of(self.module)
+        return {prefix: was for prefix, was in self.training.items() if now.get(prefix, was) is not was}
 
     # --- taking the call apart ------------------------------------------------------------------------------
 

@@ -153,6 +153,7 @@ class ForwardPass:
         self.leaves = leaves
         self.values = values
         self.buffers_before: dict[str, Tensor] = {}
+        self.buffer_versions: dict[str, int] = {}
         # By leaf, its version before the forward: where that ran on the leaves themselves (`reach.py`), and then
         # where a gradient is wanted for it.
         self.versions: list[int | None] | None = None
@@ -183,6 +184,8 @@ class ForwardPass:
             aliases = [self._alias(tensor) for tensor in sources]
         if replay is not None and self.module is not None:
             self.buffers_before = {name: value.clone() for name, value in self.module.named_buffers()}
+        if plan.asks_module and self.module is not None and mode != TRACED:
+            self.buffer_versions = {name: version_of(value) for name, value in self.module.named_buffers()}
         if plan.forward_may_write:
             self.asked_besides = self._asked_without_gradient() if plan.sources else []
         if shares or (plan.forward_may_write and (mode != EAGER or self.asked_besides or not all(call.wanted))):
@@ -221,7 +224,7 @@ class ForwardPass:
         tensors = [*aliases, *[tensor for _, tensor in self.asked_besides]]
         if self.mode == TRACED:
             return versions_while_tracing(tensors)
-        return [version_of(debug_unwrap(tensor)) for tensor in tensors]
+        return [version_of(tensor) for tensor in tensors]
 
     def _asked_without_gradient(self) -> list[tuple[str, Tensor]]:
         """The tensors without a gradient among the arguments that the rule asks for."""
@@ -531,8 +534,7 @@ class ForwardPass:
                 for name in param.names
             }
         if module is not None and plan.asks_module:
-            call.module = module
-            call.buffers = dict(module.named_buffers())
+            call.keep_module(module, self.buffer_versions)
         elif plan.asks_module:
             call.receiver = self.receiver
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch.autograd import Function, forward_ad
+from torch.func import debug_unwrap
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -566,7 +567,8 @@ _noted: list[Any] = []
 
 def version_of(tensor: torch.Tensor) -> int | None:
     """How often the tensor has been written into. None of one from `inference_mode`, which does not count."""
-    return None if tensor.is_inference() else tensor._version
+    inner = debug_unwrap(tensor)
+    return None if inner.is_inference() else inner._version
 
 
 def versions_while_tracing(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:

@@ -16,15 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradoverride._core.private import in_modes, versions_while_tracing
+from gradoverride._core.private import fail, in_modes, versions_while_tracing
+from gradoverride._core.structure import flatten
 from gradoverride._core.targets import RECORD
+from gradoverride.errors import UnsupportedError
 
-__all__ = ["Collector", "Copied", "stand_in", "with_parameters", "write_back"]
+__all__ = ["Collector", "Copied", "Stale", "stand_in", "with_parameters", "write_back"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _RNN_WEIGHTS = "_flat_weights"  # nn.RNNBase keeps its weights in this list besides, and its forward reads it
 _NOT_OF_THE_FORWARD = (*_TABLES, _RNN_WEIGHTS, RECORD)
 _MISSING = object()
+_NOTHING: Mapping[str, bool] = {}
 
 
 class Copied(NamedTuple):
@@ -61,13 +64,19 @@ def _computed(name: str) -> Callable[[Any], Any]:
 
 
 def stand_in(
-    module: nn.Module, tensors: Mapping[str, Tensor], copied: list[Copied] | None = None, prefix: str = ""
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    copied: list[Copied] | None = None,
+    prefix: str = "",
+    training: Mapping[str, bool] = _NOTHING,
 ) -> nn.Module:
     """A stand-in for `module` with `tensors`, by dotted name, in place of its parameters and buffers.
 
-    What is copied for it is added to `copied`, for `write_back`.
+    What is copied for it is added to `copied`, for `write_back`. `training`, by prefix, is other than it is now.
     """
     state = dict(module.__dict__)
+    if prefix in training:
+        state["training"] = training[prefix]
     table = state["_modules"].get("parametrizations")
     given = () if table is None else tuple(name for name in table._modules if prefix + name in tensors)
     own: Any = type(module)
@@ -85,8 +94,8 @@ def stand_in(
             children[name] = None
         elif name == "parametrizations":
             children[name] = _parametrizations(child, tensors, copied, prefix, path)
-        elif any(key.startswith(path) for key in tensors):
-            children[name] = stand_in(child, tensors, copied, path)
+        elif any(key.startswith(path) for key in (*tensors, *training)):
+            children[name] = stand_in(child, tensors, copied, path, training)
         else:
             children[name] = child
     state["_modules"] = children
@@ -148,6 +157,22 @@ def write_back(copied: Sequence[Copied]) -> None:
                 theirs["_buffers"][name] = buffer.detach() if isinstance(buffer, Tensor) else buffer
 
 
+class Stale(Tensor):
+    """A tensor that was written into after the forward that a stand-in is to show: whoever uses it is told `text`."""
+
+    @classmethod
+    def of(cls, tensor: Tensor, text: str) -> Stale:
+        stale = tensor.detach().as_subclass(cls)
+        stale.__dict__["text"] = text
+        return stale
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found: list[Stale] = []
+        flatten((args, kwargs or {}), lambda part: isinstance(part, cls), found)
+        fail(UnsupportedError, found[0].__dict__["text"])
+
+
 class _Collected(Tensor):
     """A parameter on the stand-in of a `backward`: what is assigned to its `grad` is collected, and nothing else."""
 
@@ -179,6 +204,7 @@ class Collector:
         params: Mapping[str, tuple[list[str], Tensor]],
         *,
         traced: bool,
+        training: Mapping[str, bool] = _NOTHING,
     ) -> None:
         self.params: dict[str, Tensor] = {}
         # The `grad` of each that is a plain alias, and its version: is it another, or was written into (`+=`), it was
@@ -200,11 +226,11 @@ class Collector:
                 self.params[name] = tensor.view_as(tensor).as_subclass(_Collected)
         self.versions = self._versions()
         # A frozen parameter is assigned to as well, and has no gradient to be collected.
-        tensors = {**buffers, **{name: tensor.detach() for name, tensor in frozen.items()}}
+        tensors = {**buffers, **{name: _alias(tensor) for name, tensor in frozen.items()}}
         for name, (names, _) in params.items():
             tensors.update(dict.fromkeys(names, self.params[name]))
         self.copied: list[Copied] = []
-        self.stand_in = stand_in(module, tensors, self.copied)
+        self.stand_in = stand_in(module, tensors, self.copied, training=training)
 
     def collected(self) -> dict[str, Any]:
         """By name, the gradients that were assigned. Plain attributes that were are given to the module."""
@@ -220,3 +246,7 @@ class Collector:
         if name in self.before:
             return param.grad is not self.before[name]
         return "collected" in param.__dict__
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    return tensor if isinstance(tensor, Stale) else tensor.detach()

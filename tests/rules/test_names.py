@@ -672,6 +672,105 @@ def test_module_has_the_values_of_that_forward():
     assert x.grad.item() == 40.0
 
 
+class Fixed(nn.Module):
+    """A module that multiplies by a buffer or a frozen parameter."""
+
+    def __init__(self, frozen):
+        super().__init__()
+        if frozen:
+            self.scale = nn.Parameter(float64(10.0, 20.0, grad=False), requires_grad=False)
+        else:
+            self.register_buffer("scale", float64(10.0, 20.0, grad=False))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+class FixedWithBackward(Fixed):
+    def forward(self, x):
+        return x * self.scale
+
+    def backward(self, grad_output):
+        return grad_output * self.scale
+
+
+READERS = {
+    "module": lambda grad_output, module: grad_output * module.scale,
+    "a method": lambda grad_output, module: grad_output * module.scale.abs(),
+    "forward": lambda grad_output, forward: grad_output * forward(torch.ones_like(grad_output)),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["buffer", "frozen parameter"])
+@pytest.mark.parametrize("rule", READERS.values(), ids=READERS)
+def test_rule_that_reads_a_tensor_of_the_module_that_was_overwritten_after_the_forward_is_refused(rule, frozen):
+    module, x = Fixed(frozen), float64(1.0, 1.0)
+    result = go.custom_backward(rule)(Fixed.forward)(module, x)
+    module.scale.mul_(100)
+    with pytest.raises(go.UnsupportedError) as caught:
+        result.sum().backward()
+    for part in ("rule '<lambda>' (", "of 'Fixed' (", "read 'scale' of the module", "written into since", "a copy"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["buffer", "frozen parameter"])
+def test_backward_that_reads_a_tensor_of_the_module_that_was_overwritten_after_the_forward_is_refused(frozen):
+    cls = go.custom_backward(type("Class", (FixedWithBackward,), dict(vars(FixedWithBackward))))
+    module, x = cls(frozen), float64(1.0, 1.0)
+    result = module(x)
+    module.scale.mul_(100)
+    with pytest.raises(go.UnsupportedError, match="read 'scale' of the module"):
+        result.sum().backward()
+
+
+def test_tensor_of_the_module_that_was_overwritten_may_be_left_alone():
+    module, x = Fixed(False), float64(1.0, 1.0)
+    rule = go.custom_backward(lambda grad_output, module: 3 * grad_output * (len(dict(module.named_buffers()))))
+    result = rule(Fixed.forward)(module, x)
+    module.scale.mul_(100)
+    result.sum().backward()
+    closely(x.grad, float64(3.0, 3.0, grad=False))
+
+
+def test_buffer_that_each_forward_writes_into_is_shown_as_that_forward_left_it():
+    def rule(grad_output, module, input):
+        return grad_output * module.running_mean
+
+    class Norm(nn.Module):  # torch does not count what its own BatchNorm writes
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(2, dtype=torch.float64))
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.running_mean.copy_(x.mean(0))
+            return x - self.running_mean
+
+    norm = Norm()
+    first, second = noise(5, 2), noise(5, 2)
+    with go.override(norm, {norm: rule}):
+        results = norm(first), norm(second)
+        sum(result.sum() for result in results).backward()
+    closely(first.grad, first.detach().mean(0).expand(5, 2))
+    closely(second.grad, second.detach().mean(0).expand(5, 2))
+
+
+def test_module_and_its_parts_are_in_training_if_they_were_in_that_forward():
+    seen = []
+
+    def rule(grad_output, module):
+        seen.append([part.training for part in module.modules()])
+        return grad_output
+
+    model = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2, dtype=torch.float64)))
+    with go.override(model, {model: rule}):
+        result = model(noise(3, 2))
+    model[1].eval()
+    result.sum().backward()
+    assert seen == [[True] * 5]
+    assert [part.training for part in model.modules()] == [True, True, False, False, False]
+
+
 def test_module_of_a_rule_is_of_the_modules_class():
     seen = []
 
