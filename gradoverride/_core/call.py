@@ -134,7 +134,7 @@ class Call:
     module: nn.Module | None
     receiver: Any  # of a method: its object, where that is no module
     buffers: dict[str, Any]
-    then: dict[str, int]  # of buffers and frozen parameters that are shown, the versions
+    then: dict[str, int | None]  # of buffers and frozen parameters that are shown, the versions
     training: dict[str, bool]  # whether each part of the module was in training, by prefix
     asked: list[Asked]
     saved: list[int]  # by saved tensor, where among inputs and results it stands
@@ -173,7 +173,7 @@ class Call:
         self.then = {}
         self.training = {}
 
-    def keep_module(self, module: nn.Module, before: Mapping[str, int]) -> None:
+    def keep_module(self, module: nn.Module, before: Mapping[str, int | None]) -> None:
         """Keep what the rule is to be shown of the module besides its trainable parameters: buffers, frozen ones.
 
         `before`: the versions of the buffers before the forward. Those that it wrote into will be written into again

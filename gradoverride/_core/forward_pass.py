@@ -153,7 +153,7 @@ class ForwardPass:
         self.leaves = leaves
         self.values = values
         self.buffers_before: dict[str, Tensor] = {}
-        self.buffer_versions: dict[str, int] = {}
+        self.buffer_versions: dict[str, int | None] = {}
         # By leaf, its version before the forward: where that ran on the leaves themselves (`reach.py`), and then
         # where a gradient is wanted for it.
         self.versions: list[int | None] | None = None
