@@ -37,8 +37,9 @@ def bridge(rule: Callable[..., Any], *, dtype: Any = None) -> Callable[[F], F]:
 
     Function and rule are given arrays for tensors, also within containers; all else as it is. They may write into
     them: they are copies. The rule asks for values by name as any rule does, for what the function handed over
-    (`save_for_backward`) too, and returns arrays; `vjp` it cannot ask for. An estimator (`go.estimators`) as the rule
-    needs no derivative at all. Called without a tensor it is the function of arrays, as it was.
+    (`save_for_backward`) too, and returns arrays; `vjp` it cannot ask for. Those of `go.rules` and `go.surrogates`, and
+    links of a `chain` that are, are given tensors. An estimator (`go.estimators`) as the rule needs no derivative at
+    all. Called without a tensor it is the function of arrays, as it was.
 
     Devices: a result is on the device of the first tensor. Dtypes: arrays have the dtype of their tensor (of
     `bfloat16`, which NumPy does not know, `float32`); floating results have the common dtype of the floating tensors
@@ -61,8 +62,17 @@ def bridge(rule: Callable[..., Any], *, dtype: Any = None) -> Callable[[F], F]:
                 "gradient of it. Compute it from the arguments, or use an estimator"
             )
     kind = Kind(_floating(dtype))
-    attach = custom_backward(rule if getattr(rule, "takes_tensors", False) else ArrayRule(rule, kind))
+    attach = custom_backward(_of_tensors(rule, lambda rule: ArrayRule(rule, kind)))
     return functools.partial(_bridged, attach, kind)
+
+
+def _of_tensors(rule: Any, turn: Callable[[Any], Any]) -> Any:
+    """`rule` as one of tensors. Those of this library are; one of arrays is turned into one."""
+    if not str(getattr(rule, "__module__", "")).startswith("gradoverride.rules."):
+        return rule if getattr(rule, "takes_tensors", False) else turn(rule)
+    from gradoverride.rules import chain  # it is imported when it is used
+
+    return chain(*[_of_tensors(link, turn) for link in rule.rules]) if isinstance(rule, chain) else rule
 
 
 def _bridged(attach: Callable[[Any], Any], kind: Any, fn: Any) -> Any:

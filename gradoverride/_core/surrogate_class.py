@@ -29,6 +29,7 @@ class Surrogate:
 
     primitive: ClassVar[Callable[..., Tensor] | None] = None
     writes_nothing: ClassVar[bool] = True  # into the gradient: so it is given the gradient itself, no copy
+    takes_tensors: ClassVar[bool] = True  # in a `bridge` too
 
     def __post_init__(self) -> None:
         for option in fields(self):

@@ -8,9 +8,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from gradoverride._core.call import is_differentiable
-from gradoverride._core.structure import flatten, unflatten
+from gradoverride._core.contract import what
+from gradoverride._core.private import fail
+from gradoverride._core.structure import flatten, is_container, unflatten
+from gradoverride.errors import RuleResultError
 
-__all__ = ["Each", "each", "writes_nothing"]
+__all__ = ["Each", "each", "gradients_in", "writes_nothing"]
 
 X = TypeVar("X")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -20,10 +23,30 @@ def each(edit: Callable[[Tensor], Tensor], grad_output: X) -> X:
     """`edit` of a gradient, or of each in a structure of them."""
     if isinstance(grad_output, Tensor):
         return edit(grad_output)  # type: ignore[return-value]  # X is Tensor
-    leaves: list[Tensor] = []
-    spec = flatten(grad_output, is_differentiable, leaves)
+    spec, leaves = gradients_in(grad_output)
     edited: X = unflatten(spec, iter([edit(leaf) for leaf in leaves]))
     return edited
+
+
+def gradients_in(grad_output: Any) -> tuple[Any, list[Tensor]]:
+    """The structure of what a rule is given, and the tensors in it. An error if there is something, but no tensor."""
+    leaves: list[Tensor] = []
+    spec = flatten(grad_output, is_differentiable, leaves)
+    if not leaves:
+        others: list[Any] = []
+        flatten(grad_output, _is_something, others)
+        if others:
+            fail(
+                RuleResultError,
+                "a rule of gradoverride.rules must be given a tensor as the gradient, or a structure of them; it was "
+                f"given {what(grad_output)}. Turn arrays into tensors before it (torch.from_numpy), or write the rule "
+                "for arrays",
+            )
+    return spec, leaves
+
+
+def _is_something(value: Any) -> bool:
+    return value is not None and not is_container(value)
 
 
 class Each:

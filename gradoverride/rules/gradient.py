@@ -27,13 +27,12 @@ import torch
 from torch import Tensor
 from torch.func import debug_unwrap
 
-from gradoverride._core.call import is_differentiable
 from gradoverride._core.contract import shape_text
 from gradoverride._core.options import check, is_number, printed
 from gradoverride._core.private import fail
-from gradoverride._core.structure import LEAF, Node, flatten, unflatten
+from gradoverride._core.structure import LEAF, Node, unflatten
 from gradoverride.errors import NonFiniteGradientError, RuleResultError, UnsupportedError
-from gradoverride.rules.each import Each, each, writes_nothing
+from gradoverride.rules.each import Each, each, gradients_in, writes_nothing
 from gradoverride.rules.untraced import untraced
 
 __all__ = [
@@ -292,8 +291,7 @@ class normalize:
 
 def _divided(grad_output: X, dim: Any, by: Callable[[Tensor], Tensor]) -> X:
     """Each gradient divided by what `by` makes of its norm."""
-    leaves: list[Tensor] = []
-    spec = flatten(grad_output, is_differentiable, leaves)
+    spec, leaves = gradients_in(grad_output)
     norms = [torch.linalg.vector_norm(_wide(leaf), dim=dim, keepdim=dim is not None) for leaf in leaves]
     if dim is None and len(leaves) > 1:
         whole = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
@@ -513,8 +511,7 @@ class check_finite(Each):
     def __call__(self, grad_output: X) -> X:
         """The gradient as it came."""
         named = f" of {self.name}" if self.name else ""
-        leaves: list[Tensor] = []
-        spec = flatten(grad_output, is_differentiable, leaves)
+        spec, leaves = gradients_in(grad_output)
         looked_at = [untraced(self, leaf, named + place) for leaf, place in zip(leaves, _places(spec), strict=True)]
         result: X = unflatten(spec, iter(looked_at))
         return result

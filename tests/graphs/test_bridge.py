@@ -8,7 +8,7 @@ import numpy
 import pytest
 import scipy.fft
 import torch
-from oracles import closely, exactly, noise
+from oracles import closely, exactly, float64, noise
 from torch import nn
 
 import gradoverride as go
@@ -420,6 +420,49 @@ def test_estimator_gets_tensors():
     x = noise(4)
     y = go.bridge(Differences())(numpy.sin)(x)
     torch.testing.assert_close(grad(y.sum(), x), x.cos(), rtol=1e-8, atol=1e-8)
+
+
+# --- rules of this library ---
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (go.rules.scale(2.0), lambda g: g * 2),
+        (go.rules.stop, torch.zeros_like),
+        (go.rules.sign, torch.sign),
+        (go.rules.clip_norm(1.0), lambda g: g / g.norm()),
+        (go.rules.normalize(), lambda g: g / g.norm()),
+        (go.rules.deconv_relu, lambda g: g.clamp(min=0)),
+        (go.rules.chain(go.rules.scale(2.0), go.rules.clip_value(3.0)), lambda g: (g * 2).clamp(-3, 3)),
+    ],
+)
+def test_rules_of_the_library_edit_the_gradient(rule, expected):
+    x, g = noise(3), float64(3.0, -4.0, 0.5, grad=False)
+    closely(grad(go.bridge(rule)(lambda x: x + 1)(x), x, grad_outputs=g), expected(g))
+
+
+def test_links_of_a_chain_are_given_what_each_works_with():
+    def tripled(grad_output, x):
+        assert type(grad_output) is type(x) is numpy.ndarray
+        return grad_output * 3 * x
+
+    x, g = noise(3), float64(3.0, -4.0, 0.5, grad=False)
+    for rule in (go.rules.chain(tripled, go.rules.scale(2.0)), go.rules.chain(go.rules.scale(2.0), tripled)):
+        closely(grad(go.bridge(rule)(lambda x: x + 1)(x), x, grad_outputs=g), g * 6 * x)
+
+
+def test_surrogates_give_their_derivative():
+    x = noise(4)
+
+    class Bell(go.surrogates.Surrogate):
+        def of(self, grad, x):
+            return grad * (-x * x).exp()
+
+    closely(grad(go.bridge(Bell())(numpy.sign)(x).sum(), x), (-x * x).exp())
+    sigmoid = go.surrogates.sigmoid(k=1.0)
+    expected = torch.sigmoid(x) * (1 - torch.sigmoid(x))
+    closely(grad(go.bridge(sigmoid)(numpy.sign)(x).sum(), x), expected)
 
 
 # --- errors ---

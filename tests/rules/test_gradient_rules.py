@@ -608,6 +608,17 @@ class TestCompiled:
             run(torch.ones(2, requires_grad=True)).backward()
 
 
+@pytest.mark.parametrize("rule", [rules.scale(2.0), rules.stop, rules.clip_norm(1.0), rules.check_finite("x")])
+def test_what_holds_no_tensor_is_an_error(rule):
+    text = (
+        r"a rule of gradoverride.rules must be given a tensor as the gradient, or a structure of them; it was given a "
+        r"ndarray\. Turn arrays into tensors before it \(torch.from_numpy\)"
+    )
+    with pytest.raises(go.RuleResultError, match=text):
+        rule(torch.ones(2).numpy())
+    assert rule((None, None)) == (None, None)
+
+
 def test_a_structure_is_clipped_together_as_torch_does():
     grads = [noise(3, grad=False), noise(2, 2, grad=False), noise(1, grad=False)]
     leaves = [torch.zeros_like(grad).requires_grad_() for grad in grads]
