@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradoverride._core.ambient import Autocast
-from gradoverride._core.call import EAGER, Call, is_differentiable
-from gradoverride._core.contract import Meta, read_answer, shape_text, what
+from gradoverride._core.call import EAGER, TRACED, Call, is_differentiable
+from gradoverride._core.contract import Meta, read_answer, what
 from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.function import alias_function
 from gradoverride._core.plan import Plan
@@ -35,10 +35,10 @@ from gradoverride._core.private import (
 )
 from gradoverride._core.reading import Reading, Readings, holds_numbers, keep_plan, kept_plan, unbound
 from gradoverride._core.short_function import FLOATING
-from gradoverride._core.signature import Forward, name_of
+from gradoverride._core.signature import Forward
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride._core.tracers import FX, exporting, record_function, tracer_now
-from gradoverride.errors import GraphError, RuleResultError
+from gradoverride.errors import GraphError
 
 __all__ = ["ask", "ask_several", "edit"]
 
@@ -252,7 +252,9 @@ def _names_of_value(rule: Any) -> tuple[str, ...] | None:
 
 @evaluated_while_tracing
 def _name_of_plan(rule: Any, bound: tuple[str, ...]) -> str:
-    return keep_plan(_readings, rule, bound)
+    name = keep_plan(_readings, rule, bound)
+    kept_plan(name).layout(0, ())  # which it keeps: it must be there when the backward is traced
+    return name
 
 
 @evaluated_while_tracing
@@ -264,17 +266,23 @@ def _names_read(rule: Any, bound: tuple[str, ...]) -> tuple[str, ...] | None:
 def _backward_traced(ctx: Any, grad_output: Tensor) -> tuple[None, Any]:
     rule, names = ctx.rule
     handed = grad_output.clone()  # a compiler removes the copy where nothing is written
-    answer = rule(handed, **dict.fromkeys(names, ctx.saved_tensors[0])) if names else rule(handed)
-    if answer is not None and (not isinstance(answer, Tensor) or answer.shape != grad_output.shape):
-        fail(
-            RuleResultError,
-            f"rule '{name_of(rule)}' of 'edit_gradient' must return a gradient of shape "
-            f"{shape_text(grad_output.shape)}, the shape of 'x' itself; it returned {what(answer)}. Reduce or expand "
-            "it: torch would do so silently",
-        )
-    if answer is not None and answer.dtype != grad_output.dtype:
-        answer = answer.to(grad_output.dtype)
-    return None, answer
+    values = dict.fromkeys(names, ctx.saved_tensors[0]) if names else {}
+    answer = rule(handed, **values)
+    if (
+        isinstance(answer, Tensor)
+        and answer.dtype == grad_output.dtype
+        and answer.shape == grad_output.shape
+        and answer.device == grad_output.device
+    ):
+        return None, answer
+    return None, _read_traced(rule, grad_output, answer)
+
+
+def _read_traced(rule: Any, grad_output: Tensor, answer: Any) -> Tensor | None:
+    plan = kept_plan(_name_of_plan(*unbound(rule)))
+    call = Call(plan, plan.layout(0, ()), TRACED)
+    call.describe_plain([0], [Meta(grad_output)], [True])
+    return read_answer(call, answer)[0][0]
 
 
 _NotKeeping = alias_function("edit_gradient", _backward_traced, keeps=False)

@@ -7,7 +7,7 @@ is kept by these; the rule itself, with all that its closure holds, is that of t
 from __future__ import annotations
 
 import functools
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -102,6 +102,8 @@ def _key(rule: Any) -> Any:
     if isinstance(rule, functools.partial):
         inner = _key(rule.func)
         return None if inner is None else (inner, len(rule.args), *sorted(rule.keywords))
+    if isinstance(rule, MethodType):
+        return (MethodType, _key(rule.__func__)) if isinstance(rule.__func__, FunctionType) else None
     return type(rule) if _is_known_by_class(rule) else None
 
 
@@ -118,6 +120,8 @@ def _is_wrapped(rule: Any) -> bool:
 def _function_in(rule: Any) -> FunctionType | None:
     while isinstance(rule, functools.partial):
         rule = rule.func
+    if isinstance(rule, MethodType):
+        rule = rule.__func__
     return rule if isinstance(rule, FunctionType) else None
 
 
@@ -157,6 +161,9 @@ def unbound(rule: Any) -> tuple[Any, tuple[Any, ...]]:
         if rule.__code__.co_freevars:
             return rule.__code__, (*bound, defaults_while_tracing(rule))
         return rule, tuple(bound)
+    if isinstance(rule, MethodType) and isinstance(rule.__func__, FunctionType):  # of an object that may hold tensors
+        function, defaults = unbound(rule.__func__)
+        return (None, function), (*bound, *defaults)
     # An object would be guarded by its identity, and each one compiled anew.
     return ((type(rule),) if _is_known_by_class(rule) else rule), tuple(bound)
 
@@ -164,14 +171,20 @@ def unbound(rule: Any) -> tuple[Any, tuple[Any, ...]]:
 def keep_plan(readings: Readings, rule: Any, bound: tuple[Any, ...]) -> str:
     """Keep the plan for an `unbound` rule, under a name that this returns: `kept_plan`.
 
-    Where only the code is there, it has lost what its defaults are; where only the class, its attributes.
+    Where only the code is there, it has lost what its defaults are; where only the class, its attributes; a method its
+    object.
     """
-    if isinstance(rule, tuple):
+    is_method = isinstance(rule, tuple) and len(rule) == 2
+    if is_method:
+        rule = rule[1]
+    elif isinstance(rule, tuple):
         rule = object.__new__(rule[0])  # an object of this class, with nothing in it
     if isinstance(rule, CodeType):
         (count, *names), bound = bound[-1], bound[:-1]
         rule = FunctionType(rule, {}, None, (None,) * count, tuple([CellType() for _ in rule.co_freevars]))
         rule.__kwdefaults__ = dict.fromkeys(names)
+    if is_method:
+        rule = MethodType(rule, object())
     if bound:
         rule = functools.partial(rule, **dict.fromkeys(bound))
     try:

@@ -215,6 +215,24 @@ def test_compiled():
     closely(grad(compiled(x).sin().sum(), x), grad(two(x).sin().sum(), x))
 
 
+def test_compiled_rule_may_be_a_method_of_the_module():
+    class Rounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = 2.0
+
+        def rule(self, grad_output, input):
+            return grad_output * self.factor * input
+
+        def forward(self, x):
+            return go.connect(x.detach().round(), x, self.rule)
+
+    x = noise(4)
+    torch._dynamo.reset()
+    for run in (Rounded(), torch.compile(Rounded(), backend="aot_eager", fullgraph=True)):
+        closely(grad(run(x).sum(), x), 2 * x)
+
+
 def test_vmap_and_grad():
     def fn(x):
         return go.connect(x.detach() ** 3, x, cube_rule).sum()

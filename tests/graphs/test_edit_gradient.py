@@ -381,6 +381,12 @@ COMPILED = {
     "writes": lambda x: go.edit_gradient(x * 1, lambda g: g.mul_(2)),
     "object": lambda x: go.edit_gradient(x * 1, RULES["object"]),
     "dtype": lambda x: go.edit_gradient(x * 1, lambda g: g.float()),
+    "answer by name": lambda x: go.edit_gradient(x * 1, lambda g: {"x": g * 2}),
+    "answer in a tuple": lambda x: go.edit_gradient(x * 1, lambda g, x: (g * x,)),
+    "answer in a list": lambda x: go.edit_gradient(x * 1, lambda g: [g * 2]),
+    "none by name": lambda x: go.edit_gradient(x * 1, lambda g: {"x": None}) + x,
+    "empty dict": lambda x: go.edit_gradient(x * 1, lambda g: {}) + x,
+    "bound method": lambda x: go.edit_gradient(x * 1, RULES["bound method"]),
 }
 
 
@@ -434,10 +440,55 @@ def test_compiled_rule_with_a_closure_is_refused_for_an_unknown_name():
         torch.compile(forward, backend="aot_eager", fullgraph=True)(noise(4))
 
 
-def test_compiled_refuses_a_wrong_shape_by_the_text():
+class Ruled(nn.Module):
+    """It edits a gradient by a method of its own, which reads a parameter, a number and another method."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+
+    def scaled(self, g):
+        return g * self.factor
+
+    def rule(self, grad_output, x, *, power=2):
+        return self.scaled(grad_output) * self.weight.detach() * x**power
+
+    def forward(self, x):
+        return go.edit_gradient(x.sin(), self.rule)
+
+
+class RuledBySuper(Ruled):
+    def rule(self, grad_output, x):  # noqa: D102  # it has a free variable: the class
+        return super().rule(grad_output, x) + 1
+
+
+@pytest.mark.parametrize("kind", [Ruled, RuledBySuper])
+def test_compiled_rule_may_be_a_method_of_the_module(kind):
+    x, module = noise(4), kind(3.0)
+    sine = x.sin().detach()
+    expected = (3 * module.weight.detach() * sine**2 + (kind is RuledBySuper)) * x.cos()
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: go.edit_gradient(x * 1, lambda g: g[:2]), backend="aot_eager", fullgraph=True)
-    with pytest.raises(Exception, match=r"of 'edit_gradient' must return a gradient of shape \(4,\)"):
+    for run in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
+        closely(grad(run(x).sum(), x), expected)
+
+
+def test_modules_with_rules_that_are_methods_compile_once():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    blocks = [torch.compile(Ruled(2.0), backend=counter, fullgraph=True) for _ in range(12)]
+    x = noise(4)
+    for block in blocks:
+        closely(grad(block(x).sum(), x), 2 * blocks[0].weight.detach() * x.sin() ** 2 * x.cos())
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", ["shape", "kind", "count", "complex", "integer", "bool"])
+def test_compiled_refuses_a_wrong_answer_by_the_text(name):
+    rule, text = WRONG[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: go.edit_gradient(x * 1, rule), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=rf"rule '<lambda>' {HERE} of 'edit_gradient' must.*{text}|{text}"):
         compiled(noise(4)).sum().backward()
 
 
@@ -530,6 +581,7 @@ WRONG = {
     "count": (lambda g: (g, g), r"at most 1 gradients"),
     "complex": (lambda g: g * 1j, r"must return a real gradient for 'x'"),
     "integer": (lambda g: g.long(), r"must return a floating gradient for 'x'"),
+    "bool": (lambda g: g > 0, r"must return a floating gradient for 'x'"),
 }
 
 
