@@ -52,8 +52,8 @@ class Autocast:
 
 
 @evaluated_while_tracing
-def autocast_while_tracing() -> tuple[tuple[str, bool, torch.dtype], ...]:
-    """The same of a call that Dynamo traces, by device; empty where no autocast is around it.
+def autocast_while_tracing() -> tuple[tuple[str, torch.dtype | None], ...]:
+    """The same of a call that Dynamo traces, by device: None where it is off; empty where no autocast is around it.
 
     One that is switched off may stand in one that is on, where the compiled backward will be.
     """
@@ -61,7 +61,12 @@ def autocast_while_tracing() -> tuple[tuple[str, bool, torch.dtype], ...]:
     around = torch.autocast_decrement_nesting() > 0
     if not around and not any_autocast():
         return ()
-    return tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _device_types()])
+    return tuple(
+        [
+            (kind, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+            for kind in _device_types()
+        ]
+    )
 
 
 def _device_types() -> tuple[str, ...]:

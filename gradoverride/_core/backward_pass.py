@@ -71,13 +71,13 @@ class Backward:
         return [*leaf_grads, *param_grads, *[None] * n_extra, *flowing, *[None] * len(residual_grads)]
 
     def _traced_gradients(
-        self, grads: list[Tensor], states: tuple[tuple[str, bool, torch.dtype], ...]
+        self, grads: list[Tensor], states: tuple[tuple[str, torch.dtype | None], ...]
     ) -> tuple[Gradients, Gradients, Gradients]:
         """The same under this state of autocast, one `with` for each device, which Dynamo traces."""
         if not states:
             return self.gradients(grads)
-        (kind, enabled, dtype), *others = states
-        with torch.autocast(kind, dtype=dtype, enabled=enabled):
+        (kind, dtype), *others = states
+        with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
             return self._traced_gradients(grads, tuple(others))
 
     def gradients(self, grads: list[Tensor]) -> tuple[Gradients, Gradients, Gradients]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradoverride._core.ambient import Autocast
+from gradoverride._core.ambient import Autocast, autocast_while_tracing
 from gradoverride._core.call import EAGER, TRACED, Call, is_differentiable
 from gradoverride._core.contract import Meta, read_answer, what
 from gradoverride._core.forward_pass import differentiate
@@ -219,19 +219,21 @@ def _edit_traced(x: Any, rule: Any) -> Any:
     """Few names and attributes for a function and a tensor: each is a guard that every compiled call checks again."""
     usual = isinstance(x, Tensor) and x.requires_grad and _grad_enabled() and isinstance(rule, FunctionType)
     names = _names_asked(rule.__code__) if usual else None
+    autocast: tuple[tuple[str, torch.dtype | None], ...] = ()
     if names is None:
         names = _names_of_value(rule)
         if names is None or not is_differentiable(x) or in_functorch() or exporting():
             return _general(kept_plan(_name_of_plan(*unbound(rule))), x, rule)
         if not (x.requires_grad and _grad_enabled()):
             return x
-    return (_Keeping if names else _NotKeeping).apply((rule, names), x)
+        autocast = autocast_while_tracing()
+    return (_Keeping if names else _NotKeeping).apply((rule, names, autocast), x)
 
 
 @evaluated_while_tracing
 def _names_asked(code: CodeType) -> tuple[str, ...] | None:
-    """By which names a function of this code asks for the value; None if it asks for more, or any call is general."""
-    return None if in_functorch() or exporting() else _names_in(code)
+    """By which names a function of this code asks for the value; None if it asks for more, or any call is special."""
+    return None if in_functorch() or exporting() or autocast_while_tracing() else _names_in(code)
 
 
 @evaluated_while_tracing
@@ -264,10 +266,10 @@ def _names_read(rule: Any, bound: tuple[str, ...]) -> tuple[str, ...] | None:
 
 
 def _backward_traced(ctx: Any, grad_output: Tensor) -> tuple[None, Any]:
-    rule, names = ctx.rule
+    rule, names, autocast = ctx.rule
     handed = grad_output.clone()  # a compiler removes the copy where nothing is written
     values = dict.fromkeys(names, ctx.saved_tensors[0]) if names else {}
-    answer = rule(handed, **values)
+    answer = _ask_under(autocast, rule, handed, values) if autocast else rule(handed, **values)
     if (
         isinstance(answer, Tensor)
         and answer.dtype == grad_output.dtype
@@ -276,6 +278,14 @@ def _backward_traced(ctx: Any, grad_output: Tensor) -> tuple[None, Any]:
     ):
         return None, answer
     return None, _read_traced(rule, grad_output, answer)
+
+
+def _ask_under(autocast: Any, rule: Any, handed: Tensor, values: dict[str, Tensor]) -> Any:
+    if not autocast:
+        return rule(handed, **values)
+    kind, dtype = autocast[0]
+    with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+        return _ask_under(autocast[1:], rule, handed, values)
 
 
 def _read_traced(rule: Any, grad_output: Tensor, answer: Any) -> Tensor | None:

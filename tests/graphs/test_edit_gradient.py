@@ -459,7 +459,7 @@ class Ruled(nn.Module):
 
 
 class RuledBySuper(Ruled):
-    def rule(self, grad_output, x):  # noqa: D102  # it has a free variable: the class
+    def rule(self, grad_output, x):  # it has a free variable: the class
         return super().rule(grad_output, x) + 1
 
 
@@ -481,6 +481,46 @@ def test_modules_with_rules_that_are_methods_compile_once():
     for block in blocks:
         closely(grad(block(x).sum(), x), 2 * blocks[0].weight.detach() * x.sin() ** 2 * x.cos())
     assert counter.frame_count <= 2
+
+
+def test_compiled_rule_runs_under_the_autocast_of_its_place():
+    weight = torch.randn(4, 4)
+
+    def rule(g):
+        return (g @ weight).float()
+
+    def cast(enabled=True):
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)
+
+    def within(x):
+        with cast():
+            return go.edit_gradient(x * 1, rule)
+
+    def asks_for_the_value(x):
+        with cast():
+            return go.edit_gradient(x * 1, lambda g, x: rule(g * x))
+
+    def without(x):
+        with cast(enabled=False):
+            return go.edit_gradient(x * 1, rule)
+
+    x, g = torch.ones(4, 4, requires_grad=True), torch.randn(4, 4)
+    with cast():
+        halved = (g @ weight).float()
+    for fn, around, expected in (
+        (within, False, halved),
+        (within, True, halved),
+        (asks_for_the_value, False, halved),
+        (without, True, g @ weight),
+        (without, False, g @ weight),
+        (lambda x: go.edit_gradient(x * 1, rule), True, halved),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(fn, backend="aot_eager", fullgraph=True)
+        for run in (fn, compiled):
+            with cast(enabled=around):
+                y = run(x)
+            exactly(grad(y, x, grad_outputs=g), expected)
 
 
 @pytest.mark.parametrize("name", ["shape", "kind", "count", "complex", "integer", "bool"])
