@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 
 from gradoverride._core.private import OWNERS_IF_RETURNED, passes_now, passes_on, use_count
 from gradoverride.errors import UnsupportedError
@@ -53,30 +53,37 @@ class EditedResult:
         node = self._returned()
         if node is None or not passes_on(node):
             return answer
-        answer = answer.detach()  # it may be the gradient of another result, which is about to be changed
+        try:
+            answer = answer.detach()  # it may be the gradient of another result, which is about to be changed
+        except RuntimeError as error:  # a gradient of `is_grads_batched`, for which torch has no such thing
+            raise _refusal(grad) from error
         self._put_into_returned(grad, answer)
         return answer
 
     def _returned(self) -> Node | None:
         """The node, if the pass that runs now returns the gradient of this result."""
         for asked in [asked for found in passes_now() if not found.accumulates for asked in found.inputs]:
-            edge = asked if isinstance(asked, GradientEdge) else get_gradient_edge(asked)
-            metadata: Any = edge.node.metadata
-            if edge.output_nr == self.index and self in metadata.get(EDITED, ()):
-                return edge.node
+            node = asked.node if isinstance(asked, GradientEdge) else asked.grad_fn
+            metadata: Any = {} if node is None else node.metadata  # a leaf is no result
+            if asked.output_nr == self.index and self in metadata.get(EDITED, ()):
+                return node
         return None
 
     def _put_into_returned(self, grad: Tensor, answer: Tensor) -> None:
         before, returned = _last.pair
         original = returned() if before() is grad else grad  # another edit has been here
         if original is None or torch.is_grad_enabled() or use_count(original) != OWNERS_IF_RETURNED:
-            raise UnsupportedError(
-                f"edit_gradient_: torch.autograd.grad is asked for the edited gradient of a tensor of shape "
-                f"{tuple(grad.shape)} and for others behind it, and torch would return it as it was before the edit. "
-                "Ask for it in a call of its own, with retain_graph=True"
-            )
+            raise _refusal(grad)
         original.data = answer
         _last.pair = weakref.ref(answer), weakref.ref(original)
+
+
+def _refusal(grad: Tensor) -> UnsupportedError:
+    return UnsupportedError(
+        f"edit_gradient_: torch.autograd.grad is asked for the edited gradient of a tensor of shape "
+        f"{tuple(grad.shape)} and for others behind it, and torch would return it as it was before the edit. "
+        "Ask for it in a call of its own, with retain_graph=True"
+    )
 
 
 class EditedLeaf:

@@ -251,6 +251,27 @@ def test_grad_that_torch_would_return_unedited_is_refused():
     closely(grad((middle * other).sum(), middle, create_graph=True), 2 * other)
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.hessian])
+def test_edit_within_a_transform_is_a_part_of_what_it_differentiates(transform):
+    def loss(x):
+        middle = x * 2
+        go.edit_gradient_(middle, lambda g: g * 10)
+        return (middle * middle).sum()
+
+    x = noise(3, grad=False)
+    closely(transform(loss)(x), 80 * (torch.eye(3, dtype=x.dtype) if transform is torch.func.hessian else x))
+
+
+def test_batched_gradients_that_torch_would_return_unedited_are_refused():
+    chain = Chain()
+    go.edit_gradient_(chain.middle, double)
+    result, grads = chain.middle.exp().sum(1), torch.eye(3, dtype=torch.float64)
+    with pytest.raises(go.UnsupportedError, match=r"asked for the edited gradient of a tensor .* in a call of its own"):
+        grad(result, chain.middle, chain.x, grad_outputs=grads, is_grads_batched=True, retain_graph=True)
+    (found,) = torch.autograd.grad(result, [chain.x], grads, is_grads_batched=True)
+    closely(found.sum(0), chain.grad_of_more_operations * 2 * chain.of_operation)
+
+
 def test_backward_with_inputs():
     chain = Chain()
     go.edit_gradient_(chain.middle, double)
