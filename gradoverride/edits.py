@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from gradoverride._core.ambient import Autocast
 from gradoverride._core.call import is_differentiable
 from gradoverride._core.connection import nodes_behind
 from gradoverride._core.contract import what
@@ -74,7 +75,7 @@ def edit_gradient_(tensor_or_node: Tensor | Node, rule: Callable[..., Any]) -> G
     The rule of a tensor may ask for its value, as in `edit_gradient`; that of a leaf is the one that it has when the
     pass runs. After a write in place the edit stays with what was before the write. The rule of a node is given the
     gradient of the node's result; of one with several (a `chunk`) a tuple of them, zeros where there is none, and
-    returns a tuple.
+    returns a tuple. Rules run under the autocast state in which the edit was made.
 
     What compiled code has computed is one node: an edit of its result sees the gradient that comes from outside. Within
     such code it raises `UnsupportedError`.
@@ -144,10 +145,13 @@ def _edit_tensor(tensor: Tensor, rule: Any) -> GradientEdit:
     if reading.sources:  # a leaf is written into by its optimizer, and edited again
         value = weakref.ref(tensor) if tensor.is_leaf else _Value(tensor)
 
+    autocast = Autocast()
+
     def answer(grad: Tensor | None) -> Tensor | None:
         if grad is None:  # it is one of several results of its node, and others have a gradient
             return None
-        return ask(rule, reading, grad, value() if value else None)
+        with autocast.restored():
+            return ask(rule, reading, grad, value() if value else None)
 
     name = f"a tensor of shape {tuple(tensor.shape)}"
     if tensor.grad_fn is None:
@@ -209,7 +213,15 @@ def _edit_node(node: Node, rule: Any) -> GradientEdit:
             "the tensor"
         )
     if len(metas) == 1:
-        results = [EditedResult(node, 0, rule, lambda grad: None if grad is None else ask(rule, reading, grad, None))]
+        autocast = Autocast()
+
+        def answer(grad: Tensor | None) -> Tensor | None:
+            if grad is None:
+                return None
+            with autocast.restored():
+                return ask(rule, reading, grad, None)
+
+        results = [EditedResult(node, 0, rule, answer)]
         hooks: list[Callable[[Any], Any]] = [results[0]]
     else:
         several = _Several(rule, reading, metas)
@@ -241,6 +253,7 @@ class _Several:
         self.rule = rule
         self.reading = reading
         self.metas = metas
+        self.autocast = Autocast()
         self.local = threading.local()
 
     def collector_of(self, index: int) -> Callable[[Any], None]:
@@ -267,7 +280,8 @@ class _Several:
             torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
             for grad, (shape, dtype, device) in zip(grads, self.metas, strict=True)
         ]
-        answers = ask_several(self.rule, self.reading, tuple(given))
+        with self.autocast.restored():
+            answers = ask_several(self.rule, self.reading, tuple(given))
         for index, (grad, answer) in enumerate(zip(grads, answers, strict=True)):
             if grad is None and answer is not None and bool(answer.any()):
                 raise GraphError(

@@ -410,6 +410,30 @@ def test_node_of_this_library():
     closely(grad(y.sum(), x), 2 * x)
 
 
+@pytest.mark.parametrize("what", ["tensor", "leaf", "node", "node with several results"])
+def test_rule_runs_under_the_autocast_in_which_the_edit_was_made(what):
+    weight, dtypes = torch.randn(4, 4), []
+
+    def look(g):
+        first = g[0] if isinstance(g, tuple) else g
+        dtypes.append((first.float() @ weight).dtype)
+        return g
+
+    def run(within, after):
+        x = torch.randn(4, 4, requires_grad=True)
+        middle = x * 1
+        parts = middle.split([4, 0])
+        places = {"tensor": middle, "leaf": x, "node": middle.grad_fn, "node with several results": parts[0].grad_fn}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=within):
+            go.edit_gradient_(places[what], look)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=after):
+            torch.cat(parts).sum().backward()
+
+    run(within=True, after=False)
+    run(within=False, after=True)
+    assert dtypes == [torch.bfloat16, torch.float32]
+
+
 # --- undoing ---
 
 
