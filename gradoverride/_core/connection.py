@@ -1,8 +1,8 @@
 """What `connect_` makes: a leaf whose gradient goes on, once for each backward pass.
 
-A leaf's gradient is complete when it has been accumulated. The pass is then asked to call back at its end, and there
-all leaves that were reached are passed on together, so that graphs which they share are gone through once. Where one
-connection leads to the leaf of another, the other waits until all has arrived.
+A leaf's gradient is complete when it is about to be accumulated. The pass is then asked to call back at its end, and
+there all leaves that were reached are passed on together, so that graphs which they share are gone through once. Where
+one connection leads to the leaf of another, the other waits until all has arrived.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ class Connection:
         self._leaf = weakref.ref(leaf)
         self._end = end
         self._starts = [weakref.ref(start) for start in _leaves_behind(end)]
-        self._arrived = threading.local()  # what a pass has brought, until it is accumulated
         self._waits_for: _Passing | None = None
         self._shape = tuple(leaf.shape)
         if any(start is leaf for connection in self._reached() for start in connection._live_starts()):
@@ -50,7 +49,7 @@ class Connection:
                 f"connect_: the graph of 'inputs' must not start at 'leaf' itself; the tensor of shape {self._shape} "
                 "leads to them, and its gradient would go round for ever"
             )
-        self._handles = [leaf.register_hook(self._arrive), leaf.register_post_accumulate_grad_hook(self._accumulated)]
+        self._handles = [leaf.register_hook(self._arrive)]
         self._watches = [_Watch(self, tensor) for tensor in inputs if tensor.requires_grad]
         _connections.add(self)
 
@@ -63,9 +62,8 @@ class Connection:
         for watch in self._watches:
             watch.end()
         leaf = self._leaf()
-        if leaf is not None and handles:  # as it was: torch leaves empty dicts
+        if leaf is not None and handles:  # as it was: torch leaves an empty dict
             leaf._backward_hooks = leaf._backward_hooks or None
-            leaf._post_accumulate_grad_hooks = leaf._post_accumulate_grad_hooks or None  # type: ignore[assignment]  # too
 
     def __enter__(self) -> Connection:
         return self
@@ -103,31 +101,18 @@ class Connection:
             return
         leaf = self._leaf()
         assert leaf is not None, "its hook runs"
-        before = leaf.grad
-        if self._is_last(leaf):
-            self._arrived.grad = grad
-        else:  # somebody else's hook may yet change it: what is added to .grad will tell
-            self._arrived.grad, self._arrived.before = None, None if before is None else before.clone()
+        number = pass_id()
 
-    def _is_last(self, leaf: Tensor) -> bool:
-        """Whether no hook of somebody else follows."""
-        for hook in reversed(list((leaf._backward_hooks or {}).values())):
-            if hook == self._arrive:
-                return True
-            if not isinstance(getattr(hook, "__self__", None), Connection):
-                return False
-        return False
+        def complete(grads: tuple[Tensor | None, ...]) -> None:
+            """Hooks of others on the leaf have run: this is what is about to be accumulated."""
+            if pass_id() != number:  # one that has raised in between
+                return
+            hook.remove()
+            if grads[0] is not None:
+                with _lock:
+                    (self._waits_for or _passing_now()).add(self, grads[0])
 
-    def _accumulated(self, leaf: Tensor) -> None:
-        """The hook that is run when the gradient of the leaf is complete."""
-        grad, self._arrived.grad = self._arrived.grad, None
-        if grad is None:
-            assert leaf.grad is not None, "it has just been accumulated"
-            before, self._arrived.before = self._arrived.before, None
-            grad = leaf.grad.clone() if before is None else leaf.grad - before
-        with _lock:
-            passing = self._waits_for or _passing_now()
-            passing.add(self, grad)
+        hook = _node_of(leaf).register_prehook(complete)
 
     def _refuse_across(self, inputs: list[Any]) -> None:
         edges = [_edge_of(one) for one in inputs]

@@ -219,6 +219,52 @@ def test_hooks_of_others_on_the_leaf_are_seen_before_and_after():
     closely(x.grad, torch.full_like(x, 14))
 
 
+@pytest.mark.parametrize("before", [1e12, float("inf")])
+def test_what_was_accumulated_before_has_no_share_in_what_goes_on(before):
+    x, leaf = noise(3), noise(3)
+    go.connect_(leaf, x)
+    leaf.register_hook(lambda g: None)
+    leaf.grad = torch.full_like(leaf, before)
+    (leaf * 1e-8).sum().backward()
+    closely(x.grad, torch.full_like(x, 1e-8))
+
+
+def dropped(leaf):
+    leaf.grad = None
+
+
+def overwritten(leaf):
+    leaf.grad.fill_(7)
+
+
+@pytest.mark.parametrize("after", [dropped, overwritten])
+def test_what_others_do_with_the_accumulated_gradient_does_not_go_on(after):
+    x, leaf = noise(3), noise(3)
+    leaf.register_post_accumulate_grad_hook(after)
+    go.connect_(leaf, x)
+    leaf.register_hook(lambda g: g * 3)
+    for times in (1, 2):
+        (leaf * 2).sum().backward()
+        closely(x.grad, torch.full_like(x, 6.0 * times))
+
+
+def test_after_a_pass_that_failed_on_the_leaf_nothing_is_left_over():
+    x, leaf = noise(3), noise(3)
+    go.connect_(leaf, x)
+
+    def broken(g):
+        raise KeyError("inside")
+
+    loss = (leaf * 2).sum()
+    handle = leaf.register_hook(broken)
+    with pytest.raises(KeyError, match="inside"):
+        loss.backward(retain_graph=True)
+    handle.remove()
+    assert x.grad is None
+    loss.backward()
+    closely(x.grad, torch.full_like(x, 2))
+
+
 def test_hooks_of_the_source_run_once():
     x = noise(3)
     leaf = leaf_of(x, torch.clone)
