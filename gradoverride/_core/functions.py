@@ -120,6 +120,8 @@ _ALIASES = {
     **{"special.logit": "logit", "special.logsumexp": "logsumexp", "special.psi": "digamma", "special.round": "round"},
     **{"special.sinc": "sinc", "special.softmax": "softmax", "special.xlogy": "xlogy", "subtract": "sub"},
     **{"swapaxes": "transpose", "swapdims": "transpose"},
+    # One object under two names, which it may be found under in either.
+    **{"spmm": "mm", "dsmm": "mm", "hsmm": "hspmm", "saddmm": "sspaddmm"},
 }
 
 

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import gradoverride as go
+from gradoverride._core import functions
 from overrides.models import GuidedByHand, doubled, gradient, guided, mlp, negated, tripled
 
 pytestmark = pytest.mark.filterwarnings(
@@ -176,6 +177,44 @@ def test_the_arguments_of_where_stand_in_one_order():
             found = torch.autograd.grad(model(x, y)[which].sum(), [x, y])
         closely(found[0], 2 * (x > 0).double())
         closely(found[1], 3 * (x <= 0).double())
+
+
+SPACES = {"F": F, "torch": torch, "Tensor": torch.Tensor}
+SEPARATE = {"batch_norm", "bernoulli_", "embedding", "embedding_bag", "instance_norm", "normal_", "unfold"}
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_each_function_is_known_by_the_name_that_it_has_there_or_by_one_that_is_listed(space):
+    for attribute in dir(SPACES[space]):
+        value = getattr(SPACES[space], attribute)
+        if attribute.startswith("_") or isinstance(value, type) or not callable(value):
+            continue
+        found = functions.name_of_function(value)
+        if found is not None and not found.startswith("_"):
+            own = attribute.rstrip("_")
+            assert found.rpartition(".")[2].rstrip("_") == functions._ALIASES.get(own, own)
+
+
+def test_what_bears_one_name_in_two_places_is_one_function():
+    for attribute in sorted({name for space in SPACES.values() for name in dir(space)} - SEPARATE):
+        found = [getattr(space, attribute, None) for space in SPACES.values()]
+        named = {functions.name_of_function(one) for one in found if callable(one) and not isinstance(one, type)}
+        assert attribute.startswith("_") or len(named - {None}) <= 1, (attribute, named)
+
+
+@pytest.mark.parametrize("target", [torch.mm, torch.Tensor.mm, torch.spmm, torch.dsmm])
+@pytest.mark.parametrize("call", [torch.mm, torch.Tensor.mm, torch.dsmm])
+def test_the_matrix_product_is_one_function_under_its_names(x, target, call):
+    other = noise(3, 2, grad=False)
+    model = Calls(lambda _, x: call(x, other))
+    plain = gradient(model, x)
+    with go.override(model, {target: tripled_each}):
+        closely(gradient(model, x), 3 * plain)
+
+
+def tripled_each(grad_output, vjp):
+    found = vjp(grad_output)
+    return 3 * found if isinstance(found, torch.Tensor) else tuple(None if one is None else 3 * one for one in found)
 
 
 class TestWhatIsNotASpelling:

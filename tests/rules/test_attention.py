@@ -41,6 +41,7 @@ PRODUCTS = {
     "bmm": (torch.bmm, torch.matmul),
     "einsum": (lambda a, b: torch.einsum("bij,bjk->bik", a, b), torch.matmul),
     "@": (lambda a, b: a @ b, torch.matmul),
+    "a.mm(b)": (lambda a, b: torch.stack([one.mm(other) for one, other in zip(a, b, strict=True)]), torch.matmul),
 }
 
 
