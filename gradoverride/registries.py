@@ -130,11 +130,14 @@ def _read_function(value: Any) -> Target:
         return Function(value, name)
     own = is_of_torch(value) and not isinstance(value, functools.partial)
     if own or not takes(value, 2):
-        kind = "one of torch that no override can see" if own else "a function of one's own"
+        kind = (
+            "one of torch that no override can see. Give the module that calls it"
+            if own
+            else f"a function of one's own. Give its import path: 'package.module:{name_of(value)}'"
+        )
         raise TargetError(
             f"a function as a target must be one of torch that works on tensors, such as F.relu, or a predicate "
-            f"(name, module) -> bool; '{name_of(value)}' ({location(value)}) is {kind}. Give the import path of "
-            f"another function: 'package.module:{name_of(value)}'"
+            f"(name, module) -> bool; '{name_of(value)}' ({location(value)}) is {kind}"
         )
     return Predicate(value)
 

@@ -87,7 +87,7 @@ def mode_of(keys: tuple[FunctionRule, ...]) -> FunctionMode:
 def _run(function: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
     """What is called for `function` under these rules."""
     other_way = turned(function)
-    bare = other_way or function
+    bare = function if other_way is None else other_way[0]
     outermost = bare
     for key in keys:
         outermost = _under(key, outermost)
@@ -116,7 +116,8 @@ def _run(function: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
 
     if other_way is None:
         return run
-    return lambda first, second, *rest, **kwargs: run(second, first, *rest, **kwargs)
+    in_order = other_way[1]
+    return lambda *args, **kwargs: run(*in_order(*args, **kwargs))
 
 
 def _step_by_step(bare: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:

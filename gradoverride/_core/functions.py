@@ -56,11 +56,10 @@ def name_of_function(value: Any) -> str | None:
         return full
     owner, _, name = full.rpartition(".")
     name = _DUNDERS.get(name, name)
-    if not name.startswith("__"):
-        name = name.rstrip("_")
     space = owner.removeprefix("torch").strip(".")
-    if space not in ("", "functional", "nn.functional", "Tensor"):
-        name = f"{space}.{name}"
+    if name.startswith("_") or space not in _SPACES:
+        return None
+    name = f"{_SPACES[space]}{name.rstrip('_')}"
     return _ALIASES.get(name, name)
 
 
@@ -83,7 +82,7 @@ def _known() -> dict[str, dict[Any, None]]:
             value = getattr(space, attribute)
             if callable(value) and not isinstance(value, type):
                 name = name_of_function(value)
-                if name is not None and not name.rpartition(".")[2].startswith("_"):
+                if name is not None:
                     found.setdefault(name, {}).setdefault(value, None)
     return found
 
@@ -95,10 +94,15 @@ def _separate() -> frozenset[Any]:
     return frozenset({*same_name, Tensor.unfold, Tensor.bernoulli_, Tensor.normal_})
 
 
+# Where torch has its functions, and what their names begin with then.
+_SPACES = {
+    **dict.fromkeys(("", "functional", "nn.functional", "Tensor"), ""),
+    **{space: f"{space}." for space in ("special", "linalg", "fft")},
+}
 # Nothing but a call of the other, which a mode sees.
 _NOTHING_BUT: dict[Any, Any] = {F.tanh: torch.tanh, F.sigmoid: torch.sigmoid}
 # torch says that these cannot be overridden, and shows them to a mode.
-_SHOWN = frozenset({F.hardsigmoid, F.hardswish})
+_SHOWN = frozenset({F.hardsigmoid, F.hardswish, Tensor.unflatten, torch.as_strided, torch.fill})
 
 _ARITHMETIC = ("add", "sub", "mul", "matmul", "pow")
 _DUNDERS = {
@@ -108,6 +112,7 @@ _DUNDERS = {
     **{f"__{prefix}mod__": "remainder" for prefix in ("", "r", "i")},
     **{"__neg__": "neg", "__abs__": "abs", "__pos__": "positive"},
 }
+_MAX = ("max", "adaptive_max", "fractional_max")
 # torch documents these as other names of the same functions.
 _ALIASES = {
     **{"absolute": "abs", "arccos": "acos", "arccosh": "acosh", "arcsin": "asin", "arcsinh": "asinh"},
@@ -119,28 +124,56 @@ _ALIASES = {
     **{"special.gammaln": "lgamma", "special.i0": "i0", "special.log1p": "log1p", "special.log_softmax": "log_softmax"},
     **{"special.logit": "logit", "special.logsumexp": "logsumexp", "special.psi": "digamma", "special.round": "round"},
     **{"special.sinc": "sinc", "special.softmax": "softmax", "special.xlogy": "xlogy", "subtract": "sub"},
-    **{"swapaxes": "transpose", "swapdims": "transpose"},
+    **{"swapaxes": "transpose", "swapdims": "transpose", "trapz": "trapezoid", "linalg.inv": "inverse"},
+    **{"linalg.householder_product": "orgqr", "linalg.matrix_exp": "matrix_exp", "linalg.pinv": "pinverse"},
+    **{"linalg.matrix_power": "matrix_power", "linalg.slogdet": "slogdet", "special.gammainc": "igamma"},
+    **{"special.gammaincc": "igammac", "special.multigammaln": "mvlgamma", "special.polygamma": "polygamma"},
+    **{"greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne"},
+    # What a pooling is shown as when it gives the indices too.
+    **{f"{name}_pool{n}d_with_indices": f"{name}_pool{n}d" for name in _MAX for n in (1, 2, 3)},
     # One object under two names, which it may be found under in either.
     **{"spmm": "mm", "dsmm": "mm", "hsmm": "hspmm", "saddmm": "sspaddmm"},
 }
 
 
-def turned(fn: Any) -> Callable[..., Any] | None:
-    """For a spelling whose first two arguments stand the other way round: a function of them in the usual order."""
+def turned(fn: Any) -> tuple[Callable[..., Any], Callable[..., tuple[Any, ...]]] | None:
+    """For a spelling whose first two arguments stand the other way round: a function of them in the usual order, and
+    what gives them in that order.
+    """
     if fn is Tensor.where:
 
         def where(condition: Any, input: Any, other: Any) -> Any:
             return Tensor.where(input, condition, other)
 
-        return where
-    if fn in (Tensor.__rsub__, Tensor.__rtruediv__, Tensor.__rpow__, Tensor.__rmatmul__):
+        def of_where(self: Any, condition: Any, other: Any) -> tuple[Any, ...]:
+            return condition, self, other
+
+        return where, of_where
+    if fn in (Tensor.polygamma, Tensor.polygamma_):
+
+        def polygamma(n: Any, input: Any) -> Any:
+            return fn(input, n)
+
+        def of_polygamma(self: Any, n: Any) -> tuple[Any, ...]:
+            return n, self
+
+        return polygamma, of_polygamma
+    if fn in _TURNED:
 
         def swapped(input: Any, other: Any) -> Any:
             return fn(other, input)
 
         swapped.__name__ = swapped.__qualname__ = str(name_of_function(fn))
-        return swapped
+        return swapped, lambda self, other: (other, self)
     return None
+
+
+_TURNED = frozenset(
+    {
+        *(Tensor.__rsub__, Tensor.__rtruediv__, Tensor.__rpow__, Tensor.__rmatmul__),
+        *(Tensor.__rfloordiv__, Tensor.__rmod__),
+    }
+)
 
 
 # --- functions of torch that are Python code and call others
@@ -261,7 +294,7 @@ def _functions_in(cls: type, function: FunctionType, seen: set[FunctionType]) ->
     seen.add(function)
     for _, _, value in (*named(function, function.__code__), *of_modules(function, function.__code__)):
         name = name_of_function(value) if callable(value) and not isinstance(value, type) else None
-        if name is not None and not name.startswith("_"):
+        if name is not None:
             yield name
     for name in function.__code__.co_names:
         method = _method(cls, name)

@@ -5,6 +5,7 @@ import io
 import math
 import operator
 import pickle
+import re
 import threading
 
 import pytest
@@ -147,6 +148,7 @@ def test_operators_are_spellings(target, operation):
         (torch.mul, lambda x: 2 * x),
         (torch.div, lambda x: 2 / x),
         (torch.pow, lambda x: 2**x),
+        (torch.remainder, lambda x: 5 % x),
         (torch.neg, lambda x: -x),
         (torch.abs, abs),
         (torch.sigmoid, torch.special.expit),
@@ -177,6 +179,26 @@ def test_the_arguments_of_where_stand_in_one_order():
             found = torch.autograd.grad(model(x, y)[which].sum(), [x, y])
         closely(found[0], 2 * (x > 0).double())
         closely(found[1], 3 * (x <= 0).double())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y: x.where(condition=x > 0, other=y),
+        lambda x, y: x.where(x > 0, other=y),
+        lambda x, y: torch.Tensor.where(x, other=y, condition=x > 0),
+        lambda x, y: torch.where(x > 0, x, other=y),
+    ],
+)
+def test_the_arguments_of_where_may_be_given_by_name(call):
+    class Chosen(nn.Module):
+        def forward(self, x, y):
+            return call(x, y)
+
+    x, y, model = noise(4), noise(4), Chosen()
+    with go.override(model, {torch.where: tripled_each}):
+        found = torch.autograd.grad(model(x, y).sum(), [x, y])
+    closely(found, (3 * (x > 0).double(), 3 * (x <= 0).double()))
 
 
 SPACES = {"F": F, "torch": torch, "Tensor": torch.Tensor}
@@ -215,6 +237,76 @@ def test_the_matrix_product_is_one_function_under_its_names(x, target, call):
 def tripled_each(grad_output, vjp):
     found = vjp(grad_output)
     return 3 * found if isinstance(found, torch.Tensor) else tuple(None if one is None else 3 * one for one in found)
+
+
+def test_a_rule_may_go_for_each_function_that_has_a_name_for_its_calls_are_seen():
+    for space in (*SPACES.values(), torch.linalg, torch.special, torch.fft):
+        for attribute in dir(space):
+            value = getattr(space, attribute)
+            if callable(value) and not isinstance(value, type) and functions.name_of_function(value) is not None:
+                seen = functions.spellings(functions.name_of_function(value))
+                assert value in seen or value in (F.sigmoid, F.tanh)
+
+
+@pytest.mark.parametrize("space", [torch, torch.linalg, torch.special])
+def test_what_torch_documents_as_an_alias_is_one_function_with_the_other(space):
+    known = {"torch": torch, "torch.linalg": torch.linalg, "torch.special": torch.special, "torch.nn.functional": F}
+    for attribute in dir(space):
+        value = getattr(space, attribute)
+        documented = re.match(r"[^:]*\n\s*Alias for :func:`(torch[\w.]*)\.(\w+)`\.?\s*$", str(value.__doc__))
+        if documented is not None and callable(value):
+            other = getattr(known[documented[1]], documented[2])
+            assert functions.name_of_function(value) == functions.name_of_function(other) is not None
+
+
+ONE_FUNCTION = {
+    "unflatten": (torch.unflatten, lambda x: x.unflatten(0, (5, 1))),
+    "unflatten as the target": (torch.Tensor.unflatten, lambda x: torch.unflatten(x, 0, (5, 1))),
+    "as_strided": (torch.Tensor.as_strided, lambda x: torch.as_strided(x, (2, 2), (1, 1))),
+    "inverse": (torch.inverse, lambda x: torch.linalg.inv(x.T @ x)),
+    "matrix_power": (torch.linalg.matrix_power, lambda x: (x.T @ x).matrix_power(2)),
+    "matrix_exp": (torch.linalg.matrix_exp, lambda x: (x.T @ x).matrix_exp()),
+    "slogdet": (torch.linalg.slogdet, lambda x: (x.T @ x).slogdet()[1]),
+    "mvlgamma": (torch.special.multigammaln, lambda x: (x.abs() + 2).mvlgamma(2)),
+    "polygamma": (torch.special.polygamma, lambda x: torch.polygamma(2, x.abs() + 1)),
+    "polygamma of a tensor": (torch.polygamma, lambda x: (x.abs() + 1).polygamma(2)),
+    "polygamma by name": (torch.polygamma, lambda x: (x.abs() + 1).polygamma(n=2)),
+    "polygamma in place": (torch.polygamma, lambda x: (x.abs() + 1).polygamma_(2)),
+}
+
+
+@pytest.mark.parametrize("name", ONE_FUNCTION)
+def test_other_names_of_a_function_have_its_rule(x, name):
+    target, call = ONE_FUNCTION[name]
+    model = Calls(lambda _, x: call(x))
+    plain = gradient(model, x)
+    with go.override(model, {target: tripled_each}):
+        closely(gradient(model, x), 3 * plain)
+
+
+POOLS = {
+    "max_pool1d": lambda x, **given: F.max_pool1d(x[None], 2, **given),
+    "max_pool2d": lambda x, **given: F.max_pool2d(x[None], 2, **given),
+    "max_pool3d": lambda x, **given: F.max_pool3d(x[None, None], (1, 2, 2), **given),
+    "adaptive_max_pool1d": lambda x, **given: F.adaptive_max_pool1d(x[None], 2, **given),
+    "adaptive_max_pool2d": lambda x, **given: F.adaptive_max_pool2d(x[None], 2, **given),
+    "adaptive_max_pool3d": lambda x, **given: F.adaptive_max_pool3d(x[None, None], (1, 2, 2), **given),
+    "fractional_max_pool2d": lambda x, **given: F.fractional_max_pool2d(x[None], 2, output_size=2, **given),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+@pytest.mark.parametrize("return_indices", [False, True])
+def test_max_pooling_has_its_rule_whether_it_gives_the_indices_or_not(x, name, return_indices):
+    def call(_, x):
+        torch.manual_seed(0)
+        found = POOLS[name](x, return_indices=return_indices)
+        return found[0] if return_indices else found
+
+    model = Calls(call)
+    plain = gradient(model, x)
+    with go.override(model, {getattr(F, name): tripled_each}):
+        closely(gradient(model, x), 3 * plain)
 
 
 class TestWhatIsNotASpelling:
@@ -533,6 +625,18 @@ class TestErrors:
     def test_of_a_function_that_no_override_sees(self):
         with pytest.raises(go.TargetError, match=r"'manual_seed' .* is one of torch that no override can see"):
             go.override(mlp(), {torch.manual_seed: guided})
+
+    @pytest.mark.parametrize(
+        "target",
+        [torch.Tensor.__getitem__, torch.ops.aten.relu, torch.ops.aten.relu.default, nn.init.uniform_, F._max_pool2d],
+        ids=str,
+    )
+    def test_of_one_whose_calls_are_shown_to_nobody(self, target):
+        text = r"is one of torch that no override can see. Give the module that calls it"
+        with pytest.raises(go.TargetError, match=text):
+            go.override(mlp(), {target: guided})
+        with pytest.raises(go.TargetError, match=text):
+            go.Registry().register(target)
 
     def test_of_a_function_of_ones_own(self):
         def own(x):
