@@ -32,8 +32,17 @@ _CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
-_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus)
-_ACTIVATION_FUNCTIONS = (F.relu, F.leaky_relu, F.elu, F.gelu, F.silu, F.softplus, torch.tanh, torch.sigmoid)
+# All of torch with one result for each number that comes in. (A class stands for those derived from it.)
+_ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish),
+    *(nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold),
+)
+_ACTIVATION_FUNCTIONS = (
+    *(F.relu, F.relu6, F.leaky_relu, F.rrelu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish),
+    *(torch.tanh, torch.sigmoid, F.logsigmoid, F.softplus, F.softsign, F.hardtanh, F.hardsigmoid, F.hardswish),
+    *(F.hardshrink, F.softshrink, F.tanhshrink, F.threshold),
+)
 
 guided_backprop = Registry("guided_backprop")
 """Guided backpropagation: ReLUs in all spellings pass positive gradients alone, where their input is positive."""
@@ -44,8 +53,19 @@ deconvnet = Registry("deconvnet")
 deconvnet.register(nn.ReLU, F.relu)(rules.deconv_relu)
 
 deeplift = Registry("deeplift")
-"""DeepLIFT, the rescale rule for activations: `rules.deeplift_rescale` tells how the reference is given."""
+"""DeepLIFT, the rescale rule for activations: `rules.deeplift_rescale` tells how the reference is given.
+
+All activations of torch with one result for each input are known, as modules and as functions. What has several inputs
+for a result has its gradient: gates (`F.glu`, a product of two results), softmax, max pooling.
+"""
 deeplift.register(*_ACTIVATIONS, *_ACTIVATION_FUNCTIONS)(rules.deeplift_rescale())
+
+
+@deeplift.register(F.prelu, optional=True)
+def _rescale_of_prelu(grad_output: Any, input: Any, output: Any, vjp: Any) -> Any:
+    """Of the first of its two tensors; the slope has its gradient."""
+    found, of_slope = vjp(grad_output)
+    return rules.deeplift_rescale()(grad_output, input, output, lambda _: found), of_slope
 
 
 _AVERAGES = (
@@ -54,14 +74,21 @@ _AVERAGES = (
 )
 
 
+def _identity_of_prelu(grad_output: Any) -> Any:
+    """For the first of its two tensors; the slope has no relevance."""
+    return grad_output, None
+
+
 def _composite(name: str, convolution: Any) -> Registry:
     """LRP-epsilon for dense layers and averages, another rule for convolutions; activations pass the relevance on.
 
-    Max pooling gives it to the largest, as its gradient does. Normalisation layers, and linear functions that are not
-    modules, are not covered: they have their gradient.
+    All activations of torch with one result for each input are known, as modules and as functions. Max pooling gives
+    relevance to the largest, as its gradient does. Normalisation layers, gates (`F.glu`, a product of two results),
+    softmax, and linear functions that are not modules, are not covered: they have their gradient.
     """
     registry = Registry(name)
     registry.register(*_ACTIVATIONS, *_ACTIVATION_FUNCTIONS)(rules.lrp_identity)
+    registry.register(F.prelu, optional=True)(_identity_of_prelu)
     registry.register(nn.Linear, *_AVERAGES, optional=True)(rules.lrp_epsilon())
     registry.register(*_CONVOLUTIONS, optional=True)(convolution)
     return registry
@@ -92,7 +119,7 @@ def epsilon_gamma_box(first: Any, low: Any, high: Any) -> Registry:
 attn_lrp = Registry("attn_lrp")
 """AttnLRP for transformers (Achtibat et al. 2024). Relevance is the input times its gradient: `rules/attention.py`.
 
-The activations of transformers, and classes whose names end with `RMSNorm`, are known. Another normalisation that is
+The activations of torch and of transformers, and classes whose names end with `RMSNorm`, are known. Another normalisation that is
 written out, with `torch.rsqrt`, is refused in the backward until its class has a rule:
 `go.presets.attn_lrp | {T5LayerNorm: rules.attn_identity}`. Where a model multiplies with a parameter itself, freeze it;
 `rules.attn_product` says why. Batch normalisation is linear in `eval()` alone. All other functions have their gradient:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import closely, exactly, noise
+from oracles import closely, exactly, float64, noise
 from torch import nn
 
 import gradoverride as go
@@ -142,3 +142,66 @@ def test_composite_needs_no_convolution():
     model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double(), noise(2, 3)
     with go.override(model, go.presets.epsilon_plus):
         assert gradient(model, x).isfinite().all()
+
+
+# Of torch, but for those with several inputs for a result.
+SEVERAL = {"GLU", "LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin"}
+MADE_WITH = {"RReLU": (0.2, 0.2), "Threshold": (0.1, -1.0)}
+FUNCTIONS = {"LogSigmoid": "logsigmoid", "LeakyReLU": "leaky_relu"}
+
+
+def activations():
+    """Modules, and what a model calls instead of each."""
+    for name in sorted({*nn.modules.activation.__all__} - SEVERAL):
+        yield name, getattr(nn, name)(*MADE_WITH.get(name, ())).double()
+        function = getattr(F, FUNCTIONS.get(name, name.lower()))
+        given = {"PReLU": (torch.full((1,), 0.25, dtype=torch.float64),), "RReLU": (0.2, 0.2)}.get(name)
+        yield f"F.{name}", Calls(function, *(given or MADE_WITH.get(name, ())))
+
+
+class Calls(nn.Module):
+    def __init__(self, function, *given):
+        super().__init__()
+        self.function, self.given = function, given
+
+    def forward(self, x):
+        return self.function(x, *self.given)
+
+
+ACTIVATIONS = dict(activations())
+
+
+@pytest.mark.filterwarnings("ignore:.*never ran")  # that for the others, where F.prelu is the only one
+@pytest.mark.parametrize("name", ACTIVATIONS)
+class TestEveryActivation:
+    def test_has_the_rescale_rule_of_deeplift(self, name):
+        act, both = ACTIVATIONS[name], noise(6, 5)
+        with torch.no_grad():
+            expected = (act(both[:3]) - act(both[3:])) / (both[:3] - both[3:])
+        model, r = nn.Sequential(act), noise(3, 5, grad=False)
+        with go.override(model, "deeplift"):
+            (found,) = torch.autograd.grad(model(both), both, torch.cat([r, r]))
+        closely(found, torch.cat([r * expected, r * expected]))
+
+    def test_passes_relevance_on_in_a_composite(self, name):
+        model, x, r = nn.Sequential(ACTIVATIONS[name]), noise(3, 5), noise(3, 5, grad=False)
+        with go.override(model, "epsilon_plus"):
+            (found,) = torch.autograd.grad(model(x), x, r)
+        exactly(found, r)
+
+    def test_passes_relevance_on_in_attn_lrp(self, name):
+        act, x, r = ACTIVATIONS[name], noise(3, 5), noise(3, 5, grad=False)
+        model = nn.Sequential(act).requires_grad_(False)
+        expected = r * act(x).detach() / x.detach()
+        with go.override(model, "attn_lrp"):
+            (found,) = torch.autograd.grad(model(x), x, r)
+        closely(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*never ran")
+def test_the_slope_of_a_function_prelu_keeps_its_gradient_under_deeplift():
+    x, slope = noise(4, 3), float64(0.3)
+    model = Calls(F.prelu, slope)
+    (expected,) = torch.autograd.grad(F.prelu(x, slope).sum(), slope)
+    with go.override(model, "deeplift"):
+        closely(torch.autograd.grad(model(x).sum(), slope)[0], expected)
