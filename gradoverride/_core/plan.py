@@ -148,7 +148,11 @@ class Plan:
         if any(scan.calls(fn, save_for_backward) for fn in (self.fn, inspect.unwrap(self.fn))):
             return True
         offered = {*self.forward.names, *RESERVED}
-        return not offered.issuperset(self.rule.asks) and not self.forward.is_method and calls_unseen(self.fn)
+        return (
+            not offered.issuperset(self.rule.asks)
+            and not self.forward.is_method
+            and calls_unseen(inspect.unwrap(self.fn))
+        )
 
     def _warn_of_first(self, first: str, others: str) -> None:
         warnings.warn(
