@@ -36,9 +36,10 @@ from gradoverride._core.overridden import (
 )
 from gradoverride._core.path_patch import check_names, check_path
 from gradoverride._core.paths import find
+from gradoverride._core.private import uncompiled
 from gradoverride._core.puts import Put, on_class, on_modules, on_path, on_thread
 from gradoverride._core.signature import Forward, Rule
-from gradoverride._core.targets import Class, Entry, Function, ImportPath, Match, Target, class_of, matches
+from gradoverride._core.targets import Class, Entry, Function, ImportPath, Match, Target, class_of, matches, modules_of
 from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
 from gradoverride.registries import Registry, as_registry, entries_of, read_target, registry
 
@@ -103,9 +104,10 @@ def _read(rules: Any) -> Registry:
 
 
 def _override_in(model: nn.Module, rules: Registry) -> Override:
+    model = uncompiled(model)
     owner = f"a '{class_of(model).__name__}'"
     entries = _entries(rules, owner)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_of(model)
     found = _without_containers(matches(entries, modules.items(), owner))
     for match in found:
         check(match.module, match.path)
@@ -244,7 +246,11 @@ def explain(model: nn.Module | None = None) -> Table:
     rows: list[Row] = []
     seen: set[FunctionLayer] = set()
     if model is not None:
-        for path, module in model.named_modules():
+        known: set[int] = set()
+        for path, module in modules_of(model).items():
+            if id(module) in known:
+                continue
+            known.add(id(module))
             of_class = everywhere.layers_on(base_of(module)) if has_forward(module) else []
             for layer in of_class:
                 rows.append(_row(path, class_of(module).__name__, layer, calls_on_class(layer)))

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gradoverride._core.private import uncompiled
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Rule, name_of
 from gradoverride.errors import TargetNotFoundError
@@ -29,9 +30,11 @@ __all__ = [
     "Target",
     "class_of",
     "matches",
+    "modules_of",
 ]
 
 RECORD = "_gradoverride"  # the attribute of a module that says what is in force on it
+COMPILED = "_orig_mod"  # what `torch.compile` adds to the dotted name of a module
 BASE = "_gradoverride_base"  # a class that stands in for another while it is overridden has it under this name
 
 
@@ -58,15 +61,19 @@ class Instance(Target):
 
     kind, rank = "module", 0
 
+    def __init__(self, value: Any) -> None:
+        super().__init__(value)
+        self.module = uncompiled(value)
+
     def distance(self, path: str, module: Any) -> int | None:
-        return 0 if module is self.value else None
+        return 0 if module is self.module else None
 
     def closest(self, modules: Mapping[str, Any]) -> str:
-        same = [path for path, module in modules.items() if type(module) is type(self.value)]
+        same = [path for path, module in modules.items() if type(module) is type(self.module)]
         return f"Of this class it has {_listed(same)}" if same else f"Its modules are {_listed(list(modules))}"
 
     def __str__(self) -> str:
-        return f"{type(self.value).__name__}"
+        return f"{type(self.module).__name__}"
 
 
 class Glob(Target):
@@ -74,8 +81,13 @@ class Glob(Target):
 
     kind, rank = "glob", 1
 
+    def __init__(self, value: Any) -> None:
+        super().__init__(value)
+        # As the names are in a state_dict, and as they are without `torch.compile`: see `modules_of`.
+        self.patterns = {value, ".".join([part for part in value.split(".") if part != COMPILED])}
+
     def distance(self, path: str, module: Any) -> int | None:
-        return 0 if path and fnmatch.fnmatchcase(path, self.value) else None
+        return 0 if path and any(fnmatch.fnmatchcase(path, pattern) for pattern in self.patterns) else None
 
     def closest(self, modules: Mapping[str, Any]) -> str:
         if not self.value:
@@ -184,6 +196,20 @@ def class_of(module: Any) -> type:
     """The class of a module without what an override makes of it."""
     cls = type(module)
     return cls.__dict__.get(BASE, cls)
+
+
+def modules_of(model: Any) -> dict[str, Any]:
+    """All modules of a model by dotted name, shared ones by each of theirs. What `torch.compile` has made of a module
+    is left out: the module itself has that place and name.
+    """
+    named = dict(uncompiled(model).named_modules(remove_duplicate=False))
+    made = {path for path, module in named.items() if uncompiled(module) is not module}
+    return {_without(path, made): module for path, module in named.items() if path not in made} if made else named
+
+
+def _without(path: str, made: set[str]) -> str:
+    parts = path.split(".")
+    return ".".join([part for index, part in enumerate(parts) if ".".join(parts[:index]) not in made])
 
 
 def matches(entries: Sequence[Entry], modules: Iterable[tuple[str, Any]], owner: str) -> list[Match]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles import closely, noise
 from torch import nn
 from torch._dynamo.exc import InternalTorchDynamoError
@@ -46,6 +47,71 @@ def test_override_before_and_after_compiling_is_seen_and_its_undo_too(first, bac
     closely(gradient(run, x), by_hand)
     handle.remove()
     closely(gradient(run, x), plain)
+
+
+OF_COMPILED = {
+    "class": lambda run, model: {nn.ReLU: guided},
+    "class and function": lambda run, model: go.Registry("guided", {nn.ReLU: guided, F.relu: guided}),
+    "preset": lambda run, model: "guided_backprop",
+    "function": lambda run, model: {F.relu: guided},
+    "glob": lambda run, model: {"*1": guided},
+    "glob as in the state_dict": lambda run, model: {"_orig_mod.1": guided, "_orig_mod.2.1": guided},
+    "predicate": lambda run, model: {(lambda name, module: name in ("1", "2.1")): guided},
+}
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["before the first call", "after it"])
+@pytest.mark.parametrize("rules", OF_COMPILED.values(), ids=OF_COMPILED)
+def test_compiled_model_is_overridden_as_the_model_itself(rules, called, x):
+    model = mlp()
+    run = compiled(model)
+    by_hand, plain = gradient(guided_by_hand(mlp()), x), gradient(mlp(), x)
+    if called:
+        closely(gradient(run, x), plain)
+    with go.override(run, rules(run, model)) as plan:
+        closely(gradient(run, x), by_hand)
+        closely(gradient(model, x), by_hand)
+        assert not any("_orig_mod" in row.path or "OptimizedModule" in row.cls for row in plan.table)
+        assert [row[:4] for row in go.explain(run)] == [row[:4] for row in plan.table]
+    closely(gradient(run, x), plain)
+    assert [type(module) for module in model.modules()] == [type(module) for module in mlp().modules()]
+
+
+@pytest.mark.parametrize("target", [lambda run, model: run, lambda run, model: model], ids=["compiled", "original"])
+@pytest.mark.parametrize("root", [lambda run, model: run, lambda run, model: model], ids=["compiled", "original"])
+def test_compiled_module_as_a_target_is_the_module_it_was_made_of(root, target, x):
+    model = mlp()
+    run = compiled(model)
+    plain = gradient(mlp(), x)
+    with go.override(root(run, model), {target(run, model): doubled}) as plan:
+        assert str(plan).splitlines()[1].startswith("(the model)  Sequential  module Sequential")
+        closely(gradient(run, x), 2 * plain)
+    go.override(root(run, model), {target(run, model): doubled})
+    go.remove_overrides(run)
+    closely(gradient(run, x), plain)
+    with pytest.raises(go.TargetNotFoundError, match=r"the module Sequential.*Of this class it has '', '2'"):
+        go.override(root(run, model), {compiled(mlp()): doubled})
+
+
+BLOCKS = {
+    "class": lambda blocks: nn.Linear,
+    "glob": lambda blocks: "blocks.*",
+    "glob as in the state_dict": lambda blocks: "blocks.?._orig_mod",
+    "predicate": lambda blocks: lambda name, module: name.startswith("blocks.") and isinstance(module, nn.Linear),
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_compiled_blocks_of_a_model_have_their_plain_names(kind, x):
+    blocks = [nn.Linear(3, 3), nn.Linear(3, 3)]
+    model = nn.ModuleDict({"blocks": nn.Sequential(*blocks)}).double()
+    plain = gradient(nn.Sequential(*blocks), x)
+    for index, block in enumerate(blocks):
+        model["blocks"][index] = compiled(block)
+    with go.override(model, {BLOCKS[kind](model): doubled}) as plan:
+        assert [(row.path, row.cls) for row in plan.table] == [("blocks.0", "Linear"), ("blocks.1", "Linear")]
+        closely(gradient(model["blocks"], x), 4 * plain)
+    closely(gradient(model["blocks"], x), plain)
 
 
 @pytest.mark.parametrize("rule", [doubled, negated, lambda grad_output, output: grad_output * (1 - output**2)])
