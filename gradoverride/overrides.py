@@ -114,28 +114,31 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
         check_rule(match.module, match.path, match.rule)
     order = next_order()
     names_of = {target: f"{target.kind} {target}" for entry in entries for target in entry.targets}
-    placed: dict[nn.Module, list[Layer | FunctionLayer]] = {module: [] for module in modules.values()}
+    # By identity: modules may compare equal.
+    placed: dict[int, tuple[nn.Module, list[Layer | FunctionLayer]]] = {
+        id(module): (module, []) for module in modules.values()
+    }
     for match in found:
-        placed[match.module].append(Layer(match.rule, match.path, names_of[match.target], order))
+        placed[id(match.module)][1].append(Layer(match.rule, match.path, names_of[match.target], order))
     puts: list[Callable[[], list[Put]]] = []
     called = _called(entries)
     if called:
         _check_calls(model, modules)
-    seen = {module: functions_called(module) for module in placed if called}
-    before = [functions for module in placed if (functions := functions_of(module))]
+    seen = [(added, functions_called(module)) for module, added in placed.values() if called]
+    before = [functions for module, _ in placed.values() if (functions := functions_of(module))]
     for target, rule in called:
         name = str(target.name)
         nth = max([sum([_is_same(layer, name, rule) for layer in functions]) for functions in before], default=0)
         layer = FunctionLayer(name, rule, "", names_of[target], order, nth)
-        for module, names in seen.items():
+        for added, names in seen:
             if names is None or name in names:
-                placed[module].append(layer)
+                added.append(layer)
         if isinstance(target, ImportPath):
             puts.append(partial(on_path, target.value, layer, scoped=True))
     if called or everywhere.functions:
-        for module, added in placed.items():
+        for module, added in placed.values():
             check_order(module, added)
-    puts.insert(0, partial(on_modules, model, [(module, added) for module, added in placed.items() if added]))
+    puts.insert(0, partial(on_modules, model, [one for one in placed.values() if one[1]]))
     return Override(owner, puts, _optional(entries))
 
 
@@ -237,7 +240,7 @@ def _without_containers(found: list[Match]) -> list[Match]:
 
 def remove_overrides(model: nn.Module) -> None:
     """Take all rules off the modules of `model`, whoever put them there, those that a copy has brought along too."""
-    for module in model.modules():
+    for module in modules_of(model).values():
         take_off(module, (*layers_of(module), *functions_of(module)))
 
 

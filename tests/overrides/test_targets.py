@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles import exactly, noise
 from torch import nn
 
@@ -172,6 +173,41 @@ def test_registry_changed_after_it_was_applied_changes_nothing(model, x):
     with go.override(model, registry):
         registry.register("3")(tripled)
         exactly(gradient(model, x), 2 * plain)
+
+
+class Equal(nn.Module):
+    """Modules that compare as what they were made with."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def __eq__(self, other):
+        return isinstance(other, Equal) and self.factor == other.factor
+
+    def __hash__(self):
+        return hash(self.factor)
+
+    def forward(self, x):
+        return self.factor * x.relu()
+
+
+@pytest.mark.parametrize("target", [Equal, "[02]", F.relu], ids=["class", "glob", "function"])
+def test_modules_that_compare_equal_have_a_rule_each(x, target):
+    model = nn.Sequential(Equal(3.0), nn.Identity(), Equal(3.0))
+    with go.override(model, {target: doubled}) as plan:
+        exactly(gradient(model, x), 4 * 9 * gradient(torch.relu, x))
+        for index in (0, 2):
+            exactly(gradient(model[index], x), 2 * 3 * gradient(torch.relu, x))
+        assert len(plan.table) == len({row.path for row in plan.table})
+        assert str(go.explain(model)) == str(plan)
+    exactly(gradient(model, x), 9 * gradient(torch.relu, x))
+    with go.override(model, {model[2]: doubled}) as plan:
+        exactly(gradient(model, x), 2 * 9 * gradient(torch.relu, x))
+        assert [row.path for row in plan.table] == ["2"]
+    go.override(model, {target: doubled})
+    go.remove_overrides(model)
+    exactly(gradient(model, x), 9 * gradient(torch.relu, x))
 
 
 # --- errors, by their text; nothing is changed ---
