@@ -282,6 +282,7 @@ class Override:
         self._lock = threading.Lock()
         self._puts: list[Put] = []
         self._rows: list[Row] = []
+        self._is_over = ""  # why it cannot be entered
         try:
             for put in puts:
                 self._puts.extend(put())
@@ -305,6 +306,7 @@ class Override:
 
     def remove(self) -> None:
         """Take the rules off again. Warns of one that never ran and is not optional. A second time it does nothing."""
+        self._is_over = self._is_over or "has been removed"
         self._remove(stacklevel=3)
 
     def _remove(self, stacklevel: int) -> None:
@@ -332,6 +334,12 @@ class Override:
             )
 
     def __enter__(self) -> Override:
+        if self._is_over:
+            raise UnsupportedError(
+                f"override of {self._owner}: it must be entered when it is made, and once; it {self._is_over}, and "
+                "would do nothing now. Call go.override(...) again, in the with statement"
+            )
+        self._is_over = "has been entered before"
         return self
 
     def __exit__(

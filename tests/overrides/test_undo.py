@@ -288,6 +288,42 @@ def test_module_is_freed_without_the_collector(x):
         gc.enable()
 
 
+ENTERED = {
+    "after it was left": (["with", "with"], "entered before"),
+    "inside itself": (["with", "inside"], "entered before"),
+    "after it was removed": (["remove", "with"], "removed"),
+    "removed inside": (["with", "remove", "with"], "entered before"),
+}
+
+
+@pytest.mark.parametrize("where", ["model", "process"])
+@pytest.mark.parametrize(("steps", "why"), ENTERED.values(), ids=ENTERED)
+def test_override_that_is_entered_again_is_an_error(steps, why, where, x):
+    module = nn.Tanh()
+    plain = gradient(module, x)
+    rules = {nn.Tanh: doubled}
+    handle = go.override(module, rules) if where == "model" else go.override(rules)
+    exactly(gradient(module, x), 2 * plain)
+    for step in steps[:-1]:
+        if step == "remove":
+            handle.remove()
+        else:
+            with handle:
+                exactly(gradient(module, x), 2 * plain)
+                if steps[-1] == "inside":
+                    _refused(handle, why)
+                    exactly(gradient(module, x), 2 * plain)
+    _refused(handle, why)
+    handle.remove()
+    exactly(gradient(module, x), plain)
+
+
+def _refused(handle, why):
+    text = rf"override of .*: it must be entered when it is made, and once; it has been {why}, .*Call go\.override\("
+    with pytest.raises(go.UnsupportedError, match=text), handle:
+        pytest.fail("entered")
+
+
 # --- other parties ---
 
 
