@@ -11,12 +11,11 @@ What is in force is an immutable `Record` in the module's `__dict__`. It is repl
 from __future__ import annotations
 
 import copy
-import copyreg
 import functools
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -49,7 +48,6 @@ __all__ = [
     "take_off",
 ]
 
-_new_object: Any = copyreg.__newobj__  # type: ignore[attr-defined]  # how objects without a recipe are pickled
 _lock = threading.RLock()
 
 
@@ -145,10 +143,34 @@ def _overridden(base: Any) -> Any:
         return record.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        make, arguments, *rest = base.__reduce_ex__(self, protocol)
-        if make is _new_object and arguments[0] is type(self):
-            return _new, (base, *arguments[1:]), *rest
-        return make, arguments, *rest
+        given = base.__reduce_ex__(self, protocol)
+        record = self.__dict__.get(RECORD)
+        if isinstance(given, str):  # the name of a global, which has no rules
+            if record is not None:
+                raise _no_copy(base.__name__, "__reduce__", f"the name '{given}'")
+            return given
+        make, arguments, *rest = given
+        make = base if make is cls else make
+        arguments = tuple([base if one is cls else _bare(one) for one in arguments])
+        if record is None:
+            return make, arguments, *rest
+        state, *rest = rest or (None,)
+        return _make, (make, arguments, base), _State(_bare(state), record.layers, record.functions), *rest
+
+    def __setstate__(self: Any, state: Any) -> None:
+        if not isinstance(state, _State):
+            base.__setstate__(self, state)
+            return
+        if state.of_base is not None:
+            base.__setstate__(self, state.of_base)
+        _give(self, state)
+
+    def __deepcopy__(self: Any, memo: Any) -> Any:
+        copied = base.__deepcopy__(self, memo)
+        return _given(self, copied, "__deepcopy__", lambda state: copy.deepcopy(state, memo))
+
+    def __copy__(self: Any) -> Any:
+        return _given(self, base.__copy__(self), "__copy__", lambda state: state)
 
     functools.update_wrapper(forward, base.forward, updated=())
     everywhere.derived_from[forward] = base
@@ -166,16 +188,71 @@ def _overridden(base: Any) -> Any:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__reduce_ex__": __reduce_ex__,
+        "__setstate__": __setstate__,
         "__prepare_scriptable__": __prepare_scriptable__,
         "forward": forward,
         BASE: base,
     }
-    return type(base)(base.__name__, (base,), body)
+    # `parametrize` gives its class these where there are none.
+    body.update({fn.__name__: fn for fn in (__deepcopy__, __copy__) if hasattr(base, fn.__name__)})
+    cls = type(base)(base.__name__, (base,), body)
+    return cls
 
 
-def _new(base: Any, *arguments: Any) -> Any:
-    cls = overridden(base)
-    return cls.__new__(cls, *arguments)
+class _State(NamedTuple):
+    """The state of a module in a copy or a pickle: what its class says, and the rules in force."""
+
+    of_base: Any
+    layers: tuple[Layer, ...]
+    functions: tuple[FunctionLayer, ...]
+
+    def __deepcopy__(self, memo: Any) -> _State:
+        return _State(copy.deepcopy(self.of_base, memo), self.layers, copy.deepcopy(self.functions, memo))
+
+
+def _bare(value: Any) -> Any:
+    """Where this is the `__dict__` of an overridden module: without what is in force. That goes on its own."""
+    return {name: one for name, one in value.items() if name != RECORD} if type(value) is dict else value
+
+
+def _make(make: Callable[..., Any], arguments: tuple[Any, ...], base: type[nn.Module]) -> Any:
+    """A module that is about to be given rules, from what its class says how it is made."""
+    return _of_ours(make(*arguments), base, "__reduce__")
+
+
+def _of_ours(module: Any, base: type[nn.Module], by: str) -> Any:
+    """A copy, of the class of modules that are overridden. A class may copy its modules in its own way."""
+    if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
+        raise _no_copy(base.__name__, by, f"a {type(module).__name__}")
+    if not any(BASE in cls.__dict__ for cls in type(module).__mro__):
+        if "forward" in module.__dict__:
+            raise _no_copy(base.__name__, by, f"a '{type(module).__name__}' with another forward on the instance")
+        object.__setattr__(module, "__class__", overridden(type(module)))
+    return module
+
+
+def _give(module: nn.Module, state: _State) -> None:
+    """Put on a copy what is in force on the module that it was made of."""
+    layers = tuple([layer.again() for layer in state.layers])
+    leaf, plain = not module._modules, not module._parameters
+    cls: Any = type(module)
+    module.__dict__[RECORD] = Record(_base_of_class(cls), layers, state.functions, Tally(copied=True), leaf, plain)
+
+
+def _given(module: nn.Module, copied: Any, by: str, again: Callable[[_State], _State]) -> Any:
+    """A copy that the class of a module has made in its own way, with what is in force on the module."""
+    record = module.__dict__.get(RECORD)
+    if record is not None and copied is not module:
+        record.tally.copied = True
+        _give(_of_ours(copied, record.base, by), again(_State(None, record.layers, record.functions)))
+    return copied
+
+
+def _no_copy(name: str, by: str, kind: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"override of a '{name}': a copy must be a module that runs the forward of its class, to keep the override; "
+        f"{by} of its class gives {kind}. Copy the module without the override"
+    )
 
 
 def layers_of(module: nn.Module) -> tuple[Layer, ...]:

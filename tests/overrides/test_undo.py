@@ -233,6 +233,178 @@ def test_shallow_copy_has_the_override_of_its_own(x):
     exactly(gradient(other, x), plain)
 
 
+class Owning(nn.Linear):
+    """A module that knows how it was made."""
+
+    def __init__(self, width=3):
+        super().__init__(width, width)
+        self.double()
+        self.width = width
+
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+    def again(self):
+        made = type(self)(self.width)
+        made.load_state_dict(self.state_dict())
+        return made
+
+
+class ByName(Owning):
+    def __deepcopy__(self, memo):
+        made = ByName(self.width)
+        made.load_state_dict(self.state_dict())
+        return made
+
+    def __copy__(self):
+        return self.again()
+
+
+class ByDict(Owning):
+    def __deepcopy__(self, memo):
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return made
+
+    def __copy__(self):
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+
+class ByState(Owning):
+    def __getstate__(self):
+        return {"width": self.width, "tensors": self.state_dict()}
+
+    def __setstate__(self, state):
+        self.__init__(state["width"])
+        self.load_state_dict(state["tensors"])
+
+
+class ByWholeState(Owning):
+    def __getstate__(self):
+        return self.__dict__
+
+    def __setstate__(self, state):
+        self.__dict__ = dict(state)
+
+
+class ByArguments(Owning):
+    def __reduce__(self):
+        return type(self), (self.width,), self.state_dict()
+
+    def __setstate__(self, state):
+        self.load_state_dict(state)
+
+
+class ByFunction(Owning):
+    def __reduce_ex__(self, protocol):
+        return made_by_function, (self.width, self.state_dict())
+
+
+def made_by_function(width, tensors):
+    made = ByFunction(width)
+    made.load_state_dict(tensors)
+    return made
+
+
+class ByNewArguments(Owning):
+    def __new__(cls, width=3):
+        assert width == 3
+        return super().__new__(cls)
+
+    def __getnewargs_ex__(self):
+        return (), {"width": 3}
+
+
+class Knowing(Owning):
+    """A module with itself in its state."""
+
+    def __init__(self, width=3):
+        super().__init__(width)
+        self.myself = [self]
+
+
+OWNING = [Owning, ByName, ByDict, ByState, ByWholeState, ByArguments, ByFunction, ByNewArguments, Knowing]
+SINGLY = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "in a deepcopy": lambda module: copy.deepcopy(nn.Sequential(module))[0],
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "pickle of protocol 0": lambda module: pickle.loads(pickle.dumps(module, protocol=0)),
+    "torch.save": lambda module: saved_and_loaded(module),
+    "copy of a copy": lambda module: copy.copy(copy.deepcopy(pickle.loads(pickle.dumps(module)))),
+}
+
+
+@pytest.mark.parametrize("target", [Owning, torch.tanh], ids=["class", "function"])
+@pytest.mark.parametrize("copied", SINGLY.values(), ids=SINGLY)
+@pytest.mark.parametrize("cls", OWNING)
+def test_module_that_copies_itself_in_its_own_way_keeps_the_override(cls, copied, target, x):
+    torch.manual_seed(3)
+    module = cls()
+    plain = gradient(module, x)
+    handle = go.override(module, {target: doubled})
+    other = copied(module)
+    exactly(gradient(module, x), 2 * plain)
+    handle.remove()
+    exactly(gradient(module, x), plain)
+    assert type(module) is cls
+    exactly(gradient(other, x), 2 * plain)
+    assert isinstance(other, cls)
+    if cls is Knowing and copied is not copy.copy:
+        assert other.myself[0] is not module
+    if copied is not copy.copy:  # which shares the weights
+        with torch.no_grad():
+            other.weight.mul_(3)
+        exactly(gradient(module, x), plain)
+    go.remove_overrides(other)
+    assert type(other) is cls
+    assert "_gradoverride" not in other.__dict__
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
+def test_parametrized_module_that_copies_itself_keeps_the_override(copied, x):
+    class Tripled(nn.Module):
+        def forward(self, weight):
+            return 3 * weight
+
+    module = ByDict()
+    parametrize.register_parametrization(module, "weight", Tripled())
+    plain = gradient(module, x)
+    handle = go.override(module, {module: doubled})
+    other = copied(module)
+    gradient(module, x)
+    handle.remove()
+    exactly(gradient(module, x), plain)
+    exactly(gradient(other, x), 2 * plain)
+
+
+class ToAnother(Owning):
+    def __deepcopy__(self, memo):
+        return "a copy"
+
+    def __reduce__(self):
+        return "ONLY_ONE"
+
+
+ONLY_ONE = ToAnother()
+
+
+def test_copy_that_cannot_keep_the_override_is_an_error(x):
+    start = "override of a 'ToAnother': a copy must be a module that runs the forward of its class.*; "
+    with go.override(ONLY_ONE, {ONLY_ONE: doubled}):
+        gradient(ONLY_ONE, x)
+        with pytest.raises(go.UnsupportedError, match=start + "__deepcopy__ of its class gives a str"):
+            copy.deepcopy(ONLY_ONE)
+        for copied in (copy.copy, pickle.dumps):
+            with pytest.raises(go.UnsupportedError, match=start + "__reduce__ of its class gives the name 'ONLY_ONE'"):
+                copied(ONLY_ONE)
+    assert copy.deepcopy(ONLY_ONE) == "a copy"
+    assert copy.copy(ONLY_ONE) is ONLY_ONE
+
+
 def replica_of(module):
     """As DataParallel makes it: the parameters are plain attributes, computed from those of the module."""
     replica = module._replicate_for_data_parallel()
