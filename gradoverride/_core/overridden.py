@@ -14,6 +14,7 @@ import copy
 import functools
 import threading
 import weakref
+from abc import ABC, ABCMeta
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -195,8 +196,39 @@ def _overridden(base: Any) -> Any:
     }
     # `parametrize` gives its class these where there are none.
     body.update({fn.__name__: fn for fn in (__deepcopy__, __copy__) if hasattr(base, fn.__name__)})
-    cls = type(base)(base.__name__, (base,), body)
+    cls = _derived(base, body)
     return cls
+
+
+class _Quiet:
+    """Keeps `__init_subclass__` of the classes behind it from being called."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
+class _QuietAbstract(ABC):  # noqa: B024
+    """The same for classes that have ABC first: Python lays these out in another way."""
+
+    __init_subclass__ = _Quiet.__dict__["__init_subclass__"]
+
+
+def _derived(base: Any, body: dict[str, Any]) -> Any:
+    """A class derived from `base` of which `base` and its metaclass are not told.
+
+    What they do then is meant for classes that somebody writes: to enter them in a registry, to ask for keywords, to
+    refuse them.
+    """
+    meta = type(base)
+    new = ABCMeta.__new__ if issubclass(meta, ABCMeta) else type.__new__
+    for quiet in (_Quiet, _QuietAbstract) if new is ABCMeta.__new__ else (_Quiet,):
+        cls = new(meta, base.__name__, (quiet, base), body)
+        try:
+            type.__setattr__(cls, "__bases__", (base,))
+        except TypeError:  # it is laid out in yet another way
+            continue
+        return cls
+    return new(meta, base.__name__, (base,), body)
 
 
 class _State(NamedTuple):

@@ -1,12 +1,16 @@
 """After an override the model is as before, whatever happened meanwhile. Contract, section 5."""
 
+import abc
 import copy
 import functools
 import gc
 import io
 import pickle
+import types
+import typing
 import weakref
 from contextlib import nullcontext
+from typing import ClassVar
 
 import pytest
 import torch
@@ -551,6 +555,96 @@ def test_copy_of_a_parametrized_module_keeps_its_override_when_the_original_lose
     exactly(gradient(other, x), 2 * plain)
     go.remove_overrides(other)
     exactly(gradient(other, x), plain)
+
+
+class Listed(nn.Module):
+    known: ClassVar = {}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        Listed.known[cls.__name__] = cls
+
+
+class Asking(nn.Module):
+    def __init_subclass__(cls, *, tag):
+        cls.tag = tag
+
+
+class Final(nn.Module):
+    def __init_subclass__(cls):
+        if cls.__bases__ != (Final,):
+            raise TypeError("it is final")
+
+
+class Meta(type):
+    made: ClassVar = []
+
+    def __new__(mcs, name, bases, body, *, option):
+        return super().__new__(mcs, name, bases, body)
+
+    def __init__(cls, name, bases, body, *, option):
+        super().__init__(name, bases, body)
+        Meta.made.append(cls)
+
+    def __setattr__(cls, name, value):
+        raise TypeError("it is fixed")
+
+
+class OfAbstract(nn.Module, abc.ABC):
+    @abc.abstractmethod
+    def forward(self, x): ...
+
+
+class ListedAbstract(abc.ABC, nn.Module):
+    def __init_subclass__(cls):
+        Listed.known[cls.__name__] = cls
+
+
+class MetaOfAbstract(abc.ABCMeta):
+    def __new__(mcs, name, bases, body):
+        raise TypeError("no more of them")
+
+
+def class_with(base, **keywords):
+    def fill(body):
+        body["forward"] = lambda self, x: x.tanh()
+
+    return types.new_class("Own", (base,), keywords, fill)
+
+
+PARTICULAR = {
+    "registry": lambda: class_with(Listed),
+    "keyword": lambda: class_with(Asking, tag=1),
+    "final": lambda: class_with(Final),
+    "metaclass": lambda: class_with(nn.Module, metaclass=Meta, option=1),
+    "abstract": lambda: class_with(OfAbstract),
+    "abstract first, and registry": lambda: class_with(ListedAbstract),
+    "metaclass of abstract classes": lambda: abc.ABCMeta.__new__(
+        MetaOfAbstract, "Own", (nn.Module,), {"forward": lambda self, x: x.tanh()}
+    ),
+    "generic": lambda: types.new_class("Own", (nn.Tanh, typing.Generic[typing.TypeVar("T")])),
+    "generic first": lambda: types.new_class("Own", (typing.Generic[typing.TypeVar("T")], nn.Tanh)),
+    "slots": lambda: type("Own", (nn.Tanh,), {"__slots__": ("more",)}),
+}
+
+
+@pytest.mark.parametrize("make", PARTICULAR.values(), ids=PARTICULAR)
+def test_class_is_not_told_of_the_one_that_its_modules_have_meanwhile(make, x):
+    cls = make()
+    known, made = dict(Listed.known), list(Meta.made)
+    module = cls()
+    plain = gradient(torch.tanh, x)
+    with go.override(module, {cls: doubled}):
+        assert isinstance(module, cls)
+        assert type(type(module)) is type(cls)
+        assert type(module).__bases__ == (cls,)
+        assert type(module).__name__ == "Own"
+        exactly(gradient(module, x), 2 * plain)
+        assert (Listed.known, Meta.made) == (known, made)
+    assert type(module) is cls
+    exactly(gradient(module, x), plain)
+    with pytest.raises(TypeError) if cls.__base__ is Final or type(cls) in (Meta, MetaOfAbstract) else nullcontext():
+        types.new_class("Further", (cls,), {"tag": 1} if hasattr(cls, "tag") else {})  # as without an override
 
 
 def test_forward_that_wraps_ours_on_the_instance_keeps_working_when_we_go(x):
