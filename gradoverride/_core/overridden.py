@@ -193,6 +193,7 @@ def _overridden(base: Any) -> Any:
         "__prepare_scriptable__": __prepare_scriptable__,
         "forward": forward,
         BASE: base,
+        RECORD: None,  # or what looks it up where there is none would get to a `__getattr__` of the class
     }
     # `parametrize` gives its class these where there are none.
     body.update({fn.__name__: fn for fn in (__deepcopy__, __copy__) if hasattr(base, fn.__name__)})

@@ -647,6 +647,37 @@ def test_class_is_not_told_of_the_one_that_its_modules_have_meanwhile(make, x):
         types.new_class("Further", (cls,), {"tag": 1} if hasattr(cls, "tag") else {})  # as without an override
 
 
+class Delegating(nn.Module):
+    """A module that asks the one within for what it does not have."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x):
+        return 10 * self.inner(x)
+
+
+def test_module_that_delegates_has_not_the_rules_of_the_one_within(x):
+    module = Delegating(nn.Tanh())
+    plain, value = gradient(module, x), module(x)
+    handle = go.override(module, {module: doubled})
+    exactly(gradient(module, x), 2 * plain)
+    module.__class__ = type("FSDPDelegating", (type(module),), {})  # as `fully_shard` does
+    handle.remove()
+    exactly(gradient(module, x), plain)
+    with go.override(module, {nn.Tanh: tripled}):
+        exactly(module(x), value)
+        closely(gradient(module, x), 3 * plain)
+    exactly(gradient(module, x), plain)
+
+
 def test_forward_that_wraps_ours_on_the_instance_keeps_working_when_we_go(x):
     module = nn.Linear(3, 3).double()
     plain = gradient(module, x)
