@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from gradoverride._core.chain import Chain, chain_of, links
 from gradoverride._core.layers import Layer
 from gradoverride._core.overridden import records
 from gradoverride._core.targets import BASE, RECORD, Class, class_of
-from gradoverride.errors import UnsupportedError
+from gradoverride.errors import GradOverrideWarning, UnsupportedError
 
 __all__ = ["calls_on_class", "check_class", "put_on_class", "refresh", "take_off_class"]
 
@@ -72,13 +73,21 @@ class _Patch:
 
 def check_class(target: Class, rule: Any) -> None:
     """Raise what is in the way of an override of all modules of a class, before anything is changed."""
+    for cls in _family(target.value):
+        other = everywhere.no_method(cls)
+        if other:
+            raise UnsupportedError(f"{_who(target)}: '{cls.__name__}' must have a method 'forward'; it has {other}")
     for module in _instances(target.value):
         if "forward" in module.__dict__ and RECORD not in module.__dict__:
             raise UnsupportedError(
-                f"override of the class '{target.value.__name__}': its modules must have the forward of their class; "
+                f"{_who(target)}: its modules must have the forward of their class; "
                 f"somebody has put another one on one of them, a '{class_of(module).__name__}', which would pass the "
                 "override by. Override the class before that is done"
             )
+
+
+def _who(target: Class) -> str:
+    return f"override of the class '{target.value.__name__}'"
 
 
 def _instances(cls: type) -> Iterator[nn.Module]:
@@ -122,7 +131,8 @@ def refresh() -> None:
     with _lock:
         targets = {target.value for target, _ in everywhere.classes}
         wanted: dict[type, set[type]] = {}
-        for cls in {derived for target in targets for derived in _family(target)}:
+        family = {derived for target in targets for derived in _family(target)}
+        for cls in [cls for cls in family if not everywhere.no_method(cls)]:
             wanted.setdefault(_definer(cls), set()).add(cls)
         for cls in [cls for cls in _patches if cls not in wanted]:
             _patches.pop(cls).take_off()
@@ -170,6 +180,14 @@ def _watch(cls: Any) -> None:
         else:
             super(cls, derived).__init_subclass__(**kwargs)
         if BASE not in derived.__dict__:
+            other = everywhere.no_method(derived)
+            if other:
+                warnings.warn(
+                    f"override of the class '{cls.__name__}': '{derived.__name__}', which is derived from it now, must "
+                    f"have a method 'forward' to be overridden too; it has {other}",
+                    GradOverrideWarning,
+                    stacklevel=2,
+                )
             refresh()
 
     ours = classmethod(__init_subclass__)

@@ -23,6 +23,7 @@ __all__ = [
     "functions",
     "inert",
     "layers_on",
+    "no_method",
     "originals",
     "without_inert",
 ]
@@ -41,6 +42,22 @@ def bare_forward(cls: Any) -> Any:
     if base is not None:  # others have derived theirs from a class of overridden modules
         return bare_forward(base)
     return originals.get(forward, forward)
+
+
+def no_method(cls: Any) -> str:
+    """What the forward of a class is where it is no method, which a module passes itself to, and the way out."""
+    owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
+    forward = owner.__dict__["forward"]
+    if type(forward) is FunctionType:
+        return ""
+    kinds = {staticmethod: "a static method", classmethod: "a class method", property: "a property"}
+    kind = next((name for of, name in kinds.items() if isinstance(forward, of)), "")
+    if not kind and hasattr(type(forward), "__get__"):
+        return ""
+    way_out = "Define it as a method"
+    if isinstance(forward, (staticmethod, classmethod)) and "<locals>" not in owner.__qualname__:
+        way_out += f", or give its import path as the target: '{owner.__module__}:{owner.__qualname__}.forward'"
+    return f"{kind or f'an object of the class {type(forward).__name__}'}, which is not told of the module. {way_out}"
 
 
 def without_inert(value: Any) -> Any:

@@ -325,7 +325,8 @@ def _obstacle(module: nn.Module) -> str:
         )
     if not has_forward(module):
         return "have a 'forward' to be overridden; it is a container only"
-    return ""
+    other = everywhere.no_method(base_of(module))
+    return f"have a method 'forward' to be overridden; it has {other}" if other else ""
 
 
 def check_rule(module: nn.Module, path: str, rule: Rule) -> None:
@@ -362,6 +363,8 @@ def functions_called(module: nn.Module) -> frozenset[str] | None:
     if "forward" in module.__dict__ or not has_forward(module):
         return frozenset()
     base = base_of(module)
+    if everywhere.no_method(base):
+        return frozenset()
     return calls_that_are(base) if is_of_torch(base) and not module._modules else None
 
 

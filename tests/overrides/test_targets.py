@@ -317,3 +317,94 @@ def test_container_without_a_forward_is_refused():
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ReLU()])})
     with pytest.raises(go.UnsupportedError, match=r"override of 'blocks', a 'ModuleList'.*it is a container only"):
         go.override(model, {nn.ModuleList: guided})
+
+
+class Static(nn.Module):
+    @staticmethod
+    def forward(x):
+        return torch.sigmoid(x)
+
+
+class OfClass(nn.Module):
+    @classmethod
+    def forward(cls, x):
+        return torch.sigmoid(x)
+
+
+class FromProperty(nn.Module):
+    @property
+    def forward(self):
+        return torch.sigmoid
+
+
+class Sigmoid:
+    def __call__(self, x):
+        return torch.sigmoid(x)
+
+
+class FromObject(nn.Module):
+    forward = Sigmoid()
+
+
+class FromBuiltin(nn.Module):
+    forward = torch.sigmoid
+
+
+NO_METHODS = {
+    Static: "a static method",
+    OfClass: "a class method",
+    FromProperty: "a property",
+    FromObject: "an object of the class Sigmoid",
+    FromBuiltin: "an object of the class builtin_function_or_method",
+}
+
+
+@pytest.mark.parametrize(("cls", "kind"), NO_METHODS.items())
+def test_forward_that_is_no_method_is_refused_and_functions_that_it_calls_are_overridden(cls, kind, x):
+    model = nn.Sequential(cls())
+    plain = gradient(torch.sigmoid, x)
+    way_out = "Define it as a method"
+    if cls in (Static, OfClass):
+        way_out += rf", or give its import path as the target: '.*test_targets:{cls.__name__}\.forward'"
+    text = rf"must have a method 'forward'.*; it has {kind}, .*\. {way_out}$"
+    for target in (cls, "0"):
+        with pytest.raises(go.UnsupportedError, match=rf"override of '0', a '{cls.__name__}': a module {text}"):
+            go.override(model, {target: doubled})
+    with pytest.raises(go.UnsupportedError, match=rf"override of the class '{cls.__name__}': '{cls.__name__}' {text}"):
+        go.override({cls: doubled})
+    with pytest.raises(go.UnsupportedError, match=rf"override of a '{cls.__name__}': a module {text}"):
+        go.override(model[0], {torch.sigmoid: doubled})
+    exactly(gradient(model, x), plain)
+    with go.override(model, {torch.sigmoid: doubled}):
+        exactly(gradient(model, x), 2 * plain)
+    exactly(gradient(model, x), plain)
+
+
+@pytest.mark.parametrize("cls", [Static, OfClass])
+@pytest.mark.parametrize("where", ["model", "process"])
+def test_forward_that_is_no_method_is_overridden_by_its_path(cls, where, x):
+    model = nn.Sequential(cls())
+    plain = gradient(torch.sigmoid, x)
+    rules = {f"{__name__}:{cls.__name__}.forward": doubled}
+    with go.override(model, rules) if where == "model" else go.override(rules):
+        exactly(gradient(model, x), 2 * plain)
+    exactly(gradient(model, x), plain)
+
+
+def test_class_without_a_method_that_is_derived_from_an_overridden_one_is_warned_of(x):
+    class Own(nn.Sigmoid):
+        pass
+
+    plain = gradient(torch.sigmoid, x)
+    with go.override({Own: doubled}):
+        with pytest.warns(
+            go.GradOverrideWarning,
+            match="override of the class 'Own': 'Derived', which is derived from it now, must have a method 'forward' "
+            "to be overridden too; it has a static method, which is not told of the module",
+        ):
+
+            class Derived(Own):
+                forward = staticmethod(torch.sigmoid)
+
+        exactly(gradient(Derived(), x), plain)
+        exactly(gradient(Own(), x), 2 * plain)
