@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 from torch.compiler import is_dynamo_compiling as compiling
+from torch.fx import GraphModule
 
 from gradoverride._core import everywhere
 from gradoverride._core.chain import Chain, chain_of, links
@@ -73,6 +74,11 @@ class _Patch:
 
 def check_class(target: Class, rule: Any) -> None:
     """Raise what is in the way of an override of all modules of a class, before anything is changed."""
+    if issubclass(target.value, GraphModule):
+        raise UnsupportedError(
+            f"{_who(target)}: each of its modules has a forward of its own, which torch makes anew when the graph "
+            "changes; a class to be overridden in the whole process must have one. Give the model first"
+        )
     for cls in _family(target.value):
         other = everywhere.no_method(cls)
         if other:

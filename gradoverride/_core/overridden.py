@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling as compiling
+from torch.fx import GraphModule
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from gradoverride._core import everywhere
@@ -156,7 +157,7 @@ def _overridden(base: Any) -> Any:
         if record is None:
             return make, arguments, *rest
         state, *rest = rest or (None,)
-        return _make, (make, arguments, base), _State(_bare(state), record.layers, record.functions), *rest
+        return _make, (make, arguments, base.__name__), _State(_bare(state), record.layers, record.functions), *rest
 
     def __setstate__(self: Any, state: Any) -> None:
         if not isinstance(state, _State):
@@ -184,6 +185,18 @@ def _overridden(base: Any) -> Any:
         made = getattr(base, "__prepare_scriptable__", None)
         return self if made is None else made(self)
 
+    def recompile(self: Any) -> Any:
+        """Of a GraphModule: torch puts what it makes of the graph on `type(self)`, which is to be the module's own."""
+        if type(self) is not cls:
+            return base.recompile(self)
+        object.__setattr__(self, "__class__", base)
+        try:
+            return base.recompile(self)
+        finally:
+            object.__setattr__(self, "__class__", cls)
+            if RECORD in self.__dict__:
+                self.__dict__[RECORD].refresh()
+
     body = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -197,6 +210,8 @@ def _overridden(base: Any) -> Any:
     }
     # `parametrize` gives its class these where there are none.
     body.update({fn.__name__: fn for fn in (__deepcopy__, __copy__) if hasattr(base, fn.__name__)})
+    if issubclass(base, GraphModule):
+        body["recompile"] = recompile
     cls = _derived(base, body)
     return cls
 
@@ -248,18 +263,18 @@ def _bare(value: Any) -> Any:
     return {name: one for name, one in value.items() if name != RECORD} if type(value) is dict else value
 
 
-def _make(make: Callable[..., Any], arguments: tuple[Any, ...], base: type[nn.Module]) -> Any:
+def _make(make: Callable[..., Any], arguments: tuple[Any, ...], name: str) -> Any:
     """A module that is about to be given rules, from what its class says how it is made."""
-    return _of_ours(make(*arguments), base, "__reduce__")
+    return _of_ours(make(*arguments), name, "__reduce__")
 
 
-def _of_ours(module: Any, base: type[nn.Module], by: str) -> Any:
+def _of_ours(module: Any, name: str, by: str) -> Any:
     """A copy, of the class of modules that are overridden. A class may copy its modules in its own way."""
     if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
-        raise _no_copy(base.__name__, by, f"a {type(module).__name__}")
+        raise _no_copy(name, by, f"a {type(module).__name__}")
     if not any(BASE in cls.__dict__ for cls in type(module).__mro__):
         if "forward" in module.__dict__:
-            raise _no_copy(base.__name__, by, f"a '{type(module).__name__}' with another forward on the instance")
+            raise _no_copy(name, by, f"a '{type(module).__name__}' with another forward on the instance")
         object.__setattr__(module, "__class__", overridden(type(module)))
     return module
 
@@ -277,7 +292,7 @@ def _given(module: nn.Module, copied: Any, by: str, again: Callable[[_State], _S
     record = module.__dict__.get(RECORD)
     if record is not None and copied is not module:
         record.tally.copied = True
-        _give(_of_ours(copied, record.base, by), again(_State(None, record.layers, record.functions)))
+        _give(_of_ours(copied, record.base.__name__, by), again(_State(None, record.layers, record.functions)))
     return copied
 
 

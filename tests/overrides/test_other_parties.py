@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import pickle
 
 import pytest
 import torch
@@ -898,3 +899,91 @@ def test_second_order_through_a_rule_that_keeps_no_graph_is_refused(x):
     module = nn.Linear(3, 3).double()
     with go.override(module, {module: reading_module}), pytest.raises(go.UnsupportedError, match="second derivative"):
         orders(module, x, [x, module.weight], 2)
+
+
+# --- torch.fx
+
+
+class Tanhs(nn.Module):
+    """`3 * tanh` of a module and of a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return torch.tanh(3 * self.linear(x))
+
+
+def negate_the_end(graph_module):
+    """Edit the graph of a module: its result is negated."""
+    end = next(node for node in graph_module.graph.nodes if node.op == "output")
+    with graph_module.graph.inserting_before(end):
+        end.args = (graph_module.graph.call_function(torch.neg, (end.args[0],)),)
+    graph_module.recompile()
+
+
+GRAPH_TARGETS = {
+    "module": lambda module: module,
+    "class": lambda module: torch.fx.GraphModule,
+    "predicate": lambda module: lambda name, module: name == "",
+    "child": lambda module: "linear",
+    "function": lambda module: torch.tanh,
+}
+GRAPH_COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "in a deepcopy": lambda module: copy.deepcopy(nn.Sequential(module))[0],
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "copy of a copy": lambda module: copy.deepcopy(copy.copy(pickle.loads(pickle.dumps(copy.deepcopy(module))))),
+    "replica": lambda module: module._replicate_for_data_parallel(),
+}
+
+
+@pytest.fixture
+def traced():
+    torch.manual_seed(2)
+    return torch.fx.symbolic_trace(Tanhs().double())
+
+
+@pytest.mark.parametrize("copied", GRAPH_COPIES.values(), ids=GRAPH_COPIES)
+@pytest.mark.parametrize("target", GRAPH_TARGETS.values(), ids=GRAPH_TARGETS)
+def test_copy_of_a_graph_module_keeps_its_override(target, copied, traced, x):
+    plain, names, cls = gradient(traced, x), list(traced.__dict__), type(traced)
+    if target is GRAPH_TARGETS["child"] and copied in (GRAPH_COPIES["copy"], GRAPH_COPIES["replica"]):
+        pytest.skip("the copy has the same child")
+    handle = go.override(traced, {target(traced): doubled})
+    other = copied(traced)
+    exactly(gradient(traced, x), 2 * plain)
+    handle.remove()
+    exactly(gradient(traced, x), plain)
+    assert (list(traced.__dict__), type(traced)) == (names, cls)
+    exactly(gradient(other, x), 2 * plain)
+    negate_the_end(other)
+    exactly(gradient(other, x), -2 * plain)
+    go.remove_overrides(other)
+    exactly(gradient(other, x), -plain)
+    exactly(gradient(traced, x), plain)
+
+
+@pytest.mark.parametrize("target", GRAPH_TARGETS.values(), ids=GRAPH_TARGETS)
+def test_graph_module_may_be_recompiled_while_it_is_overridden(target, traced, x):
+    plain, cls = gradient(traced, x), type(traced)
+    with go.override(traced, {target(traced): doubled}):
+        exactly(gradient(traced, x), 2 * plain)
+        negate_the_end(traced)
+        exactly(gradient(traced, x), -2 * plain)
+        closely(gradient(torch.compile(traced, backend="aot_eager", fullgraph=True), x), -2 * plain)
+        negate_the_end(traced)
+        exactly(gradient(traced, x), 2 * plain)
+        assert traced.code.count("torch.neg") == 2
+    assert type(traced) is cls
+    exactly(gradient(traced, x), plain)
+    negate_the_end(traced)
+    exactly(gradient(traced, x), -plain)
+
+
+def test_graph_modules_are_not_overridden_as_a_class_in_the_whole_process(traced):
+    text = "override of the class 'GraphModule': each of its modules has a forward of its own.* Give the model first"
+    with pytest.raises(go.UnsupportedError, match=text):
+        go.override({torch.fx.GraphModule: doubled})
