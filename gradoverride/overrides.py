@@ -109,6 +109,7 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
     entries = _entries(rules, owner)
     modules = modules_of(model)
     found = _without_containers(matches(entries, modules.items(), owner))
+    _check_scripted(entries, modules)
     for match in found:
         check(match.module, match.path)
         check_rule(match.module, match.path, match.rule)
@@ -220,6 +221,18 @@ def _check_calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
                 f"override of '{path}', a '{class_of(module).__name__}': a module must run Python code for the "
                 "functions that it calls to be overridden; it is a ScriptModule. Override modules of the model that "
                 "have none within"
+            )
+
+
+def _check_scripted(entries: Sequence[Entry], modules: Mapping[str, nn.Module]) -> None:
+    """Raise if a class names modules that were scripted: they have another class now, and would be passed by."""
+    classes = [target for entry in entries for target in entry.targets if isinstance(target, Class)]
+    for path, module in modules.items() if classes else ():
+        if isinstance(module, torch.jit.ScriptModule) and any(target.name_of_scripted(module) for target in classes):
+            raise UnsupportedError(
+                f"override of '{path}', a scripted '{module.original_name}': a module must run Python code to be "
+                "overridden; it is a ScriptModule. Override the model before it is scripted, or name the modules to be "
+                "overridden by a glob"
             )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 from torch.compiler import is_dynamo_compiling as compiling
 from torch.fx import GraphModule
+from torch.jit import ScriptModule
 
 from gradoverride._core import everywhere
 from gradoverride._core.chain import Chain, chain_of, links
@@ -83,20 +84,33 @@ def check_class(target: Class, rule: Any) -> None:
         other = everywhere.no_method(cls)
         if other:
             raise UnsupportedError(f"{_who(target)}: '{cls.__name__}' must have a method 'forward'; it has {other}")
-    for module in _instances(target.value):
-        if "forward" in module.__dict__ and RECORD not in module.__dict__:
+    scripted = ""
+    for module in _instances((target.value, ScriptModule)):
+        if isinstance(module, ScriptModule):
+            scripted = scripted or target.name_of_scripted(module)
+        elif "forward" in module.__dict__ and RECORD not in module.__dict__:
             raise UnsupportedError(
                 f"{_who(target)}: its modules must have the forward of their class; "
                 f"somebody has put another one on one of them, a '{class_of(module).__name__}', which would pass the "
                 "override by. Override the class before that is done"
             )
+    if scripted:
+        gc.collect()  # it may be garbage
+        scripted = next((name for name in map(target.name_of_scripted, _instances((ScriptModule,))) if name), "")
+    if scripted:
+        warnings.warn(
+            f"{_who(target)}: its modules must run Python code to be overridden; there is a scripted '{scripted}', "
+            "which keeps its own gradient. Override the class before that is scripted",
+            GradOverrideWarning,
+            stacklevel=4,
+        )
 
 
 def _who(target: Class) -> str:
     return f"override of the class '{target.value.__name__}'"
 
 
-def _instances(cls: type) -> Iterator[nn.Module]:
+def _instances(cls: tuple[type, ...]) -> Iterator[nn.Module]:
     for value in gc.get_objects():
         if issubclass(type(value), cls):  # `isinstance` would ask proxies
             yield value

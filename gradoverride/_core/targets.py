@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gradoverride._core.private import uncompiled
@@ -134,6 +134,11 @@ class Class(Target):
             self._known[cls] = mro.index(self.value) if self.value in mro else None
         return self._known[cls]
 
+    def name_of_scripted(self, module: Any) -> str:
+        """The class that this ScriptModule was made of, if it is this one or derived from it. It knows but a name."""
+        name = getattr(module, "original_name", "")
+        return name if name in {cls.__name__ for cls in _family(self.value)} else ""
+
     def closest(self, modules: Mapping[str, Any]) -> str:
         names = list(dict.fromkeys(class_of(module).__name__ for module in modules.values()))
         close = difflib.get_close_matches(self.value.__name__, names, n=3, cutoff=0.4)
@@ -141,6 +146,14 @@ class Class(Target):
 
     def __str__(self) -> str:
         return f"'{self.value.__name__}'"
+
+
+def _family(cls: type) -> Iterator[type]:
+    """A class and those derived from it."""
+    yield cls
+    subclasses: list[type] = type.__subclasses__(cls)
+    for derived in subclasses:
+        yield from _family(derived)
 
 
 class Function(Target):

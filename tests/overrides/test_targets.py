@@ -296,6 +296,54 @@ def test_script_module_is_refused():
         go.override(model, {"1": doubled})
 
 
+def scripted(module):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="script"):  # the latter since torch 2.15
+        return torch.jit.script(module)
+
+
+class OwnReLU(nn.ReLU):
+    pass
+
+
+@pytest.mark.parametrize("cls", [nn.ReLU, OwnReLU])
+@pytest.mark.parametrize("inner", [lambda module: module, nn.Sequential], ids=["alone", "within"])
+def test_scripted_module_that_a_class_names_is_refused_and_other_modules_may_be_named(cls, inner, x):
+    model = nn.Sequential(nn.ReLU(), scripted(inner(cls())))
+    plain = gradient(torch.relu, x)
+    with pytest.raises(
+        go.UnsupportedError,
+        match=rf"override of '1[.0]*', a scripted '{cls.__name__}': a module must run Python code .*; it is a "
+        "ScriptModule. Override the model before it is scripted, or name the modules to be overridden by a glob",
+    ):
+        go.override(model, {nn.ReLU: doubled})
+    exactly(gradient(model, x), plain)
+    with go.override(model, {"0": doubled}):
+        exactly(gradient(model, x), 2 * plain)
+    around = nn.Sequential(model, nn.Tanh())
+    with go.override(around, {nn.Tanh: doubled}) as plan:
+        assert [row.path for row in plan.table] == ["1"]
+        plan_of_none_called(plan)
+
+
+def test_scripted_module_of_a_class_that_is_overridden_in_the_whole_process_is_warned_of(x):
+    module = scripted(nn.Sequential(OwnReLU()))
+    plain = gradient(torch.relu, x)
+    with pytest.warns(
+        go.GradOverrideWarning,
+        match="override of the class 'ReLU': its modules must run Python code to be overridden; there is a scripted "
+        "'OwnReLU', which keeps its own gradient",
+    ):
+        handle = go.override({nn.ReLU: doubled})
+    exactly(gradient(module, x), plain)
+    exactly(gradient(nn.ReLU(), x), 2 * plain)
+    handle.remove()
+    garbage = [module]  # that only the collector frees
+    garbage.append(garbage)
+    del module, garbage
+    with go.override({nn.ReLU: doubled}):
+        exactly(gradient(nn.ReLU(), x), 2 * plain)
+
+
 def test_lazy_module_is_refused_until_it_has_its_parameters():
     model = nn.Sequential(nn.LazyLinear(2)).double()
     with pytest.raises(go.UnsupportedError, match=r"override of '0', a 'LazyLinear'.*Call the model once before"):
