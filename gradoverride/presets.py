@@ -119,8 +119,8 @@ def epsilon_gamma_box(first: Any, low: Any, high: Any) -> Registry:
 attn_lrp = Registry("attn_lrp")
 """AttnLRP for transformers (Achtibat et al. 2024). Relevance is the input times its gradient: `rules/attention.py`.
 
-The activations of torch and of transformers, and classes whose names end with `RMSNorm`, are known. Another normalisation that is
-written out, with `torch.rsqrt`, is refused in the backward until its class has a rule:
+The activations of torch and of transformers, and classes whose names end with `RMSNorm`, are known. Another
+normalisation that is written out, with `torch.rsqrt`, is refused in the backward until its class has a rule:
 `go.presets.attn_lrp | {T5LayerNorm: rules.attn_identity}`. Where a model multiplies with a parameter itself, freeze it;
 `rules.attn_product` says why. Batch normalisation is linear in `eval()` alone. All other functions have their gradient:
 right if they are linear in each result that they are given.

@@ -147,12 +147,9 @@ class Plan:
         """Whether the forward hands over values, or may do so where nobody sees it and the rule asks for one."""
         if any(scan.calls(fn, save_for_backward) for fn in (self.fn, inspect.unwrap(self.fn))):
             return True
-        offered = {*self.forward.names, *RESERVED}
-        return (
-            not offered.issuperset(self.rule.asks)
-            and not self.forward.is_method
-            and calls_unseen(inspect.unwrap(self.fn))
-        )
+        if self.forward.is_method or {*self.forward.names, *RESERVED}.issuperset(self.rule.asks):
+            return False
+        return calls_unseen(inspect.unwrap(self.fn))
 
     def _warn_of_first(self, first: str, others: str) -> None:
         warnings.warn(
