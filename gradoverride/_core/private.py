@@ -23,8 +23,10 @@ from torch.utils.checkpoint import CheckpointFunction
 from gradoverride._core.imports import on_import
 
 __all__ = [
+    "COMPILED_CALL",
     "IN_FORWARD_AD",
     "IN_TRACER",
+    "ORIGINAL",
     "OWNERS_IF_RETURNED",
     "after_backward",
     "any_autocast",
@@ -303,7 +305,7 @@ def uncompiled(module: Any) -> Any:
     it is missing, they are modules like others, whose forward somebody has replaced.
     """
     made = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
-    return module._orig_mod if isinstance(module, made) else module
+    return getattr(module, ORIGINAL) if isinstance(module, made) else module
 
 
 def let_dynamo_show(functions: Iterable[Any]) -> None:
@@ -364,6 +366,15 @@ def take_off_stack(mode: Any) -> bool:
         for other in reversed(above):
             push(other)
     return True
+
+
+COMPILED_CALL = "_compiled_call_impl"
+"""The attribute of a module that holds its compiled call, after `module.compile()`. If it bears another name one day,
+the stand-in's call meets live parameters, and is refused as one that captured them.
+"""
+
+ORIGINAL = "_orig_mod"
+"""The part of what `torch.compile(module)` gives that is `module`: it stands in the names of its parameters too."""
 
 
 def made_at_import(*shape: int, requires_grad: bool = False) -> torch.Tensor:

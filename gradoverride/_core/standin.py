@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from types import MethodType
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from gradoverride._core.private import fail, in_modes, versions_while_tracing
+from gradoverride._core.private import COMPILED_CALL, ORIGINAL, fail, in_modes, uncompiled, versions_while_tracing
 from gradoverride._core.structure import flatten
 from gradoverride._core.targets import RECORD
 from gradoverride.errors import UnsupportedError
@@ -74,9 +75,13 @@ def stand_in(
 
     What is copied for it is added to `copied`, for `write_back`. `training`, by prefix, is other than it is now.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        _refuse_script(module, prefix)
     state = dict(module.__dict__)
     if prefix in training:
         state["training"] = training[prefix]
+    # What was compiled has the live module's parameters: the stand-in is called uncompiled.
+    state.pop(COMPILED_CALL, None)
     table = state["_modules"].get("parametrizations")
     given = () if table is None else tuple(name for name in table._modules if prefix + name in tensors)
     own: Any = type(module)
@@ -101,10 +106,35 @@ def stand_in(
     state["_modules"] = children
     if _RNN_WEIGHTS in state:
         state[_RNN_WEIGHTS] = [_counterpart(item, parameters, swapped) for item in state[_RNN_WEIGHTS]]
+    if "forward" in state:
+        _move_methods(module, clone, state)
     clone.__dict__.update(state)
     if copied is not None:
         copied.append(Copied(module, clone, state, dict(buffers)))
     return clone
+
+
+def _move_methods(module: nn.Module, clone: nn.Module, state: dict[str, Any]) -> None:
+    """A forward that is put on an instance may be bound to it, or to what it stood in for: to the live module."""
+    if uncompiled(module) is not module:
+        state["forward"] = state["_modules"][ORIGINAL]
+        return
+    for name, value in state.items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            state[name] = MethodType(value.__func__, clone)
+        elif isinstance(value, functools.partial) and any(argument is module for argument in value.args):
+            given = [clone if argument is module else argument for argument in value.args]
+            state[name] = functools.partial(value.func, *given, **value.keywords)
+
+
+def _refuse_script(module: nn.Module, prefix: str) -> NoReturn:
+    part = f"'{prefix[:-1]}'" if prefix else "the module"
+    fail(
+        UnsupportedError,
+        f"{part} must run on other tensors than its own parameters, for a rule to answer for them; it is a "
+        f"{type(module).__name__} and keeps to its own. Put the module there that was scripted or traced, ask for no "
+        "parameters of it in the rule, or override the other parts alone",
+    )
 
 
 def with_parameters(replica: nn.Module) -> nn.Module:

@@ -1,6 +1,9 @@
 """Methods of modules, and the parameters that they reach through `self`. Contract, sections 1 and 2."""
 
 import copy
+import functools
+import re
+import types
 from typing import Any
 
 import pytest
@@ -881,3 +884,71 @@ def test_scripted_module_has_the_rule_and_its_own_gradients():
     plain(y).sum().backward()
     exactly(x.grad, float64(3.0, 3.0, grad=False))
     closely(dict(scripted.named_parameters())["weight"].grad, plain.weight.grad)
+
+
+# --- parts that have more than the attributes of a module ---
+
+
+class Parent(nn.Module):
+    """`part(x) * scale`."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+        self.scale = nn.Parameter(float64(2.0, 3.0, 4.0))
+
+    def forward(self, x):
+        return self.part(x) * self.scale
+
+
+def linear():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Linear(3, 3, dtype=torch.float64)
+
+
+def compiled_in_place(part):
+    part.compile(backend="aot_eager")
+    return part
+
+
+def bound_to_it(part):
+    part.forward = types.MethodType(lambda self, x: nn.functional.linear(x, self.weight, self.bias), part)
+    return part
+
+
+def wrapped_as_accelerate_does(part):
+    part.former = part.forward
+    part.forward = functools.partial(lambda module, x: module.former(x), part)
+    return part
+
+
+PARTS = [compiled_in_place, lambda part: torch.compile(part, backend="aot_eager"), bound_to_it]
+PARTS.append(wrapped_as_accelerate_does)
+
+
+@pytest.mark.parametrize("make", PARTS, ids=["compile()", "torch.compile", "own forward", "wrapped forward"])
+def test_rule_answers_for_the_parameters_of_a_part_that_runs_by_another_call(make):
+    x, plain, model = float64(1.0, 2.0, 3.0), Parent(linear()), Parent(make(linear()))
+    plain(x).sum().backward()
+    expected = [p.grad for p in plain.parameters()]
+
+    def rule(grad_output, vjp, params):
+        grads = vjp.by_name(grad_output)
+        return {name: grad if name == "x" else 10 * grad for name, grad in grads.items()}
+
+    with go.override(model, {model: rule}):
+        model(x.detach().requires_grad_()).sum().backward()
+    for actual, grad in zip(model.parameters(), expected, strict=True):
+        closely(actual.grad, 10 * grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda part: torch.jit.trace(part, noise(1, 3))])
+def test_rule_that_asks_for_the_parameters_of_a_scripted_or_traced_part_is_refused(make):
+    model = Parent(make(linear()))
+    rule = {model: lambda grad_output, vjp, params: vjp.by_name(grad_output)}
+    with go.override(model, rule), pytest.raises(go.UnsupportedError) as caught:
+        model(float64(1.0, 2.0, 3.0))
+    for part in ("'part' must run on other tensors", "ScriptModule|TopLevelTracedModule", "ask for no parameters"):
+        assert re.search(part, str(caught.value))
