@@ -26,7 +26,7 @@ __all__ = ["Collector", "Copied", "Stale", "stand_in", "with_parameters", "write
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _RNN_WEIGHTS = "_flat_weights"  # nn.RNNBase keeps its weights in this list besides, and its forward reads it
-_NOT_OF_THE_FORWARD = (*_TABLES, _RNN_WEIGHTS, RECORD)
+_NOT_OF_THE_FORWARD = (*_TABLES, _RNN_WEIGHTS, "_flat_weight_refs", RECORD)  # weak references to the same
 _MISSING = object()
 _NOTHING: Mapping[str, bool] = {}
 

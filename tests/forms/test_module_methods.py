@@ -952,3 +952,13 @@ def test_rule_that_asks_for_the_parameters_of_a_scripted_or_traced_part_is_refus
         model(float64(1.0, 2.0, 3.0))
     for part in ("'part' must run on other tensors", "ScriptModule|TopLevelTracedModule", "ask for no parameters"):
         assert re.search(part, str(caught.value))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_module_refers_to_its_own_weights_after_a_rule_that_answered_for_them(kind):
+    module = kind(2, 2)
+    before = dict(module.__dict__)
+    with go.override(module, {module: lambda grad_output, vjp, params: vjp.by_name(grad_output)}):
+        module(torch.ones(1, 1, 2))[0].sum().backward()
+    assert all(module.__dict__[name] is value for name, value in before.items())
+    assert [ref() for ref in module._flat_weight_refs] == list(module.parameters())
