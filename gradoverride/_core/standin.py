@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from types import MethodType
+from types import MemberDescriptorType, MethodType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -38,6 +38,7 @@ class Copied(NamedTuple):
     clone: nn.Module
     attributes: dict[str, Any]  # of the clone, before the forward
     buffers: dict[str, Tensor | None]
+    slots: list[tuple[Any, Any]]  # that the class has, and their values
 
 
 class _Given(nn.Module):
@@ -109,9 +110,36 @@ def stand_in(
     if "forward" in state:
         _move_methods(module, clone, state)
     clone.__dict__.update(state)
+    slots = _copy_slots(module, clone)
     if copied is not None:
-        copied.append(Copied(module, clone, state, dict(buffers)))
+        copied.append(Copied(module, clone, state, dict(buffers), slots))
     return clone
+
+
+@functools.cache
+def _slots_of(cls: Any) -> tuple[Any, ...]:
+    """The attributes of instances of `cls` that are in `__slots__`, not in `__dict__`."""
+    return tuple(
+        member for base in cls.__mro__ for member in vars(base).values() if isinstance(member, MemberDescriptorType)
+    )
+
+
+def _copy_slots(module: nn.Module, clone: nn.Module) -> list[tuple[Any, Any]]:
+    if torch.compiler.is_dynamo_compiling():  # which knows no slots
+        return []
+    cls: Any = type(module)
+    slots = [(slot, _slot_value(slot, module)) for slot in _slots_of(cls)]
+    for slot, value in slots:
+        if value is not _MISSING:
+            slot.__set__(clone, value)
+    return slots
+
+
+def _slot_value(slot: Any, module: nn.Module) -> Any:
+    try:
+        return slot.__get__(module)
+    except AttributeError:  # it is empty
+        return _MISSING
 
 
 def _move_methods(module: nn.Module, clone: nn.Module, state: dict[str, Any]) -> None:
@@ -148,6 +176,7 @@ def with_parameters(replica: nn.Module) -> nn.Module:
     state["_modules"] = {name: None if child is None else with_parameters(child) for name, child in children}
     clone: nn.Module = object.__new__(type(replica))
     clone.__dict__.update(state)
+    _copy_slots(replica, clone)
     return clone
 
 
@@ -174,7 +203,7 @@ def write_back(copied: Sequence[Copied]) -> None:
 
     What it has left alone stays: a hook or another thread may have changed it on the module meanwhile.
     """
-    for module, clone, attributes, buffers in copied:
+    for module, clone, attributes, buffers, slots in copied:
         own, theirs = clone.__dict__, module.__dict__
         for name, value in own.items():
             if name not in _NOT_OF_THE_FORWARD and attributes.get(name, _MISSING) is not value:
@@ -185,6 +214,12 @@ def write_back(copied: Sequence[Copied]) -> None:
         for name, buffer in own["_buffers"].items():
             if buffers.get(name) is not buffer:
                 theirs["_buffers"][name] = buffer.detach() if isinstance(buffer, Tensor) else buffer
+        for slot, before in slots:
+            value = _slot_value(slot, clone)
+            if value is _MISSING and before is not _MISSING:
+                slot.__delete__(module)
+            elif value is not before:
+                slot.__set__(module, value)
 
 
 class Stale(Tensor):

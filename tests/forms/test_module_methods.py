@@ -962,3 +962,48 @@ def test_recurrent_module_refers_to_its_own_weights_after_a_rule_that_answered_f
         module(torch.ones(1, 1, 2))[0].sum().backward()
     assert all(module.__dict__[name] is value for name, value in before.items())
     assert [ref() for ref in module._flat_weight_refs] == list(module.parameters())
+
+
+class Slots(nn.Module):
+    __slots__ = ("__calls", "empty", "factor")
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(float64(2.0, 2.0))
+        self.factor = 3.0
+        self.__calls = 0
+
+    @go.custom_backward(lambda grad_output, x, weight: {"x": grad_output * weight * 3, "weight": grad_output * x * 7})
+    def forward(self, x):
+        self.__calls += 1
+        return x * self.weight * self.factor
+
+    @property
+    def calls(self):
+        return self.__calls
+
+
+def test_module_with_slots_keeps_them_before_the_rule_and_what_the_forward_puts_there():
+    module, x = Slots(), float64(1.0, 2.0)
+    module(x).sum().backward()
+    closely((x.grad, module.weight.grad), (float64(6.0, 6.0, grad=False), float64(7.0, 14.0, grad=False)))
+    assert module.calls == 1
+    assert not hasattr(module, "empty")
+
+
+def test_override_of_a_module_with_slots_is_right():
+    class Plain(nn.Module):
+        __slots__ = ("factor",)
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(2.0, 2.0))
+            self.factor = 3.0
+
+        def forward(self, x):
+            return x * self.weight * self.factor
+
+    module, x = Plain(), float64(1.0, 2.0)
+    with go.override(module, {module: lambda grad_output, vjp, params: vjp.by_name(grad_output)}):
+        module(x).sum().backward()
+    closely((x.grad, module.weight.grad), (float64(6.0, 6.0, grad=False), float64(3.0, 6.0, grad=False)))
