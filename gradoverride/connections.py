@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import keyword
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from gradoverride._core.ambient import Autocast
 from gradoverride._core.call import is_differentiable, is_tensor
 from gradoverride._core.connection import Connection
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.forward_pass import tie
 from gradoverride._core.private import evaluated_while_tracing, fail, in_forward_ad, in_functorch
 from gradoverride._core.reading import Readings, keep_plan, kept_plan, unbound
-from gradoverride._core.signature import Forward
+from gradoverride._core.signature import RESERVED, Forward
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride._core.tracers import FX, record_function, tracer_now
 from gradoverride.errors import GraphError, RuleSignatureError, UnsupportedError
@@ -53,19 +55,9 @@ def connect(result: X, inputs: Any, rule: Callable[..., Any] | None = None) -> X
     if tracer == FX:
         return record_function("connect", functools.partial(connect, rule=rule), result, inputs)
     _check_result(result)
-    names, values = _named(inputs, "connect")
     if tracer is None:
-        _check_wanted(values, "connect")
-    if rule is None:
-        rule = _identity(result, values, "connect")
-    if torch.compiler.is_dynamo_compiling():
-        plan = kept_plan(_name_of_plan(names, *unbound(rule)))
-    else:
-        plan = _readings(names).of(rule).plan_for(rule)
-    _check_names(plan)
-    keywords = () if names is None or names == ("input",) else names
-    tied: X = tie(plan, plan.layout(len(values) if names is None else 0, keywords), values, result, rule)
-    return tied
+        _check_wanted(_named(inputs, "connect")[1], "connect")
+    return _connected(result, inputs, rule, "connect")
 
 
 def connect_(leaf: Tensor, inputs: Any, rule: Callable[..., Any] | None = None) -> Connection:
@@ -82,14 +74,16 @@ def connect_(leaf: Tensor, inputs: Any, rule: Callable[..., Any] | None = None) 
 
     Inputs and rule are as in `connect`. It is in force for every `backward()` that reaches the leaf, until it is left
     as a context or removed (`handle.remove()`). Such a pass ends with a second one, from the leaf on: what arrives
-    there is passed on once, after all of it has arrived, also where one connection leads to another.
+    there is passed on once, after all of it has arrived, also where one connection leads to another. Inputs that are
+    leaves (parameters) have the values for the rule that they have when the pass runs.
 
-    Limits. `torch.autograd.grad` does not cross the gap: asked for the gradient of an input it raises (torch's error
-    that the tensor was not used, or a `GraphError` where the input is reached in another way, or the leaf is asked for
-    too). With respect to the leaf and what comes after it it is right, and nothing goes on. `backward(inputs=...)`
-    crosses the gap if the leaf is among them. What is reached in a way around the inputs themselves is not watched:
-    there both leave out the share of the leaf. Where the graph of the inputs is also a part of the one that runs, that
-    must be kept: `backward(retain_graph=True)`.
+    Limits. `torch.autograd.grad` does not cross the gap: asked for the gradient of an input, or of a leaf behind it, it
+    raises (torch's error that the tensor was not used, or a `GraphError` where the tensor is reached in another way, or
+    the leaf is asked for too). `allow_unused=True` turns torch's error off: then it answers None, and zeros with
+    `materialize_grads=True`. With respect to the leaf and what comes after it it is right, and nothing goes on.
+    `backward(inputs=...)` crosses the gap if the leaf is among them. What is neither an input nor a leaf is not
+    watched: where it is reached in a way around the inputs, both leave out the share of the leaf. Where the graph of
+    the inputs is also a part of the one that runs, that must be kept: `backward(retain_graph=True)`.
 
     Raises `GraphError` if `leaf` is no leaf that requires grad, if no input needs a gradient, or if the graph of the
     inputs starts at the leaf itself.
@@ -103,11 +97,17 @@ def connect_(leaf: Tensor, inputs: Any, rule: Callable[..., Any] | None = None) 
     _check_leaf(leaf)
     _, values = _named(inputs, "connect_")
     _check_wanted(values, "connect_")
-    with torch.enable_grad():
-        end = connect(leaf.detach(), inputs, rule)
+    value, autocast = leaf.detach(), Autocast()
+
+    def tied() -> Tensor:
+        with torch.enable_grad(), autocast.restored():
+            return _connected(value, inputs, rule, "connect_")
+
+    end = tied()
     tensors: list[Tensor] = []
     flatten(values, is_tensor, tensors)
-    return Connection(leaf, end, tensors)
+    # What a pass has saved is freed at its end, and the inputs that it is to be made of are still there.
+    return Connection(leaf, end, tensors, tied if all([tensor.is_leaf for tensor in tensors]) else None)
 
 
 # --- what was given ---
@@ -120,7 +120,7 @@ def _check_result(result: Any) -> None:
         fail(
             GraphError,
             f"connect: 'result' must be a floating or complex tensor, or hold one, for it to have a gradient; got "
-            f"{what(result)}",
+            f"{what(result)}{f' of {result.dtype}' if isinstance(result, Tensor) else ''}",
         )
     for tensor in tensors:
         if tensor.requires_grad:
@@ -198,28 +198,47 @@ def _identity(result: Any, values: tuple[Any, ...], who: str) -> Callable[..., A
 # --- its plan ---
 
 
+def _connected(result: X, inputs: Any, rule: Callable[..., Any] | None, who: str) -> X:
+    names, values = _named(inputs, who)
+    if rule is None:
+        rule = _identity(result, values, who)
+    if torch.compiler.is_dynamo_compiling():
+        plan = kept_plan(_name_of_plan(names, *unbound(rule)))
+    else:
+        plan = _readings(names, who).of(rule).plan_for(rule)
+    _check_names(plan)
+    keywords = () if names is None or names == ("input",) else names
+    tied: X = tie(plan, plan.layout(len(values) if names is None else 0, keywords), values, result, rule)
+    return tied
+
+
 def _nothing(*args: Any, **kwargs: Any) -> None:
     raise AssertionError("the result is there already")
 
 
 @functools.lru_cache(maxsize=256)
-def _readings(names: tuple[str, ...] | None) -> Readings:
+def _readings(names: tuple[str, ...] | None, who: str) -> Readings:
     kinds = inspect.Parameter
     if names is None:
         parameters = [kinds("inputs", kinds.VAR_POSITIONAL)]
     elif names == ("input",):
         parameters = [kinds("input", kinds.POSITIONAL_OR_KEYWORD)]
     else:
-        wrong = next((name for name in names if not name.isidentifier()), None)
-        if wrong is not None:
-            raise GraphError(f"connect: the keys of 'inputs' must be names that a rule can ask for; got {wrong!r}")
+        for name in names:
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise GraphError(f"{who}: the keys of 'inputs' must be names that a rule can ask for; got {name!r}")
+            if name in RESERVED and name != "input":
+                raise GraphError(
+                    f"{who}: the keys of 'inputs' must be names that a rule can ask for; got {name!r}, by which it "
+                    "asks for something else. Give it another name"
+                )
         parameters = [kinds(name, kinds.KEYWORD_ONLY) for name in names]
     return Readings(Forward(_nothing, name="connect", place="", signature=inspect.Signature(parameters)))
 
 
 @evaluated_while_tracing
 def _name_of_plan(names: tuple[str, ...] | None, rule: Any, bound: tuple[str, ...]) -> str:
-    return keep_plan(_readings(names), rule, bound)
+    return keep_plan(_readings(names, "connect"), rule, bound)
 
 
 def _check_names(plan: Any) -> None:

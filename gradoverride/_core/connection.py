@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,11 +37,15 @@ def nodes_behind(start: Node) -> Iterator[Node]:
 class Connection:
     """A connection to a graph that was built on a leaf, in force until it is left or removed."""
 
-    def __init__(self, leaf: Tensor, end: Tensor, inputs: Sequence[Tensor]) -> None:
-        """`end`: the value of `leaf`, with the graph of the `inputs` that it is connected to."""
+    def __init__(
+        self, leaf: Tensor, end: Tensor, inputs: Sequence[Tensor], anew: Callable[[], Tensor] | None = None
+    ) -> None:
+        """`end`: the value of `leaf`, with the graph of the `inputs` that it is connected to. `anew` gives another."""
         self._leaf = weakref.ref(leaf)
         self._end = end
-        self._starts = [weakref.ref(start) for start in _leaves_behind(end)]
+        self._anew = anew
+        starts = _leaves_behind(end)
+        self._starts = [weakref.ref(start) for start in starts]
         self._waits_for: _Passing | None = None
         self._shape = tuple(leaf.shape)
         if any(start is leaf for connection in self._reached() for start in connection._live_starts()):
@@ -50,7 +54,8 @@ class Connection:
                 "leads to them, and its gradient would go round for ever"
             )
         self._handles = [leaf.register_hook(self._arrive)]
-        self._watches = [_Watch(self, tensor) for tensor in inputs if tensor.requires_grad]
+        watched = {id(tensor): tensor for tensor in (*inputs, *starts) if tensor.requires_grad}
+        self._watches = [_Watch(self, tensor) for tensor in watched.values()]
         _connections.add(self)
 
     def remove(self) -> None:
@@ -125,8 +130,8 @@ class Connection:
 
 
 class _Watch:
-    """The hook on an input. A pass that is asked for certain gradients alone may come by on another way, and leave out
-    the share of the leaf.
+    """The hook on an input, or on a leaf behind it. A pass that is asked for certain gradients alone may come by on
+    another way, and leave out the share of the leaf.
     """
 
     def __init__(self, connection: Connection, tensor: Tensor) -> None:
@@ -148,8 +153,8 @@ class _Watch:
                 way = "backward(inputs=...)" if found.accumulates else "torch.autograd.grad"
                 raise GraphError(
                     f"connect_: {way} is not asked for the leaf of shape {tuple(leaf.shape)}, so what it finds for "
-                    f"'inputs', of shape {tuple(grad.shape)}, would lack the share of the leaf. Use backward(), or "
-                    "connect before the graph is built"
+                    f"'inputs' or behind them, of shape {tuple(grad.shape)}, would lack the share of the leaf. Use "
+                    "backward(), or connect before the graph is built"
                 )
 
     def end(self) -> None:
@@ -214,10 +219,15 @@ class _Passing:
             connection._waits_for = None
         if not ready:
             return
+        ends = [connection._end if connection._anew is None else connection._anew() for connection in ready]
+        arrived = [self.grads.pop(connection) for connection in ready]
+        open_ends = [(end, grad) for end, grad in zip(ends, arrived, strict=True) if end.requires_grad]
+        if not open_ends:  # all inputs have been frozen since
+            return
         try:
             torch.autograd.backward(
-                [connection._end for connection in ready],
-                [self.grads.pop(connection) for connection in ready],
+                [end for end, _ in open_ends],
+                [grad for _, grad in open_ends],
                 retain_graph=self.keeps,
                 create_graph=self.creates,
                 inputs=self.inputs or None,

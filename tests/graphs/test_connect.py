@@ -340,3 +340,17 @@ def test_wrong_shape_pollutes_no_grad():
     with pytest.raises(go.RuleResultError, match=r"of 'connect' must return a gradient of shape \(3,\) for 'input'"):
         y.sum().backward()
     assert x.grad is None
+
+
+@pytest.mark.parametrize(("key", "rest"), [("lambda", ""), ("output", "by which it asks for something else")])
+def test_keys_that_no_rule_can_ask_for(key, rest):
+    text = rf"keys of 'inputs' must be names that a rule can ask for; got '{key}'.*{rest}"
+    with pytest.raises(go.GraphError, match=f"connect: the {text}"):
+        go.connect(noise(3, grad=False), {key: noise(3)}, lambda g: {key: g})
+    with pytest.raises(go.GraphError, match=f"connect_: the {text}"):
+        go.connect_(noise(3), {key: noise(3)}, lambda g: {key: g})
+
+
+def test_integer_result_is_refused_by_its_dtype():
+    with pytest.raises(go.GraphError, match=r"got a tensor of shape \(3,\) of torch.int64"):
+        go.connect(torch.arange(3), noise(3), cube_rule)

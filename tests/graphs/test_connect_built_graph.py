@@ -176,6 +176,34 @@ def test_create_graph():
     closely(x.grad, (value**2).exp() * (2 + 4 * value**2))
 
 
+def test_leaves_that_it_leads_to_are_read_anew_in_each_pass():
+    """In a training loop: a new graph on the leaf in each step, and an optimizer that writes into the parameter."""
+    leaf, parameter = noise(3), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    go.connect_(leaf, parameter, lambda g, input: g * input)
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    expected = torch.ones(3, dtype=torch.float64)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (leaf * 2).sum().backward()
+        closely(parameter.grad, 2 * expected)
+        optimizer.step()
+        expected = expected - 0.1 * 2 * expected
+    parameter.requires_grad_(False)
+    parameter.grad = None
+    (leaf * 2).sum().backward()
+    assert parameter.grad is None
+
+
+def test_each_pass_runs_under_the_autocast_of_the_connection():
+    leaf, x = torch.randn(3, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
+    dtypes = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        go.connect_(leaf, x, lambda g: (dtypes.append((g @ g).dtype), g)[1])
+    for _ in range(2):
+        leaf.sum().backward()
+    assert dtypes == [torch.bfloat16, torch.bfloat16]
+
+
 def test_gradient_with_respect_to_what_is_between_leaves_no_trace():
     x = noise(3)
     leaf = leaf_of(x)
@@ -366,7 +394,7 @@ def test_inputs_that_need_no_gradient():
 
 
 def test_shapes_that_do_not_agree():
-    with pytest.raises(go.GraphError, match=r"results have \(3,\) and inputs \(4,\)"):
+    with pytest.raises(go.GraphError, match=r"connect_: .* results have \(3,\) and inputs \(4,\)"):
         go.connect_(noise(3), noise(4))
 
 
@@ -423,7 +451,8 @@ def test_passes_that_would_lack_the_share_of_the_leaf_are_refused(through):
     loss = leaf.exp().sum() + source.sum()
     other = (source * 2).sum()
     text = (
-        r"is not asked for the leaf of shape \(3,\), so .* 'inputs', of shape \(3,\), would lack the share of the leaf"
+        r"is not asked for the leaf of shape \(3,\), so .* 'inputs' or behind them, of shape \(3,\), would lack the "
+        r"share of the leaf"
     )
     with go.connect_(leaf, source, square_rule):
         with pytest.raises(go.GraphError, match=rf"torch.autograd.grad {text}"):
@@ -437,6 +466,22 @@ def test_passes_that_would_lack_the_share_of_the_leaf_are_refused(through):
     inner = torch.autograd.grad(source.sum(), x, retain_graph=True)[0] if through == "middle" else torch.ones(3)
     closely(x.grad, inner * (1 + leaf.detach().exp() * 2 * source.detach()))
     closely(torch.autograd.grad(loss, x)[0], inner * torch.ones_like(x))  # it is removed, so there is no gap
+
+
+def test_leaves_behind_the_inputs_are_watched_too():
+    x, z = noise(3), noise(3)
+    middle = x * z
+    leaf = leaf_of(middle)
+    loss = leaf.exp().sum() + (x * 5).sum()
+    handle = go.connect_(leaf, middle, square_rule)
+    with pytest.raises(go.GraphError, match=r"torch.autograd.grad is not asked for the leaf .* behind them"):
+        torch.autograd.grad(loss, x, retain_graph=True)
+    with pytest.raises(go.GraphError, match=r"backward\(inputs=...\) is not asked for the leaf"):
+        loss.backward(inputs=[x], retain_graph=True)
+    loss.backward(retain_graph=True)
+    closely(x.grad, 5 + (leaf.exp() * 2 * middle * z).detach())
+    handle.remove()
+    assert x._backward_hooks is z._backward_hooks is None
 
 
 def test_wrong_shape_reaches_no_input():
