@@ -4,6 +4,7 @@ import functools
 import gc
 import pickle
 import weakref
+from collections import UserDict, UserList, deque
 from dataclasses import dataclass
 
 import pytest
@@ -291,6 +292,25 @@ def test_integers_pass_through():
     closely(grad(edited.sum(), x), torch.full_like(x, 2))
 
 
+# --- tensors without strides ---
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+@pytest.mark.parametrize("rule", [double, lambda g, x: g * 2 if x.shape == g.shape else None])
+def test_layouts_as_by_a_hook(layout, rule):
+    def made():
+        return getattr(torch.eye(2), layout)().requires_grad_()
+
+    x, by_hook = made(), made()
+    (go.edit_gradient(x, rule) * 3).to_dense().sum().backward()
+    y = by_hook * 1
+    y.register_hook(double)
+    (y * 3).to_dense().sum().backward()
+    assert x.grad.layout == by_hook.grad.layout
+    exactly(x.grad.to_dense(), by_hook.grad.to_dense())
+
+
 # --- where no gradient is wanted ---
 
 
@@ -376,6 +396,7 @@ COMPILED = {
     "default": lambda x: go.edit_gradient(x * 1, lambda g, x, factor=3.0: g * x * factor),
     "partial": lambda x: go.edit_gradient(x * 1, functools.partial(torch.mul, other=3.0)),
     "structure": lambda x: go.edit_gradient((x * 1, {"a": x * 2}), lambda g: (g[0] * 2, {"a": g[1]["a"]}))[0],
+    "constants": lambda x: go.edit_gradient((x * 1, "a", [None, 3]), lambda g: (g[0] * 2, None, [None, None]))[0],
     "none": lambda x: go.edit_gradient(x * 1, lambda g: None) + x,
     "vjp": lambda x: go.edit_gradient(x * 1, lambda g, vjp: vjp(g) * 2),
     "writes": lambda x: go.edit_gradient(x * 1, lambda g: g.mul_(2)),
@@ -600,6 +621,14 @@ def test_nothing_to_edit():
         go.edit_gradient(torch.arange(3), double)
     with pytest.raises(go.GraphError, match=r"or hold one.*; got a tuple of 2"):
         go.edit_gradient((1, "a"), lambda g: g)
+
+
+@pytest.mark.parametrize("kind", [deque, UserList, set, lambda parts: UserDict(enumerate(parts))])
+def test_tensors_in_what_is_not_looked_into_are_refused(kind):
+    x = noise(3)
+    with pytest.raises(go.GraphError, match=r"'x' must hold its tensors in tuples, lists, .*Turn that into one of"):
+        go.edit_gradient((x, {"a": kind([x * 2])}), lambda g: g)
+    go.edit_gradient((x, kind(["a", 2])), lambda g: g)
 
 
 HERE = r"\(.*test_edit_gradient\.py:\d+\)"
