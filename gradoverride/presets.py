@@ -122,8 +122,9 @@ attn_lrp = Registry("attn_lrp")
 The activations of torch and of transformers, and classes whose names end with `RMSNorm`, are known. Another
 normalisation that is written out, with `torch.rsqrt`, is refused in the backward until its class has a rule:
 `go.presets.attn_lrp | {T5LayerNorm: rules.attn_identity}`. Where a model multiplies with a parameter itself, freeze it;
-`rules.attn_product` says why. Batch normalisation is linear in `eval()` alone. All other functions have their gradient:
-right if they are linear in each result that they are given.
+`rules.attn_product` says why. Batch normalisation is linear in `eval()` alone. All functions of torch that are products
+of two results are known, but for `torch.addmm`, convolutions and `F.linear`, which are dense layers, and `torch.lerp`.
+All other functions have their gradient: right if they are linear in all the results together that they are given.
 """
 
 
@@ -147,9 +148,14 @@ attn_lrp.register(*_ACTIVATIONS, *_ACTIVATION_FUNCTIONS, F.rms_norm, _is_of_one_
 )
 attn_lrp.register(
     *(torch.mul, torch.matmul, torch.bmm, torch.mm, torch.mv, torch.dot, torch.inner, torch.outer, torch.einsum),
+    *(torch.tensordot, torch.linalg.multi_dot, torch.vdot, torch.linalg.vecdot, torch.kron, torch.cross),
+    *(torch.linalg.cross, getattr(torch, "chain_matmul", torch.linalg.cross)),  # torch is going to remove it
     optional=True,
 )(rules.attn_product)
-attn_lrp.register(torch.baddbmm, torch.addbmm, torch.addcmul, optional=True)(rules.attn_sum_of_products)
+attn_lrp.register(torch.baddbmm, torch.addbmm, torch.addcmul, torch.addmv, torch.addr, optional=True)(
+    rules.attn_sum_of_products
+)
+attn_lrp.register(F.bilinear, optional=True)(rules.attn_bilinear)
 attn_lrp.register(F.scaled_dot_product_attention, optional=True)(rules.attn_attention)
 attn_lrp.register(F.layer_norm, optional=True)(rules.attn_layer_norm)
 attn_lrp.register(F.group_norm, optional=True)(rules.attn_group_norm)

@@ -2,6 +2,7 @@
 
 from gradoverride.rules.attention import (
     attn_attention,
+    attn_bilinear,
     attn_group_norm,
     attn_identity,
     attn_layer_norm,
@@ -101,6 +102,7 @@ __all__ = [
     "attn_product",
     "attn_sum_of_products",
     "attn_attention",
+    "attn_bilinear",
     "attn_layer_norm",
     "attn_group_norm",
     "attn_quotient",

@@ -6,8 +6,8 @@ the gradient with the input. All that is linear (dense layers, convolutions, sum
 needs no rule, for its gradient is LRP-epsilon with an epsilon of 0. For the rest:
 
 - Activations, and what is divided by a root mean square: R passes as it is. `attn_identity`.
-- A product of two results: half of R for each. `attn_product`, `attn_sum_of_products`, and `attn_attention`, which is
-  two products with a softmax between.
+- A product of two results: half of R for each. `attn_product`, `attn_sum_of_products`, `attn_bilinear`, and
+  `attn_attention`, which is two products with a softmax between.
 - What something is divided by is a constant. `attn_layer_norm`, `attn_group_norm`, `attn_quotient`.
 - Softmax s of x: `x (R - s sum(R))`, proposition 3.1. That is its gradient times x, so it has no rule. R is not
   conserved there.
@@ -37,6 +37,7 @@ from gradoverride.errors import UnsupportedError
 
 __all__ = [
     "attn_attention",
+    "attn_bilinear",
     "attn_group_norm",
     "attn_identity",
     "attn_layer_norm",
@@ -79,6 +80,7 @@ def attn_product(grad_output: Tensor, needs: Any, vjp: Any) -> Any:
     For `torch.mul`, `torch.matmul`, `torch.bmm`, `torch.einsum`. What wants no gradient is a constant, and does not
     count: of one result and constants the gradient is as it was. A parameter that wants one counts, and would take half
     of the relevance: `model.requires_grad_(False)` first. (Those of dense layers and norms are in no such product.)
+    A list of factors, as for `torch.linalg.multi_dot`, is refused: which of them are constants is not known.
 
     >>> import torch, gradoverride as go
     >>> from gradoverride.rules import attn_product
@@ -91,13 +93,22 @@ def attn_product(grad_output: Tensor, needs: Any, vjp: Any) -> Any:
 
     Source: Achtibat et al. (2024), propositions 3.2 and 3.3.
     """
-    return vjp(grad_output / max(1, len(_wanted(needs))))
+    found = vjp.by_name(grad_output / max(1, len(_wanted(needs))))
+    if any(_has_a_list(name, part, needs) for name, part in found.items()):
+        fail(
+            UnsupportedError,
+            "attn_product: each factor must be an argument of its own, for it to be known which of them are constants; "
+            "a list of factors is given, as to torch.linalg.multi_dot or torch.einsum('ij,jk', [a, b]). Write the "
+            "product out with '@', or give torch.einsum the factors one by one",
+        )
+    return found
 
 
 def attn_sum_of_products(grad_output: Tensor, needs: Any, vjp: Any) -> Any:
     """Of a sum of a tensor and a product of two, `attn_product` for the two and the gradient for the first.
 
-    For `torch.baddbmm`, `torch.addbmm`, `torch.addcmul`. (`torch.addmm` and `F.linear` are dense layers.)
+    For `torch.baddbmm`, `torch.addbmm`, `torch.addcmul`, `torch.addmv`, `torch.addr`. (`torch.addmm` and `F.linear` are
+    dense layers.)
 
     >>> import torch, gradoverride as go
     >>> from gradoverride.rules import attn_sum_of_products
@@ -110,6 +121,25 @@ def attn_sum_of_products(grad_output: Tensor, needs: Any, vjp: Any) -> Any:
     added = ("input", f"{_VARIADIC}[0]")
     count = max(1, len([name for name in _wanted(needs) if name not in added]))
     return _weighted(grad_output, needs, vjp, lambda name: 1 if name in added else 1 / count)
+
+
+def attn_bilinear(grad_output: Tensor, needs: Any, vjp: Any) -> Any:
+    """Of a product of two results with weights between, `attn_product` for the two; the weights have their gradient.
+
+    For `F.bilinear`, which `nn.Bilinear` calls. The bias keeps its share of the relevance.
+
+    >>> import torch, gradoverride as go, torch.nn.functional as F
+    >>> from gradoverride.rules import attn_bilinear
+    >>> a, b = torch.tensor([2.0], requires_grad=True), torch.tensor([3.0], requires_grad=True)
+    >>> y = go.custom_backward(attn_bilinear)(F.bilinear)(a, b, torch.tensor([[[5.0]]]))
+    >>> torch.autograd.grad(y, (a, b))
+    (tensor([7.5000]), tensor([5.]))
+
+    Source: Achtibat et al. (2024), propositions 3.2 and 3.3.
+    """
+    factors = ("input1", "input2", f"{_VARIADIC}[0]", f"{_VARIADIC}[1]")
+    count = max(1, len([name for name in _wanted(needs) if name in factors]))
+    return _weighted(grad_output, needs, vjp, lambda name: 1 / count if name in factors else 1)
 
 
 def attn_attention(grad_output: Tensor, needs: Any, vjp: Any) -> Any:
@@ -215,11 +245,18 @@ def attn_quotient(grad_output: Tensor, needs: Any, vjp: Any) -> Any:
 def _names(needs: Any) -> list[str]:
     """The arguments in the order in which `vjp` gives their gradients: by position first, if a builtin has such."""
     positional = [name for name in needs if name.startswith(f"{_VARIADIC}[")]
-    return [*positional, *[name for name in needs if name != _VARIADIC and name not in positional]]
+    whole = (_VARIADIC, *[name for name in needs if f"{name}[0]" in needs])  # `*args` besides each of them
+    return [*positional, *[name for name in needs if name not in whole and name not in positional]]
 
 
 def _wanted(needs: Any) -> list[str]:
     return [name for name in _names(needs) if needs[name]]
+
+
+def _has_a_list(name: str, part: Any, needs: Any) -> bool:
+    """Whether an argument, or one of those of `*args`, is a container."""
+    parts = part if f"{name}[0]" in needs else (part,)
+    return any(isinstance(one, (tuple, list, dict)) for one in parts)
 
 
 def _weighted(grad_output: Tensor, needs: Any, vjp: Any, weight: Callable[[str], float | None]) -> Any:

@@ -100,6 +100,76 @@ def test_elementwise_product_gives_half_to_each(name):
         closely(found[0], r / 2)
 
 
+# Of two square matrices: half of the plain gradient for each.
+BILINEAR = {
+    "tensordot": lambda a, b: torch.tensordot(a, b, 1),
+    "tensordot of dimensions": lambda a, b: torch.tensordot(a, b, ([0], [1])),
+    "chain_matmul": torch.chain_matmul,
+    "vdot": lambda a, b: torch.vdot(a[0], b[1]),
+    "vecdot": torch.linalg.vecdot,
+    "kron": torch.kron,
+    "cross": lambda a, b: torch.cross(a, b, dim=1),
+    "linalg.cross": torch.linalg.cross,
+    "cross by name": lambda a, b: a.cross(other=b, dim=0),
+    "mv": lambda a, b: a.mv(b[0]),
+    "bilinear": lambda a, b: F.bilinear(a, b, weights()),
+    "bilinear by name": lambda a, b: F.bilinear(a, input2=b, weight=weights().requires_grad_()),
+    "nn.Bilinear": lambda a, b: nn.Bilinear(3, 3, 1, bias=False).double()(a, b),
+}
+
+
+def weights():
+    return torch.arange(18, dtype=torch.float64).view(2, 3, 3).sin()
+
+
+@pytest.mark.filterwarnings("ignore:torch.chain_matmul is deprecated:UserWarning")
+@pytest.mark.parametrize("name", BILINEAR)
+def test_each_function_that_is_a_product_of_two_results_gives_half_to_each(name):
+    a, b, function = noise(3, 3), noise(3, 3), BILINEAR[name]
+    torch.manual_seed(0)
+    plain = torch.autograd.grad(function(a, b).sum(), [a, b])
+    torch.manual_seed(0)
+    found = torch.autograd.grad(under_preset(function)(a, b).sum(), [a, b])
+    for half, whole in zip(found, plain, strict=True):
+        closely(half, whole / 2)
+    torch.manual_seed(0)
+    (found,) = torch.autograd.grad(under_preset(function)(a, b.detach()).sum(), a)
+    closely(found, plain[0])
+
+
+@pytest.mark.filterwarnings("ignore:torch.chain_matmul is deprecated:UserWarning")
+def test_a_product_of_three_gives_a_third_to_each():
+    matrices = [noise(3, 3) for _ in range(3)]
+    plain = torch.autograd.grad(torch.chain_matmul(*matrices).sum(), matrices)
+    found = torch.autograd.grad(under_preset(torch.chain_matmul)(*matrices).sum(), matrices)
+    for third, whole in zip(found, plain, strict=True):
+        closely(third, whole / 3)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda a, b: torch.linalg.multi_dot([a, b]),
+        lambda a, b: torch.linalg.multi_dot(tensors=(a, b)),
+        lambda a, b: torch.einsum("ij,jk", [a, b]),
+        lambda a, b: torch.einsum("ij,jk", (a, b.detach())),
+    ],
+)
+def test_a_list_of_factors_is_refused(product):
+    with pytest.raises(go.UnsupportedError, match=r"attn_product: each factor must be .*; a list .* with '@'"):
+        relevance(under_preset(product), noise(3, 3), noise(3, 3))
+
+
+@pytest.mark.parametrize("function", [torch.addmv, torch.addr])
+def test_sums_of_a_tensor_and_a_product_give_it_its_gradient_and_half_to_each_of_two(function):
+    sizes = {torch.addmv: [(3,), (3, 3), (3,)], torch.addr: [(3, 3), (3,), (3,)]}[function]
+    given = [noise(*size) for size in sizes]
+    plain = torch.autograd.grad(function(*given).sum(), given)
+    found = torch.autograd.grad(under_preset(function)(*given).sum(), given)
+    for part, whole, factor in zip(found, plain, (1, 0.5, 0.5), strict=True):
+        closely(part, factor * whole)
+
+
 def test_scaling_leaves_relevance_as_it_is():
     x, r = noise(6, grad=False), noise(6, grad=False)
     scale = torch.tensor(3.0, dtype=torch.float64)
