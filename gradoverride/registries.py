@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -10,7 +12,7 @@ from torch import nn
 
 from gradoverride._core.functions import is_of_torch, name_of_function
 from gradoverride._core.scan import location
-from gradoverride._core.signature import Rule, name_of, takes
+from gradoverride._core.signature import RESERVED, Rule, name_of, takes
 from gradoverride._core.targets import Class, Entry, Function, Glob, ImportPath, Instance, Predicate, Target
 from gradoverride.errors import TargetError
 
@@ -35,14 +37,28 @@ class Registry:
     Registry('guided': class 'ReLU' -> guided_relu)
 
     `one | other` has the entries of both, those of `other` later. A mapping of targets to rules may stand for a
-    registry there, and in `override`.
+    registry there, and in `override`. A copy has entries of its own, for the same targets; a pickle takes the rules
+    along by the names of their functions.
     """
 
-    def __init__(self, name: str = "", rules: Mapping[Any, Callable[..., Any]] | None = None) -> None:
+    def __init__(self, name: str = "", rules: Registry | Mapping[Any, Callable[..., Any]] | None = None) -> None:
+        if not isinstance(name, str):
+            raise TargetError(
+                f"Registry: 'name' must be a string; got a {type(name).__name__}. Give the name first, then the rules: "
+                "Registry('mine', {nn.ReLU: rule})"
+            )
+        if rules is not None and not isinstance(rules, (Registry, Mapping)):
+            raise TargetError(
+                "Registry: 'rules' must be a Registry or a mapping of targets to rules, {nn.ReLU: rule}; got a "
+                f"{type(rules).__name__}"
+            )
         self.name = name
         self._entries: list[Entry] = []
-        for target, rule in (rules or {}).items():
-            self.register(target)(rule)
+        if isinstance(rules, Registry):
+            self._entries.extend(rules._entries)
+        else:
+            for target, rule in (rules or {}).items():
+                self.register(target)(rule)
 
     def register(self, *targets: Any, optional: bool = False) -> Callable[[R], R]:
         """A decorator that enters a rule for these targets, and gives the rule back.
@@ -81,6 +97,16 @@ class Registry:
 
     __hash__ = None  # type: ignore[assignment]  # it can change
 
+    def __copy__(self) -> Registry:
+        return type(self)(self.name, self)
+
+    def __deepcopy__(self, memo: Any) -> Registry:  # a module that is a target stays that module
+        return copy.copy(self)
+
+    def __reduce__(self) -> Any:
+        entries = [(tuple([target.value for target in e.targets]), e.rule.fn, e.optional) for e in self._entries]
+        return _again, (type(self), self.name, entries)
+
     def __repr__(self) -> str:
         entries = [
             f"{', '.join(f'{target.kind} {target}' for target in entry.targets)} -> {entry.rule.name}"
@@ -93,6 +119,14 @@ class Registry:
         merged = Registry(" | ".join(filter(None, (one.name, other.name))))
         merged._entries = [*one._entries, *other._entries]
         return merged
+
+
+def _again(cls: type[Registry], name: str, entries: list[tuple[tuple[Any, ...], Callable[..., Any], bool]]) -> Registry:
+    """A registry that was pickled."""
+    made = cls(name)
+    for targets, rule, optional in entries:
+        made.register(*targets, optional=optional)(rule)
+    return made
 
 
 def as_registry(rules: Any) -> Registry:
@@ -139,7 +173,24 @@ def _read_function(value: Any) -> Target:
             f"a function as a target must be one of torch that works on tensors, such as F.relu, or a predicate "
             f"(name, module) -> bool; '{name_of(value)}' ({location(value)}) is {kind}"
         )
+    names = _names_of_a_rule(value)
+    if names:
+        raise TargetError(
+            f"a function as a target must be one of torch, or a predicate (name, module) -> bool; '{name_of(value)}' "
+            f"({location(value)}) asks for {names}, as a rule does. Give the targets first, then the rule: "
+            "register(nn.ReLU)(rule), or @register(nn.ReLU) above the rule"
+        )
     return Predicate(value)
+
+
+def _names_of_a_rule(value: Any) -> str:
+    """The parameters of a function that only rules have: a predicate takes a name and a module."""
+    asked = list(inspect.signature(value).parameters)
+    found = [name for name in asked if name in _OF_RULES]
+    return ", ".join(f"'{name}'" for name in found)
+
+
+_OF_RULES = frozenset({"grad_output", "grad", *RESERVED}) - {"module"}
 
 
 registry = Registry("default")

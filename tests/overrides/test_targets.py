@@ -1,5 +1,8 @@
 """Which rule is for which module: kinds of targets, precedence, errors. Contract, section 5."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -210,6 +213,37 @@ def test_modules_that_compare_equal_have_a_rule_each(x, target):
     exactly(gradient(model, x), 9 * gradient(torch.relu, x))
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda registry: go.Registry(registry.name, registry)])
+def test_a_copy_of_a_registry_has_entries_of_its_own(model, copied):
+    registry = go.Registry("r", {nn.ReLU: guided, model[0]: doubled})
+    registry.register(nn.Conv2d, optional=True)(negated)
+    other = copied(registry)
+    assert other == registry
+    assert list(other)[1][0] is model[0]
+    with pytest.warns(go.GradOverrideWarning, match="never ran"), go.override(model, other):
+        pass  # nn.Conv2d is optional there too
+    other.register(nn.Tanh)(negated)
+    assert (len(registry), len(other)) == (3, 4)
+
+
+@pytest.mark.parametrize("name", ["guided_backprop", "deeplift", "epsilon_plus", "attn_lrp"])
+def test_a_preset_can_be_pickled(name):
+    preset = getattr(go.presets, name)
+    assert pickle.loads(pickle.dumps(preset)) == preset
+
+
+def test_a_registry_of_a_pickle_does_what_it_did(model, x):
+    registry = pickle.loads(pickle.dumps(go.Registry("r", {nn.ReLU: guided, "1": guided, torch.relu: negated})))
+    assert [target for target, _ in registry] == [nn.ReLU, "1", torch.relu]
+    with pytest.warns(go.GradOverrideWarning, match="'negated' .* never ran"), go.override(model, registry):
+        exactly(gradient(model, x), gradient(guided_by_hand(mlp()), x))
+
+
+def test_a_lambda_in_a_registry_cannot_be_pickled():
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(go.Registry("r", {nn.ReLU: lambda grad_output: grad_output}))
+
+
 # --- errors, by their text; nothing is changed ---
 
 
@@ -256,6 +290,22 @@ def test_what_cannot_be_a_target_is_an_error(model, target, text):
 def test_register_without_a_target_is_an_error():
     with pytest.raises(go.TargetError, match=r"register: give at least one target, .*; got none"):
         go.Registry().register()
+
+
+def test_a_rule_where_the_target_should_be_is_an_error():
+    registry = go.Registry("r")
+    with pytest.raises(go.TargetError, match=r"'rule' \(.*_targets.py:\d+\) asks for 'grad_output', 'vjp', as a rule"):
+
+        @registry.register
+        def rule(grad_output, vjp):
+            return vjp(grad_output)
+
+
+def test_arguments_of_a_registry_of_another_kind_are_errors():
+    with pytest.raises(go.TargetError, match=r"Registry: 'name' must be a string; got a dict. Give the name first"):
+        go.Registry({nn.ReLU: guided})
+    with pytest.raises(go.TargetError, match=r"Registry: 'rules' must be a Registry or a mapping .*; got a list"):
+        go.Registry("r", [(nn.ReLU, guided)])
 
 
 def test_arguments_of_another_kind_are_errors(model):
