@@ -31,6 +31,7 @@ from gradoverride._core.function import TOKEN, Carry, Cut, Lifted, Tail, TracedC
 from gradoverride._core.private import (
     fail,
     fast_apply,
+    in_modes,
     keep_versions,
     keeps_graph,
     made_at_import,
@@ -120,7 +121,8 @@ class KeptGraph:
         if not self.ends:  # a forward may cut all gradients, as torch.detach does
             return _EMPTY
         if saves_plainly():
-            token: Any = _EMPTY.data  # which no mode for operations is shown, as `detach` is
+            # A mode for fake tensors takes no other; without one this is the fastest new tensor.
+            token: Any = results[0].new_empty(0) if in_modes() else _EMPTY.data
             token.ends = tuple([_edge_of(results[index]) for index in self.ends])
             return token
         return _tail(*[results[index] for index in self.ends])

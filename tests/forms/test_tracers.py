@@ -4,11 +4,14 @@ import warnings
 
 import pytest
 import torch
-from oracles import exactly, noise
+from functorch.compile import aot_module, make_boxed_func
+from oracles import closely, exactly, noise
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 import gradoverride as go
+from gradoverride._core.private import in_modes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # it is deprecated
 
@@ -122,3 +125,50 @@ def test_script_of_an_overridden_model_is_refused_and_without_the_override_it_is
         with refused:
             torch.jit.script(model)
     exactly(torch.jit.script(model)(x), x.relu())
+
+
+# --- fake tensors, which others estimate shapes and memory with ---
+
+# Without the private name such a mode is not seen, and refuses what the engine makes.
+modes_are_seen = pytest.mark.skipif(in_modes is get_proxy_mode, reason="needs a private name")
+FAKE_RULES = {
+    "gradient": lambda grad_output: {"input": grad_output},
+    "output": lambda grad_output, output: {"input": grad_output * output},
+    "vjp": lambda grad_output, vjp: vjp(grad_output),
+    "by_name": lambda grad_output, vjp, params: vjp.by_name(grad_output),
+    "parameter": lambda grad_output, weight: {"input": grad_output @ weight, "weight": None},
+    "module": lambda grad_output, module: {"input": grad_output @ module.weight},
+}
+
+
+@modes_are_seen
+@pytest.mark.parametrize("rule", FAKE_RULES.values(), ids=FAKE_RULES)
+def test_override_runs_on_fake_tensors(rule):
+    with FakeTensorMode():
+        module, x = nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
+        with go.override(module, {module: rule}):
+            module(x).sum().backward()
+        assert x.grad.shape == (1, 2)
+
+
+@modes_are_seen
+def test_function_and_its_second_derivative_run_on_fake_tensors():
+    fn = go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(torch.sin)
+    with FakeTensorMode():
+        x = torch.ones(3, requires_grad=True)
+        (grad,) = torch.autograd.grad(fn(x).sum(), x, create_graph=True)
+        grad.sum().backward()
+        assert x.grad.shape == (3,)
+        fn(torch.ones(3)).sum()
+    assert isinstance(x.grad, FakeTensor)
+
+
+@modes_are_seen
+def test_rule_that_asks_for_vjp_is_in_what_aot_module_traces():
+    model, x = nn.Sequential(nn.Linear(3, 3, dtype=torch.float64), nn.Tanh()), noise(2, 3)
+    with go.override(model, {nn.Tanh: lambda grad_output, vjp: 3 * vjp(grad_output)}), warnings.catch_warnings():
+        (expected,) = torch.autograd.grad(model(x).sum(), x)
+        warnings.simplefilter("ignore")  # make_fx says that it records the forward, and aot_module gives it both
+        compiled = aot_module(model, lambda graph, _: make_boxed_func(graph.forward))
+        (actual,) = torch.autograd.grad(compiled(x).sum(), x)
+    closely(actual, expected)
