@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -42,9 +43,9 @@ def bridge(rule: Callable[..., Any], *, dtype: Any = None) -> Callable[[F], F]:
     all. Called without a tensor it is the function of arrays, as it was.
 
     Devices: a result is on the device of the first tensor. Dtypes: arrays have the dtype of their tensor (of
-    `bfloat16`, which NumPy does not know, `float32`); floating results have the common dtype of the floating tensors
-    that were given; integers stay what they are. `dtype="float64"` has the work done in that: floating tensors are
-    cast on their way in, results back on their way out.
+    `bfloat16`, which NumPy does not know, `float32`); floating results, Python's floats too, have the common dtype of
+    the floating tensors that were given; integers stay what they are. `dtype="float64"` has the work done in that:
+    floating tensors are cast on their way in, results back on their way out.
 
     Under `vmap` it is called once for each in the batch. `torch.compile` breaks its graph there. Second derivatives
     and forward mode are refused (`UnsupportedError`), for the rule has no derivative.
@@ -91,16 +92,21 @@ def _bridged(attach: Callable[[Any], Any], kind: Any, fn: Any) -> Any:
     functools.update_wrapper(forward, fn)
     if not hasattr(fn, "__name__"):
         forward.__name__ = type(fn).__name__
-    if hasattr(fn, "nin"):  # a ufunc, whose other parameters cannot all be given, be it their defaults
-        forward.__dict__["__signature__"] = run.signature_of_ufunc()
+    signature = run.signature_of_ufunc()
+    if signature is not None:
+        forward.__dict__["__signature__"] = signature
     return hidden_from_dynamo(attach(forward), "it works on NumPy arrays (gradoverride.bridge)")
 
 
 def _floating(dtype: Any) -> torch.dtype | None:
     """A floating dtype, by any of its names."""
+    import numpy
+
     if dtype is None:
         return None
     name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype).removeprefix("torch."))
+    with contextlib.suppress(TypeError):  # "double", "f8"; "float" is one dtype for NumPy and another for torch
+        name = name if name == "float" else numpy.dtype(name).name
     found = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}.get(name)
     if found is None:
         raise DecorationError(

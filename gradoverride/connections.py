@@ -57,7 +57,7 @@ def connect(result: X, inputs: Any, rule: Callable[..., Any] | None = None) -> X
     _check_result(result)
     if tracer is None:
         _check_wanted(_named(inputs, "connect")[1], "connect")
-    return _connected(result, inputs, rule, "connect")
+    return _connected(_normal(result), inputs, rule, "connect")
 
 
 def connect_(leaf: Tensor, inputs: Any, rule: Callable[..., Any] | None = None) -> Connection:
@@ -132,6 +132,18 @@ def _check_result(result: Any) -> None:
             )
 
 
+def _normal(result: X) -> X:
+    """`result`, with copies of tensors that were computed under inference_mode, which no graph may hold."""
+    if torch.compiler.is_dynamo_compiling() or torch.is_inference_mode_enabled():
+        return result
+    tensors: list[Tensor] = []
+    spec = flatten(result, is_tensor, tensors)
+    if not any([tensor.is_inference() for tensor in tensors]):
+        return result
+    copied: X = unflatten(spec, iter([tensor.clone() if tensor.is_inference() else tensor for tensor in tensors]))
+    return copied
+
+
 def _check_leaf(leaf: Any) -> None:
     state = ""
     if isinstance(leaf, Tensor):
@@ -185,6 +197,13 @@ def _identity(result: Any, values: tuple[Any, ...], who: str) -> Callable[..., A
             f"{who}: 'rule' may be left out where inputs have the shapes of results; results have {of_results} and "
             f"inputs {of_inputs}. Give a rule",
         )
+    for one, other in zip(results, tensors, strict=True):
+        if one.is_complex() and not other.is_complex():
+            fail(
+                GraphError,
+                f"{who}: 'rule' may be left out where the inputs of complex results are complex; a result has "
+                f"{one.dtype} and its input {other.dtype}. Give a rule, which takes the real part",
+            )
 
     def identity(grad_output: Any) -> Any:
         grads: list[Tensor] = []
@@ -233,7 +252,12 @@ def _readings(names: tuple[str, ...] | None, who: str) -> Readings:
                     "asks for something else. Give it another name"
                 )
         parameters = [kinds(name, kinds.KEYWORD_ONLY) for name in names]
-    return Readings(Forward(_nothing, name="connect", place="", signature=inspect.Signature(parameters)))
+    forward = Forward(_nothing, name="connect", place="", signature=inspect.Signature(parameters))
+    forward.reserved = _OFFERED
+    return Readings(forward)
+
+
+_OFFERED = ("input", "output", "needs")
 
 
 @evaluated_while_tracing
@@ -243,7 +267,7 @@ def _name_of_plan(names: tuple[str, ...] | None, rule: Any, bound: tuple[str, ..
 
 def _check_names(plan: Any) -> None:
     for name, source in plan.sources.items():
-        if source == "reserved" and name not in ("input", "output", "needs"):
+        if source == "reserved" and name not in _OFFERED:
             fail(
                 RuleSignatureError,
                 f"rule {plan.rule.who} asks for '{name}', and a connection has no forward that could tell. Ask for the "

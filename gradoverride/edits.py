@@ -125,6 +125,7 @@ class GradientEdit:
 
 
 _of_tensor = Readings(Forward(lambda x: x, name="edit_gradient_", place=""))
+_of_tensor.forward.reserved = ("input", "output")
 
 
 def _edit_tensor(tensor: Tensor, rule: Any) -> GradientEdit:
@@ -136,10 +137,13 @@ def _edit_tensor(tensor: Tensor, rule: Any) -> GradientEdit:
             "tensor, as 'x', 'input' or 'output'. Use edit_gradient before the graph is built"
         )
     if not tensor.requires_grad:
-        kind = "" if is_differentiable(tensor) else f" of {tensor.dtype}, which has no gradient"
+        if is_differentiable(tensor):
+            rest = " that does not. Call requires_grad_() before the graph is built on it"
+        else:
+            rest = f" of {tensor.dtype}, which has no gradient. Edit that of a floating or complex tensor"
         raise GraphError(
             f"edit_gradient_: 'tensor_or_node' must require grad, for there to be a gradient to edit; got "
-            f"{what(tensor)}{kind} that does not. Call requires_grad_() before the graph is built on it"
+            f"{what(tensor)}{rest}"
         )
     value: Callable[[], Tensor | None] | None = None
     if reading.sources:  # a leaf is written into by its optimizer, and edited again

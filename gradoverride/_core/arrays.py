@@ -6,9 +6,9 @@ Tensors become copies, so that what writes into its arguments spares the caller'
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
-from functools import reduce
 from typing import Any, NoReturn
 
 import numpy
@@ -59,17 +59,27 @@ class Like:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.device = tensors[0].device if tensors else torch.device("cpu")
         dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
-        self.dtype = reduce(torch.promote_types, dtypes) if dtypes else None
+        self.dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else None
 
     def tensor(self, array: Any) -> Tensor:
         """A copy of `array` as a tensor. Integers and booleans stay what they are."""
-        tensor = torch.from_numpy(numpy.array(array))  # a copy, with positive strides
+        tensor = torch.from_numpy(numpy.array(array, dtype=_known(array)))  # a copy, with positive strides
         dtype = tensor.dtype
         if self.dtype is not None and dtype.is_complex:
             dtype = self.dtype.to_complex()
         elif self.dtype is not None and dtype.is_floating_point:
             dtype = self.dtype.to_real()
         return tensor.to(self.device, dtype)
+
+
+def _known(array: Any) -> Any:
+    """The dtype of `array` in the byte order of this machine, and with no more digits than torch has."""
+    dtype = numpy.asarray(array).dtype.newbyteorder("=")
+    widest = _WIDEST.get(dtype.kind, dtype)
+    return widest if dtype.itemsize > widest.itemsize else dtype
+
+
+_WIDEST = {"f": numpy.dtype(numpy.float64), "c": numpy.dtype(numpy.complex128)}
 
 
 def is_array(value: Any) -> bool:
@@ -92,10 +102,8 @@ class _Run:
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = unflatten(self.spec, iter([self.kind.array(tensor) for tensor in tensors]))
         result = self.fn(*args, **kwargs)
-        if isinstance(result, (float, complex)) and not is_array(result):
-            result = numpy.asarray(result)
         arrays: list[Any] = []
-        self.result = flatten(result, is_array, arrays)
+        self.result = flatten(result, lambda value: is_array(value) or isinstance(value, (float, complex)), arrays)
         return tuple([self.like.tensor(array) for array in arrays])
 
     def stacked(self, results: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -110,6 +118,14 @@ class _Run:
                     f"batch; it returned some of shape {given}",
                 )
         return tuple([torch.stack(column) for column in zip(*results, strict=True)])
+
+    def refuse_empty(self) -> NoReturn:
+        """An empty batch, for which it is never called: what it would return is not known."""
+        fail(
+            UnsupportedError,
+            f"{self.who} must have a batch of one or more under vmap, which calls it once for each to know its result; "
+            "it has one of 0. Leave the call out there",
+        )
 
     def refuse_derivative(self) -> NoReturn:
         fail(UnsupportedError, self.refusal)
@@ -132,9 +148,19 @@ class ArrayForward:
         self.hands_over = hands_over
         self.who = Forward(fn).who
 
-    def signature_of_ufunc(self) -> inspect.Signature:
-        """The inputs alone, by the names that NumPy's documentation has for them."""
-        names = ["x"] if self.fn.nin == 1 else [f"x{index + 1}" for index in range(self.fn.nin)]
+    def signature_of_ufunc(self) -> inspect.Signature | None:
+        """Of a ufunc, or a partial of one, the inputs alone, by the names that NumPy's documentation has for them.
+
+        Its other parameters cannot all be given, be it their defaults.
+        """
+        fn: Any = self.fn
+        given = 0
+        while isinstance(fn, functools.partial):
+            fn, given = fn.func, given + len(fn.args)
+        if not hasattr(fn, "nin"):
+            return None
+        names = ["x"] if fn.nin == 1 else [f"x{index + 1}" for index in range(fn.nin)]
+        names = names[given:]
         return inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -70,6 +70,8 @@ _compiling, _grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_en
 
 
 def _same(x: Any) -> Any:
+    if isinstance(x, Tensor) and x.layout is not torch.strided:  # torch would try to make a view of the argument
+        return x.clone()
     return x
 
 

@@ -253,6 +253,8 @@ class ByLoop(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], run: Any, *tensors: Tensor) -> Any:
+        if info.batch_size == 0:
+            run.refuse_empty()
         pairs = [*zip(tensors, in_dims[1:], strict=True)]
         results = []
         for index in range(info.batch_size):

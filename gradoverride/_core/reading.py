@@ -38,6 +38,11 @@ class Reading:
     )
 
     def __init__(self, forward: Forward, rule: Any) -> None:
+        if hasattr(rule, "bound_to"):
+            raise RuleSignatureError(
+                f"rule {Rule(rule).who} must have a forward with arguments, to evaluate it again; '{forward.name}' has "
+                "none. Use it with custom_backward or bridge"
+            )
         function = _function_in(rule)
         self.forward = forward
         self.code = function and function.__code__  # kept, for its id is what this reading is found by

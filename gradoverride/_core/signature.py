@@ -64,6 +64,7 @@ class Forward:
         self.place = scan.location(fn) if place is None else place
         self.signature = signature or _signature(fn)
         self.receiver = receiver  # the object that a bound method is bound to
+        self.reserved: tuple[str, ...] = RESERVED  # those that it has something for
         parameters = [] if self.signature is None else list(self.signature.parameters.values())
         self.named_so = bool(parameters) and parameters[0].name in _RECEIVERS
         self.read_so = self.named_so or (bool(parameters) and parameters[0].kind in _POSITIONAL and self._is_in_class)
@@ -227,7 +228,7 @@ def resolve(rule: Rule, forward: Forward, *, may_defer: bool) -> dict[str, str]:
 def unknown_name(rule: Rule, forward: Forward, name: str, more: Iterable[str]) -> RuleSignatureError:
     """The error for a name that nothing supplies; `more` are the names that a module or residuals add."""
     offered: Sequence[str] = [*forward.names, *more]
-    always = [other for other in RESERVED if other != name]  # only a module has `params`
+    always = [other for other in forward.reserved if other != name]  # only a module has `params`
     known = [*offered, *always]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""

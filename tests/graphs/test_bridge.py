@@ -1,5 +1,6 @@
 """`bridge`: functions of NumPy arrays as functions of tensors."""
 
+import functools
 import inspect
 import pickle
 from typing import NamedTuple
@@ -83,6 +84,32 @@ def test_builtins_and_ufuncs():
     closely(
         grad(go.bridge(lambda g, input: numpy.broadcast_to(g, input.shape))(numpy.sum)(x) * 3, x), torch.full_like(x, 3)
     )
+
+
+def test_partial_of_a_ufunc():
+    x = noise(4)
+    scaled = go.bridge(lambda g, input: g * 3)(functools.partial(numpy.multiply, 3.0))
+    closely(grad(scaled(x).sum(), x), torch.full_like(x, 3))
+    by_name = go.bridge(lambda g, x2: g * 2**x2 * numpy.log(2))(functools.partial(numpy.power, 2.0))
+    closely(grad(by_name(x).sum(), x), 2**x * torch.log(float64(2.0, grad=False)))
+
+
+@pytest.mark.parametrize("kind", [numpy.longdouble, ">f8", ">f4", "<f8", ">i4"])
+def test_dtypes_of_arrays_that_torch_does_not_know(kind):
+    x = float64(1.0, -2.0, 3.0)
+    y = go.bridge(lambda g: (g * 2).astype(kind))(lambda x: (x.astype(kind), x * 2))(x)
+    exactly(y[0].detach().to(torch.float64), x.detach())
+    if kind != ">i4":
+        y = go.bridge(lambda g: (g * 2).astype(kind))(lambda x: x.astype(kind))(x)
+        closely(grad(y.sum(), x), torch.full_like(x, 2))
+
+
+def test_floats_of_python_are_results_wherever_they_stand():
+    x = noise(4)
+    norms = go.bridge(lambda g, x: 2 * x * g[0] + g[1]["sum"])(lambda x: (float((x**2).sum()), {"sum": float(x.sum())}))
+    square, parts = norms(x)
+    closely([square, parts["sum"]], [x.square().sum(), x.sum()])
+    closely(grad(square.exp() + 3 * parts["sum"], x), 2 * x * x.square().sum().exp() + 3)
 
 
 def test_scalar_results():
@@ -321,7 +348,7 @@ def test_dtype_of_the_tensor_comes_back(dtype):
     assert seen == [inside, (inside, inside)]
 
 
-@pytest.mark.parametrize("dtype", ["float64", numpy.float64, numpy.dtype("float64"), torch.float64])
+@pytest.mark.parametrize("dtype", ["float64", numpy.float64, numpy.dtype("float64"), torch.float64, "double", "f8"])
 def test_work_in_float64_on_request(dtype):
     def fn(x):
         assert x.dtype == numpy.float64
@@ -484,6 +511,13 @@ def test_forward_mode_is_refused():
         torch.func.jvp(cube, (x,), (x,))
 
 
+def test_empty_batch_is_refused():
+    with pytest.raises(
+        go.UnsupportedError, match=r"'cube' .* must have a batch of one or more under vmap, .* one of 0"
+    ):
+        torch.func.vmap(cube)(torch.zeros(0, 3))
+
+
 def test_vjp_is_not_there():
     with pytest.raises(go.RuleSignatureError, match=r"asks for 'vjp', which a function of NumPy arrays does not have"):
         go.bridge(lambda g, vjp: g)
@@ -497,7 +531,7 @@ def test_unknown_name():
             return x
 
 
-@pytest.mark.parametrize("dtype", ["int64", "float", float, 3, "bfloat16"])
+@pytest.mark.parametrize("dtype", ["int64", "float", float, 3, "bfloat16", "longdouble", "nonsense"])
 def test_wrong_dtype(dtype):
     with pytest.raises(go.DecorationError, match=r"bridge: 'dtype' must be a floating dtype that NumPy and torch have"):
         go.bridge(cube_rule, dtype=dtype)

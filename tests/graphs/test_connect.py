@@ -354,3 +354,15 @@ def test_keys_that_no_rule_can_ask_for(key, rest):
 def test_integer_result_is_refused_by_its_dtype():
     with pytest.raises(go.GraphError, match=r"got a tensor of shape \(3,\) of torch.int64"):
         go.connect(torch.arange(3), noise(3), cube_rule)
+
+
+def test_identity_from_complex_to_real_is_refused():
+    with pytest.raises(go.GraphError, match=r"a result has torch.complex128 and its input torch.float64. Give a rule"):
+        go.connect(noise(3, grad=False) + 0j, noise(3))
+
+
+def test_result_of_inference_mode():
+    x = noise(3)
+    with torch.inference_mode():
+        result = x.detach() ** 3
+    closely(grad((go.connect(result, x, cube_rule) * x).sum(), x), 4 * x**3)

@@ -627,7 +627,7 @@ def test_names_that_there_are_not():
         go.edit_gradient_(chain.middle, lambda g, needs: g)
     with pytest.raises(go.RuleSignatureError, match=r"asks for 'x', and a node keeps no value of its result"):
         go.edit_gradient_(chain.middle.grad_fn, lambda g, x: g)
-    with pytest.raises(go.RuleSignatureError, match=r"asks for 'weight', which does not exist"):
+    with pytest.raises(go.RuleSignatureError, match=r"asks for 'weight', .* always there are 'input', 'output'\."):
         go.edit_gradient_(chain.middle, lambda g, weight: g)
 
 

@@ -297,7 +297,7 @@ def test_integers_pass_through():
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
-@pytest.mark.parametrize("rule", [double, lambda g, x: g * 2 if x.shape == g.shape else None])
+@pytest.mark.parametrize("rule", [double, lambda g, x: g * 2 if x.shape == g.shape else None, lambda g, needs: g * 2])
 def test_layouts_as_by_a_hook(layout, rule):
     def made():
         return getattr(torch.eye(2), layout)().requires_grad_()
@@ -721,3 +721,10 @@ def test_blocks_with_rule_objects_of_their_own_compile_once():
         y = block(y)
     closely(grad(y.sum(), x), torch.full_like(x, 0.5**12))
     assert counter.frame_count <= 2
+
+
+def test_estimator_is_refused_for_there_is_no_forward_to_evaluate():
+    with pytest.raises(
+        go.RuleSignatureError, match=r"must have a forward with arguments.*'edit_gradient' has none\. Use"
+    ):
+        go.edit_gradient(noise(3), go.estimators.finite_difference())
