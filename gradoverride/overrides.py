@@ -253,8 +253,14 @@ def _without_containers(found: list[Match]) -> list[Match]:
 
 def remove_overrides(model: nn.Module) -> None:
     """Take all rules off the modules of `model`, whoever put them there, those that a copy has brought along too."""
+    _check_model("remove_overrides", model)
     for module in modules_of(model).values():
         take_off(module, (*layers_of(module), *functions_of(module)))
+
+
+def _check_model(who: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"{who}: 'model' must be a module; got {_kind(model)}")
 
 
 def explain(model: nn.Module | None = None) -> Table:
@@ -262,6 +268,7 @@ def explain(model: nn.Module | None = None) -> Table:
     rows: list[Row] = []
     seen: set[FunctionLayer] = set()
     if model is not None:
+        _check_model("explain", model)
         known: set[int] = set()
         for path, module in modules_of(model).items():
             if id(module) in known:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
+from types import BuiltinFunctionType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from gradoverride._core.functions import is_of_torch, name_of_function
@@ -151,9 +154,10 @@ def read_target(value: Any) -> Target:
         return Class(value)
     if callable(value):
         return _read_function(value)
+    several = ". Several targets of one rule: register(nn.ReLU, F.relu)(rule)" if isinstance(value, tuple) else ""
     raise TargetError(
-        "a target is a module, a class of modules, a glob over dotted names or a predicate (name, module) -> bool; "
-        f"got a {type(value).__name__}"
+        "a target is a module, a class of modules, a glob over dotted names, a predicate (name, module) -> bool, a "
+        f"function of torch or an import path 'package.module:attribute'; got a {type(value).__name__}{several}"
     )
 
 
@@ -163,12 +167,8 @@ def _read_function(value: Any) -> Target:
     if name is not None:
         return Function(value, name)
     own = is_of_torch(value) and not isinstance(value, functools.partial)
-    if own or not takes(value, 2):
-        kind = (
-            "one of torch that no override can see. Give the module that calls it"
-            if own
-            else f"a function of one's own. Give its import path: 'package.module:{name_of(value)}'"
-        )
+    if own or isinstance(value, BuiltinFunctionType) or not takes(value, 2):
+        kind = _what_else(value, own)
         raise TargetError(
             f"a function as a target must be one of torch that works on tensors, such as F.relu, or a predicate "
             f"(name, module) -> bool; '{name_of(value)}' ({location(value)}) is {kind}"
@@ -181,6 +181,18 @@ def _read_function(value: Any) -> Target:
             "register(nn.ReLU)(rule), or @register(nn.ReLU) above the rule"
         )
     return Predicate(value)
+
+
+def _what_else(value: Any, own: bool) -> str:
+    """What a function is that can be no target, and what to give instead."""
+    if own:
+        return "one of torch that no override can see. Give the module that calls it"
+    if isinstance(value, functools.partial) and name_of_function(value.func) is not None:
+        return "a functools.partial of one. Give the function itself: its rule is for all of its calls"
+    name = name_of(value)
+    if getattr(operator, name, None) is value and hasattr(torch, name):
+        return f"an operator of Python. Give the function of torch that it is for tensors: torch.{name}"
+    return f"a function of one's own. Give its import path: 'package.module:{name}'"
 
 
 def _names_of_a_rule(value: Any) -> str:

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from gradoverride._core.imports import on_import, resolve_path
-from gradoverride.errors import GradOverrideWarning, TargetError, TargetNotFoundError
+from gradoverride.errors import GradOverrideError, GradOverrideWarning, TargetError, TargetNotFoundError
 
 __all__ = ["PENDING", "find", "parts_of", "when_imported"]
 
@@ -46,9 +46,12 @@ def parts_of(path: str) -> tuple[str, str]:
     if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
         raise TargetError(
             "an import path as a target reads 'package.module:attribute', or 'package.module:Class.attribute'; got "
-            f"'{path}'"
+            f"'{path}'. {_OR_A_GLOB}"
         )
     return module_name, attribute
+
+
+_OR_A_GLOB = "(In a glob over the names of a model's modules, write '?' for a colon)"
 
 
 def _check_module(name: str, path: str) -> None:
@@ -64,7 +67,8 @@ def _check_module(name: str, path: str) -> None:
             return
         if spec is None:
             raise TargetNotFoundError(
-                f"override of path '{path}': a module '{prefix}' must be there, to be imported later; there is none"
+                f"override of path '{path}': a module '{prefix}' must be there, to be imported later; there is none. "
+                f"{_OR_A_GLOB}"
             )
         return
 
@@ -88,7 +92,15 @@ def when_imported(path: str, then: Callable[[Any], None]) -> Callable[[], None]:
             )
             return
         for then in waiting:
-            then(value)
+            try:
+                then(value)
+            except GradOverrideError as error:  # whoever imports it has no part in it
+                warnings.warn(
+                    f"override of path '{path}': the module '{module_name}' has been imported, and nothing is "
+                    f"overridden in it: {error}",
+                    GradOverrideWarning,
+                    stacklevel=2,
+                )
 
     on_import(module_name, imported)
     return waiting.clear

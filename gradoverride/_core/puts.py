@@ -14,7 +14,7 @@ from gradoverride._core import overridden
 from gradoverride._core.class_patch import calls_on_class, put_on_class, take_off_class
 from gradoverride._core.function_mode import awaits_replay, calls_of
 from gradoverride._core.layers import FunctionLayer, Layer
-from gradoverride._core.path_patch import put_on_path, take_off_path
+from gradoverride._core.path_patch import check_path, put_on_path, take_off_path
 from gradoverride._core.paths import PENDING, find, when_imported
 from gradoverride._core.targets import Class, class_of
 from gradoverride._core.thread_mode import put_on_thread, take_off_thread
@@ -115,6 +115,11 @@ def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> list[Put]:
         else:
             put_on_path(path, layer, scoped=scoped)
 
+    def put_if_it_fits(value: Any) -> None:
+        if not (isinstance(value, type) and issubclass(value, nn.Module)):
+            check_path(path, value, layer.rule)
+        put(value)
+
     def take_off() -> None:
         if call_off is not None:
             call_off()
@@ -124,7 +129,7 @@ def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> list[Put]:
 
     value = find(path)
     if value is PENDING:
-        call_off = when_imported(path, put)
+        call_off = when_imported(path, put_if_it_fits)
     else:
         put(value)
     return [Put(layer, "", lambda: puts[0].calls() if puts else calls_of(layer), take_off)]

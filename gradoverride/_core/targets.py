@@ -93,6 +93,8 @@ class Glob(Target):
         if not self.value:
             return "The model itself has no name: give the module as the target"
         names = [path for path in modules if path]
+        if not names:
+            return "It has no modules within: give the module itself as the target, or its class"
         close = difflib.get_close_matches(self.value, names, n=3, cutoff=0.4)
         return f"The closest names are {_listed(close)}" if close else f"Its modules are {_listed(names)}"
 

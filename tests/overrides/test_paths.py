@@ -284,6 +284,21 @@ class TestWhatIsImportedLater:
         with pytest.warns(go.GradOverrideWarning, match="never ran"):
             handle.remove()
 
+    @pytest.mark.parametrize(
+        ("path", "text"),
+        [
+            (CUBE, r"asks for 'skale', which does not exist"),
+            ("thirdparty.functions:NUMBER", r"must name a function, a method or a class of modules; it names a int"),
+        ],
+    )
+    def test_where_the_rule_does_not_fit_is_warned_of_and_imported(self, package, x, path, text):
+        handle = go.override({path: lambda grad_output, skale: grad_output})
+        with pytest.warns(go.GradOverrideWarning, match=rf"override of path '{path}': .* nothing is .*: .*{text}"):
+            import thirdparty.functions
+        exactly(gradient(thirdparty.functions.cube, x), gradient(lambda x: 1.0 * x**3, x))
+        with pytest.warns(go.GradOverrideWarning, match="never ran"):
+            handle.remove()
+
 
 class TestInAModel:
     def test_calls_elsewhere_are_as_ever(self, users, functions, x):
