@@ -275,9 +275,7 @@ class TracedGraph:
 
     def start(self, forward_may_write: bool) -> list[Tensor]:
         """What the forward is to run on: copies where it may write, for the graph starts at what was there before."""
-        if not forward_may_write:
-            return self.aliases
-        return [alias.clone() if wanted else alias for alias, wanted in zip(self.aliases, self.wanted, strict=True)]
+        return [alias.clone() for alias in self.aliases] if forward_may_write else self.aliases
 
     def pull(
         self,

@@ -348,6 +348,8 @@ def _is_harmless(value: Any, own: set[str]) -> bool:
     if callable(value):
         if not isinstance(value, (type, *_FUNCTIONS)):  # a module, an object: what it does is not known
             return False
+        if isinstance(value, MethodDescriptorType):  # which says nothing of its module
+            return value.__objclass__.__module__ == "torch._C" and not _is_inplace_name(value.__name__)
         if value.__module__ == "builtins":
             return value.__name__ in _HARMLESS_BUILTINS
         return value.__module__ in _HARMLESS_MODULES and not _is_inplace_name(value.__name__)
