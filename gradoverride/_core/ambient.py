@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
+import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,14 +78,17 @@ def _device_types() -> tuple[str, ...]:
 
 
 class RandomState:
-    """The state of torch's generators, to replay a forward with the numbers it drew."""
+    """The state of the generators of torch, Python and NumPy, to replay a forward with the numbers it drew."""
 
-    __slots__ = ("cpu", "devices")
+    __slots__ = ("cpu", "devices", "numpy", "python")
 
     def __init__(self) -> None:
         self.cpu = torch.get_rng_state()
         initialized = torch.cuda.is_available() and torch.cuda.is_initialized()
         self.devices = torch.cuda.get_rng_state_all() if initialized else []
+        self.python = random.getstate()
+        numpy = _numpy_random()
+        self.numpy = None if numpy is None else numpy.get_state(legacy=False)
 
     def differs(self) -> bool:
         """Whether numbers were drawn since."""
@@ -90,13 +96,30 @@ class RandomState:
         same = torch.equal(now.cpu, self.cpu) and all(
             torch.equal(a, b) for a, b in zip(now.devices, self.devices, strict=True)
         )
+        # NumPy's state is a dict with an array in it, which `==` does not take.
+        same = same and now.python == self.python and pickle.dumps(now.numpy) == pickle.dumps(self.numpy)
         return not same
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """A context in which the same numbers are drawn again; the generators go on afterwards as if nothing was."""
+        python, numpy = random.getstate(), _numpy_random()
+        of_numpy = None if numpy is None else numpy.get_state(legacy=False)
         with torch.random.fork_rng(devices=range(len(self.devices))):
             torch.set_rng_state(self.cpu)
             if self.devices:
                 torch.cuda.set_rng_state_all(self.devices)
-            yield
+            random.setstate(self.python)
+            if self.numpy is not None:
+                numpy.set_state(self.numpy)
+            try:
+                yield
+            finally:
+                random.setstate(python)
+                if of_numpy is not None:
+                    numpy.set_state(of_numpy)
+
+
+def _numpy_random() -> Any:
+    """NumPy's global generator, if anybody has imported it."""
+    return sys.modules.get("numpy.random")

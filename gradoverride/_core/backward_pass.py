@@ -157,7 +157,7 @@ class Backward:
             return None
         tensors = {name: saved[slot] for name, slot in call.module_slots.items()}
         given = {**call.shown(call.frozen), **(call.shown(call.buffers) if buffers is None else buffers), **tensors}
-        return stand_in(call.module, given, training=call.training_then())
+        return stand_in(call.module, given, attributes=call.training_then())
 
     def _forward_then(self) -> Any:
         if not self.plan.takes_receiver:
@@ -197,7 +197,7 @@ class Backward:
             call.shown(call.buffers),
             {param.name: (param.names, self.saved[call.module_slots[param.name]]) for param in call.params},
             traced=self.traced,
-            training=call.training_then(),
+            attributes=call.training_then(),
         )
 
     def _collected(self, collector: Collector) -> dict[str, Any]:

@@ -204,12 +204,13 @@ class Call:
                 )
         return shown
 
-    def training_then(self) -> dict[str, bool]:
-        """Of the parts of the module that have changed since, whether they were in training."""
+    def training_then(self) -> dict[str, dict[str, Any]]:
+        """By prefix of the parts of the module that have changed since, whether they were in training."""
         if self.module is None or torch.compiler.is_dynamo_compiling():
             return {}
         now = training_of(self.module)
-        return {prefix: was for prefix, was in self.training.items() if now.get(prefix, was) is not was}
+        changed = [prefix for prefix, was in self.training.items() if now.get(prefix, was) is not was]
+        return {prefix: {"training": self.training[prefix]} for prefix in changed}
 
     # --- taking the call apart ------------------------------------------------------------------------------
 

@@ -36,7 +36,15 @@ from gradoverride._core.private import (
 from gradoverride._core.reach import SCALARS
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.signature import unknown_name
-from gradoverride._core.standin import Copied, stand_in, with_parameters, write_back
+from gradoverride._core.standin import (
+    Attributes,
+    Copied,
+    changed_since,
+    plain_attributes,
+    stand_in,
+    with_parameters,
+    write_back,
+)
 from gradoverride._core.structure import LEAF, Constant, Node, alike, flatten, skeleton, unchanged, unflatten
 from gradoverride._core.tracers import FX, record_call, says_of, tracer_now
 from gradoverride.errors import ForwardResultError, RuleSignatureError, UnsupportedError
@@ -153,6 +161,7 @@ class ForwardPass:
         self.leaves = leaves
         self.values = values
         self.buffers_before: dict[str, Tensor] = {}
+        self.attributes_before: Attributes = {}
         self.buffer_versions: dict[str, int | None] = {}
         # By leaf, its version before the forward: where that ran on the leaves themselves (`reach.py`), and then
         # where a gradient is wanted for it.
@@ -183,6 +192,7 @@ class ForwardPass:
             call.graph = replay = Replay(constants)
             aliases = [self._alias(tensor) for tensor in sources]
         if replay is not None and self.module is not None:
+            self.attributes_before = plain_attributes(self.module)
             self.buffers_before = {name: value.clone() for name, value in self.module.named_buffers()}
         if plan.asks_module and self.module is not None and mode != TRACED:
             self.buffer_versions = {name: version_of(value) for name, value in self.module.named_buffers()}
@@ -443,7 +453,7 @@ class ForwardPass:
         saver = _Saver(mode, inputs, outs, aliases)
         self._collect(saver, residuals)
         if isinstance(call.graph, Replay):
-            self._prepare_replay(saver)
+            self._prepare_replay(saver, outs)
         floating = saver.floating
         call.n_residuals = len(floating)
         if mode == TRACED and call.graph is not None:
@@ -555,7 +565,7 @@ class ForwardPass:
         places = [saver.place(tensor, handed_over) for tensor in tensors]
         self.call.asked.append(Asked(name, spec, [saver.slot(place) for place in places]))
 
-    def _prepare_replay(self, saver: _Saver) -> None:
+    def _prepare_replay(self, saver: _Saver, outs: Sequence[Tensor]) -> None:
         """Keep what is needed to run the forward again on tensors that the backward is given."""
         call, plan, module, receiver, values = self.call, self.plan, self.module, self.receiver, self.values
         buffers = self.buffers_before
@@ -574,6 +584,7 @@ class ForwardPass:
         call.replay_slots = [saver.slot(index) for index in range(n_leaves + n_params)]
         call.replay_slots += [saver.slot(saver.extra(tensor)) for tensor in others]
         alias_of = list(call.alias_of)
+        attributes = changed_since(self.attributes_before, module) if module is not None else {}
 
         def forward(tensors: Sequence[Tensor]) -> list[Tensor]:
             rest = iter(tensors[n_leaves + n_params :])
@@ -594,7 +605,7 @@ class ForwardPass:
                 swapped = {name: tensor for group, tensor in given_params.items() for name in group}
                 swapped.update({name: next(rest).clone() for name in buffer_names})
                 swapped.update({name: next(rest) for name in frozen})
-                inner = stand_in(module, swapped)
+                inner = stand_in(module, swapped, attributes=attributes)
             open_frame()
             try:
                 result = plan.invoke(call.layout, inner, arguments)
@@ -604,7 +615,7 @@ class ForwardPass:
             flatten(result, is_differentiable, outs)
             return outs if len(outs) == len(alias_of) else []
 
-        call.graph.ran(forward)
+        call.graph.ran(forward, outs)
 
 
 class _Saver:

@@ -22,13 +22,26 @@ from gradoverride._core.structure import flatten
 from gradoverride._core.targets import RECORD
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["Collector", "Copied", "Stale", "stand_in", "with_parameters", "write_back"]
+__all__ = [
+    "MISSING",
+    "Attributes",
+    "Collector",
+    "Copied",
+    "Stale",
+    "changed_since",
+    "plain_attributes",
+    "stand_in",
+    "with_parameters",
+    "write_back",
+]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _RNN_WEIGHTS = "_flat_weights"  # nn.RNNBase keeps its weights in this list besides, and its forward reads it
 _NOT_OF_THE_FORWARD = (*_TABLES, _RNN_WEIGHTS, "_flat_weight_refs", RECORD)  # weak references to the same
-_MISSING = object()
-_NOTHING: Mapping[str, bool] = {}
+MISSING = object()
+"""Of an attribute that is not there."""
+Attributes = Mapping[str, Mapping[str, Any]]
+_NOTHING: Mapping[str, Any] = {}
 
 
 class Copied(NamedTuple):
@@ -70,17 +83,20 @@ def stand_in(
     tensors: Mapping[str, Tensor],
     copied: list[Copied] | None = None,
     prefix: str = "",
-    training: Mapping[str, bool] = _NOTHING,
+    attributes: Attributes = _NOTHING,
 ) -> nn.Module:
     """A stand-in for `module` with `tensors`, by dotted name, in place of its parameters and buffers.
 
-    What is copied for it is added to `copied`, for `write_back`. `training`, by prefix, is other than it is now.
+    What is copied for it is added to `copied`, for `write_back`. Plain `attributes`, by prefix, are other than now.
     """
     if isinstance(module, torch.jit.ScriptModule):
         _refuse_script(module, prefix)
     state = dict(module.__dict__)
-    if prefix in training:
-        state["training"] = training[prefix]
+    for name, value in attributes.get(prefix, _NOTHING).items():
+        if value is MISSING:
+            state.pop(name, None)
+        else:
+            state[name] = value
     # What was compiled has the live module's parameters: the stand-in is called uncompiled.
     state.pop(COMPILED_CALL, None)
     table = state["_modules"].get("parametrizations")
@@ -100,8 +116,8 @@ def stand_in(
             children[name] = None
         elif name == "parametrizations":
             children[name] = _parametrizations(child, tensors, copied, prefix, path)
-        elif any(key.startswith(path) for key in (*tensors, *training)):
-            children[name] = stand_in(child, tensors, copied, path, training)
+        elif any(key.startswith(path) for key in (*tensors, *attributes)):
+            children[name] = stand_in(child, tensors, copied, path, attributes)
         else:
             children[name] = child
     state["_modules"] = children
@@ -130,7 +146,7 @@ def _copy_slots(module: nn.Module, clone: nn.Module) -> list[tuple[Any, Any]]:
     cls: Any = type(module)
     slots = [(slot, _slot_value(slot, module)) for slot in _slots_of(cls)]
     for slot, value in slots:
-        if value is not _MISSING:
+        if value is not MISSING:
             slot.__set__(clone, value)
     return slots
 
@@ -139,7 +155,7 @@ def _slot_value(slot: Any, module: nn.Module) -> Any:
     try:
         return slot.__get__(module)
     except AttributeError:  # it is empty
-        return _MISSING
+        return MISSING
 
 
 def _move_methods(module: nn.Module, clone: nn.Module, state: dict[str, Any]) -> None:
@@ -163,6 +179,27 @@ def _refuse_script(module: nn.Module, prefix: str) -> NoReturn:
         f"{type(module).__name__} and keeps to its own. Put the module there that was scripted or traced, ask for no "
         "parameters of it in the rule, or override the other parts alone",
     )
+
+
+def plain_attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """By prefix, the attributes of `module` and its parts that hold no parameters, buffers or parts."""
+    return {
+        f"{name}." if name else "": {key: one for key, one in part.__dict__.items() if key not in _NOT_OF_THE_FORWARD}
+        for name, part in module.named_modules()
+    }
+
+
+def changed_since(before: Attributes, module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Those attributes that are others now, as they were."""
+    now = plain_attributes(module)
+    changed = {}
+    for prefix, own in before.items():
+        theirs = now.get(prefix, {})
+        differing = {name: value for name, value in own.items() if theirs.get(name, MISSING) is not value}
+        differing.update({name: MISSING for name in theirs if name not in own})
+        if differing:
+            changed[prefix] = differing
+    return changed
 
 
 def with_parameters(replica: nn.Module) -> nn.Module:
@@ -206,7 +243,7 @@ def write_back(copied: Sequence[Copied]) -> None:
     for module, clone, attributes, buffers, slots in copied:
         own, theirs = clone.__dict__, module.__dict__
         for name, value in own.items():
-            if name not in _NOT_OF_THE_FORWARD and attributes.get(name, _MISSING) is not value:
+            if name not in _NOT_OF_THE_FORWARD and attributes.get(name, MISSING) is not value:
                 theirs[name] = value
         for name in attributes:
             if name not in own:
@@ -216,7 +253,7 @@ def write_back(copied: Sequence[Copied]) -> None:
                 theirs["_buffers"][name] = buffer.detach() if isinstance(buffer, Tensor) else buffer
         for slot, before in slots:
             value = _slot_value(slot, clone)
-            if value is _MISSING and before is not _MISSING:
+            if value is MISSING and before is not MISSING:
                 slot.__delete__(module)
             elif value is not before:
                 slot.__set__(module, value)
@@ -269,7 +306,7 @@ class Collector:
         params: Mapping[str, tuple[list[str], Tensor]],
         *,
         traced: bool,
-        training: Mapping[str, bool] = _NOTHING,
+        attributes: Attributes = _NOTHING,
     ) -> None:
         self.params: dict[str, Tensor] = {}
         # The `grad` of each that is a plain alias, and its version: is it another, or was written into (`+=`), it was
@@ -295,7 +332,7 @@ class Collector:
         for name, (names, _) in params.items():
             tensors.update(dict.fromkeys(names, self.params[name]))
         self.copied: list[Copied] = []
-        self.stand_in = stand_in(module, tensors, self.copied, training=training)
+        self.stand_in = stand_in(module, tensors, self.copied, attributes=attributes)
 
     def collected(self) -> dict[str, Any]:
         """By name, the gradients that were assigned. Plain attributes that were are given to the module."""

@@ -1,5 +1,8 @@
 """Decorated callables under torch.func. Conformance, group transforms."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from oracles import closely, exactly, float64, noise, right_or_refused
@@ -528,3 +531,111 @@ def test_vjp_of_what_vjp_gave_is_right_in_grad_of_grad(x):
     twice = go.custom_backward(lambda grad_output, vjp: vjp(vjp(grad_output)))(lambda x: x**3)
     closely(grad(total(twice))(x), 9 * x**4)
     closely(grad(lambda x: grad(total(twice))(x).sum())(x), 36 * x**3)
+
+
+# --- the forward runs again for `vjp`, with what it met ---
+
+
+def value_and_gradient(fn, *args):
+    """Of a sum, with respect to the first argument."""
+    gradient, value = grad_and_value(lambda *args: fn(*args).sum())(*args)
+    return value, gradient
+
+
+DRAWS = {
+    "torch": lambda x: x * torch.rand(1, dtype=torch.float64),
+    "python": lambda x: x * random.random(),
+    "numpy": lambda x: x * float(np.random.rand()),
+    "normal": lambda x: x * float(np.random.randn()) * random.gauss(0, 1),
+}
+
+
+def random_states():
+    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state(legacy=False))
+
+
+@pytest.mark.parametrize("forward", DRAWS.values(), ids=DRAWS)
+def test_forward_that_draws_random_numbers_has_the_gradient_of_those_it_drew(forward):
+    ruled = go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(forward)
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    forward(torch.ones(1, dtype=torch.float64))
+    after = random_states()
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    value, gradient = value_and_gradient(ruled, torch.ones(1, dtype=torch.float64))
+    closely(gradient.sum(), value)
+    assert random_states() == after
+
+
+class Counting(nn.Module):
+    """The n-th call multiplies by n; a part without tensors counts."""
+
+    class Counter(nn.Module):
+        step = 0
+
+        def forward(self, x):
+            self.step += 1
+            return x * self.step
+
+    def __init__(self, rule):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        self.counter = self.Counter()
+        self.rule = rule
+
+    def forward(self, x):
+        return go.custom_backward(self.rule)(Counting.call)(self, x)
+
+    def call(self, x):
+        self.last = self.weight.item() if hasattr(self, "last") else 1.0
+        return self.counter(x) * self.weight
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [lambda grad_output, vjp: vjp(grad_output), lambda grad_output: grad_output],
+    ids=["vjp", "left to autograd"],
+)
+def test_forward_that_counts_in_attributes_has_the_gradient_of_that_call_and_has_counted_once(rule):
+    module = Counting(rule)
+    params = dict(module.named_parameters())
+    for step in (1, 2, 3):
+        value, gradients = value_and_gradient(
+            lambda p: functional_call(module, p, (torch.ones(1, dtype=torch.float64),)), params
+        )
+        assert value.item() == gradients["weight"].item() == step
+        assert module.counter.step == step
+
+
+class Caller:
+    calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+def of_its_own_generator():
+    generator = torch.Generator().manual_seed(0)
+    return lambda x: x * torch.rand(1, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("make", "transform"),
+    [(of_its_own_generator, lambda fn: fn), (Caller, lambda fn: fn), (Caller, vmap)],
+    ids=["a generator", "an object", "an object, vmap"],
+)
+def test_forward_that_gives_another_result_when_it_runs_again_is_refused(make, transform):
+    fn = go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(make())
+    with pytest.raises(go.UnsupportedError) as caught:
+        transform(grad(lambda x: fn(x).sum()))(torch.ones(3, 1, dtype=torch.float64))
+    for part in ("must give the same result", "it gave another", "default generators", "answer for every parameter"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("dims", [0, 1])
+def test_forward_that_runs_again_in_a_batch_is_known_again_however_the_batch_lies(dims):
+    fn = go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))(lambda x: x.sin() * x.sum())
+    x = noise(4, 4, grad=False)
+    actual = vmap(grad(lambda x: fn(x).sum()), in_dims=dims)(x)
+    expected = vmap(grad(lambda x: (x.sin() * x.sum()).sum()), in_dims=dims)(x)
+    closely(actual, 3 * expected)
