@@ -18,7 +18,7 @@ gradients. What must hold, and how:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -147,7 +147,12 @@ class KeptGraph:
         again = torch.is_grad_enabled()
         cut = _cut_off(given) if again else given
         keep = again or not last or keeps_graph()
-        found = _pull(self._ends_of(token), cut, edges, keep)
+        try:
+            found = _pull(self._ends_of(token), cut, edges, keep)
+        except RuntimeError as error:
+            if "selective activation checkpoint" in str(error):
+                _refuse_selective()
+            raise
         if self.constants:
             for place, index in enumerate(which):
                 if index in self.constants:
@@ -199,6 +204,17 @@ class Tie:
         if again:
             found = _tied(found, [*self.pairs, *_cuts(cut, grads)])
         return found
+
+
+def _refuse_selective() -> NoReturn:
+    """A checkpoint runs its block again for each pass of the engine, of which this is one within another."""
+    fail(
+        UnsupportedError,
+        "the gradient without the rule ('vjp', or that of parameters which the rule leaves to autograd) must be found "
+        "in a backward pass of its own, for which a checkpoint runs its block once more; a selective one "
+        "(create_selective_checkpoint_contexts) does so only once. Checkpoint the block without context_fn, leave "
+        "the ruled call out of it, or compute the gradient in the rule",
+    )
 
 
 def is_hooked(edge: GradientEdge) -> bool:

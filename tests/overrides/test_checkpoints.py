@@ -1,5 +1,8 @@
-"""Overrides that are left before a reentrant checkpoint runs its block again: torch compares nothing, so we warn."""
+"""Checkpoints that are reentrant, where overrides that are left before the block runs again are warned of, for torch
+compares nothing; and selective ones, which run their block again once only.
+"""
 
+import functools
 import warnings
 
 import pytest
@@ -7,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from oracles import closely, noise
 from torch import nn
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint, create_selective_checkpoint_contexts
 
 import gradoverride as go
 from overrides.models import doubled, gradient, mlp
@@ -101,3 +104,23 @@ def test_block_that_is_run_again_under_the_same_rule_is_right(target, x):
     with go.override(model, {target: by_output}):
         result.sum().backward()
     closely(x.grad, 3 * x.detach().clamp(min=0))
+
+
+def in_selective_checkpoint(model):
+    contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    return lambda x: checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+
+
+def test_rule_in_a_selective_checkpoint_is_in_force_and_one_that_asks_for_vjp_is_refused():
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double(), noise(2, 3)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    with go.override(model, {nn.Tanh: lambda grad_output, output: 2 * grad_output * (1 - output**2)}):
+        (actual,) = torch.autograd.grad(in_selective_checkpoint(model)(x).sum(), x)
+    closely(actual, 2 * expected)
+    with go.override(model, {nn.Tanh: lambda grad_output, vjp: vjp(grad_output)}):
+        result = in_selective_checkpoint(model)(x)
+        with pytest.raises(go.UnsupportedError) as caught:
+            result.sum().backward()
+    for part in ("('vjp', or", "runs its block once more; a selective one", "without context_fn"):
+        assert part in str(caught.value)
+    assert "in the rule '<lambda>'" in caught.value.__notes__[0]
