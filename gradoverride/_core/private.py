@@ -301,11 +301,11 @@ def after_backward(callback: Callable[[], None]) -> bool:
 def uncompiled(module: Any) -> Any:
     """The module that `torch.compile` has made this one of, or the module itself.
 
-    torch says nowhere which modules are such. To import their class costs 0.8 s, and without it there are none. Where
-    it is missing, they are modules like others, whose forward somebody has replaced.
+    torch says nowhere which modules are such, and to import their class costs 0.8 s. If they bear other marks one day,
+    they are modules like others, whose forward somebody has replaced.
     """
-    made = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
-    return getattr(module, ORIGINAL) if isinstance(module, made) else module
+    made = isinstance(module, torch.nn.Module) and ORIGINAL in module._modules and "dynamo_ctx" in module.__dict__
+    return module._modules[ORIGINAL] if made else module
 
 
 def let_dynamo_show(functions: Iterable[Any]) -> None:
