@@ -125,15 +125,20 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
     called = _called(entries)
     if called:
         _check_calls(model, modules)
-    seen = [(added, functions_called(module)) for module, added in placed.values() if called]
+    # Modules of one class call the same functions.
+    calling: dict[int, tuple[Any, list[list[Layer | FunctionLayer]]]] = {}
+    for module, added in placed.values() if called else ():
+        names = functions_called(module)
+        calling.setdefault(id(names), (names, []))[1].append(added)
     before = [functions for module, _ in placed.values() if (functions := functions_of(module))]
     for target, rule in called:
         name = str(target.name)
         nth = max([sum([_is_same(layer, name, rule) for layer in functions]) for functions in before], default=0)
         layer = FunctionLayer(name, rule, "", names_of[target], order, nth)
-        for added, names in seen:
+        for names, lists in calling.values():
             if names is None or name in names:
-                added.append(layer)
+                for added in lists:
+                    added.append(layer)
         if isinstance(target, ImportPath):
             puts.append(partial(on_path, target.value, layer, scoped=True))
     if called or everywhere.functions:
