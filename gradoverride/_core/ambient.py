@@ -6,14 +6,16 @@ import contextlib
 import pickle
 import random
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 
 from gradoverride._core.private import any_autocast, evaluated_while_tracing
 
-__all__ = ["Autocast", "RandomState", "autocast_while_tracing"]
+__all__ = ["Autocast", "RandomState", "autocast_while_tracing", "under_traced"]
+
+T = TypeVar("T")
 
 _NOTHING = contextlib.nullcontext()
 
@@ -70,6 +72,15 @@ def autocast_while_tracing() -> tuple[tuple[str, torch.dtype | None], ...]:
             for kind in _device_types()
         ]
     )
+
+
+def under_traced(states: tuple[tuple[str, torch.dtype | None], ...], call: Callable[[], T]) -> T:
+    """`call()` under this state of autocast, one `with` for each device, which Dynamo traces."""
+    if not states:
+        return call()
+    kind, dtype = states[0]
+    with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+        return under_traced(states[1:], call)
 
 
 def _device_types() -> tuple[str, ...]:

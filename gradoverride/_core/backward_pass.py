@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from gradoverride._core.ambient import under_traced
 from gradoverride._core.contract import Meta, conform, read_answer, read_params, what
 from gradoverride._core.function import Refused
 from gradoverride._core.kept_graph import KeptGraph, TracedGraph, is_hooked
@@ -60,7 +61,7 @@ class Backward:
             for grad, meta in zip(grad_outputs[: call.n_outs], call.out_metas, strict=True)
         ]
         if self.traced:
-            leaf_grads, param_grads, flowing = self._traced_gradients(grads, call.autocast)
+            leaf_grads, param_grads, flowing = under_traced(call.autocast, lambda: self.gradients(grads))
         else:
             with call.autocast.restored():
                 leaf_grads, param_grads, flowing = self.gradients(grads)
@@ -69,16 +70,6 @@ class Backward:
             leaf_grads, param_grads = self._through_residuals(residual_grads, leaf_grads, param_grads)
         n_extra = call.first_out - call.n_leaves - len(call.params)
         return [*leaf_grads, *param_grads, *[None] * n_extra, *flowing, *[None] * len(residual_grads)]
-
-    def _traced_gradients(
-        self, grads: list[Tensor], states: tuple[tuple[str, torch.dtype | None], ...]
-    ) -> tuple[Gradients, Gradients, Gradients]:
-        """The same under this state of autocast, one `with` for each device, which Dynamo traces."""
-        if not states:
-            return self.gradients(grads)
-        (kind, dtype), *others = states
-        with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
-            return self._traced_gradients(grads, tuple(others))
 
     def gradients(self, grads: list[Tensor]) -> tuple[Gradients, Gradients, Gradients]:
         """The gradients of the leaves, of the parameters, and what flows on into torch's own graph."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradoverride._core.ambient import Autocast, autocast_while_tracing
+from gradoverride._core.ambient import Autocast, autocast_while_tracing, under_traced
 from gradoverride._core.call import EAGER, TRACED, Call, is_differentiable, is_tensor
 from gradoverride._core.contract import Meta, read_answer, what
 from gradoverride._core.forward_pass import differentiate
@@ -292,7 +292,7 @@ def _backward_traced(ctx: Any, grad_output: Tensor) -> tuple[None, Any]:
     rule, names, autocast = ctx.rule
     handed = grad_output.clone()  # a compiler removes the copy where nothing is written
     values = dict.fromkeys(names, ctx.saved_tensors[0]) if names else {}
-    answer = _ask_under(autocast, rule, handed, values) if autocast else rule(handed, **values)
+    answer = under_traced(autocast, lambda: rule(handed, **values)) if autocast else rule(handed, **values)
     if (
         isinstance(answer, Tensor)
         and answer.dtype == grad_output.dtype
@@ -301,14 +301,6 @@ def _backward_traced(ctx: Any, grad_output: Tensor) -> tuple[None, Any]:
     ):
         return None, answer
     return None, _read_traced(rule, grad_output, answer)
-
-
-def _ask_under(autocast: Any, rule: Any, handed: Tensor, values: dict[str, Tensor]) -> Any:
-    if not autocast:
-        return rule(handed, **values)
-    kind, dtype = autocast[0]
-    with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
-        return _ask_under(autocast[1:], rule, handed, values)
 
 
 def _read_traced(rule: Any, grad_output: Tensor, answer: Any) -> Tensor | None:
