@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import get_ignored_functions, resolve_name
 
 from gradoverride._core import scan
-from gradoverride._core.everywhere import bare_forward
+from gradoverride._core.everywhere import bare_forward, originals
 from gradoverride._core.reach import named, of_modules
 
 __all__ = [
@@ -252,7 +252,8 @@ def _nobody(*_: Any) -> bool:
 def calls_that_are(cls: Any) -> frozenset[str]:
     """The functions of torch that a module of this class is another spelling of: `linear` for `nn.Linear`.
 
-    A class of torch is one of what its forward calls itself, another class if its forward is one call and no more.
+    A forward of torch is one of what it calls itself, another one if it is one call and no more: of a function, of a
+    method of its own, of `super()`.
     """
     return _calls_that_are(cls, bare_forward(cls))
 
@@ -260,50 +261,57 @@ def calls_that_are(cls: Any) -> frozenset[str]:
 @functools.lru_cache(maxsize=1024)
 def _calls_that_are(cls: type, fn: Any) -> frozenset[str]:
     forward = scan.python_function(fn)
-    if forward is None:
-        return frozenset()
-    if is_of_torch(cls):
-        found = frozenset(_functions_in(cls, forward, set()))
-        return found if found or not _is_one_call(forward) else frozenset(_methods_in(forward))
-    while True:
-        if not _is_one_call(forward):
-            return frozenset()
-        own = [method for name in forward.__code__.co_names if (method := _method(cls, name)) is not None]
-        if not own:
-            return frozenset({*_functions_in(cls, forward, set()), *_methods_in(forward)}) or frozenset({ANY})
-        if own[0] is forward:
-            return frozenset()
-        forward = own[0]
+    return frozenset(() if forward is None else _spelt_by(cls, forward, set()))
+
+
+def _spelt_by(cls: type, function: FunctionType, seen: set[FunctionType]) -> set[str]:
+    """The names for this method of such a module."""
+    seen.add(function)
+    one_call, of_torch = _is_one_call(function), is_of_torch(function)
+    if not (one_call or of_torch):
+        return set()
+    values = [value for _, _, value in (*named(function, function.__code__), *of_modules(function, function.__code__))]
+    names = [name_of_function(value) for value in values if callable(value) and not isinstance(value, type)]
+    methods = list(_methods_of(cls, function))
+    found = {name for name in names if name is not None}
+    for method in methods:
+        if method not in seen:
+            found |= _spelt_by(cls, method, seen)
+    if found or methods or not one_call:
+        return found
+    names = [name_of_function(getattr(Tensor, name, None)) for name in function.__code__.co_names]
+    return {name for name in names if name is not None} or ({ANY} if not of_torch else set())
+
+
+def _methods_of(cls: type, function: FunctionType) -> Iterator[FunctionType]:
+    """The methods of a module of this class that this one calls, by their names or by `super()`."""
+    names = function.__code__.co_names
+    for name in names:
+        method = getattr(cls, name, None)
+        if isinstance(method, FunctionType) and not hasattr(nn.Module, name):
+            yield method
+    if "super" in names:
+        name = function.__name__
+        known = [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
+        known = [originals.get(method, method) for method in known]
+        inherited = known[known.index(function) + 1 :] if function in known else []
+        if inherited and isinstance(inherited[0], FunctionType):
+            yield inherited[0]
 
 
 def _is_one_call(function: FunctionType) -> bool:
+    """Whether it makes one call, and does nothing else with what that gives than to return it."""
     steps = list(dis.get_instructions(function.__code__))
-    return sum(step.opname in _CALLS for step in steps) == 1 and not any(s.opname.startswith(_WORK) for s in steps)
+    calls = sum([step.opname in _CALLS for step in steps])
+    calls -= sum([step.opname == "LOAD_GLOBAL" and step.argval == "super" for step in steps])  # called for its method
+    return calls == 1 and not any([_is_work(step) for step in steps])
 
 
-_CALLS = ("CALL", "CALL_KW", "CALL_METHOD", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX")
-_WORK = ("BINARY_", "UNARY_", "COMPARE_", "FOR_", "STORE_", "POP_JUMP", "INPLACE_")
+def _is_work(step: dis.Instruction) -> bool:
+    return step.opname.startswith(_WORK) or (step.opname == "LOAD_ATTR" and step.argval in _VIEWS)
 
 
-def _method(cls: type, name: str) -> FunctionType | None:
-    method = getattr(cls, name, None)
-    return method if isinstance(method, FunctionType) and not hasattr(nn.Module, name) else None
-
-
-def _functions_in(cls: type, function: FunctionType, seen: set[FunctionType]) -> Iterator[str]:
-    seen.add(function)
-    for _, _, value in (*named(function, function.__code__), *of_modules(function, function.__code__)):
-        name = name_of_function(value) if callable(value) and not isinstance(value, type) else None
-        if name is not None:
-            yield name
-    for name in function.__code__.co_names:
-        method = _method(cls, name)
-        if method is not None and method not in seen:
-            yield from _functions_in(cls, method, seen)
-
-
-def _methods_in(function: FunctionType) -> Iterator[str]:
-    for name in function.__code__.co_names:
-        found = name_of_function(getattr(Tensor, name, None))
-        if found is not None:
-            yield found
+# The last one is what calls `super`, from Python 3.12 on.
+_CALLS = ("CALL", "CALL_KW", "CALL_METHOD", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX", "LOAD_SUPER_ATTR")
+_WORK = ("BINARY_", "UNARY_", "COMPARE_", "FOR_", "STORE_ATTR", "STORE_SUBSCR", "POP_JUMP", "INPLACE_")
+_VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})

@@ -463,6 +463,136 @@ class TestOrder:
             closely(gradient(model, x), 3 * plain)
 
 
+class BySuper(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class BySuperOfAName(nn.ReLU):
+    def forward(self, x):
+        return super(BySuperOfAName, self).forward(x)  # noqa: UP008  # as it used to be written
+
+
+class BySuperTwice(BySuper):
+    def forward(self, x):
+        y = super().forward(x)
+        return y
+
+
+class Inherited(BySuper):
+    """Has no forward of its own."""
+
+
+class ByName(nn.Module):
+    def forward(self, x):
+        y = F.relu(x)
+        return y
+
+
+class ByAMethod(nn.Module):
+    def forward(self, x):
+        return self.apply_to(x)
+
+    def apply_to(self, x):
+        return x.relu()
+
+
+class ByAnAttribute(nn.Module):
+    function = staticmethod(F.relu)
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return 1 * F.relu(x)
+
+
+class ScaledBySuper(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x) * 1
+
+
+class Turned(nn.Module):
+    def forward(self, x):
+        y = F.relu(x)
+        return y.T
+
+
+class ManyTimes(nn.Module):
+    def forward(self, x):
+        for _ in range(1):
+            x = F.relu(x)
+        return x
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = ByName()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Standardised(nn.Conv1d):
+    def _conv_forward(self, input, weight, bias):
+        return F.conv1d(input, weight - weight.mean(), bias)
+
+
+class OwnForward(nn.Conv1d):
+    def forward(self, input):
+        return super().forward(input)
+
+
+class TestOneRulePerCall:
+    """A module whose forward is a call of a function and nothing else is that call: it has one rule of an override."""
+
+    @pytest.mark.parametrize(
+        "cls", [BySuper, BySuperOfAName, BySuperTwice, Inherited, ByName, ByAMethod, ByAnAttribute, nn.ReLU]
+    )
+    def test_a_module_that_is_nothing_but_a_call_has_that_of_its_class(self, x, cls):
+        model, rules = cls(), {cls: tripled, F.relu: doubled}
+        plain = gradient(model, x)
+        with pytest.warns(go.GradOverrideWarning, match="'doubled' .* never ran"), go.override(model, rules):
+            closely(gradient(model, x), 3 * plain)
+        with pytest.warns(go.GradOverrideWarning, match="'doubled' .* never ran"), go.override(rules):
+            closely(gradient(model, x), 3 * plain)
+
+    @pytest.mark.parametrize("cls", [BySuper, BySuperOfAName, BySuperTwice, Inherited, ByName, ByAMethod])
+    def test_a_later_rule_of_the_function_is_outside_of_one_of_the_class(self, x, cls):
+        model, told = cls(), []
+        plain = gradient(model, x)
+        with (
+            go.override(model, {cls: TestOrder.told("class", told, 2)}),
+            go.override(model, {F.relu: TestOrder.told("function", told, 2)}),
+        ):
+            closely(gradient(model, x), 4 * plain)
+        assert told == ["function", "class"]
+
+    @pytest.mark.parametrize("cls", [Scaled, ScaledBySuper, Turned, ManyTimes, Around])
+    def test_a_call_in_a_module_that_does_more_is_one_of_its_own(self, x, cls):
+        model, rules = cls(), {cls: tripled, F.relu: doubled}
+        plain = gradient(model, x)
+        with go.override(model, rules):
+            closely(gradient(model, x), 6 * plain)
+        with go.override(rules):
+            closely(gradient(model, x), 6 * plain)
+
+    @pytest.mark.parametrize(("cls", "factor"), [(nn.Conv1d, 3), (OwnForward, 3), (Standardised, 6)])
+    @pytest.mark.filterwarnings("ignore:.*never ran:gradoverride.GradOverrideWarning")
+    def test_a_layer_is_the_call_of_its_function_unless_a_method_of_it_does_more(self, cls, factor):
+        model, x = cls(2, 2, 3).double(), noise(1, 2, 5)
+        plain = gradient(model, x)
+
+        def of_the_function(grad_output, vjp):
+            return tuple([None if part is None else 2 * part for part in vjp(grad_output)])
+
+        with go.override(model, {nn.Conv1d: tripled, F.conv1d: of_the_function}):
+            closely(gradient(model, x), factor * plain)
+
+
 class TestScope:
     def test_other_models_are_as_ever(self, x):
         model, other = relus("F.relu"), relus("F.relu")
