@@ -265,6 +265,7 @@ class ShortPath:
         if self.reach is None:
             unusual += ["_go_result.is_inference()", "_go_graph.stray(_go_result)"]
         boxed = ["_go_result.detach()", "_go_graph", "_go_graph.end((_go_result,))", *self._others(arguments)]
+        guard = ["    _go_graph.guard(_go_plan.forward.who)"] if self.reach is None else []
         return [
             f"    _go_graph = _go_kept_graph(({', '.join(tensors)},), {shares})",
             f"    {aliases}, = _go_graph.start()",
@@ -272,6 +273,7 @@ class ShortPath:
             f"    _go_result = {self._call_on_aliases(arguments)}",
             f"    if {' or '.join(unusual)}:",
             f"        return _go_finish(None, {found}, _go_result, _go_graph, None, {versions})",
+            *guard,
             f"    return _go_apply(({', '.join(boxed)},), {', '.join(tensors)})",
         ]
 

@@ -461,6 +461,8 @@ class ForwardPass:
             call.graph.aliases = []
         if isinstance(call.graph, KeptGraph):
             call.token = call.graph.end([*outs, *floating])
+            if self.plan.reach is None:
+                call.graph.guard(self.plan.forward.who)
         elif self.plan.marked and mode == EAGER and saver.positions:
             saver.slot(saver.extra(self.plan.mark))
         call.first_out = len(inputs)

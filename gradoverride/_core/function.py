@@ -20,7 +20,7 @@ as ever. On the short path a forward of known reach runs inside, as one does tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 from torch.autograd import Function
@@ -41,6 +41,7 @@ __all__ = [
     "fresh",
     "named",
     "plain_function",
+    "refuse_lost",
 ]
 
 
@@ -165,7 +166,18 @@ class Cut(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        if hasattr(ctx, "who"):  # the forward has returned (`KeptGraph.guard`)
+            refuse_lost(ctx.who)
         return (None,) * (len(grads) + 1)
+
+
+def refuse_lost(who: str) -> NoReturn:
+    fail(
+        UnsupportedError,
+        f"{who} must return each tensor that a gradient is to come back from; one came from a tensor that left it in "
+        "another way (an attribute, a hook, a list), and would not reach the arguments, whose gradients its rule "
+        "gives. Return that tensor too, or detach it",
+    )
 
 
 class Carry(Function):

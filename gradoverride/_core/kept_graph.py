@@ -18,6 +18,7 @@ gradients. What must hold, and how:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -28,7 +29,7 @@ from torch.func import debug_unwrap
 from gradoverride._core.ambient import RandomState
 from gradoverride._core.captured import foreign_leaf
 from gradoverride._core.contract import Meta, shape_text
-from gradoverride._core.function import TOKEN, Carry, Cut, Lifted, Tail, TracedCut
+from gradoverride._core.function import TOKEN, Carry, Cut, Lifted, Tail, TracedCut, refuse_lost
 from gradoverride._core.private import (
     fail,
     fast_apply,
@@ -102,6 +103,17 @@ class KeptGraph:
         """The aliases, for the forward to run on. They are not kept."""
         aliases, self.aliases = self.aliases, []
         return aliases
+
+    def guard(self, who: str) -> None:
+        """From now on a gradient that comes to an alias without being asked for is an error: it came to a tensor that
+        left the forward otherwise than in its result, and would be lost here.
+        """
+        if self.node is not None:
+            self.node.who = who
+        else:
+            for alias in self.edges:
+                if alias is not None:
+                    alias.register_post_accumulate_grad_hook(partial(_refuse_lost, who))
 
     def stray(self, result: Tensor) -> bool:
         """Whether the graph of `result` reaches a leaf that is none of the aliases."""
@@ -182,6 +194,10 @@ def shares_versions(forward_may_write: bool) -> bool:
     has saved raises as ever. (`.data` has a version counter of its own.)
     """
     return not forward_may_write or keep_versions is not None
+
+
+def _refuse_lost(who: str, _: Tensor) -> NoReturn:
+    refuse_lost(who)
 
 
 class Tie:

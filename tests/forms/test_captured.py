@@ -356,3 +356,91 @@ def test_argument_that_the_forward_tells_to_require_grad_is_not_captured():
         x.retain_grad()
         forward(x).backward()
         assert x.grad.item() == 7.0
+
+
+# --- tensors that leave a forward otherwise than in its result
+
+
+class Aside(nn.Module):
+    """Keeps a loss of its own beside its result, as a mixture of experts does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(float64(2.0, 3.0).detach())
+
+    def forward(self, x):
+        self.aside = (x * x).sum()
+        return x * self.weight
+
+
+def by_attribute():
+    module = Aside()
+    module.forward = go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(module.forward)
+    return module.forward, lambda: module.aside
+
+
+def by_override(rule=lambda grad_output, vjp: vjp(grad_output)):
+    module = Aside()
+    go.override(module, {Aside: rule})
+    return module, lambda: module.aside
+
+
+def by_override_that_answers_for_all():
+    return by_override(lambda grad_output, vjp, params: vjp.by_name(grad_output))
+
+
+def by_list():
+    kept = []
+
+    @go.custom_backward(lambda grad_output, vjp: vjp(grad_output))
+    def forward(x):
+        kept.append(x.clone().sum())
+        return x * 2
+
+    return forward, kept.pop
+
+
+def by_hook():
+    kept = []
+    module = nn.Sequential(nn.Identity(), nn.Tanh())
+    module[0].register_forward_hook(lambda *given: kept.append(given[-1].clone().sum()))
+    go.override(module, {nn.Sequential: lambda grad_output, vjp: vjp(grad_output)})
+    return module, kept.pop
+
+
+ASIDE = [by_attribute, by_override, by_override_that_answers_for_all, by_list, by_hook]
+
+
+@pytest.mark.parametrize("make", ASIDE)
+@pytest.mark.parametrize("leaf", [True, False])
+def test_gradient_of_what_left_the_forward_beside_its_result_is_an_error_that_says_so(make, leaf):
+    forward, aside = make()
+    x = float64(1.0, 2.0)
+    result = forward(x if leaf else x * 1)
+    with pytest.raises(go.UnsupportedError, match="must return each tensor that a gradient is to come back from"):
+        (result.sum() + aside()).backward()
+
+
+@pytest.mark.parametrize("make", ASIDE)
+def test_what_left_the_forward_is_no_error_where_its_gradient_is_not_asked_for(make):
+    forward, aside = make()
+    x = float64(1.0, 2.0)
+    result = forward(x)
+    assert aside().detach().isfinite()
+    (gradient,) = torch.autograd.grad(result.sum(), x)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_forward_may_take_gradients_of_its_own_on_the_way(leaf):
+    """An adversarial step within the forward: what it brings to `x` is not the gradient of the result."""
+
+    @go.custom_backward(lambda grad_output, vjp: 2 * vjp(grad_output))
+    def attacked(x):
+        step = torch.zeros_like(x, requires_grad=True)
+        ((x + step) ** 3).sum().backward()
+        return (x + step.grad.sign()) ** 2
+
+    x = float64(1.0, 2.0)
+    attacked(x if leaf else x * 1).sum().backward()
+    torch.testing.assert_close(x.grad, 4 * (x.detach() + 1))
