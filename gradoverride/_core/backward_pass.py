@@ -327,7 +327,7 @@ class Backward:
             results = [saved[slot] for slot in call.out_slots]
             return list(call.graph.pull(aliases, results, grads, which))
         tensors = [saved[slot] for slot in call.replay_slots]
-        return list(call.graph.pull(tensors, grads, which, self.plan.forward.who))
+        return list(call.graph.pull(tensors, grads, which))
 
     def _through_residuals(
         self, residual_grads: Gradients, leaf_grads: Gradients, param_grads: Gradients

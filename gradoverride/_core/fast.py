@@ -206,9 +206,9 @@ class ShortPath:
             "    try:",
             f"        return _go_apply({', '.join([*given, *tensors, *more])})",
             "    except _go_Unusual as _go_unusual:",
-            "        _go_found, _go_versions = _go_unusual.result, _go_unusual.versions",
+            "        _go_found, _go_before = _go_unusual.result, _go_unusual.versions",
             f"    _go_given = ({', '.join(arguments)},), [{', '.join(tensors)}]",
-            f"    return _go_finish({receiver}, *_go_given, _go_found, None, _go_versions)",
+            f"    return _go_finish({receiver}, *_go_given, _go_found, None, _go_before, True)",
         ]
 
     def _aliased_body(self, arguments: Sequence[str]) -> list[str]:
@@ -216,7 +216,7 @@ class ShortPath:
         tensors = [arguments[place] for place in self.places]
         aliases = [f"{_alias(name)} = {name}.data if {_wants(name)} else {name}" for name in tensors]
         written = [f"{_wants(name)} and {_alias(name)}._version" for name in tensors]
-        before = ""
+        before = "None"
         if len(tensors) == 1:
             aliases, written = [f"{_alias(tensors[0])} = {tensors[0]}.data"], [f"{_alias(tensors[0])}._version"]
         elif self.plan.forward_may_write:  # into what needs no gradient too, and is no alias
@@ -227,7 +227,7 @@ class ShortPath:
             written = [
                 f"{_version(name)} is not None and {_alias(name)}._version != {_version(name)}" for name in tensors
             ]
-            before = f", [{', '.join(map(_version, tensors))}]"
+            before = f"[{', '.join(map(_version, tensors))}]"
         unusual = self.function.unusual(list(map(_alias, tensors)), "_go_result")
         unusual += ["_go_result.requires_grad", "_go_result.is_inference()", *written]
         found = f"({', '.join(arguments)},), [{', '.join(map(_alias, tensors))}], _go_result"
@@ -236,7 +236,7 @@ class ShortPath:
             *(f"    {alias}" for alias in aliases),
             f"    _go_result = {self._call_on_aliases(arguments)}",
             f"    if {' or '.join(unusual)}:",
-            f"        return _go_finish(None, {found}, None, None{before})",
+            f"        return _go_finish(None, {found}, None, {before})",
             # Somebody else may hold the result (a cached buffer), and would find it turned into an output.
             "    if _go_getrefcount(_go_result) != _go_SOLE or _go_use_count(_go_result) != 1:",
             "        _go_result = _go_result.detach()",
@@ -272,7 +272,7 @@ class ShortPath:
             *before,
             f"    _go_result = {self._call_on_aliases(arguments)}",
             f"    if {' or '.join(unusual)}:",
-            f"        return _go_finish(None, {found}, _go_result, _go_graph, None, {versions})",
+            f"        return _go_finish(None, {found}, _go_result, _go_graph, {versions})",
             *guard,
             f"    return _go_apply(({', '.join(boxed)},), {', '.join(tensors)})",
         ]

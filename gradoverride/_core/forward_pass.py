@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.func import debug_unwrap
 
 from gradoverride._core import captured
-from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Asked, Call, is_differentiable, is_tensor, is_tracked
+from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Call, is_differentiable, is_tensor, is_tracked
 from gradoverride._core.contract import Meta, what
-from gradoverride._core.function import TOKEN, fresh
-from gradoverride._core.kept_graph import KeptGraph, Replay, TracedGraph, distinct, outer_of, shares_versions
+from gradoverride._core.function import TOKEN, fresh, trackable
+from gradoverride._core.kept_graph import KeptGraph, TracedGraph, distinct, outer_of, shares_versions
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import (
     fail,
@@ -31,23 +31,22 @@ from gradoverride._core.private import (
     keep_own_frames_whole,
     keep_versions,
     version_of,
-    versions_while_tracing,
 )
 from gradoverride._core.reach import SCALARS
+from gradoverride._core.replay import Replay
 from gradoverride._core.residuals import close_frame, open_frame
+from gradoverride._core.saver import Saver
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import (
-    Attributes,
     Copied,
-    changed_since,
-    plain_attributes,
     stand_in,
     with_parameters,
     write_back,
 )
-from gradoverride._core.structure import LEAF, Constant, Node, alike, flatten, skeleton, unchanged, unflatten
+from gradoverride._core.structure import LEAF, Constant, alike, flatten, skeleton, unchanged, unflatten
 from gradoverride._core.tracers import FX, record_call, says_of, tracer_now
-from gradoverride.errors import ForwardResultError, RuleSignatureError, UnsupportedError
+from gradoverride._core.writes import Writes
+from gradoverride.errors import ForwardResultError, UnsupportedError
 
 __all__ = ["ForwardPass", "differentiate", "tie"]
 
@@ -115,8 +114,7 @@ def tie(plan: Plan, layout: Layout, values: Sequence[Any], result: Any, rule: An
         return result
     call = Call(plan, layout, mode, rule)
     leaves = call.take_apart(values)
-    forward_pass = ForwardPass(call, None, None, leaves, values)
-    forward_pass.versions = [None] * len(leaves)  # nothing ran on them
+    forward_pass = ForwardPass(call, None, None, leaves, values, on_leaves=True)
     return forward_pass.finish(leaves, result, {})
 
 
@@ -148,10 +146,21 @@ def _mode(plan: Plan) -> str | None:
 
 
 class ForwardPass:
-    """The forward of `call`."""
+    """The forward of `call`.
+
+    Of one that has run already, the versions `before` it (see `Writes`); and whether it ran `on_leaves`, on its
+    arguments as they are, for it can reach no other tensor (`reach.py`).
+    """
 
     def __init__(
-        self, call: Call, module: nn.Module | None, receiver: Any, leaves: list[Tensor], values: Sequence[Any]
+        self,
+        call: Call,
+        module: nn.Module | None,
+        receiver: Any,
+        leaves: list[Tensor],
+        values: Sequence[Any],
+        before: Sequence[int | None] | None = None,
+        on_leaves: bool = False,
     ) -> None:
         self.call = call
         self.plan = call.plan
@@ -160,23 +169,16 @@ class ForwardPass:
         self.receiver = receiver
         self.leaves = leaves
         self.values = values
-        self.buffers_before: dict[str, Tensor] = {}
-        self.attributes_before: Attributes = {}
+        self.on_leaves = on_leaves
+        self.writes = Writes(call, leaves, before)
         self.buffer_versions: dict[str, int | None] = {}
-        # By leaf, its version before the forward: where that ran on the leaves themselves (`reach.py`), and then
-        # where a gradient is wanted for it.
-        self.versions: list[int | None] | None = None
-        # By alias, and then by other tensor that the rule asks for, its version before the forward: where that may
-        # write, and where the alias counts together with the leaf.
-        self.before: Sequence[int | None] | None = None
-        self.asked_besides: list[tuple[str, Tensor]] = []  # those others, which have no gradient, by argument
 
     def run(self) -> Any:
         """The forward on aliases, and its result tied to the rule."""
         call, plan, mode = self.call, self.plan, self.mode
         keeps = plan.asks_vjp or not all([param.asked for param in call.aliased])
         sources = [*self.leaves, *[param.tensor for param in call.aliased]]
-        replay, shares = None, False
+        shares = False
         if not keeps:
             aliases = [self._alias(tensor) for tensor in sources]
         elif mode == EAGER:
@@ -189,17 +191,11 @@ class ForwardPass:
             aliases = call.graph.start(plan.forward_may_write)
         else:
             constants = [index for index, leaf in enumerate(self.leaves) if not _may_want_gradient(leaf)]
-            call.graph = replay = Replay(constants)
+            call.graph = Replay(call, self.module, self.receiver, constants)
             aliases = [self._alias(tensor) for tensor in sources]
-        if replay is not None and self.module is not None:
-            self.attributes_before = plain_attributes(self.module)
-            self.buffers_before = {name: value.clone() for name, value in self.module.named_buffers()}
         if plan.asks_module and self.module is not None and mode != TRACED:
             self.buffer_versions = {name: version_of(value) for name, value in self.module.named_buffers()}
-        if plan.forward_may_write:
-            self.asked_besides = self._asked_without_gradient() if plan.sources else []
-        if shares or (plan.forward_may_write and (mode != EAGER or self.asked_besides or not all(call.wanted))):
-            self.before = self._versions_of(aliases)
+        self.writes.watch(aliases, self.values, shares)
         result, residuals = self._forward(aliases)
         return self.finish(aliases, result, residuals)
 
@@ -211,15 +207,15 @@ class ForwardPass:
         if not outs:
             return self._without_gradient(result)
         if self.mode == EAGER:
-            outs = [_trackable(out) for out in outs]
+            outs = [trackable(out) for out in outs]
         if self.plan.straight_through:
             self._check_straight_through(result, outs)
         if self.plan.on_first_call is not None and self.mode == EAGER:
             self.plan.on_first_call(leaves[0], outs[0])
             self.plan.on_first_call = None
-        if self.versions is None:
+        if not self.on_leaves:
             self._refuse_captured(outs, aliases)
-        self._find_inputs_in(outs, aliases)
+        self.writes.find(outs, aliases)
         return self._tie(aliases, outs, residuals)
 
     def _alias(self, tensor: Tensor) -> Tensor:
@@ -229,27 +225,6 @@ class ForwardPass:
         if self.mode == TRACED and not tensor.requires_grad:
             return tensor
         return tensor.detach().clone() if self.plan.forward_may_write else tensor.detach()
-
-    def _versions_of(self, aliases: list[Tensor]) -> Sequence[int | None]:
-        tensors = [*aliases, *[tensor for _, tensor in self.asked_besides]]
-        if self.mode == TRACED:
-            return versions_while_tracing(tensors)
-        return [version_of(tensor) for tensor in tensors]
-
-    def _asked_without_gradient(self) -> list[tuple[str, Tensor]]:
-        """The tensors without a gradient among the arguments that the rule asks for."""
-        found = []
-        for index, name in enumerate(self.call.names):
-            if self.plan.sources.get(self._argument(name)) == "argument":
-                tensors: list[Tensor] = []
-                flatten(self.values[index], is_tensor, tensors)
-                found += [(name, tensor) for tensor in tensors if not is_differentiable(tensor)]
-        return found
-
-    def _argument(self, name: str) -> str:
-        """The name under which a rule asks for this value: those of `*args` and `**kwargs` have one for all."""
-        names, own = self.plan.forward.names, name.partition("[")[0]
-        return own if own in names or not names else names[-1]
 
     def _forward(self, aliases: list[Tensor]) -> tuple[Any, dict[str, Any]]:
         call, plan, module, receiver = self.call, self.plan, self.module, self.receiver
@@ -389,57 +364,6 @@ class ForwardPass:
             names = ", ".join(captured.captured_names(forward.fn, leaf, self.receiver, arguments))
             captured.refuse(forward.who, names, leaf)
 
-    def _find_inputs_in(self, outs: list[Tensor], aliases: list[Tensor]) -> None:
-        """Results that are arguments as they stand, and arguments that the forward wrote into."""
-        call, leaves = self.call, self.leaves
-        call.alias_of = [_place_in(aliases, call.n_leaves, out) for out in outs]
-        call.copies = []
-        before = self.versions if self.versions is not None and self.mode == EAGER else self.before
-        if before is None:
-            if self.mode != EAGER:
-                return
-            # Each alias has a version counter of its own.
-            before = [None if alias is leaf else 0 for alias, leaf in zip(aliases, leaves, strict=False)]
-        after = self._versions_of(aliases)
-        changed = [i for i, version in enumerate(before) if version is not None and after[i] != version]
-        if not changed:
-            return
-        returned = [leaves[index] for index in call.alias_of if index is not None]
-        written = [i for i in changed if i < call.n_leaves]
-        # A write into a tensor that was passed twice shows in both.
-        written = [i for i in written if i in call.alias_of or not any([leaves[i] is leaf for leaf in returned])]
-        for index in written:
-            name = call.name_of_leaf(index)
-            # What needs no gradient and was written into itself may be there to be written into.
-            if index not in call.alias_of and (aliases[index] is not leaves[index] or leaves[index].requires_grad):
-                fail(
-                    ForwardResultError,
-                    f"{self.plan.forward.who} writes into its argument '{name}' in place and must return it, so that "
-                    f"the rule has a gradient for what it became; it returned something else. Return '{name}', or "
-                    "work on a copy",
-                )
-            if self.plan.sources.get(self._argument(name)) == "argument":
-                self._refuse_overwritten(self._argument(name), name)
-            if self.plan.sources.get("input") == "reserved" and index < call.ends[call.holders[0]]:
-                self._refuse_overwritten("input", name)
-        for index in changed:
-            if index >= len(aliases):
-                name = self.asked_besides[index - len(aliases)][0]
-                self._refuse_overwritten(self._argument(name), name)
-        written = [index for index in written if index in call.alias_of]
-        if self.mode == EAGER:
-            call.dirty = written
-        else:
-            call.copies = written
-
-    def _refuse_overwritten(self, asked: str, name: str) -> None:
-        fail(
-            ForwardResultError,
-            f"{self.plan.forward.who} overwrites its argument '{name}' in place, and its rule "
-            f"{self.plan.rule.who} asks for '{asked}', whose value is gone by then. Ask for 'output', "
-            "hand a copy over by save_for_backward, or do not write in place",
-        )
-
     def _tie(self, aliases: list[Tensor], outs: list[Tensor], residuals: dict[str, Any]) -> Any:
         """Hand the tensors to the Function, and put its results into the structure of the forward's."""
         call, mode, leaves = self.call, self.mode, self.leaves
@@ -450,10 +374,17 @@ class ForwardPass:
                 inputs[index] = leaves[index].clone()
         if mode == TRACED:
             inputs = [distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
-        saver = _Saver(mode, inputs, outs, aliases)
-        self._collect(saver, residuals)
+        saver = Saver(call, inputs, outs, aliases)
+        saver.collect(self.module, self.values, residuals)
+        if self.plan.asks_module:
+            if self.module is not None:
+                call.keep_module(self.module, self.buffer_versions)
+            else:
+                call.receiver = self.receiver
         if isinstance(call.graph, Replay):
-            self._prepare_replay(saver, outs)
+            others = call.graph.ran(call, self.values, outs)
+            call.replay_slots = [saver.slot(index) for index in range(call.n_leaves + len(call.params))]
+            call.replay_slots += saver.extras(others)
         floating = saver.floating
         call.n_residuals = len(floating)
         if mode == TRACED and call.graph is not None:
@@ -501,184 +432,6 @@ class ForwardPass:
         for param in call.params:
             param.tensor = None
         return result
-
-    def _collect(self, saver: _Saver, residuals: dict[str, Any]) -> None:
-        """Find each value that the rule asks for, and say where its tensors are to be saved from."""
-        call, plan, module, values = self.call, self.plan, self.module, self.values
-        if call.unsettled:
-            call.settle_params(residuals)
-        own = {name: index for index, param in enumerate(call.params) for name in param.names}
-        sources = {**plan.jvp_sources, **plan.sources} if self.mode == TRANSFORMED else plan.sources
-        for name, source in sources.items():
-            if source == "argument":
-                indices = call.groups.get(name, ())
-                if name in call.groups and name != call.variadic:
-                    self._ask_argument(saver, name, indices[0])
-                elif name in call.groups:
-                    self._ask(saver, name, tuple(values[index] for index in indices))
-                else:  # **kwargs under its own name
-                    known, layout = set(plan.forward.names), call.layout
-                    named = zip(layout.keywords, values[layout.positional :], strict=True)
-                    self._ask(saver, name, {key: value for key, value in named if key not in known})
-            elif name in residuals:
-                self._ask(saver, name, residuals[name], handed_over=True)
-            elif module is not None and name in own:
-                self._ask(saver, name, saver.inputs[call.n_leaves + own[name]])
-            elif module is not None and name in call.frozen:
-                self._ask(saver, name, call.frozen[name])
-            elif module is not None and module._buffers.get(name) is not None:
-                self._ask(saver, name, module._buffers[name])
-            elif source == "reserved":
-                if name == "input":
-                    self._ask(saver, name, values[call.holders[0]] if call.holders else None)
-                elif name == "output":
-                    slots = [saver.slot(~k) for k in range(len(saver.outs))]
-                    call.asked.append(Asked(name, call.result, slots))
-            elif plan.rule.asks.get(name) or (plan.jvp is not None and plan.jvp.asks.get(name)):
-                more = [*residuals, *own, *call.frozen, *(module._buffers if module is not None else ())]
-                fail(RuleSignatureError, plan.unknown_name(name, *[key for key in more if "." not in key]))
-        call.given = {asked.name for asked in call.asked}
-        call.module_slots = {}
-        if module is not None and (plan.asks_module or plan.asks_params):
-            call.module_slots = {
-                name: saver.slot(call.n_leaves + index)
-                for index, param in enumerate(call.params)
-                for name in param.names
-            }
-        if module is not None and plan.asks_module:
-            call.keep_module(module, self.buffer_versions)
-        elif plan.asks_module:
-            call.receiver = self.receiver
-
-    def _ask_argument(self, saver: _Saver, name: str, index: int) -> None:
-        call = self.call
-        spec = call.specs[index]
-        if spec is LEAF or (type(spec) is Node and spec.bare):
-            places = range(call.ends[index - 1] if index else 0, call.ends[index])
-            call.asked.append(Asked(name, spec, [saver.slot(place) for place in places]))
-        else:  # tensors without a gradient may be in it, and values
-            self._ask(saver, name, self.values[index])
-
-    def _ask(self, saver: _Saver, name: str, value: Any, handed_over: bool = False) -> None:
-        tensors: list[Tensor] = []
-        spec = flatten(value, is_tensor, tensors)
-        if handed_over and self.mode != TRACED:
-            tensors = [_trackable(tensor) for tensor in tensors]
-        places = [saver.place(tensor, handed_over) for tensor in tensors]
-        self.call.asked.append(Asked(name, spec, [saver.slot(place) for place in places]))
-
-    def _prepare_replay(self, saver: _Saver, outs: Sequence[Tensor]) -> None:
-        """Keep what is needed to run the forward again on tensors that the backward is given."""
-        call, plan, module, receiver, values = self.call, self.plan, self.module, self.receiver, self.values
-        buffers = self.buffers_before
-        names = [param.names for param in call.params]
-        others: list[Tensor] = []
-        specs = []
-        for value in values:
-            tensors: list[Tensor] = []
-            specs.append((flatten(value, is_tensor, tensors), [is_differentiable(tensor) for tensor in tensors]))
-            others += [tensor for tensor in tensors if not is_differentiable(tensor)]
-        buffer_names = list(buffers)
-        others += list(buffers.values())
-        frozen = list(call.frozen)
-        others += [call.frozen[name] for name in frozen]
-        n_leaves, n_params = call.n_leaves, len(call.params)
-        call.replay_slots = [saver.slot(index) for index in range(n_leaves + n_params)]
-        call.replay_slots += [saver.slot(saver.extra(tensor)) for tensor in others]
-        alias_of = list(call.alias_of)
-        attributes = changed_since(self.attributes_before, module) if module is not None else {}
-
-        def forward(tensors: Sequence[Tensor]) -> list[Tensor]:
-            rest = iter(tensors[n_leaves + n_params :])
-            # Constants may be written into where no code shows it: running statistics are.
-            leaves = iter(
-                [
-                    tensor.clone() if plan.forward_may_write or index in call.graph.constants else tensor
-                    for index, tensor in enumerate(tensors[:n_leaves])
-                ]
-            )
-            arguments = []
-            for spec, kinds in specs:
-                parts = [next(leaves) if differentiable else next(rest) for differentiable in kinds]
-                arguments.append(unflatten(spec, iter(parts)))
-            inner = receiver
-            if module is not None:
-                given_params = dict(zip(map(tuple, names), tensors[n_leaves : n_leaves + n_params], strict=True))
-                swapped = {name: tensor for group, tensor in given_params.items() for name in group}
-                swapped.update({name: next(rest).clone() for name in buffer_names})
-                swapped.update({name: next(rest) for name in frozen})
-                inner = stand_in(module, swapped, attributes=attributes)
-            open_frame()
-            try:
-                result = plan.invoke(call.layout, inner, arguments)
-            finally:
-                close_frame()
-            outs: list[Tensor] = []
-            flatten(result, is_differentiable, outs)
-            return outs if len(outs) == len(alias_of) else []
-
-        call.graph.ran(forward, outs)
-
-
-class _Saver:
-    """Where the tensors that are saved come from: an input of the Function (its place) or an output (`~place`)."""
-
-    def __init__(self, mode: str, inputs: list[Tensor], outs: list[Tensor], aliases: list[Tensor]) -> None:
-        self.mode = mode
-        self.inputs = inputs
-        self.outs = outs
-        self.aliases = aliases
-        self.positions: list[int] = []
-        self.floating: list[Tensor] = []
-
-    def slot(self, place: int) -> int:
-        """The index among the saved tensors of what is at `place`."""
-        if place in self.positions:
-            return self.positions.index(place)
-        self.positions.append(place)
-        return len(self.positions) - 1
-
-    def place(self, tensor: Tensor, handed_over: bool) -> int:
-        """Where `tensor` is or becomes an input, or which output it is."""
-        for index, known in enumerate(self.inputs):
-            if known is tensor:
-                return index
-        if not handed_over:
-            return self.extra(tensor)
-        for index, out in enumerate(self.outs):
-            if out is tensor:
-                return ~index
-        for index, alias in enumerate(self.aliases):
-            if alias is tensor:
-                return index
-        # As an output of its own it is known to second derivatives, which compiled code has not.
-        if is_differentiable(tensor) and self.mode != TRACED:
-            for index, known in enumerate(self.floating):
-                if known is tensor:
-                    return ~(len(self.outs) + index)
-            self.floating.append(tensor)
-            return ~(len(self.outs) + len(self.floating) - 1)
-        return self.extra(tensor)
-
-    def extra(self, tensor: Tensor) -> int:
-        self.inputs.append(tensor)
-        return len(self.inputs) - 1
-
-    def extras(self, tensors: Sequence[Tensor]) -> list[int]:
-        return [self.slot(self.extra(tensor)) for tensor in tensors]
-
-
-def _place_in(tensors: Sequence[Tensor], count: int, wanted: Tensor) -> int | None:
-    """The last place among the first `count` where `wanted` itself stands."""
-    for index in range(count - 1, -1, -1):
-        if tensors[index] is wanted:
-            return index
-    return None
-
-
-def _trackable(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy if it was made in inference mode: to such a one torch gives no node, without a word."""
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _may_want_gradient(tensor: Tensor) -> bool:

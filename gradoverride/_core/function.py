@@ -42,6 +42,7 @@ __all__ = [
     "named",
     "plain_function",
     "refuse_lost",
+    "trackable",
 ]
 
 
@@ -77,6 +78,11 @@ def fresh(tensor: Tensor) -> Tensor:
     alias = tensor.detach()
     # A view stays one, so that torch refuses to write into it in place (it could not tell its base).
     return alias.view_as(alias) if tensor._is_view() else alias
+
+
+def trackable(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy if it was made in inference mode: to such a one torch gives no node, without a word."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 class Alias(Function):

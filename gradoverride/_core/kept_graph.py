@@ -11,22 +11,19 @@ gradients. What must hold, and how:
 - An argument that requires no grad is a constant to the graph, as it is to torch, which has no derivative for some
   of them (running statistics, the weights of classes): `vjp` gives zeros for it.
 - Under Dynamo the same graph is traced, with the aliases and the results as saved tensors.
-- Under torch.func a graph does not outlive its transform: there, and only there, the forward runs again in the
-  backward, with the same random numbers and on copies of the buffers.
+- Under torch.func a graph does not outlive its transform: see `replay.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.func import debug_unwrap
 
-from gradoverride._core.ambient import RandomState
 from gradoverride._core.captured import foreign_leaf
 from gradoverride._core.contract import Meta, shape_text
 from gradoverride._core.function import TOKEN, Carry, Cut, Lifted, Tail, TracedCut, refuse_lost
@@ -43,7 +40,7 @@ from gradoverride._core.private import (
 )
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["KeptGraph", "Replay", "TracedGraph", "distinct", "is_hooked", "outer_of", "shares_versions"]
+__all__ = ["KeptGraph", "TracedGraph", "distinct", "is_hooked", "outer_of", "shares_versions"]
 
 _cut = fast_apply(Cut)
 _carry = fast_apply(Carry)
@@ -329,93 +326,3 @@ class TracedGraph:
 def distinct(tensor: Tensor, before: Sequence[Tensor]) -> Tensor:
     """Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604)."""
     return tensor.view_as(tensor) if any(tensor is other for other in before) else tensor
-
-
-class Replay:
-    """Under torch.func: the forward, to be run again on the tensors that the backward is given."""
-
-    __slots__ = ("constants", "drew", "first", "forward", "random", "versions")
-
-    def __init__(self, constants: Sequence[int]) -> None:
-        """`constants`: the places of tensors without a gradient."""
-        self.constants = constants
-        self.first: list[Tensor] = []
-        self.versions: list[int] = []
-        self.random = RandomState()
-        self.drew = False
-        self.forward: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
-
-    def ran(self, forward: Callable[[Sequence[Tensor]], list[Tensor]], results: Sequence[Tensor]) -> None:
-        """The forward has run and gave `results`; `forward` runs it again on other tensors and gives those again."""
-        self.forward = forward
-        self.first = [debug_unwrap(result) for result in results]
-        self.versions = [_writes(one) for one in self.first]
-        self.drew = self.random.differs()
-
-    def pull(self, tensors: Sequence[Tensor], grads: Sequence[Tensor], which: Sequence[int], who: str) -> list[Tensor]:
-        """The gradients of the tensors `which`, for the gradients `grads` of the results."""
-        forward = self.forward
-        if forward is None:
-            raise AssertionError("a replay is asked for before the forward has run")
-
-        asked = [index for index in which if index not in self.constants]
-
-        def part(*chosen: Tensor) -> tuple[Tensor, ...]:
-            given = list(tensors)
-            for index, tensor in zip(asked, chosen, strict=True):
-                given[index] = tensor
-            return tuple(forward(given))
-
-        chosen = [tensors[index] for index in asked]
-        try:
-            if self.drew:
-                with self.random.replayed():
-                    again, pullback, *_ = torch.func.vjp(part, *chosen)
-            else:
-                again, pullback, *_ = torch.func.vjp(part, *chosen)
-        except RuntimeError as error:
-            if not self.drew or "random" not in str(error):
-                raise
-            fail(
-                UnsupportedError,
-                f"{who} draws random numbers, and this transform allows no replay of them: {error}",
-            )
-        self._compare(again, who)
-        found = iter(pullback(tuple(grads)))
-        return [torch.zeros_like(tensors[i]) if i in self.constants else next(found) for i in which]
-
-    def _compare(self, again: Sequence[Tensor], who: str) -> None:
-        """What is no state that is known of (a generator of one's own) shows in another result."""
-        if in_modes():  # there may be no values
-            return
-        for first, version, result in zip(self.first, self.versions, again, strict=False):
-            now = debug_unwrap(result)
-            if _writes(first) == version and now.shape == first.shape and not _alike(first.detach(), now.detach()):
-                fail(
-                    UnsupportedError,
-                    f"{who} must give the same result when torch.func has it run again for the gradient that is "
-                    "autograd's own ('vjp', or of parameters left to it); it gave another. Let it draw from the "
-                    "default generators, keep what it counts in attributes or buffers of its module, or ask for no "
-                    "'vjp' and answer for every parameter",
-                )
-
-
-def _alike(first: Tensor, again: Tensor) -> bool:
-    """Whether two results are the same, up to the order in which they are summed up, and in which a batch lies."""
-    if first.is_meta or not first.numel() or first.layout is not torch.strided:
-        return True
-    if first.is_cuda and torch.cuda.is_current_stream_capturing():
-        return True
-    if first.is_complex():
-        first, again = torch.view_as_real(first.resolve_conj()), torch.view_as_real(again.resolve_conj())
-    tolerance = max(torch.finfo(first.dtype).eps ** 0.5, 1e-5)
-    if first.dtype.itemsize < 4:
-        first, again = first.float(), again.float()
-    near: dict[str, Any] = {"rtol": tolerance, "atol": tolerance * float(first.abs().max()), "equal_nan": True}
-    if bool(torch.allclose(first, again, **near)):
-        return True
-    return bool(torch.allclose(first.flatten().sort()[0], again.flatten().sort()[0], **near))
-
-
-def _writes(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

@@ -292,17 +292,16 @@ class ShortFunction:
         given: list[Tensor],
         result: Any,
         graph: KeptGraph | None,
-        versions: list[int | None] | None,
-        before: list[int | None] | None = None,
+        before: list[int | None] | None,
+        on_leaves: bool = False,
     ) -> Any:
-        """The general path, for a forward that has run: on its arguments as they are if there are `versions`."""
+        """The general path, for a forward that has run. `before`, `on_leaves`: see `ForwardPass`."""
         call = Call(self.plan, self.layout, self.mode)
         call.graph = graph
         leaves = call.take_apart(values)
         if receiver is not None:
             call.find_params(receiver)
-        forward_pass = ForwardPass(call, receiver, receiver, leaves, values)
-        forward_pass.versions, forward_pass.before = versions, before
+        forward_pass = ForwardPass(call, receiver, receiver, leaves, values, before, on_leaves)
         return forward_pass.finish(given, result, {})
 
     def check(self, ctx: Any, answer: Any, like: list[Tensor]) -> tuple[Any, ...]:

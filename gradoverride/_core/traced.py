@@ -92,12 +92,12 @@ class TracedPath:
             lines += [f"if not ({wanted}):", f"    return {self.function.called(arguments, receiver)}"]
         if plan.takes_receiver:
             lines += ["with _go_no_grad():", f"    _go_result = {self.function.called(arguments, receiver)}"]
-            given, versions, unusual = tensors, f"[{', '.join('None' for _ in tensors)}]", []
+            given, unusual = tensors, []
         else:
             aliases = [f"_go_{name}_alias" if name in tensors else name for name in arguments]
             lines += [f"_go_{name}_alias = {name}.detach()" for name in tensors]
             lines += [f"_go_result = {self.function.called(aliases, receiver)}"]
-            given, versions = [f"_go_{name}_alias" for name in tensors], "None"
+            given = [f"_go_{name}_alias" for name in tensors]
             unusual = [] if plan.reach is not None else ["_go_result.requires_grad"]
         unusual = ["not _go_is_tensor(_go_result)", "not _go_result.is_floating_point()", *unusual]
         unusual += [f"_go_result is {name}" for name in given]
@@ -105,6 +105,6 @@ class TracedPath:
         return [
             *lines,
             f"if {' or '.join(unusual)}:",
-            f"    return _go_traced_finish({receiver}, {found}, None, {versions})",
+            f"    return _go_traced_finish({receiver}, {found}, None, None, {plan.takes_receiver})",
             f"return _go_Function.apply(_go_result, {', '.join(inputs)})",
         ]

@@ -1,0 +1,165 @@
+"""The gradient without the rule under torch.func, where a graph does not outlive its transform.
+
+There, and only there, the forward runs again in the backward: on the tensors that the backward is given, with the same
+random numbers, and on copies of the buffers and the attributes as they were. That its result is the same is looked at,
+for a state that nobody knows of (a generator of one's own) shows in nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import debug_unwrap
+
+from gradoverride._core.ambient import RandomState
+from gradoverride._core.call import Call, is_differentiable, is_tensor
+from gradoverride._core.private import fail, in_modes
+from gradoverride._core.residuals import close_frame, open_frame
+from gradoverride._core.standin import changed_since, plain_attributes, stand_in
+from gradoverride._core.structure import flatten, unflatten
+from gradoverride.errors import UnsupportedError
+
+__all__ = ["Replay"]
+
+
+class Replay:
+    """One forward, to be run again."""
+
+    def __init__(self, call: Call, module: nn.Module | None, receiver: Any, constants: Sequence[int]) -> None:
+        """Before the forward. `constants`: the places of tensors without a gradient."""
+        self.plan = call.plan
+        self.layout = call.layout
+        self.module = module
+        self.receiver = receiver
+        self.constants = constants
+        self.attributes: Any = {} if module is None else plain_attributes(module)
+        self.buffers: dict[str, Tensor] = {}
+        if module is not None:
+            self.buffers = {name: value.clone() for name, value in module.named_buffers()}
+        self.random = RandomState()
+
+    def ran(self, call: Call, values: Sequence[Any], results: Sequence[Tensor]) -> list[Tensor]:
+        """The forward has run on `values` and gave `results`. To be saved beside the tensors of the call: what this
+        returns.
+        """
+        self.drew = self.random.differs()
+        self.first = [debug_unwrap(result) for result in results]
+        self.versions = [_writes(one) for one in self.first]
+        if self.module is not None:
+            self.attributes = changed_since(self.attributes, self.module)
+        self.n_leaves = call.n_leaves
+        self.params = [param.names for param in call.params]
+        # By argument, its structure, and by tensor in it whether it is one of the leaves.
+        self.arguments: list[tuple[Any, list[bool]]] = []
+        others: list[Tensor] = []
+        for value in values:
+            tensors: list[Tensor] = []
+            spec = flatten(value, is_tensor, tensors)
+            self.arguments.append((spec, [is_differentiable(tensor) for tensor in tensors]))
+            others += [tensor for tensor in tensors if not is_differentiable(tensor)]
+        others += [*self.buffers.values(), *call.frozen.values()]
+        self.copied, self.frozen = list(self.buffers), list(call.frozen)
+        self.buffers = {}  # torch is to save them
+        return others
+
+    def pull(self, tensors: Sequence[Tensor], grads: Sequence[Tensor], which: Sequence[int]) -> list[Tensor]:
+        """The gradients of the tensors `which`, for the gradients `grads` of the results."""
+        asked = [index for index in which if index not in self.constants]
+
+        def part(*chosen: Tensor) -> tuple[Tensor, ...]:
+            given = list(tensors)
+            for index, tensor in zip(asked, chosen, strict=True):
+                given[index] = tensor
+            return tuple(self._forward(given))
+
+        chosen = [tensors[index] for index in asked]
+        try:
+            if self.drew:
+                with self.random.replayed():
+                    again, pullback, *_ = torch.func.vjp(part, *chosen)
+            else:
+                again, pullback, *_ = torch.func.vjp(part, *chosen)
+        except RuntimeError as error:
+            if not self.drew or "random" not in str(error):
+                raise
+            fail(
+                UnsupportedError,
+                f"{self.plan.forward.who} draws random numbers, and this transform allows no replay of them: {error}",
+            )
+        self._compare(again)
+        found = iter(pullback(tuple(grads)))
+        return [torch.zeros_like(tensors[i]) if i in self.constants else next(found) for i in which]
+
+    def _forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The forward on the tensors that were saved, in their order: what is differentiable in its result."""
+        plan = self.plan
+        given = iter(tensors)
+        # Constants may be written into where no code shows it: running statistics are.
+        leaves = [next(given) for _ in range(self.n_leaves)]
+        leaves = [
+            leaf.clone() if plan.forward_may_write or index in self.constants else leaf
+            for index, leaf in enumerate(leaves)
+        ]
+        swapped = {name: tensor for names in self.params for tensor in (next(given),) for name in names}
+        arguments = []
+        rest = iter(leaves)
+        for spec, kinds in self.arguments:
+            parts = [next(rest) if differentiable else next(given) for differentiable in kinds]
+            arguments.append(unflatten(spec, iter(parts)))
+        inner = self.receiver
+        if self.module is not None:
+            swapped.update({name: next(given).clone() for name in self.copied})
+            swapped.update({name: next(given) for name in self.frozen})
+            inner = stand_in(self.module, swapped, attributes=self.attributes)
+        open_frame()
+        try:
+            result = plan.invoke(self.layout, inner, arguments)
+        finally:
+            close_frame()
+        outs: list[Tensor] = []
+        flatten(result, is_differentiable, outs)
+        return outs
+
+    def _compare(self, again: Sequence[Tensor]) -> None:
+        """What is no state that is known of (a generator of one's own) shows in another result."""
+        results = [debug_unwrap(result) for result in again]
+        same = len(results) == len(self.first)
+        if same and not in_modes():  # in which there may be no values
+            same = all([_same(*pair) for pair in zip(self.first, self.versions, results, strict=True)])
+        if not same:
+            fail(
+                UnsupportedError,
+                f"{self.plan.forward.who} must give the same result when torch.func has it run again for the gradient "
+                "that is autograd's own ('vjp', or of parameters left to it); it gave another. Let it draw from the "
+                "default generators, keep what it counts in attributes or buffers of its module, or ask for no 'vjp' "
+                "and answer for every parameter",
+            )
+
+
+def _same(first: Tensor, version: int, now: Tensor) -> bool:
+    """Whether a result is the first one again, unless that cannot be told: it was written into, or is of a batch."""
+    return _writes(first) != version or now.shape != first.shape or _alike(first.detach(), now.detach())
+
+
+def _alike(first: Tensor, again: Tensor) -> bool:
+    """Whether two results are the same, up to the order in which they are summed up, and in which a batch lies."""
+    if first.is_meta or not first.numel() or first.layout is not torch.strided:
+        return True
+    if first.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True
+    if first.is_complex():
+        first, again = torch.view_as_real(first.resolve_conj()), torch.view_as_real(again.resolve_conj())
+    tolerance = max(torch.finfo(first.dtype).eps ** 0.5, 1e-5)
+    if first.dtype.itemsize < 4:
+        first, again = first.float(), again.float()
+    near: dict[str, Any] = {"rtol": tolerance, "atol": tolerance * float(first.abs().max()), "equal_nan": True}
+    if bool(torch.allclose(first, again, **near)):
+        return True
+    return bool(torch.allclose(first.flatten().sort()[0], again.flatten().sort()[0], **near))
+
+
+def _writes(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,126 @@
+"""What a rule asks for, on its way to the backward: where each value is found, and its tensors are saved from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradoverride._core.call import TRACED, TRANSFORMED, Asked, Call, is_differentiable, is_tensor
+from gradoverride._core.function import trackable
+from gradoverride._core.private import fail
+from gradoverride._core.structure import LEAF, Node, flatten
+from gradoverride.errors import RuleSignatureError
+
+__all__ = ["Saver"]
+
+
+class Saver:
+    """Where the tensors that are saved come from: an input of the Function (its place) or an output (`~place`)."""
+
+    def __init__(self, call: Call, inputs: list[Tensor], outs: list[Tensor], aliases: list[Tensor]) -> None:
+        self.call = call
+        self.plan = call.plan
+        self.inputs = inputs
+        self.outs = outs
+        self.aliases = aliases
+        self.positions: list[int] = []
+        self.floating: list[Tensor] = []
+
+    def collect(self, module: nn.Module | None, values: Sequence[Any], residuals: dict[str, Any]) -> None:
+        """Find each value that the rule asks for, and say where its tensors are to be saved from."""
+        call, plan = self.call, self.plan
+        if call.unsettled:
+            call.settle_params(residuals)
+        own = {name: index for index, param in enumerate(call.params) for name in param.names}
+        sources = {**plan.jvp_sources, **plan.sources} if call.mode == TRANSFORMED else plan.sources
+        for name, source in sources.items():
+            if source == "argument":
+                indices = call.groups.get(name, ())
+                if name in call.groups and name != call.variadic:
+                    self._ask_argument(name, values[indices[0]], indices[0])
+                elif name in call.groups:
+                    self._ask(name, tuple(values[index] for index in indices))
+                else:  # **kwargs under its own name
+                    known, layout = set(plan.forward.names), call.layout
+                    named = zip(layout.keywords, values[layout.positional :], strict=True)
+                    self._ask(name, {key: value for key, value in named if key not in known})
+            elif name in residuals:
+                self._ask(name, residuals[name], handed_over=True)
+            elif module is not None and name in own:
+                self._ask(name, self.inputs[call.n_leaves + own[name]])
+            elif module is not None and name in call.frozen:
+                self._ask(name, call.frozen[name])
+            elif module is not None and module._buffers.get(name) is not None:
+                self._ask(name, module._buffers[name])
+            elif source == "reserved":
+                if name == "input":
+                    self._ask(name, values[call.holders[0]] if call.holders else None)
+                elif name == "output":
+                    slots = [self.slot(~k) for k in range(len(self.outs))]
+                    call.asked.append(Asked(name, call.result, slots))
+            elif plan.rule.asks.get(name) or (plan.jvp is not None and plan.jvp.asks.get(name)):
+                more = [*residuals, *own, *call.frozen, *(module._buffers if module is not None else ())]
+                fail(RuleSignatureError, plan.unknown_name(name, *[key for key in more if "." not in key]))
+        call.given = {asked.name for asked in call.asked}
+        call.module_slots = {}
+        if module is not None and (plan.asks_module or plan.asks_params):
+            call.module_slots = {
+                name: self.slot(call.n_leaves + index)
+                for index, param in enumerate(call.params)
+                for name in param.names
+            }
+
+    def _ask_argument(self, name: str, value: Any, index: int) -> None:
+        call = self.call
+        spec = call.specs[index]
+        if spec is LEAF or (type(spec) is Node and spec.bare):
+            places = range(call.ends[index - 1] if index else 0, call.ends[index])
+            call.asked.append(Asked(name, spec, [self.slot(place) for place in places]))
+        else:  # tensors without a gradient may be in it, and values
+            self._ask(name, value)
+
+    def _ask(self, name: str, value: Any, handed_over: bool = False) -> None:
+        tensors: list[Tensor] = []
+        spec = flatten(value, is_tensor, tensors)
+        if handed_over and self.call.mode != TRACED:
+            tensors = [trackable(tensor) for tensor in tensors]
+        places = [self.place(tensor, handed_over) for tensor in tensors]
+        self.call.asked.append(Asked(name, spec, [self.slot(place) for place in places]))
+
+    def slot(self, place: int) -> int:
+        """The index among the saved tensors of what is at `place`."""
+        if place in self.positions:
+            return self.positions.index(place)
+        self.positions.append(place)
+        return len(self.positions) - 1
+
+    def place(self, tensor: Tensor, handed_over: bool) -> int:
+        """Where `tensor` is or becomes an input, or which output it is."""
+        for index, known in enumerate(self.inputs):
+            if known is tensor:
+                return index
+        if not handed_over:
+            return self.extra(tensor)
+        for index, out in enumerate(self.outs):
+            if out is tensor:
+                return ~index
+        for index, alias in enumerate(self.aliases):
+            if alias is tensor:
+                return index
+        # As an output of its own it is known to second derivatives, which compiled code has not.
+        if is_differentiable(tensor) and self.call.mode != TRACED:
+            for index, known in enumerate(self.floating):
+                if known is tensor:
+                    return ~(len(self.outs) + index)
+            self.floating.append(tensor)
+            return ~(len(self.outs) + len(self.floating) - 1)
+        return self.extra(tensor)
+
+    def extra(self, tensor: Tensor) -> int:
+        self.inputs.append(tensor)
+        return len(self.inputs) - 1
+
+    def extras(self, tensors: Sequence[Tensor]) -> list[int]:
+        return [self.slot(self.extra(tensor)) for tensor in tensors]

@@ -1,0 +1,118 @@
+"""What a forward wrote into, as the version counters of its tensors tell.
+
+A rule that asks for a value that is gone by its backward is refused, and so is a write that no result shows: there
+would be no gradient for what the argument became.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gradoverride._core.call import EAGER, TRACED, Call, is_differentiable, is_tensor
+from gradoverride._core.private import fail, version_of, versions_while_tracing
+from gradoverride._core.structure import flatten
+from gradoverride.errors import ForwardResultError
+
+__all__ = ["Writes"]
+
+
+class Writes:
+    """The versions of the tensors of one forward, before and after it.
+
+    `before`: by alias, and then by other tensor that the rule asks for, its version before the forward, None where it
+    does not count. None for all in eager mode: each alias has a version counter of its own, which begins at 0.
+    """
+
+    def __init__(self, call: Call, leaves: list[Tensor], before: Sequence[int | None] | None) -> None:
+        self.call = call
+        self.plan = call.plan
+        self.leaves = leaves
+        self.before = before
+        self.besides: list[tuple[str, Tensor]] = []  # those others, which have no gradient, by argument
+
+    def watch(self, aliases: list[Tensor], values: Sequence[Any], shares: bool) -> None:
+        """The forward is about to run on `aliases`, which count writes together with their leaves if it `shares`."""
+        call, may_write = self.call, self.plan.forward_may_write
+        if may_write and self.plan.sources:
+            for name, value in zip(call.names, values, strict=True):
+                if self._asks_for(name):
+                    tensors: list[Tensor] = []
+                    flatten(value, is_tensor, tensors)
+                    self.besides += [(name, tensor) for tensor in tensors if not is_differentiable(tensor)]
+        if shares or (may_write and (call.mode != EAGER or self.besides or not all(call.wanted))):
+            self.before = self._versions(aliases)
+
+    def find(self, outs: list[Tensor], aliases: list[Tensor]) -> None:
+        """The forward has run: note the results that are arguments as they stand, and the arguments written into."""
+        call, leaves, before = self.call, self.leaves, self.before
+        call.alias_of = [_place_in(aliases, call.n_leaves, out) for out in outs]
+        call.copies = []
+        if before is None:
+            if call.mode != EAGER:
+                return
+            before = [None if alias is leaf else 0 for alias, leaf in zip(aliases, leaves, strict=False)]
+        after = self._versions(aliases)
+        changed = [i for i, version in enumerate(before) if version is not None and after[i] != version]
+        if not changed:
+            return
+        returned = [leaves[index] for index in call.alias_of if index is not None]
+        written = [i for i in changed if i < call.n_leaves]
+        # A write into a tensor that was passed twice shows in both.
+        written = [i for i in written if i in call.alias_of or not any([leaves[i] is leaf for leaf in returned])]
+        for index in written:
+            name = call.name_of_leaf(index)
+            # What needs no gradient and was written into itself may be there to be written into.
+            if index not in call.alias_of and (aliases[index] is not leaves[index] or leaves[index].requires_grad):
+                fail(
+                    ForwardResultError,
+                    f"{self.plan.forward.who} writes into its argument '{name}' in place and must return it, so that "
+                    f"the rule has a gradient for what it became; it returned something else. Return '{name}', or "
+                    "work on a copy",
+                )
+            if self._asks_for(name):
+                self._refuse_overwritten(self._argument(name), name)
+            if self.plan.sources.get("input") == "reserved" and index < call.ends[call.holders[0]]:
+                self._refuse_overwritten("input", name)
+        for index in changed:
+            if index >= len(aliases):
+                name = self.besides[index - len(aliases)][0]
+                self._refuse_overwritten(self._argument(name), name)
+        written = [index for index in written if index in call.alias_of]
+        if call.mode == EAGER:
+            call.dirty = written
+        else:
+            call.copies = written
+
+    def _versions(self, aliases: list[Tensor]) -> Sequence[int | None]:
+        tensors = [*aliases, *[tensor for _, tensor in self.besides]]
+        if self.call.mode == TRACED:
+            return versions_while_tracing(tensors)
+        return [version_of(tensor) for tensor in tensors]
+
+    def _asks_for(self, name: str) -> bool:
+        """Whether the rule asks for this argument."""
+        return self.plan.sources.get(self._argument(name)) == "argument"
+
+    def _argument(self, name: str) -> str:
+        """The name under which a rule asks for this value: those of `*args` and `**kwargs` have one for all."""
+        names, own = self.plan.forward.names, name.partition("[")[0]
+        return own if own in names or not names else names[-1]
+
+    def _refuse_overwritten(self, asked: str, name: str) -> None:
+        fail(
+            ForwardResultError,
+            f"{self.plan.forward.who} overwrites its argument '{name}' in place, and its rule "
+            f"{self.plan.rule.who} asks for '{asked}', whose value is gone by then. Ask for 'output', "
+            "hand a copy over by save_for_backward, or do not write in place",
+        )
+
+
+def _place_in(tensors: Sequence[Tensor], count: int, wanted: Tensor) -> int | None:
+    """The last place among the first `count` where `wanted` itself stands."""
+    for index in range(count - 1, -1, -1):
+        if tensors[index] is wanted:
+            return index
+    return None
