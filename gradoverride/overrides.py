@@ -19,7 +19,6 @@ from torch import nn
 
 from gradoverride._core import everywhere
 from gradoverride._core.class_patch import calls_on_class, check_class
-from gradoverride._core.function_mode import calls_of
 from gradoverride._core.functions import name_of_function
 from gradoverride._core.layers import FunctionLayer, Layer, next_order
 from gradoverride._core.overridden import (
@@ -287,12 +286,12 @@ def explain(model: nn.Module | None = None) -> Table:
             for function in functions_of(module):
                 if function not in seen:
                     seen.add(function)
-                    rows.append(_row(path, class_of(module).__name__, function, calls_of(function)))
+                    rows.append(_row(path, class_of(module).__name__, function, function.known_calls))
     else:
         for target, layer in everywhere.classes:
             rows.append(_row(EVERYWHERE, target.value.__name__, layer, calls_on_class(layer)))
     for function in everywhere.functions:
-        rows.append(_row(EVERYWHERE, "", function, calls_of(function)))
+        rows.append(_row(EVERYWHERE, "", function, function.known_calls))
     return Table(rows)
 
 

@@ -11,7 +11,6 @@ from gradoverride._core.function_mode import quieted, scoped
 from gradoverride._core.functions import ANY, calls_that_are
 from gradoverride._core.layers import FunctionLayer, FunctionRule, Layer, Order
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import in_reentrant_checkpoint
 from gradoverride._core.signature import Forward, Rule, passing
 from gradoverride._core.targets import RECORD
 from gradoverride._core.wrapper import make_wrapper
@@ -108,7 +107,7 @@ class Chain:
             plan = Plan(forward_of(base, forward), rule)
             plan.on_trace, plan.marked = on_trace, True
             if rule is found.rules[-1]:  # which is called first
-                plan.on_unrecorded = _unrecorded
+                plan.on_unrecorded = _note_unrecorded
             forward = make_wrapper(plan, forward)
         if found.quiet and found.rules:
             forward = quieted(forward, found.quiet)
@@ -125,12 +124,11 @@ def chain_of(base: Any, found: Links) -> Chain:
     return passing(rules).once(key, lambda: Chain(base, innermost, found))
 
 
-def _unrecorded(module: Any) -> None:
-    """A call of a module that records no graph: a checkpoint may be about to run it again."""
+def _note_unrecorded(module: Any) -> None:
+    """A call of a module records no graph."""
     record = module.__dict__.get(RECORD)
-    if record is not None:
-        record.tally.unrecorded += 1
-        record.tally.awaited += in_reentrant_checkpoint()
+    for one in everywhere.layers_on(type(module)) if record is None else (record, *record.counted):
+        one.tally.note_unrecorded()
 
 
 def _functions_on(module: Any) -> Sequence[FunctionLayer]:

@@ -50,7 +50,7 @@ class _Patch:
             run = runs.get(type(self), original)
             if not compiling():
                 for layer in counted.get(type(self), ()):
-                    layer.calls += 1
+                    layer.tally.calls += 1
             return run(self, *args, **kwargs)
 
         self.forward = functools.update_wrapper(forward, original, updated=())
@@ -143,7 +143,7 @@ def calls_on_class(layer: Layer) -> int | None:
         for patch in _patches.values()
         for cls, chain in patch.chains.items()
     )
-    return layer.calls or (None if traced else 0)
+    return layer.tally.known(traced=traced)
 
 
 def refresh() -> None:

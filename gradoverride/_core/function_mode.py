@@ -15,20 +15,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling as compiling
 from torch.overrides import TorchFunctionMode
 
 from gradoverride._core import everywhere
-from gradoverride._core.functions import every_spelling, reaching, spellings, turned
+from gradoverride._core.functions import every_spelling, opened, reaching, spellings, turned
 from gradoverride._core.layers import FunctionLayer, FunctionRule
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import dynamo_shows, fail, in_reentrant_checkpoint, is_compiled_graph, let_dynamo_show
+from gradoverride._core.private import dynamo_shows, fail, in_checkpoint_replay, is_compiled_graph, let_dynamo_show
 from gradoverride._core.signature import Forward, passing
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
-__all__ = ["FunctionMode", "awaits_replay", "calls_of", "count", "here", "mode_of", "quieted", "scoped"]
+__all__ = ["FunctionMode", "count", "here", "mode_of", "note_unrecorded", "quieted", "scoped"]
 
 
 class _Here(threading.local):
@@ -72,10 +73,40 @@ class FunctionMode(TorchFunctionMode):
         if body is not None:
             with self:
                 return body(*args, **kwargs)
+        if self.runs and _runs_backward(func, types) and not compiling():
+            with _InBackward(self):
+                return opened(func)(*args, **kwargs)
         if compiling():
             name = getattr(func, "__name__", "")
             if getattr(Tensor, name, None) is func:  # Dynamo knows the methods of a tensor, not what is behind some
                 return getattr(args[0], name)(*args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+
+def _runs_backward(func: Any, types: Any) -> bool:
+    """Whether this is a backward pass, which is none of a subclass of tensors that has its own way."""
+    return func in _RUNNING_BACKWARDS and all([one in (Tensor, nn.Parameter) for one in types])
+
+
+_RUNNING_BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+
+
+class _InBackward(TorchFunctionMode):
+    """A mode for as long as a backward pass runs: for checkpoints, which run their blocks again. What a rule calls
+    there is its own.
+    """
+
+    def __init__(self, mode: FunctionMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _runs_backward(func, types):
+            with self:
+                return opened(func)(*args, **kwargs)
+        if (func in self.mode.runs or func in self.mode.bodies) and in_checkpoint_replay():
+            return self.mode.__torch_function__(func, types, args, kwargs)
         return func(*args, **kwargs)
 
 
@@ -155,7 +186,7 @@ def _under(key: FunctionRule, forward: Callable[..., Any]) -> Callable[..., Any]
         return refuse
     plan.marked = True
     plan.on_trace = functools.partial(_traced, key)
-    plan.on_unrecorded = functools.partial(_unrecorded, key)
+    plan.on_unrecorded = functools.partial(note_unrecorded, key)
     return make_wrapper(plan, forward)
 
 
@@ -168,18 +199,11 @@ def _traced(key: FunctionRule) -> None:
     key.note_trace()
 
 
-def _unrecorded(key: FunctionRule, _: Any) -> None:
-    """A call that records no graph: a checkpoint may be about to run it again."""
-    again = in_reentrant_checkpoint()
+def note_unrecorded(key: FunctionRule, _: Any = None) -> None:
+    """A call under this rule records no graph."""
     for layer in (*here.layers, *everywhere.functions):
         if layer.key is key:
-            layer.unrecorded += 1
-            layer.awaited += again
-
-
-def awaits_replay(layer: FunctionLayer) -> bool:
-    """Whether a reentrant checkpoint is still to run calls under this layer again."""
-    return layer.awaited > layer.calls - layer.unrecorded
+            layer.tally.note_unrecorded()
 
 
 _USED_BY_THE_ENGINE = frozenset({"clone", "copy", "detach", "view_as", "zeros_like", "ones_like", "as_subclass"})
@@ -197,16 +221,11 @@ def _is_not_of_the_model(caller: FrameType, internal: bool) -> bool:
     return filename.startswith("<eval_with_key>") and is_compiled_graph(caller)
 
 
-def calls_of(layer: FunctionLayer) -> int | None:
-    """How often the function was called under this layer. None if that is not known: compiled code does not count."""
-    return layer.calls or (None if layer.key.traced else 0)
-
-
 def count(keys: list[FunctionRule]) -> None:
     """Count a call under these rules."""
     for layer in (*here.layers, *everywhere.functions):
         if layer.key in keys:
-            layer.calls += 1
+            layer.tally.calls += 1
 
 
 # --- around modules

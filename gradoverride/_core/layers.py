@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gradoverride._core.signature import Rule
+from gradoverride._core.tally import Tally
 
 __all__ = ["FunctionLayer", "FunctionRule", "Layer", "Order", "next_order"]
 
@@ -39,15 +40,15 @@ def _order_again(process: str, order: Order) -> Order:
 class Layer:
     """One rule on a module or a class of modules."""
 
-    __slots__ = ("calls", "order", "path", "rule", "since", "target")
+    __slots__ = ("order", "path", "rule", "since", "tally", "target")
 
     def __init__(self, rule: Rule, path: str, target: str, order: Order) -> None:
         self.rule = rule
         self.path = path
         self.target = target
         self.order = order
-        self.since = 0  # on a module: what its tally was
-        self.calls = 0  # on a class
+        self.since = 0  # on a module: how many calls that had had
+        self.tally = Tally()  # on a class: of all its modules
 
     def again(self) -> Layer:
         """The same for a copy of the module, with a count of its own."""
@@ -80,20 +81,22 @@ class FunctionRule:
 class FunctionLayer:
     """One rule for a function in all its spellings, as far as it is called in certain modules."""
 
-    __slots__ = ("awaited", "calls", "key", "order", "path", "target", "unrecorded")
+    __slots__ = ("key", "order", "path", "tally", "target")
 
     def __init__(self, name: str, rule: Rule, path: str, target: str, order: Order, nth: int = 0) -> None:
         self.key = rule.once((FunctionRule, name, nth), lambda: FunctionRule(name, rule, nth))
         self.path = path
         self.target = target
         self.order = order
-        self.calls = 0
-        self.unrecorded = 0  # those of them without a graph
-        self.awaited = 0  # those of these that a checkpoint is to run again
+        self.tally = Tally()
 
     @property
     def rule(self) -> Rule:
         return self.key.rule
+
+    @property
+    def known_calls(self) -> int | None:
+        return self.tally.known(traced=self.key.traced)
 
     def __deepcopy__(self, memo: Any) -> FunctionLayer:
         """One for all modules of the copy."""

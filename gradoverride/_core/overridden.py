@@ -30,6 +30,7 @@ from gradoverride._core.functions import calls_that_are, is_of_torch
 from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.plan import Plan
 from gradoverride._core.signature import Rule, unknown_name
+from gradoverride._core.tally import Tally
 from gradoverride._core.targets import BASE, RECORD, class_of
 from gradoverride._core.tracers import refuse_script
 from gradoverride.errors import RuleSignatureError, UnsupportedError
@@ -53,15 +54,13 @@ __all__ = [
 _lock = threading.RLock()
 
 
-class Tally:
-    """What has happened to a module while it was overridden."""
+class ModuleTally(Tally):
+    """The calls of a module, and what else has happened to it, while it was overridden."""
 
-    __slots__ = ("awaited", "calls", "copied", "traced", "unrecorded")
+    __slots__ = ("copied", "traced")
 
     def __init__(self, copied: bool = False) -> None:
-        self.calls = 0
-        self.unrecorded = 0  # calls without a graph
-        self.awaited = 0  # those of them that a checkpoint is to run again
+        super().__init__()
         self.copied = copied
         self.traced = False  # whether it was compiled under rules that have changed since
 
@@ -79,7 +78,7 @@ class Record:
         base: Any,
         layers: tuple[Layer, ...],
         functions: tuple[FunctionLayer, ...],
-        tally: Tally,
+        tally: ModuleTally,
         leaf: bool,
         plain: bool,
     ) -> None:
@@ -109,7 +108,9 @@ class Record:
     def __deepcopy__(self, memo: Any) -> Record:
         self.tally.copied = True
         layers = tuple([layer.again() for layer in self.layers])
-        return Record(self.base, layers, copy.deepcopy(self.functions, memo), Tally(copied=True), self.leaf, self.plain)
+        return Record(
+            self.base, layers, copy.deepcopy(self.functions, memo), ModuleTally(copied=True), self.leaf, self.plain
+        )
 
     def __reduce__(self) -> Any:
         return _record_again, (self.base, self.layers, self.functions, self.leaf, self.plain)
@@ -121,7 +122,7 @@ records: weakref.WeakSet[Record] = weakref.WeakSet()
 def _record_again(
     base: type[nn.Module], layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...], leaf: bool, plain: bool
 ) -> Record:
-    return Record(base, layers, functions, Tally(), leaf, plain)
+    return Record(base, layers, functions, ModuleTally(), leaf, plain)
 
 
 def overridden(base: Any) -> Any:
@@ -139,7 +140,7 @@ def _overridden(base: Any) -> Any:
         if not compiling():
             record.tally.calls += 1
             for layer in record.counted:
-                layer.calls += 1
+                layer.tally.calls += 1
             if base.forward is not record.seen:
                 record.refresh()
         return record.forward(self, *args, **kwargs)
@@ -284,7 +285,9 @@ def _give(module: nn.Module, state: _State) -> None:
     layers = tuple([layer.again() for layer in state.layers])
     leaf, plain = not module._modules, not module._parameters
     cls: Any = type(module)
-    module.__dict__[RECORD] = Record(_base_of_class(cls), layers, state.functions, Tally(copied=True), leaf, plain)
+    module.__dict__[RECORD] = Record(
+        _base_of_class(cls), layers, state.functions, ModuleTally(copied=True), leaf, plain
+    )
 
 
 def _given(module: nn.Module, copied: Any, by: str, again: Callable[[_State], _State]) -> Any:
@@ -458,7 +461,7 @@ def put_on(module: nn.Module, added: Sequence[Layer | FunctionLayer]) -> None:
         else:
             base = base_of(module)
             leaf, plain = not module._modules, not module._parameters
-            module.__dict__[RECORD] = Record(base, layers, functions, Tally(), leaf, plain)
+            module.__dict__[RECORD] = Record(base, layers, functions, ModuleTally(), leaf, plain)
             _derive(module, base, overridden(base))
 
 
@@ -467,13 +470,13 @@ def calls_under(module: nn.Module, layer: Layer) -> int | None:
     record = module.__dict__.get(RECORD)
     if record is None or layer not in record.layers:
         return None
-    return record.tally.calls - layer.since or (None if record.tally.traced or record.chain.traced else 0)
+    return record.tally.known(traced=record.tally.traced or record.chain.traced, since=layer.since)
 
 
 def awaits_replay(module: nn.Module) -> bool:
-    """Whether a reentrant checkpoint is still to run `module` again. (A call with a graph is taken to be that.)"""
+    """Whether a reentrant checkpoint is still to run `module` again."""
     record = module.__dict__.get(RECORD)
-    return record is not None and record.tally.awaited > record.tally.calls - record.tally.unrecorded
+    return record is not None and record.tally.awaits_replay
 
 
 def take_off(module: nn.Module, gone: Sequence[Layer | FunctionLayer]) -> None:

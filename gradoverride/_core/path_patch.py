@@ -19,7 +19,7 @@ from typing import Any
 from torch.compiler import is_dynamo_compiling as compiling
 
 from gradoverride._core import everywhere, scan
-from gradoverride._core.function_mode import count, here
+from gradoverride._core.function_mode import count, here, note_unrecorded
 from gradoverride._core.imports import resolve_path
 from gradoverride._core.layers import FunctionLayer
 from gradoverride._core.overridden import records
@@ -69,7 +69,7 @@ def _in_models(layer: FunctionLayer, above: Callable[..., Any], beneath: Callabl
 
 def _anywhere(layer: FunctionLayer, above: Callable[..., Any], _: Callable[..., Any]) -> Callable[..., Any]:
     def called() -> None:
-        layer.calls += 1
+        layer.tally.calls += 1
 
     def step(*args: Any, **kwargs: Any) -> Any:
         if not compiling():
@@ -138,6 +138,7 @@ class _Replacement:
         plan = Plan(_forward(self.original, self.attribute, in_class=self.in_class, fn=beneath), layer.rule)
         plan.marked = True
         plan.on_trace = layer.key.note_trace
+        plan.on_unrecorded = functools.partial(note_unrecorded, layer.key) if scoped else layer.tally.note_unrecorded
         step = (_in_models if scoped else _anywhere)(layer, make_wrapper(plan, beneath), beneath)
         return functools.update_wrapper(step, beneath, updated=())
 

@@ -45,6 +45,7 @@ __all__ = [
     "hook_on_result",
     "in_forward_ad",
     "in_functorch",
+    "in_checkpoint_replay",
     "in_reentrant_checkpoint",
     "in_modes",
     "is_compiled_graph",
@@ -283,6 +284,16 @@ def in_reentrant_checkpoint() -> bool:
 
 
 _REENTRANT = CheckpointFunction.forward.__code__
+
+
+def in_checkpoint_replay() -> bool:
+    """Whether a checkpoint runs its block again now, in the backward pass. This too is read from the frames."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _ENGINE_CODE:
+        if frame.f_globals.get("__name__") == CheckpointFunction.__module__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 # A number for the backward pass that runs now. Without it `after_backward` is taken to be missing too.

@@ -12,7 +12,6 @@ from torch import nn
 
 from gradoverride._core import overridden
 from gradoverride._core.class_patch import calls_on_class, put_on_class, take_off_class
-from gradoverride._core.function_mode import awaits_replay, calls_of
 from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.path_patch import check_path, put_on_path, take_off_path
 from gradoverride._core.paths import PENDING, find, when_imported
@@ -30,7 +29,7 @@ class Put(NamedTuple):
     cls: str  # what it is on
     calls: Callable[[], int | None]  # under it; None if that is not known
     take_off: Callable[[], None]
-    awaits: Callable[[], bool] = lambda: False  # whether a reentrant checkpoint is to run it again
+    awaits: Callable[[], bool]  # whether a reentrant checkpoint is to run it again
 
 
 def on_modules(model: nn.Module, placed: Sequence[tuple[nn.Module, Sequence[Layer | FunctionLayer]]]) -> list[Put]:
@@ -46,11 +45,15 @@ def on_modules(model: nn.Module, placed: Sequence[tuple[nn.Module, Sequence[Laye
         take_off()
         raise
     return [
-        Put(layer, class_of(model).__name__, partial(calls_of, layer), take_off, partial(awaits_replay, layer))
+        _of_functions(layer, class_of(model).__name__, take_off)
         if isinstance(layer, FunctionLayer)
         else _put_on(module, layer, take_off)
         for layer, module in on.items()
     ]
+
+
+def _of_functions(layer: FunctionLayer, cls: str, take_off: Callable[[], None]) -> Put:
+    return Put(layer, cls, lambda: layer.known_calls, take_off, lambda: layer.tally.awaits_replay)
 
 
 def _put_on(module: nn.Module, layer: Layer, take_off: Callable[[], None]) -> Put:
@@ -86,13 +89,14 @@ def _taking_off(placed: Sequence[tuple[nn.Module, Sequence[Layer | FunctionLayer
 def on_class(target: Class, layer: Layer) -> list[Put]:
     """A rule for all modules of a class."""
     put_on_class(target, layer)
-    return [Put(layer, target.value.__name__, lambda: calls_on_class(layer), lambda: take_off_class(layer))]
+    name, tally = target.value.__name__, layer.tally
+    return [Put(layer, name, lambda: calls_on_class(layer), lambda: take_off_class(layer), lambda: tally.awaits_replay)]
 
 
 def on_thread(layer: FunctionLayer) -> list[Put]:
     """A rule for a function of torch in this thread."""
     put_on_thread(layer)
-    return [Put(layer, "", lambda: calls_of(layer), lambda: take_off_thread(layer), partial(awaits_replay, layer))]
+    return [_of_functions(layer, "", lambda: take_off_thread(layer))]
 
 
 def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> list[Put]:
@@ -132,4 +136,10 @@ def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> list[Put]:
         call_off = when_imported(path, put_if_it_fits)
     else:
         put(value)
-    return [Put(layer, "", lambda: puts[0].calls() if puts else calls_of(layer), take_off)]
+    own = _of_functions(layer, "", take_off)
+    return [
+        own._replace(
+            calls=lambda: (puts or [own])[0].calls(),
+            awaits=lambda: (puts or [own])[0].awaits(),
+        )
+    ]

@@ -147,9 +147,9 @@ MUTANTS = [
     ),
     Mutant(
         "a reentrant checkpoint is not noticed",
-        "_core/overridden.py",
-        "    return record is not None and record.tally.awaited",
-        "    return False and record.tally.awaited",
+        "_core/tally.py",
+        "        return self.awaited > self.calls - self.unrecorded",
+        "        return False",
         "transforms: reentrant checkpoint, replayed outside",
     ),
     Mutant(

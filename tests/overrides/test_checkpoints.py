@@ -16,16 +16,30 @@ import gradoverride as go
 from overrides.models import doubled, gradient, mlp
 
 
+def halved(x):
+    return x / 2
+
+
 class Relu(nn.Module):
     def forward(self, x):
-        return F.relu(x) * 2
+        return halved(F.relu(x) * 4)
 
 
-RULES = {"class": {nn.ReLU: doubled}, "function": {F.relu: lambda grad_output, input: 2 * grad_output * (input > 0)}}
+RULES = {
+    "class": {nn.ReLU: doubled},
+    "function": {F.relu: lambda grad_output, input: 2 * grad_output * (input > 0)},
+    "path": {f"{__name__}:halved": lambda grad_output: 3 * grad_output},
+}
 
 
 def model_for(kind):
     return mlp() if kind == "class" else nn.Sequential(nn.Linear(3, 3), Relu()).double()
+
+
+@pytest.fixture(params=["in a model", "in the whole process"])
+def overriding(request):
+    """What overrides a model, or all."""
+    return go.override if request.param == "in a model" else lambda model, rules: go.override(rules)
 
 
 def in_checkpoint(model):
@@ -38,42 +52,42 @@ def x():
 
 
 @pytest.mark.parametrize("kind", RULES)
-def test_override_left_before_the_block_is_run_again_warns_of_its_rule(kind, x):
+def test_override_left_before_the_block_is_run_again_warns_of_its_rule(kind, overriding, x):
     model = model_for(kind)
     with (
         pytest.warns(go.GradOverrideWarning, match=r"no longer in force, and a reentrant checkpoint .*use_reentrant"),
-        go.override(model, RULES[kind]),
+        overriding(model, RULES[kind]),
     ):
         in_checkpoint(model)(x)
 
 
 @pytest.mark.parametrize("kind", RULES)
-def test_override_left_after_backward_is_right_and_says_nothing(kind, x):
+def test_override_left_after_backward_is_right_and_says_nothing(kind, overriding, x):
     model = model_for(kind)
-    with go.override(model, RULES[kind]):
+    with overriding(model, RULES[kind]):
         expected = gradient(model, x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with go.override(model, RULES[kind]):
+        with overriding(model, RULES[kind]):
             result = in_checkpoint(model)(x)
             result.backward(torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result))
     closely(x.grad, expected)
 
 
 @pytest.mark.parametrize("kind", RULES)
-def test_calls_without_a_gradient_say_nothing(kind, x):
+def test_calls_without_a_gradient_say_nothing(kind, overriding, x):
     model = model_for(kind)
     with warnings.catch_warnings():
         warnings.simplefilter("error", go.GradOverrideWarning)
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
-        with go.override(model, RULES[kind]), torch.no_grad():
+        with overriding(model, RULES[kind]), torch.no_grad():
             model(x)
             checkpoint(model, x.detach(), use_reentrant=True)
 
 
-def test_handle_removed_before_backward_warns_too(x):
+def test_handle_removed_before_backward_warns_too(overriding, x):
     model = mlp()
-    handle = go.override(model, {nn.ReLU: doubled})
+    handle = overriding(model, {nn.ReLU: doubled})
     in_checkpoint(model)(x)
     with pytest.warns(go.GradOverrideWarning, match="reentrant checkpoint"):
         handle.remove()
@@ -124,3 +138,35 @@ def test_rule_in_a_selective_checkpoint_is_in_force_and_one_that_asks_for_vjp_is
     for part in ("('vjp', or", "runs its block once more; a selective one", "without context_fn"):
         assert part in str(caught.value)
     assert "in the rule '<lambda>'" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("run", [torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad])
+@pytest.mark.parametrize("kind", RULES)
+def test_block_is_run_again_under_the_rules_of_the_whole_process(kind, run, reentrant, x):
+    if reentrant and run is torch.autograd.grad:
+        pytest.skip("torch refuses it")
+    model, given = model_for(kind), x * 1
+    with go.override(model, RULES[kind]):
+        expected = gradient(model, x)
+    given.retain_grad()
+    with go.override(RULES[kind]):
+        result = checkpoint(model, given, use_reentrant=reentrant)
+        weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result)
+        loss = (result * weights).sum()
+        found = run(loss, given) if run is torch.autograd.grad else run(loss)
+    closely(found[0] if found else given.grad, expected)
+
+
+def test_what_a_rule_calls_in_a_backward_pass_is_not_under_the_rules_of_the_whole_process(x):
+    """As within `override(model, ...)`: the second derivative is that of the rule as written."""
+
+    def squared(grad_output, input):
+        return F.relu(grad_output) ** 2 * input
+
+    with go.override({F.relu: squared}):
+        ones = torch.ones(5, 3, dtype=torch.float64, requires_grad=True)
+        (first,) = torch.autograd.grad(F.relu(x), x, ones, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), ones)
+    closely(first, x.detach())
+    closely(second, 2 * x.detach())

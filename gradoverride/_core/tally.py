@@ -1,0 +1,34 @@
+"""How often a rule was called, and whether a reentrant checkpoint is still to call it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gradoverride._core.private import in_reentrant_checkpoint
+
+__all__ = ["Tally"]
+
+
+class Tally:
+    """The calls under one rule, or of a module while it has rules. Compiled code does not count its own."""
+
+    __slots__ = ("awaited", "calls", "unrecorded")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.unrecorded = 0  # those of them without a graph
+        self.awaited = 0  # those of these that a reentrant checkpoint is to run again
+
+    def note_unrecorded(self, _: Any = None) -> None:
+        """A call records no graph: a checkpoint may be about to run it again."""
+        self.unrecorded += 1
+        self.awaited += in_reentrant_checkpoint()
+
+    @property
+    def awaits_replay(self) -> bool:
+        """Whether a reentrant checkpoint is still to run some of them again. (A call with a graph counts as that.)"""
+        return self.awaited > self.calls - self.unrecorded
+
+    def known(self, *, traced: bool, since: int = 0) -> int | None:
+        """How many calls there were after `since`; None if that is not known, for `traced` code may have called too."""
+        return self.calls - since or (None if traced else 0)
