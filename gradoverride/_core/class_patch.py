@@ -22,7 +22,7 @@ from torch.jit import ScriptModule
 from gradoverride._core import everywhere
 from gradoverride._core.chain import Chain, chain_of, links
 from gradoverride._core.layers import Layer
-from gradoverride._core.overridden import records
+from gradoverride._core.record import records
 from gradoverride._core.targets import BASE, RECORD, Class, class_of
 from gradoverride.errors import GradOverrideWarning, UnsupportedError
 

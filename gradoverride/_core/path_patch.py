@@ -22,9 +22,9 @@ from gradoverride._core import everywhere, scan
 from gradoverride._core.function_mode import count, here, note_unrecorded
 from gradoverride._core.imports import resolve_path
 from gradoverride._core.layers import FunctionLayer
-from gradoverride._core.overridden import records
 from gradoverride._core.paths import PENDING, parts_of
 from gradoverride._core.plan import Plan
+from gradoverride._core.record import records
 from gradoverride._core.residuals import save_for_backward
 from gradoverride._core.signature import Forward, Made, Rule, resolve
 from gradoverride._core.wrapper import make_wrapper

@@ -70,14 +70,14 @@ MUTANTS = [
     ),
     Mutant(
         "compiled code passes the override by",
-        "_core/overridden.py",
+        "_core/overridden_class.py",
         "        if record is None:\n            return base",
         "        if record is None or compiling():\n            return base",
         "compile: aot_eager / override by",
     ),
     Mutant(
         "no recipe for pickles of overridden modules",
-        "_core/overridden.py",
+        "_core/overridden_class.py",
         '        "__reduce_ex__": __reduce_ex__,\n',
         "",
         "copies: pickle / override",

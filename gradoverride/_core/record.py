@@ -1,0 +1,86 @@
+"""What is in force on a module: a record in its `__dict__`, replaced and never changed, for copies share it."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+from torch import nn
+
+from gradoverride._core.chain import chain_of, links
+from gradoverride._core.layers import FunctionLayer, Layer
+from gradoverride._core.tally import Tally
+
+__all__ = ["ModuleTally", "Record", "records"]
+
+
+class ModuleTally(Tally):
+    """The calls of a module, and what else has happened to it, while it was overridden."""
+
+    __slots__ = ("copied", "traced")
+
+    def __init__(self, copied: bool = False) -> None:
+        super().__init__()
+        self.copied = copied
+        self.traced = False  # whether it was compiled under rules that have changed since
+
+
+class Record:
+    """What is in force on a module. It pickles as its layers."""
+
+    __slots__ = (
+        *("__weakref__", "base", "chain", "counted", "forward", "functions", "layers", "leaf", "plain"),
+        *("seen", "tally"),
+    )
+
+    def __init__(
+        self,
+        base: Any,
+        layers: tuple[Layer, ...],
+        functions: tuple[FunctionLayer, ...],
+        tally: ModuleTally,
+        leaf: bool,
+        plain: bool,
+    ) -> None:
+        self.base = base
+        self.layers = layers
+        self.functions = functions
+        self.tally = tally
+        self.leaf = leaf
+        self.plain = plain
+        self.refresh()
+        records.add(self)
+
+    def refresh(self) -> None:
+        """Look again at what is in force everywhere, and at the forward of the class."""
+        base = self.base
+        self.seen = base.forward
+        found = links(base, self.layers, self.functions, leaf=self.leaf, plain=self.plain)
+        self.counted = found.counted
+        self.chain = chain_of(base, found)
+        self.forward = self.chain.forward  # as in `chain`, for each step on the way costs a guard in compiled code
+
+    def but(self, layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
+        """The same with these layers instead."""
+        self.tally.traced |= self.chain.traced
+        return Record(self.base, layers, functions, self.tally, self.leaf, self.plain)
+
+    def __deepcopy__(self, memo: Any) -> Record:
+        self.tally.copied = True
+        layers = tuple([layer.again() for layer in self.layers])
+        return Record(
+            self.base, layers, copy.deepcopy(self.functions, memo), ModuleTally(copied=True), self.leaf, self.plain
+        )
+
+    def __reduce__(self) -> Any:
+        return _record_again, (self.base, self.layers, self.functions, self.leaf, self.plain)
+
+
+records: weakref.WeakSet[Record] = weakref.WeakSet()
+
+
+def _record_again(
+    base: type[nn.Module], layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...], leaf: bool, plain: bool
+) -> Record:
+    return Record(base, layers, functions, ModuleTally(), leaf, plain)
