@@ -45,6 +45,7 @@ __all__ = [
     "hook_on_result",
     "in_forward_ad",
     "in_functorch",
+    "in_batched_autograd",
     "in_checkpoint_replay",
     "in_reentrant_checkpoint",
     "in_modes",
@@ -284,6 +285,19 @@ def in_reentrant_checkpoint() -> bool:
 
 
 _REENTRANT = CheckpointFunction.forward.__code__
+
+
+def in_batched_autograd() -> bool:
+    """Whether `torch.autograd.functional` runs for a batch at once, by a vmap that is older than that of torch.func.
+
+    It tells its depth by its changes alone. Without them the answer is no, and what then looks at values raises.
+    """
+    deeper = getattr(torch._C, "_vmapmode_increment_nesting", None)
+    if deeper is None:
+        return False
+    depth: int = deeper() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return depth > 0
 
 
 def in_checkpoint_replay() -> bool:

@@ -639,3 +639,41 @@ def test_forward_that_runs_again_in_a_batch_is_known_again_however_the_batch_lie
     actual = vmap(grad(lambda x: fn(x).sum()), in_dims=dims)(x)
     expected = vmap(grad(lambda x: (x.sin() * x.sum()).sum()), in_dims=dims)(x)
     closely(actual, 3 * expected)
+
+
+# --- a batch of tangents at once, as `torch.autograd.functional` runs it
+
+BATCHED = {
+    "rule of arguments": (lambda grad_output, x: 2 * grad_output * x, lambda x: x * x),
+    "rule of vjp": (lambda grad_output, vjp: vjp(grad_output), lambda x: x * x),
+    "rule with a branch": (
+        lambda grad_output, x: torch.where(x > 0, 2 * grad_output * x, 2 * x * grad_output),
+        torch.square,
+    ),
+}
+
+
+@pytest.mark.parametrize(("rule", "forward"), BATCHED.values(), ids=BATCHED)
+def test_vectorised_forward_mode_is_the_rule_transposed(rule, forward):
+    x = float64(1.0, -2.0, 3.0)
+    ruled = go.custom_backward(rule)(forward)
+    found = torch.autograd.functional.jacobian(ruled, x, vectorize=True, strategy="forward-mode")
+    closely(found, torch.diag(2 * x.detach()))
+    found = torch.autograd.functional.hessian(
+        lambda x: ruled(x).sum(), x, vectorize=True, outer_jacobian_strategy="forward-mode"
+    )
+    closely(found, 2 * torch.eye(3, dtype=torch.float64))
+    assert torch.autograd.gradcheck(ruled, x, check_forward_ad=True, check_batched_forward_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (lambda grad_output: grad_output.clamp(-1, 1), "must be linear in the gradient"),
+        (lambda grad_output: grad_output.detach() * 2, "its derivative is not what it does"),
+    ],
+)
+def test_vectorised_forward_mode_of_a_rule_without_a_transpose_is_an_error(rule, text):
+    ruled = go.custom_backward(rule)(lambda x: x * 2)
+    with pytest.raises(go.UnsupportedError, match=text):
+        torch.autograd.functional.jacobian(ruled, float64(1.0, 2.0), vectorize=True, strategy="forward-mode")
