@@ -24,12 +24,12 @@ from gradoverride._core.function import TOKEN, fresh, trackable
 from gradoverride._core.kept_graph import KeptGraph, TracedGraph, distinct, outer_of, shares_versions
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import (
+    counted_once,
     fail,
     forward_mode_depth,
     in_forward_ad,
     in_functorch,
     keep_own_frames_whole,
-    keep_versions,
     version_of,
 )
 from gradoverride._core.reach import SCALARS
@@ -414,8 +414,8 @@ class ForwardPass:
         if mode == TRACED:
             inputs = [distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
         call.saved = saver.positions
-        if mode == EAGER and call.dirty and isinstance(call.graph, KeptGraph) and keep_versions is not None:
-            with keep_versions(tuple([leaves[index] for index in call.dirty])):
+        if mode == EAGER and call.dirty and isinstance(call.graph, KeptGraph) and counted_once is not None:
+            with counted_once([leaves[index] for index in call.dirty]):
                 results = self.plan.apply(call, *inputs)
         elif mode == EAGER:
             results = self.plan.apply(call, *inputs)

@@ -28,10 +28,10 @@ from gradoverride._core.captured import foreign_leaf
 from gradoverride._core.contract import Meta, shape_text
 from gradoverride._core.function import TOKEN, Carry, Cut, Lifted, Tail, TracedCut, refuse_lost
 from gradoverride._core.private import (
+    counted_once,
     fail,
     fast_apply,
     in_modes,
-    keep_versions,
     keeps_graph,
     made_at_import,
     pull,
@@ -190,7 +190,7 @@ def shares_versions(forward_may_write: bool) -> bool:
     """Whether aliases count writes together with their tensors, so that a write after the forward into what its graph
     has saved raises as ever. (`.data` has a version counter of its own.)
     """
-    return not forward_may_write or keep_versions is not None
+    return not forward_may_write or counted_once is not None
 
 
 def _refuse_lost(who: str, _: Tensor) -> NoReturn:

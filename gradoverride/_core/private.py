@@ -7,6 +7,7 @@ fallbacks too.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections import OrderedDict
@@ -56,9 +57,9 @@ __all__ = [
     "let_dynamo_show",
     "made_at_import",
     "may_be_symbolic",
+    "counted_once",
     "dynamo_shows",
     "keep_own_frames_whole",
-    "keep_versions",
     "keeps_graph",
     "note_while_tracing",
     "out_of_left_transforms",
@@ -126,9 +127,24 @@ def pull(ends: Any, edges: Any, grads: Any, keep: bool, create_graph: bool) -> t
 keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-# A context after which tensors have the versions that they had before: `mark_dirty` counts a write once more, which the
-# forward has counted already. Without it aliases of what a forward may write into have version counters of their own.
-keep_versions: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
+# Sets the versions of tensors. Without it aliases of what a forward may write into have version counters of their own.
+_set_versions: Any = getattr(torch._C._autograd, "_unsafe_set_version_counter", None)
+
+
+@contextlib.contextmanager
+def _counted_once(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Have `mark_dirty` count the writes of a forward that has counted them already, so that what is saved of the
+    result, and what a kept graph has saved of it before, are of one version.
+    """
+    versions = [tensor._version for tensor in tensors]
+    _set_versions(tensors, [version - 1 for version in versions])
+    try:
+        yield
+    finally:
+        _set_versions(tensors, versions)  # tensors that share a counter have counted on
+
+
+counted_once = None if _set_versions is None else _counted_once
 
 
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)

@@ -648,7 +648,7 @@ BATCHED = {
     "rule of vjp": (lambda grad_output, vjp: vjp(grad_output), lambda x: x * x),
     "rule with a branch": (
         lambda grad_output, x: torch.where(x > 0, 2 * grad_output * x, 2 * x * grad_output),
-        torch.square,
+        lambda x: x * x,
     ),
 }
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradoverride as go
-from gradoverride._core.private import keep_versions
+from gradoverride._core.private import counted_once
 
 # --- rules that write into the gradient ---
 
@@ -390,7 +390,7 @@ def hands_on(fn, x):
 
 
 # Without the private name it is not noticed where a forward may write: of no other can the write be told apart.
-counted_together = pytest.mark.skipif(keep_versions is None, reason="needs a private name")
+counted_together = pytest.mark.skipif(counted_once is None, reason="needs a private name")
 
 
 class Composite(nn.Module):
@@ -599,3 +599,46 @@ def test_values_of_the_arguments_are_unchanged_by_a_forward_that_does_not_write(
     out.sum().backward()
     exactly(x.detach(), before)
     assert x._version == version
+
+
+@pytest.mark.parametrize(
+    ("write", "slope"),
+    [
+        (lambda x: x.mul_(3), lambda y: 3 * torch.ones_like(y)),
+        (lambda x: x.sigmoid_(), lambda y: y * (1 - y)),
+        (lambda x: torch.relu_(x), lambda y: (y > 0).to(y.dtype)),
+    ],
+    ids=["mul_", "sigmoid_", "relu_"],
+)
+def test_rule_of_an_in_place_forward_may_ask_for_its_output_and_vjp(write, slope):
+    @go.custom_backward(lambda grad_output, output, vjp: vjp(grad_output) * output)
+    def forward(x):
+        return write(x)
+
+    x = float64(-1.0, 0.5, 2.0)
+    y = forward(x * 1)
+    (found,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    closely(found, slope(y.detach()) * y.detach())
+    y.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_rule_of_an_in_place_forward_may_ask_for_what_it_hands_over_and_vjp():
+    @go.custom_backward(lambda grad_output, kept, vjp: vjp(grad_output) * kept)
+    def forward(x):
+        result = x.mul_(3)
+        return go.save_for_backward(result, kept=result)
+
+    x = float64(-1.0, 0.5, 2.0)
+    forward(x * 1).sum().backward()
+    closely(x.grad, 9 * x.detach())
+
+
+@pytest.mark.parametrize("target", [nn.ReLU, torch.nn.functional.relu], ids=["class", "function"])
+def test_in_place_module_under_a_rule_of_output_and_vjp(target):
+    model = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True))
+    x = float64(-1.0, 0.5, 2.0)
+    with go.override(model, {target: lambda grad_output, output, vjp: vjp(grad_output) * (output > 1)}):
+        model(x * 1).sum().backward()
+    closely(x.grad, (x.detach() > 1).double())
