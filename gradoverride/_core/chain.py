@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from gradoverride._core import everywhere
 from gradoverride._core.function_mode import quieted, scoped
-from gradoverride._core.functions import ANY, calls_that_are
 from gradoverride._core.layers import FunctionLayer, FunctionRule, Layer, Order
 from gradoverride._core.plan import Plan
 from gradoverride._core.signature import Forward, Rule, passing
@@ -33,23 +32,29 @@ class Links(NamedTuple):
     counted: tuple[Layer | FunctionLayer, ...]  # whose rules are among `rules`, and that are not of this module alone
 
 
-def links(base: Any, layers: Sequence[Layer], functions: Sequence[FunctionLayer], *, leaf: bool, plain: bool) -> Links:
+def links(
+    base: Any,
+    layers: Sequence[Layer],
+    functions: Sequence[FunctionLayer],
+    *,
+    called: frozenset[str],
+    plain: bool,
+) -> Links:
     """What is in force on a module of the class `base` that has these layers of its own, and in which order.
 
     A module that is nothing but a call of a function has one rule of each override: its own, not that of the function;
     and where only a later override has one for the function, that is outside of the earlier ones, as a rule of the
-    module. `leaf`: it has no modules within; `plain`: nor parameters.
+    module. `called`: those functions (`calls_that_are`); `plain`: it has no parameters.
     """
     if not functions and not everywhere.classes and not everywhere.functions:
         return Links(tuple([layer.rule for layer in layers]), (), (), ())
     own = sorted((*layers, *everywhere.layers_on(base)), key=_order)
     within = sorted((*functions, *everywhere.functions), key=_order)
-    called = calls_that_are(base) if leaf and own and within else frozenset[str]()
     steps: list[tuple[Order, Rule]] = [(layer.order, layer.rule) for layer in own]
     quiet: list[FunctionRule] = []
     counted: list[Layer | FunctionLayer] = [layer for layer in own if layer not in layers]
-    for layer in within:
-        if layer.key.name not in called and ANY not in called:
+    for layer in within if own else ():
+        if layer.key.name not in called:
             continue
         if any(layer.order == other.order for other in own):
             quiet.append(layer.key)

@@ -21,6 +21,7 @@ from torch.jit import ScriptModule
 
 from gradoverride._core import everywhere
 from gradoverride._core.chain import Chain, chain_of, links
+from gradoverride._core.functions import calls_that_are
 from gradoverride._core.layers import Layer
 from gradoverride._core.record import records
 from gradoverride._core.targets import BASE, RECORD, Class, class_of
@@ -164,7 +165,7 @@ def refresh() -> None:
                 patch = _patches[owner] = _Patch(owner)
             patch.clear()
             for cls in classes:
-                found = links(cls, (), (), leaf=True, plain=True)
+                found = links(cls, (), (), called=calls_that_are(cls), plain=True)
                 chain = patch.chains[cls] = chain_of(cls, found)
                 patch.runs[cls], patch.counted[cls] = chain.forward, found.counted
         for cls in [cls for cls in _watched if cls not in targets]:

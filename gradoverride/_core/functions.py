@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -22,7 +23,6 @@ from gradoverride._core.everywhere import bare_forward, originals
 from gradoverride._core.reach import named, of_modules
 
 __all__ = [
-    "ANY",
     "calls_that_are",
     "every_spelling",
     "is_of_torch",
@@ -31,9 +31,6 @@ __all__ = [
     "spellings",
     "turned",
 ]
-
-ANY = "*"
-"""Among the names of `calls_that_are`: its one call is of something that its code does not tell."""
 
 
 def is_of_torch(value: Any) -> bool:
@@ -249,13 +246,17 @@ def _nobody(*_: Any) -> bool:
 # --- modules that are nothing but a call of such a function
 
 
-def calls_that_are(cls: Any) -> frozenset[str]:
+def calls_that_are(cls: Any, module: Any = None) -> frozenset[str]:
     """The functions of torch that a module of this class is another spelling of: `linear` for `nn.Linear`.
 
     A forward of torch is one of what it calls itself, another one if it is one call and no more: of a function, of a
-    method of its own, of `super()`.
+    method of its own, of `super()`; or of a function that the `module`, if that is given, has as an attribute.
     """
-    return _calls_that_are(cls, bare_forward(cls))
+    found = _calls_that_are(cls, bare_forward(cls))
+    if not any([name.startswith(".") for name in found]):
+        return found
+    names = [name_of_function(getattr(module, name[1:], None)) if name[0] == "." else name for name in found]
+    return frozenset([name for name in names if name is not None])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -265,12 +266,14 @@ def _calls_that_are(cls: type, fn: Any) -> frozenset[str]:
 
 
 def _spelt_by(cls: type, function: FunctionType, seen: set[FunctionType]) -> set[str]:
-    """The names for this method of such a module."""
+    """The names for this method of such a module; ".name" for what it has as an attribute of that name."""
     seen.add(function)
     one_call, of_torch = _is_one_call(function), is_of_torch(function)
-    if not (one_call or of_torch):
+    parts = {f".{name}" for name in _called_of(function, "self") if not hasattr(cls, name)}
+    if not one_call and (parts or not of_torch):  # what calls its parts does more than this
         return set()
     values = [value for _, _, value in (*named(function, function.__code__), *of_modules(function, function.__code__))]
+    values += [getattr(torch, name, None) for name in _called_of(function, "_VF")]  # another way to functions of torch
     names = [name_of_function(value) for value in values if callable(value) and not isinstance(value, type)]
     methods = list(_methods_of(cls, function))
     found = {name for name in names if name is not None}
@@ -280,7 +283,20 @@ def _spelt_by(cls: type, function: FunctionType, seen: set[FunctionType]) -> set
     if found or methods or not one_call:
         return found
     names = [name_of_function(getattr(Tensor, name, None)) for name in function.__code__.co_names]
-    return {name for name in names if name is not None} or ({ANY} if not of_torch else set())
+    return parts or {name for name in names if name is not None}
+
+
+def _called_of(function: FunctionType, owner: str) -> Iterator[str]:
+    """The attributes of what has this name in a function that it calls: `head` of `self.head(x)`."""
+    code = function.__code__
+    owner = code.co_varnames[0] if owner == "self" and code.co_argcount else owner
+    steps = [step for step in dis.get_instructions(code) if step.opname not in _NO_STEPS]
+    for before, step in itertools.pairwise(steps):
+        if before.opname.startswith(("LOAD_FAST", "LOAD_GLOBAL")) and before.argval == owner:
+            is_method = step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL" in step.argrepr)
+            # What a global has is called so or so, if it was imported.
+            if is_method or (step.opname == "LOAD_ATTR" and before.opname == "LOAD_GLOBAL"):
+                yield step.argval
 
 
 def _methods_of(cls: type, function: FunctionType) -> Iterator[FunctionType]:
@@ -314,4 +330,5 @@ def _is_work(step: dis.Instruction) -> bool:
 # The last one is what calls `super`, from Python 3.12 on.
 _CALLS = ("CALL", "CALL_KW", "CALL_METHOD", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX", "LOAD_SUPER_ATTR")
 _WORK = ("BINARY_", "UNARY_", "COMPARE_", "FOR_", "STORE_ATTR", "STORE_SUBSCR", "POP_JUMP", "INPLACE_")
+_NO_STEPS = ("CACHE", "PRECALL", "PUSH_NULL", "EXTENDED_ARG")
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})

@@ -106,7 +106,7 @@ def check_order(module: nn.Module, added: Sequence[Layer | FunctionLayer]) -> No
         base_of(module),
         (*layers_of(module), *[layer for layer in added if isinstance(layer, Layer)]),
         (*functions_of(module), *[layer for layer in added if isinstance(layer, FunctionLayer)]),
-        leaf=not module._modules,
+        called=calls_that_are(base_of(module), module),
         plain=not module._parameters,
     )
 
@@ -190,8 +190,8 @@ def put_on(module: nn.Module, added: Sequence[Layer | FunctionLayer]) -> None:
             module.__dict__[RECORD] = record.but(layers, functions)
         else:
             base = base_of(module)
-            leaf, plain = not module._modules, not module._parameters
-            module.__dict__[RECORD] = Record(base, layers, functions, ModuleTally(), leaf, plain)
+            called, plain = calls_that_are(base, module), not module._parameters
+            module.__dict__[RECORD] = Record(base, layers, functions, ModuleTally(), called, plain)
             _derive(module, base, overridden(base))
 
 

@@ -20,6 +20,7 @@ from torch.compiler import is_dynamo_compiling as compiling
 from torch.fx import GraphModule
 
 from gradoverride._core import everywhere
+from gradoverride._core.functions import calls_that_are
 from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.record import ModuleTally, Record
 from gradoverride._core.targets import BASE, RECORD
@@ -189,9 +190,10 @@ def _of_ours(module: Any, name: str, by: str) -> Any:
 def give(module: nn.Module, state: _State) -> None:
     """Put on a copy what is in force on the module that it was made of."""
     layers = tuple([layer.again() for layer in state.layers])
-    leaf, plain = not module._modules, not module._parameters
     cls: Any = type(module)
-    module.__dict__[RECORD] = Record(base_of_class(cls), layers, state.functions, ModuleTally(copied=True), leaf, plain)
+    base = base_of_class(cls)
+    called, plain = calls_that_are(base, module), not module._parameters
+    module.__dict__[RECORD] = Record(base, layers, state.functions, ModuleTally(copied=True), called, plain)
 
 
 def _given(module: nn.Module, copied: Any, by: str, again: Callable[[_State], _State]) -> Any:

@@ -30,8 +30,8 @@ class Record:
     """What is in force on a module. It pickles as its layers."""
 
     __slots__ = (
-        *("__weakref__", "base", "chain", "counted", "forward", "functions", "layers", "leaf", "plain"),
-        *("seen", "tally"),
+        *("__weakref__", "base", "chain", "counted", "forward", "functions", "layers", "plain"),
+        *("called", "seen", "tally"),
     )
 
     def __init__(
@@ -40,14 +40,14 @@ class Record:
         layers: tuple[Layer, ...],
         functions: tuple[FunctionLayer, ...],
         tally: ModuleTally,
-        leaf: bool,
+        called: frozenset[str],
         plain: bool,
     ) -> None:
         self.base = base
         self.layers = layers
         self.functions = functions
         self.tally = tally
-        self.leaf = leaf
+        self.called = called
         self.plain = plain
         self.refresh()
         records.add(self)
@@ -56,7 +56,7 @@ class Record:
         """Look again at what is in force everywhere, and at the forward of the class."""
         base = self.base
         self.seen = base.forward
-        found = links(base, self.layers, self.functions, leaf=self.leaf, plain=self.plain)
+        found = links(base, self.layers, self.functions, called=self.called, plain=self.plain)
         self.counted = found.counted
         self.chain = chain_of(base, found)
         self.forward = self.chain.forward  # as in `chain`, for each step on the way costs a guard in compiled code
@@ -64,23 +64,27 @@ class Record:
     def but(self, layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
         """The same with these layers instead."""
         self.tally.traced |= self.chain.traced
-        return Record(self.base, layers, functions, self.tally, self.leaf, self.plain)
+        return Record(self.base, layers, functions, self.tally, self.called, self.plain)
 
     def __deepcopy__(self, memo: Any) -> Record:
         self.tally.copied = True
         layers = tuple([layer.again() for layer in self.layers])
         return Record(
-            self.base, layers, copy.deepcopy(self.functions, memo), ModuleTally(copied=True), self.leaf, self.plain
+            self.base, layers, copy.deepcopy(self.functions, memo), ModuleTally(copied=True), self.called, self.plain
         )
 
     def __reduce__(self) -> Any:
-        return _record_again, (self.base, self.layers, self.functions, self.leaf, self.plain)
+        return _record_again, (self.base, self.layers, self.functions, self.called, self.plain)
 
 
 records: weakref.WeakSet[Record] = weakref.WeakSet()
 
 
 def _record_again(
-    base: type[nn.Module], layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...], leaf: bool, plain: bool
+    base: type[nn.Module],
+    layers: tuple[Layer, ...],
+    functions: tuple[FunctionLayer, ...],
+    called: frozenset[str],
+    plain: bool,
 ) -> Record:
-    return Record(base, layers, functions, ModuleTally(), leaf, plain)
+    return Record(base, layers, functions, ModuleTally(), called, plain)

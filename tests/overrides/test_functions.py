@@ -1,5 +1,6 @@
 """Functions of torch as targets: every spelling, in a model and its parts. Contract, section 5."""
 
+import contextlib
 import copy
 import io
 import math
@@ -7,6 +8,7 @@ import operator
 import pickle
 import re
 import threading
+import warnings
 
 import pytest
 import torch
@@ -504,6 +506,26 @@ class ByAnAttribute(nn.Module):
         return self.function(x)
 
 
+class Holding(nn.Module):
+    """Has its function for itself, as the activations of Hugging Face have."""
+
+    def __init__(self, function=F.relu):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def block(x):
+    return F.relu(x * 2 - 1).sin()
+
+
+class CallsBlock(nn.Module):
+    def forward(self, x):
+        return block(x)
+
+
 class Scaled(nn.Module):
     def forward(self, x):
         return 1 * F.relu(x)
@@ -546,6 +568,12 @@ class OwnForward(nn.Conv1d):
         return super().forward(input)
 
 
+def thrice(found):
+    if isinstance(found, torch.Tensor):
+        return 3 * found
+    return type(found)(map(thrice, found)) if isinstance(found, (list, tuple)) else found
+
+
 class TestOneRulePerCall:
     """A module whose forward is a call of a function and nothing else is that call: it has one rule of an override."""
 
@@ -582,6 +610,73 @@ class TestOneRulePerCall:
             closely(gradient(model, x), 6 * plain)
         with go.override(rules):
             closely(gradient(model, x), 6 * plain)
+
+    def test_a_function_that_a_module_of_a_model_holds_is_what_it_calls(self, x):
+        def of_the_function(grad_output, vjp):
+            return 2 * vjp(grad_output)
+
+        for function, factor in ((F.relu, 3), (lambda x: F.relu(x), 6)):
+            model = nn.Sequential(Holding(function))
+            plain = gradient(model, x)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", go.GradOverrideWarning)  # the rule of the function never ran
+                with go.override(model, {Holding: tripled, F.relu: of_the_function}):
+                    closely(gradient(model, x), factor * plain)
+
+    @pytest.mark.parametrize("whole", [False, True], ids=["in a model", "in the whole process"])
+    @pytest.mark.parametrize("make", [CallsBlock, lambda: Holding(block), lambda: Holding(CallsBlock())])
+    def test_functions_that_are_called_far_inside_have_their_rules_there(self, make, whole, x):
+        """Where the rule is applied shows, for it is not linear."""
+        model = nn.Sequential(make())
+        weights, cls = torch.linspace(-3, 2, x.numel(), dtype=x.dtype).view_as(x), type(model[0])
+
+        def plain(grad_output, vjp):
+            return vjp(grad_output)
+
+        def signs(grad_output, vjp):
+            return vjp(grad_output.sign())
+
+        def found(*rules):
+            with contextlib.ExitStack() as stack:
+                for each in rules:
+                    stack.enter_context(go.override(each) if whole else go.override(model, each))
+                return torch.autograd.grad((model(x) * weights).sum(), x)[0]
+
+        inner = (x.detach() * 2 - 1).requires_grad_()
+        (at_relu,) = torch.autograd.grad((F.relu(inner).sin() * weights).sum(), inner)
+        outer = torch.autograd.grad((torch.sin(relu := F.relu(inner)) * weights).sum(), relu)[0]
+        expected = 2 * outer.sign() * (inner > 0)
+        closely(found({cls: plain}), 2 * at_relu)
+        closely(found({cls: plain, F.relu: signs}), expected)
+        closely(found({cls: plain}, {F.relu: signs}), expected)
+        closely(found({F.relu: signs}, {cls: plain}), expected)
+        with pytest.warns(go.GradOverrideWarning, match="signs' .* never ran"):
+            closely(found({cls: plain}, {F.gelu: signs}), 2 * at_relu)
+
+    @pytest.mark.parametrize("whole", [False, True], ids=["in a model", "in the whole process"])
+    @pytest.mark.parametrize(
+        ("make", "function"),
+        [
+            (nn.GRUCell, torch.gru_cell),
+            (nn.LSTM, torch.lstm),
+            (lambda *sizes: nn.MultiheadAttention(4, 1), F.multi_head_attention_forward),
+        ],
+        ids=["GRUCell", "LSTM", "MultiheadAttention"],
+    )
+    @pytest.mark.filterwarnings("ignore:.*never ran:gradoverride.GradOverrideWarning")
+    def test_a_recurrent_or_attention_module_is_the_call_of_its_function(self, make, function, whole):
+        module, x = make(4, 4).double(), noise(3, 4)
+
+        def run(x):
+            found = module(x, x * 1, x * 1) if isinstance(module, nn.MultiheadAttention) else module(x)
+            return found[0] if isinstance(found, tuple) else found
+
+        def three(grad_output, vjp):
+            return thrice(vjp(grad_output))
+
+        plain, rules = gradient(run, x), {type(module): three, function: three}
+        with go.override(rules) if whole else go.override(nn.ModuleList([module]), rules):
+            closely(gradient(run, x), 3 * plain)
 
     @pytest.mark.parametrize(("cls", "factor"), [(nn.Conv1d, 3), (OwnForward, 3), (Standardised, 6)])
     @pytest.mark.filterwarnings("ignore:.*never ran:gradoverride.GradOverrideWarning")
