@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradoverride._core.ambient import under_traced
+from gradoverride._core.collector import Collector
 from gradoverride._core.contract import Meta, conform, read_answer, read_params, what
 from gradoverride._core.function import Refused
 from gradoverride._core.kept_graph import KeptGraph, TracedGraph, is_hooked
 from gradoverride._core.private import fail, fast_apply, out_of_left_transforms, pull
-from gradoverride._core.standin import Collector, Stale, stand_in
+from gradoverride._core.stale import Stale
+from gradoverride._core.standin import stand_in
 from gradoverride._core.structure import LEAF, alike, flatten, in_order_of, unflatten
 from gradoverride._core.vjp import Vjp
 from gradoverride.errors import RuleResultError, UnsupportedError
@@ -148,7 +150,7 @@ class Backward:
             return None
         tensors = {name: saved[slot] for name, slot in call.module_slots.items()}
         given = {**call.shown(call.frozen), **(call.shown(call.buffers) if buffers is None else buffers), **tensors}
-        return stand_in(call.module, given, attributes=call.training_then())
+        return stand_in(call.module, given, changes=call.training_then())
 
     def _forward_then(self) -> Any:
         if not self.plan.takes_receiver:
@@ -188,7 +190,7 @@ class Backward:
             call.shown(call.buffers),
             {param.name: (param.names, self.saved[call.module_slots[param.name]]) for param in call.params},
             traced=self.traced,
-            attributes=call.training_then(),
+            changes=call.training_then(),
         )
 
     def _collected(self, collector: Collector) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from gradoverride._core.forward_mode import transpose
 from gradoverride._core.function import fresh
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import fail, in_forward_ad, version_of
-from gradoverride._core.standin import Stale
+from gradoverride._core.snapshot import Snapshot
+from gradoverride._core.stale import Stale
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten
 from gradoverride.errors import ForwardResultError, RuleResultError, RuleSignatureError, UnsupportedError
 
@@ -204,13 +205,13 @@ class Call:
                 )
         return shown
 
-    def training_then(self) -> dict[str, dict[str, Any]]:
+    def training_then(self) -> dict[str, Snapshot]:
         """By prefix of the parts of the module that have changed since, whether they were in training."""
         if self.module is None or torch.compiler.is_dynamo_compiling():
             return {}
         now = training_of(self.module)
         changed = [prefix for prefix, was in self.training.items() if now.get(prefix, was) is not was]
-        return {prefix: {"training": self.training[prefix]} for prefix in changed}
+        return {prefix: Snapshot({"training": self.training[prefix]}, {}, {}) for prefix in changed}
 
     # --- taking the call apart ------------------------------------------------------------------------------
 

@@ -37,12 +37,7 @@ from gradoverride._core.replay import Replay
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.saver import Saver
 from gradoverride._core.signature import unknown_name
-from gradoverride._core.standin import (
-    Copied,
-    stand_in,
-    with_parameters,
-    write_back,
-)
+from gradoverride._core.standin import Copied, stand_in, with_parameters, write_back
 from gradoverride._core.structure import LEAF, Constant, alike, flatten, skeleton, unchanged, unflatten
 from gradoverride._core.tracers import FX, record_call, says_of, tracer_now
 from gradoverride._core.writes import Writes

@@ -18,7 +18,8 @@ from gradoverride._core.ambient import RandomState
 from gradoverride._core.call import Call, is_differentiable, is_tensor
 from gradoverride._core.private import fail, in_modes
 from gradoverride._core.residuals import close_frame, open_frame
-from gradoverride._core.standin import changed_since, plain_attributes, stand_in
+from gradoverride._core.snapshot import snapshots
+from gradoverride._core.standin import stand_in
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride.errors import UnsupportedError
 
@@ -35,7 +36,7 @@ class Replay:
         self.module = module
         self.receiver = receiver
         self.constants = constants
-        self.attributes: Any = {} if module is None else plain_attributes(module)
+        self.before = {} if module is None else snapshots(module)
         self.buffers: dict[str, Tensor] = {}
         if module is not None:
             self.buffers = {name: value.clone() for name, value in module.named_buffers()}
@@ -49,7 +50,9 @@ class Replay:
         self.first = [debug_unwrap(result) for result in results]
         self.versions = [_writes(one) for one in self.first]
         if self.module is not None:
-            self.attributes = changed_since(self.attributes, self.module)
+            now = snapshots(self.module)
+            back = {prefix: was.since(now[prefix]) for prefix, was in self.before.items() if prefix in now}
+            self.before = {prefix: changes for prefix, changes in back.items() if any(changes)}
         self.n_leaves = call.n_leaves
         self.params = [param.names for param in call.params]
         # By argument, its structure, and by tensor in it whether it is one of the leaves.
@@ -113,7 +116,7 @@ class Replay:
         if self.module is not None:
             swapped.update({name: next(given).clone() for name in self.copied})
             swapped.update({name: next(given) for name in self.frozen})
-            inner = stand_in(self.module, swapped, attributes=self.attributes)
+            inner = stand_in(self.module, swapped, changes=self.before)
         open_frame()
         try:
             result = plan.invoke(self.layout, inner, arguments)

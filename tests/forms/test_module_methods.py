@@ -991,6 +991,25 @@ def test_module_with_slots_keeps_them_before_the_rule_and_what_the_forward_puts_
     assert not hasattr(module, "empty")
 
 
+def test_forward_may_take_away_a_buffer_and_an_attribute():
+    class Once(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(2.0))
+            self.first = True
+            self.register_buffer("start", float64(5.0, grad=False))
+
+        @go.custom_backward(lambda grad_output, weight: {"x": grad_output * weight, "weight": grad_output})
+        def forward(self, x):
+            del self.first, self.start
+            return x * self.weight
+
+    module = Once()
+    module(float64(1.0)).sum().backward()
+    assert not hasattr(module, "first")
+    assert not hasattr(module, "start")
+
+
 def test_override_of_a_module_with_slots_is_right():
     class Plain(nn.Module):
         __slots__ = ("factor",)

@@ -566,20 +566,46 @@ def test_forward_that_draws_random_numbers_has_the_gradient_of_those_it_drew(for
     assert random_states() == after
 
 
+class Counter(nn.Module):
+    step = 0
+
+    def forward(self, x):
+        self.step += 1
+        return x * self.step
+
+
+class SlotCounter(nn.Module):
+    __slots__ = ("step",)
+
+    def forward(self, x):
+        self.step = getattr(self, "step", 0) + 1
+        return x * self.step
+
+
+class BufferCounter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("step", None)
+
+    def forward(self, x):
+        self.step = torch.ones(1, dtype=torch.float64) if self.step is None else self.step + 1
+        return x * self.step
+
+
+class LateBufferCounter(nn.Module):
+    def forward(self, x):
+        step = self.step if hasattr(self, "step") else torch.zeros(1, dtype=torch.float64)
+        self.register_buffer("step", step + 1)
+        return x * self.step
+
+
 class Counting(nn.Module):
-    """The n-th call multiplies by n; a part without tensors counts."""
+    """The n-th call multiplies by n; a part without tensors of its own counts."""
 
-    class Counter(nn.Module):
-        step = 0
-
-        def forward(self, x):
-            self.step += 1
-            return x * self.step
-
-    def __init__(self, rule):
+    def __init__(self, counter, rule):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
-        self.counter = self.Counter()
+        self.counter = counter
         self.rule = rule
 
     def forward(self, x):
@@ -590,13 +616,14 @@ class Counting(nn.Module):
         return self.counter(x) * self.weight
 
 
+@pytest.mark.parametrize("counter", [Counter, SlotCounter, BufferCounter, LateBufferCounter])
 @pytest.mark.parametrize(
     "rule",
     [lambda grad_output, vjp: vjp(grad_output), lambda grad_output: grad_output],
     ids=["vjp", "left to autograd"],
 )
-def test_forward_that_counts_in_attributes_has_the_gradient_of_that_call_and_has_counted_once(rule):
-    module = Counting(rule)
+def test_forward_that_counts_in_its_module_has_the_gradient_of_that_call_and_has_counted_once(counter, rule):
+    module = Counting(counter(), rule)
     params = dict(module.named_parameters())
     for step in (1, 2, 3):
         value, gradients = value_and_gradient(

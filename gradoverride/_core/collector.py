@@ -1,0 +1,93 @@
+"""The `self` of a `backward(self, grad_output)`, which collects what is assigned to the `grad` of its parameters.
+
+A live `self.weight.grad = ...` overwrites what was accumulated, skips hooks, is out of reach of `autograd.grad`, and
+two threads meet in it. Collected, it is a gradient like any other.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradoverride._core.private import in_modes, versions_while_tracing
+from gradoverride._core.snapshot import Snapshot
+from gradoverride._core.stale import Stale
+from gradoverride._core.standin import Copied, stand_in, write_back
+
+__all__ = ["Collector"]
+
+
+class Collector:
+    """A stand-in for the module of a `backward`, and what that assigned to the `grad` of its parameters."""
+
+    def __init__(
+        self,
+        module: Any,
+        frozen: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        params: Mapping[str, tuple[list[str], Tensor]],
+        *,
+        traced: bool,
+        changes: Mapping[str, Snapshot],
+    ) -> None:
+        self.params: dict[str, Tensor] = {}
+        # The `grad` of each that is a plain alias. If it is another tensor, or was written into, it was assigned.
+        self.before: dict[str, Tensor] = {}
+        self.traced = torch.compiler.is_dynamo_compiling()  # the backward alone: compiled autograd
+        traced = traced or self.traced
+        for name, (_, tensor) in params.items():
+            # Dynamo knows no properties on tensors, a DTensor is no other subclass besides, and modes that operations
+            # are shown to (those of compiled autograd, of FLOP counters) do not know ours.
+            if traced or type(tensor) not in (Tensor, nn.Parameter) or in_modes():
+                self.params[name] = tensor.detach()
+                if not traced and torch.is_grad_enabled() and tensor.requires_grad:  # for second derivatives
+                    self.params[name] = tensor.view_as(tensor)
+                    self.params[name].retain_grad()  # or torch warns of a look at its `grad`
+                self.params[name].grad = self.before[name] = torch.zeros_like(tensor)
+            else:
+                self.params[name] = tensor.view_as(tensor).as_subclass(_Collected)
+        self.versions = self._versions()
+        # A frozen parameter is assigned to as well, and has no gradient to be collected.
+        tensors = {**buffers, **{name: _alias(tensor) for name, tensor in frozen.items()}}
+        for name, (names, _) in params.items():
+            tensors.update(dict.fromkeys(names, self.params[name]))
+        self.copied: list[Copied] = []
+        self.stand_in = stand_in(module, tensors, self.copied, changes=changes)
+
+    def collected(self) -> dict[str, Any]:
+        """By name, the gradients that were assigned. Plain attributes that were are given to the module."""
+        write_back(self.copied)
+        written = dict(zip(self.before, map(operator.ne, self.versions, self._versions()), strict=True))
+        return {n: param.grad for n, param in self.params.items() if written.get(n) or self._was_assigned(n, param)}
+
+    def _versions(self) -> Sequence[int]:
+        given = list(self.before.values())
+        return versions_while_tracing(given) if self.traced else [tensor._version for tensor in given]
+
+    def _was_assigned(self, name: str, param: Tensor) -> bool:
+        if name in self.before:
+            return param.grad is not self.before[name]
+        return "collected" in param.__dict__
+
+
+class _Collected(Tensor):
+    """A parameter on the stand-in of a `backward`: what is assigned to its `grad` is collected, and nothing else."""
+
+    # As for nn.Parameter: operations on it are those of Tensor, and give plain tensors.
+    __torch_function__ = nn.Parameter.__torch_function__
+
+    @property
+    def grad(self) -> Any:
+        return self.__dict__.get("collected")
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        self.__dict__["collected"] = value
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    return tensor if isinstance(tensor, Stale) else tensor.detach()
