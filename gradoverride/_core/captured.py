@@ -151,18 +151,11 @@ def _names(fn: Any, helpers: bool) -> Iterator[tuple[str, Any]]:
         return
     known = [(function, function.__code__)] if not helpers else scan.reachable(function)
     for function, code in known:
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                yield name, cell.cell_contents
-            except ValueError:  # a name that its enclosing function has not assigned yet
-                continue
+        yield from ((name, value) for _, name, value in scan.named(function, code))
         if helpers:
             names = function.__code__.co_varnames[: function.__code__.co_argcount]
             yield from zip(reversed(names), reversed(function.__defaults__ or ()), strict=False)
             yield from (function.__kwdefaults__ or {}).items()
-        for name in scan.global_names(code):
-            if name in function.__globals__:
-                yield name, function.__globals__[name]
 
 
 def _tensors(

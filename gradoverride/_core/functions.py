@@ -20,7 +20,7 @@ from torch.overrides import get_ignored_functions, resolve_name
 
 from gradoverride._core import scan
 from gradoverride._core.everywhere import bare_forward, originals
-from gradoverride._core.reach import named, of_modules
+from gradoverride._core.reach import of_modules
 
 __all__ = [
     "calls_that_are",
@@ -272,7 +272,8 @@ def _spelt_by(cls: type, function: FunctionType, seen: set[FunctionType]) -> set
     parts = {f".{name}" for name in _called_of(function, "self") if not hasattr(cls, name)}
     if not one_call and (parts or not of_torch):  # what calls its parts does more than this
         return set()
-    values = [value for _, _, value in (*named(function, function.__code__), *of_modules(function, function.__code__))]
+    code = function.__code__
+    values = [value for _, _, value in (*scan.named(function, code), *of_modules(function, code))]
     values += [getattr(torch, name, None) for name in _called_of(function, "_VF")]  # another way to functions of torch
     names = [name_of_function(value) for value in values if callable(value) and not isinstance(value, type)]
     methods = list(_methods_of(cls, function))
@@ -290,7 +291,7 @@ def _called_of(function: FunctionType, owner: str) -> Iterator[str]:
     """The attributes of what has this name in a function that it calls: `head` of `self.head(x)`."""
     code = function.__code__
     owner = code.co_varnames[0] if owner == "self" and code.co_argcount else owner
-    steps = [step for step in dis.get_instructions(code) if step.opname not in _NO_STEPS]
+    steps = [step for step in scan.instructions(code) if step.opname not in _NO_STEPS]
     for before, step in itertools.pairwise(steps):
         if before.opname.startswith(("LOAD_FAST", "LOAD_GLOBAL")) and before.argval == owner:
             is_method = step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL" in step.argrepr)
@@ -328,7 +329,7 @@ def _is_work(step: dis.Instruction) -> bool:
 
 
 # The last one is what calls `super`, from Python 3.12 on.
-_CALLS = ("CALL", "CALL_KW", "CALL_METHOD", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX", "LOAD_SUPER_ATTR")
+_CALLS = (*scan.CALLS, "CALL_FUNCTION_EX", "LOAD_SUPER_ATTR")
 _WORK = ("BINARY_", "UNARY_", "COMPARE_", "FOR_", "STORE_ATTR", "STORE_SUBSCR", "POP_JUMP", "INPLACE_")
-_NO_STEPS = ("CACHE", "PRECALL", "PUSH_NULL", "EXTENDED_ARG")
+_NO_STEPS = ("CACHE", "PRECALL", "PUSH_NULL")
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})

@@ -7,8 +7,6 @@ that requires grad. The code is read once; what its names stand for is looked at
 
 from __future__ import annotations
 
-import builtins
-import dis
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 
 from gradoverride._core import scan
 
-__all__ = ["SCALARS", "Reach", "calls_unseen", "named", "of_modules"]
+__all__ = ["SCALARS", "Reach", "calls_unseen", "of_modules"]
 
 SCALARS = frozenset({int, float, bool, complex, str, type(None), torch.dtype, torch.device})
 """Types of values that are no tensor and hold none."""
@@ -51,11 +49,11 @@ class Reach:
         for helper, code in scan.reachable(fn):
             if _depends_on_grad_mode(code) or (helper is not function and not _is_bare(helper)):
                 return None
-            found = [*named(helper, code), *of_modules(helper, code)]
+            found = [*scan.named(helper, code), *of_modules(helper, code)]
             if not all(_is_known_attribute(key, found) for key in _attribute_names(code) - (attributes or frozenset())):
                 return None
             for where, key, value in found:
-                if value is not _NOTHING and type(value) not in SCALARS and not _is_free_of_tensors(value, own):
+                if value is not scan.NOTHING and type(value) not in SCALARS and not _is_free_of_tensors(value, own):
                     return None
                 names.append((where, key, value))
         return None if attributes is None else cls(names, attributes)
@@ -69,7 +67,7 @@ class Reach:
             now = (
                 f"_go_where_{index}.cell_contents" if isinstance(where, CellType) else f"_go_where_{index}.get({key!r})"
             )
-            number = value is _NOTHING or type(value) in SCALARS
+            number = value is scan.NOTHING or type(value) in SCALARS
             found.append(f"type({now}) not in _go_SCALARS" if number else f"{now} is not _go_value_{index}")
         return " or ".join(dict.fromkeys(found)), known
 
@@ -82,15 +80,12 @@ class Reach:
         return True
 
 
-_NOTHING = object()
-
-
 def calls_unseen(fn: Any) -> bool:
     """Whether `fn` calls what `scan.reachable` does not show: a method of an object, or what is no function."""
     seen = list(scan.reachable(fn))
     functions = {function for function, _ in seen}
     for function, code in seen:
-        found = [*named(function, code), *of_modules(function, code)]
+        found = [*scan.named(function, code), *of_modules(function, code)]
         if not all(_is_known_attribute(name, found) for name in _method_names(code)):
             return True
         if any(_is_unseen(value) for _, _, value in found if value not in functions):
@@ -110,46 +105,30 @@ def _method_names(code: CodeType) -> set[str]:
     """The names of the methods that `code` calls."""
     return {
         step.argval
-        for step in dis.get_instructions(code)
+        for step in scan.instructions(code)
         if step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL" in step.argrepr)
     }
 
 
-def named(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, str, Any]]:
-    """Where the free and global names of `function` are, and what they stand for now."""
-    for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        yield cell, key, _content(cell)  # of one that is not assigned yet nobody knows what it will be
-    for key in scan.global_names(code):
-        if key in function.__globals__ or not hasattr(builtins, key):
-            yield function.__globals__, key, function.__globals__.get(key, _NOTHING)
-
-
 def of_modules(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, str, Any]]:
-    """The same for what `code` takes from modules: `F.relu` is where `F` has its `relu`, and may be replaced there."""
+    """What `code` takes from modules, likewise: `F.relu` is where `F` has its `relu`, and may be replaced there."""
     module: Any = None
-    for step in dis.get_instructions(code):
+    for step in scan.instructions(code):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             module = function.__globals__.get(step.argval)
         elif step.opname == "LOAD_DEREF" and step.argval in function.__code__.co_freevars:
-            module = _content((function.__closure__ or ())[function.__code__.co_freevars.index(step.argval)])
+            module = scan.content((function.__closure__ or ())[function.__code__.co_freevars.index(step.argval)])
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(module, ModuleType):
-            value = vars(module).get(step.argval, _NOTHING)
-            if value is not _NOTHING:
+            value = vars(module).get(step.argval, scan.NOTHING)
+            if value is not scan.NOTHING:
                 yield vars(module), step.argval, value
             module = value
-        elif step.opname not in ("CACHE", "PRECALL", "PUSH_NULL", "EXTENDED_ARG"):
+        elif step.opname not in ("PRECALL", "PUSH_NULL"):
             module = None
 
 
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return cell
-
-
 def _attribute_names(code: CodeType) -> set[str]:
-    return {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_ATTR", "LOAD_METHOD")}
+    return {step.argval for step in scan.instructions(code) if step.opname in ("LOAD_ATTR", "LOAD_METHOD")}
 
 
 def _is_known_attribute(name: str, named: list[tuple[Any, str, Any]]) -> bool:
@@ -165,7 +144,7 @@ def _is_free_of_tensors(value: Any, own: set[str], depth: int = 3) -> bool:
         if value.__module__ in own:
             return True
         # By where it was written, not by where it says: `functools.wraps` copies that.
-        held = [*map(_content, value.__closure__ or ()), *(value.__defaults__ or ())]
+        held = [*map(scan.content, value.__closure__ or ()), *(value.__defaults__ or ())]
         known = depth > 0 and _is_of_library(value.__globals__.get("__name__"))
         return known and all(type(part) in SCALARS or _is_free_of_tensors(part, own, depth - 1) for part in held)
     if isinstance(value, type):
@@ -188,7 +167,7 @@ def _is_bare(helper: FunctionType) -> bool:
 def _depends_on_grad_mode(code: CodeType) -> bool:
     """Whether code may do another thing with a tensor that requires grad, or reach what its names do not show."""
     return any(name in _TELLING for name in code.co_names) or any(
-        step.opname == "IMPORT_NAME" and not _is_of_library(step.argval) for step in dis.get_instructions(code)
+        step.opname == "IMPORT_NAME" and not _is_of_library(step.argval) for step in scan.instructions(code)
     )
 
 
@@ -208,7 +187,7 @@ def _attributes_of_first(code: CodeType) -> frozenset[str] | None:
     if first in code.co_cellvars:
         return None
     found: set[str] = set()
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG")]
+    steps = list(scan.instructions(code))
     for index, step in enumerate(steps):
         loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
         if first not in loaded or "FAST" not in step.opname:

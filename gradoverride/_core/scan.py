@@ -6,24 +6,29 @@ or later): nothing is silently wrong when a function hides what it does, only sl
 
 from __future__ import annotations
 
-import contextlib
+import builtins
 import dis
 import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodDescriptorType, MethodType, ModuleType
 from typing import Any
 
 __all__ = [
+    "CALLS",
+    "NOTHING",
     "called_once",
     "calls",
+    "content",
     "global_names",
+    "instructions",
     "is_algebra",
     "is_arithmetic",
     "is_scaling",
     "location",
     "mentions",
+    "named",
     "python_function",
     "reachable",
     "strings",
@@ -70,21 +75,45 @@ def reachable(fn: Any, seen: set[FunctionType] | None = None) -> Iterator[tuple[
 
 def _named_values(function: FunctionType) -> Iterator[Any]:
     """What the function's free and global names stand for now."""
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # a name that its enclosing function has not assigned yet
-            continue
     for code in _codes(function.__code__):
-        for name in global_names(code):
-            if name in function.__globals__:
-                yield function.__globals__[name]
+        for _, _, value in named(function, code):
+            yield value
+
+
+NOTHING = object()
+"""What a global name stands for that nobody has assigned."""
+
+
+def named(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, str, Any]]:
+    """Where the free names of `function` and the global ones of its `code` are, and what they stand for now."""
+    yield from _free(function)
+    for key in global_names(code):
+        if key in function.__globals__ or not hasattr(builtins, key):
+            yield function.__globals__, key, function.__globals__.get(key, NOTHING)
+
+
+def _free(function: FunctionType) -> Iterator[tuple[CellType, str, Any]]:
+    for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        yield cell, key, content(cell)
+
+
+def content(cell: CellType) -> Any:
+    """What a cell of a closure holds. Of a name that is not assigned yet, the cell: what it will hold nobody knows."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return cell
 
 
 def global_names(code: CodeType) -> list[str]:
     """The globals that `code` reads (`co_names` has the attributes too)."""
-    loads = (step for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    loads = (step for step in instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     return list(dict.fromkeys(str(step.argval) for step in loads))
+
+
+def instructions(code: CodeType) -> Iterator[dis.Instruction]:
+    """What `code` does, step by step."""
+    return (step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG")  # a part of the next one
 
 
 def mentions(fn: Any, name: str) -> bool:
@@ -106,7 +135,7 @@ def called_once(fn: Any, name: str) -> bool:
         return False
     uses = calls = 0
     before: dis.Instruction | None = None
-    for step in dis.get_instructions(function.__code__):
+    for step in instructions(function.__code__):
         if step.opcode in _JUMPS and step.argval <= step.offset:
             return False  # a loop
         loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
@@ -146,7 +175,7 @@ def writes(fn: Any, but: str = "") -> bool:
             return True
         if any(constant in options for constant in _constants(code)):
             return True
-        if any(_is_write(instruction) for instruction in dis.get_instructions(code)):
+        if any(_is_write(step) for step in instructions(code)):
             return True
     return False
 
@@ -173,7 +202,7 @@ def _is_expression(
     if not isinstance(fn, FunctionType) or (fn.__closure__ and not free) or writes(fn):
         return False
     named = calls = 0
-    for step in dis.get_instructions(fn.__code__):
+    for step in instructions(fn.__code__):
         known = step.opname in _ARITHMETIC or (free and step.opname in ("COPY_FREE_VARS", "LOAD_DEREF"))
         if step.opname in ("LOAD_METHOD", "LOAD_ATTR"):
             known = step.argval in functions or step.argval in attributes
@@ -182,7 +211,7 @@ def _is_expression(
             known = getattr(fn.__globals__.get(step.argval), "__name__", None) == "torch"
         elif step.opname == "BINARY_OP":
             known = step.argrepr in operators
-        elif step.opname in _CALLS:
+        elif step.opname in CALLS:
             calls += 1
         if not known:
             return False
@@ -198,20 +227,20 @@ def is_scaling(fn: Any, *, free: bool = False) -> bool:
         is_arithmetic(fn, free=free)
         and fn.__code__.co_argcount == fn.__code__.co_nlocals == 1
         and not fn.__code__.co_names
-        and not any(step.opname in (*_BUILDS, "COMPARE_OP") for step in dis.get_instructions(fn.__code__))
+        and not any(step.opname in (*_BUILDS, "COMPARE_OP") for step in instructions(fn.__code__))
         and all(type(constant) in (int, float, type(None), str) for constant in fn.__code__.co_consts)
     )
 
 
-_CALLS = ("CALL", "CALL_KW", "CALL_METHOD", "CALL_FUNCTION", "CALL_FUNCTION_KW")
+CALLS = ("CALL", "CALL_KW", "CALL_METHOD", "CALL_FUNCTION", "CALL_FUNCTION_KW")
 _BUILDS = ("BUILD_TUPLE", "BUILD_MAP", "BUILD_CONST_KEY_MAP")
 _ARITHMETIC = frozenset(
     {
-        *("RESUME", "CACHE", "EXTENDED_ARG", "NOP", "PRECALL", "RETURN_VALUE", "RETURN_CONST"),
+        *("RESUME", "NOP", "PRECALL", "RETURN_VALUE", "RETURN_CONST"),
         *("LOAD_FAST", "LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_BORROW_LOAD_FAST_BORROW"),
         *("LOAD_CONST", "LOAD_SMALL_INT", "STORE_FAST", "UNARY_NEGATIVE", "COMPARE_OP"),
         *("KW_NAMES", "PUSH_NULL"),
-        *_CALLS,
+        *CALLS,
         *_BUILDS,
         *("BINARY_ADD", "BINARY_SUBTRACT", "BINARY_MULTIPLY", "BINARY_TRUE_DIVIDE"),  # Python 3.10
     }
@@ -258,8 +287,8 @@ def _calls_what_is_harmless(
     function: FunctionType, code: CodeType, own: set[str], known_method: Callable[[str], bool]
 ) -> bool:
     """What comes out of modules is looked at, what is called on other values is known by its name."""
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG")]
-    free = _free_variables(function)
+    steps = list(instructions(code))
+    free = {name: value for cell, name, value in _free(function) if value is not cell}
     value: Any = None  # what the last steps have loaded, as far as that can be told
     loaded = ""  # the variable of a function that the last step has loaded
     called = False  # whether what the last steps have loaded is called
@@ -304,14 +333,6 @@ _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _HOLDERS = ("self", "cls", "module")  # what hangs there may have any name, and do anything
 
 
-def _free_variables(function: FunctionType) -> dict[str, Any]:
-    found = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # not assigned yet
-            found[name] = cell.cell_contents
-    return found
-
-
 def _is_called(steps: list[dis.Instruction], index: int) -> bool:
     """Whether what this step loads, or an item or attribute of it, is called (Python 3.10 does not tell)."""
     beside = index - 1 if sys.version_info < (3, 13) else index + 1
@@ -331,7 +352,7 @@ def _may_be_told_to_write(value: Any, steps: list[dis.Instruction], index: int) 
         if step.opcode in _JUMPS:
             break  # which way it goes is not known
         depth += dis.stack_effect(step.opcode, step.arg)
-        if step.opname in _CALLS and depth <= 0:
+        if step.opname in CALLS and depth <= 0:
             return step.arg is None or step.arg > min(places)
     return True
 
