@@ -20,13 +20,13 @@ from gradoverride._core.call import is_tensor
 from gradoverride._core.connection import ends_of_connections
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.edited_result import edits_of
-from gradoverride._core.function import Alias, General, KeptAlias, Transformed
-from gradoverride._core.private import function_of, results_of
+from gradoverride._core.nodes import leaf_of, rule_of
+from gradoverride._core.private import results_of
 from gradoverride._core.signature import name_of
 from gradoverride._core.structure import flatten
 from gradoverride.errors import DrawingError, GraphError
 
-__all__ = ["DrawnEdge", "DrawnNode", "GraphDrawing", "rule_of", "show_graph"]
+__all__ = ["DrawnEdge", "DrawnNode", "GraphDrawing", "show_graph"]
 
 
 def show_graph(root: Any, params: nn.Module | Mapping[str, Tensor] | None = None) -> GraphDrawing:
@@ -259,8 +259,8 @@ class _Drawing:
 
     def _drawn(self, node: Node) -> DrawnNode:
         edits = _edits_of(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
+        leaf = leaf_of(node)
+        if leaf is not None:
             kind = "parameter" if isinstance(leaf, nn.Parameter) else "leaf"
             return DrawnNode(self.names.get((node, 0), kind), "leaf", edits=edits, shape=shape_text(leaf.shape))
         rule, is_edit = rule_of(node)
@@ -274,7 +274,7 @@ class _Drawing:
         label = "" if results is None else shape_text(results[index][0])
         if results is not None and len(results) > 1:
             label = f"[{index}] {label}"
-        name = "" if hasattr(node, "variable") else self.names.get((node, index), "")
+        name = self.names.get((node, index), "") if leaf_of(node) is None else ""
         self.edges.append(DrawnEdge(start, self.numbers[node], f"{name} {label}".strip(), connected))
 
 
@@ -308,8 +308,8 @@ def _named(params: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _connected(node: Node) -> list[GradientEdge]:
-    leaf = getattr(node, "variable", None)
-    return ends_of_connections(leaf) if isinstance(leaf, Tensor) else []
+    leaf = leaf_of(node)
+    return [] if leaf is None else ends_of_connections(leaf)
 
 
 def _edits_of(node: Node) -> tuple[str, ...]:
@@ -326,15 +326,3 @@ def _edits_of(node: Node) -> tuple[str, ...]:
             for key, found in places.items()
         ]
     )
-
-
-def rule_of(node: Any) -> tuple[Any, bool]:
-    """The rule that is the backward of `node`, and whether it edits a gradient. None where torch's own is."""
-    function = function_of(node)
-    if function is None or function.__module__ != General.__module__:
-        return None, False
-    if issubclass(function, (Alias, KeptAlias)):
-        return node.rule[0], True
-    if issubclass(function, (General, Transformed)):
-        return node.call.rule, node.call.plan.mirrors
-    return getattr(function.backward, "__globals__", {}).get("_go_rule"), False

@@ -18,10 +18,10 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from gradoverride._core.ambient import Autocast
 from gradoverride._core.call import is_differentiable
-from gradoverride._core.connection import nodes_behind
 from gradoverride._core.contract import what
 from gradoverride._core.edit import ask, ask_several, edit
 from gradoverride._core.edited_result import EditedLeaf, EditedResult
+from gradoverride._core.nodes import leaf_of, nodes_behind
 from gradoverride._core.private import fail, hook_on_result, is_freed, results_of
 from gradoverride._core.reading import Reading, Readings
 from gradoverride._core.signature import Forward, Rule
@@ -95,9 +95,9 @@ def edit_gradient_(tensor_or_node: Tensor | Node, rule: Callable[..., Any]) -> G
             f"edit_gradient_: 'tensor_or_node' must be a tensor that requires grad, or a node of a graph "
             f"(tensor.grad_fn, or one of find_nodes); got {what(tensor_or_node)}"
         )
-    variable = getattr(tensor_or_node, "variable", None)
-    if isinstance(variable, Tensor):  # where a leaf's gradient is accumulated: the node lives as long as a graph does
-        return _edit_tensor(variable, rule)
+    leaf = leaf_of(tensor_or_node)
+    if leaf is not None:  # the node lives as long as a graph does
+        return _edit_tensor(leaf, rule)
     return _edit_node(tensor_or_node, rule)
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from gradoverride._core.contract import shape_text, what
+from gradoverride._core.nodes import nodes_behind, rule_of
 from gradoverride._core.options import check, is_number
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Rule, name_of
 from gradoverride._core.surrogate import StraightThrough, SurrogateRule
-from gradoverride.drawing import rule_of
 from gradoverride.errors import ForwardResultError, RuleResultError, RuleSignatureError
 from gradoverride.rules.steps import spike
 from gradoverride.surrogates import Surrogate
@@ -134,15 +134,8 @@ def _is_function(callable_: Callable[..., Any], x: Tensor) -> bool:
         return True
     if any(_is_required(parameter) for parameter in _parameters(callable_)[1:]):
         return False
-    waiting, seen = [_last_node(callable_, x)], set()
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, BackwardCFunction):
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [after for after, _ in node.next_functions]
-    return False
+    last = _last_node(callable_, x)
+    return last is not None and any(isinstance(node, BackwardCFunction) for node in nodes_behind(last))
 
 
 def _last_node(function: Callable[..., Any], x: Tensor) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from gradoverride._core import scan
+from gradoverride._core.nodes import leaves_behind
 from gradoverride._core.private import evaluated_while_tracing, fail, note_while_tracing, take_noted
 from gradoverride._core.reach import SCALARS
 from gradoverride.errors import CapturedTensorError
@@ -27,26 +28,15 @@ def foreign_leaf(results: list[Tensor], known: set[int], stops: set[Any]) -> Ten
 
     The walk does not go below the nodes `stops`: those of tensors that are known and have a history of their own.
     """
-    seen = set(stops)
-    stack = []
+    starts = []
     for result in results:
         if result.grad_fn is not None:
-            stack.append(result.grad_fn)
+            starts.append(result.grad_fn)
         elif id(result) not in known:
             return result
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            if id(leaf) not in known:
-                return leaf
-            continue
-        for below, _ in node.next_functions:
-            if below is not None:
-                stack.append(below)
+    for leaf in leaves_behind(starts, stops):
+        if id(leaf) not in known:
+            return leaf
     return None
 
 
@@ -120,22 +110,9 @@ def captured_names(
     if isinstance(receiver, nn.Module):
         found += [(f"'self.{name}'", buffer) for name, buffer in receiver.named_buffers()]
     exact = [name for name, tensor in found if tensor is leaf]
-    leading = [name for name, tensor in found if not tensor.is_leaf and _leads_to(tensor, leaf)]
+    inner = [(name, tensor.grad_fn) for name, tensor in found if not tensor.is_leaf]
+    leading = [name for name, node in inner if any(start is leaf for start in leaves_behind([node]))]
     return list(dict.fromkeys(exact or leading))
-
-
-def _leads_to(tensor: Tensor, leaf: Tensor) -> bool:
-    """Whether the graph of `tensor` begins at `leaf` too."""
-    seen: set[Any] = set()
-    stack: list[Any] = [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            if getattr(node, "variable", None) is leaf:
-                return True
-            stack += [below for below, _ in node.next_functions]
-    return False
 
 
 def _names(fn: Any, helpers: bool) -> Iterator[tuple[str, Any]]:

@@ -9,29 +9,18 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from gradoverride._core.nodes import leaves_behind, nodes_behind
 from gradoverride._core.private import after_backward, keeps_graph, pass_id, passes_now
 from gradoverride.errors import GraphError, UnsupportedError
 
-__all__ = ["Connection", "ends_of_connections", "nodes_behind"]
-
-
-def nodes_behind(start: Node) -> Iterator[Node]:
-    """`start` and all nodes that it leads to, nearer ones first."""
-    seen = {start}
-    queue = [start]
-    for node in queue:  # which grows
-        yield node
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                queue.append(following)
+__all__ = ["Connection", "ends_of_connections"]
 
 
 class Connection:
@@ -44,7 +33,7 @@ class Connection:
         self._leaf = weakref.ref(leaf)
         self._end = end
         self._anew = anew
-        starts = _leaves_behind(end)
+        starts = list(leaves_behind([_node_of(end)]))
         self._starts = [weakref.ref(start) for start in starts]
         self._waits_for: _Passing | None = None
         self._shape = tuple(leaf.shape)
@@ -171,11 +160,6 @@ def _edge_of(tensor_or_edge: Any) -> GradientEdge:
 
 def _node_of(tensor: Tensor) -> Node:
     return get_gradient_edge(tensor).node
-
-
-def _leaves_behind(end: Tensor) -> list[Tensor]:
-    found = [getattr(node, "variable", None) for node in nodes_behind(_node_of(end))]
-    return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from gradoverride._core.nodes import leaf_of
 from gradoverride._core.private import OWNERS_IF_RETURNED, passes_now, passes_on, use_count
 from gradoverride.errors import UnsupportedError
 
@@ -100,8 +101,8 @@ class EditedLeaf:
 
 def edits_of(node: Node) -> list[tuple[int, Any]]:
     """The edits of gradients of `node`: which result, and the rule. Of the node of a leaf, those of the leaf."""
-    leaf = getattr(node, "variable", None)
-    if isinstance(leaf, Tensor):
+    leaf = leaf_of(node)
+    if leaf is not None:
         return [(0, hook.rule) for hook in (leaf._backward_hooks or {}).values() if isinstance(hook, EditedLeaf)]
     metadata: Any = node.metadata
     return [(edited.index, edited.rule) for edited in metadata.get(EDITED, ())]

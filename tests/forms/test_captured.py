@@ -444,3 +444,42 @@ def test_a_forward_may_take_gradients_of_its_own_on_the_way(leaf):
     x = float64(1.0, 2.0)
     attacked(x if leaf else x * 1).sum().backward()
     torch.testing.assert_close(x.grad, 4 * (x.detach() + 1))
+
+
+# --- a Function that keeps something under the name that torch has for the leaf of a node
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.variable = x
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, weight = ctx.saved_tensors
+        return grad_output * weight, (grad_output * x).sum()
+
+
+@pytest.mark.parametrize("inner", [lambda x: x, torch.exp], ids=["argument", "what is computed of it"])
+def test_what_a_function_keeps_in_its_context_is_no_captured_tensor(inner):
+    @go.custom_backward(lambda grad_output, vjp: 7 * vjp(grad_output))
+    def scale(x):
+        return Scaled.apply(inner(x), torch.tensor(3.0, dtype=torch.float64))
+
+    x = float64(1.0, 2.0)
+    scale(x).sum().backward()
+    (expected,) = torch.autograd.grad((21 * inner(x)).sum(), x)
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_captured_tensor_behind_a_function_that_keeps_the_argument_in_its_context_is_an_error():
+    weight = float64(3.0)
+
+    @go.custom_backward(lambda grad_output, vjp: vjp(grad_output))
+    def scale(x):
+        return Scaled.apply(x, weight)
+
+    with pytest.raises(go.CapturedTensorError, match="it reached 'weight', which requires grad"):
+        scale(float64(1.0, 2.0))

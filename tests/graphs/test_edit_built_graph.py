@@ -320,6 +320,24 @@ class Two(torch.autograd.Function):
         return left + 2 * right
 
 
+def test_node_of_a_function_that_keeps_a_tensor_under_the_name_of_a_leaf_is_edited_itself():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.variable = kept
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            return grad_output * 2
+
+    kept, x = noise(3), noise(3)
+    result = Double.apply(x)
+    go.edit_gradient_(result.grad_fn, lambda grad_output: grad_output * 5)
+    result.sum().backward()
+    exactly(x.grad, torch.full_like(x, 10.0))
+
+
 def test_node_with_several_results():
     x = noise(3)
     left, right = Two.apply(x * 1)
