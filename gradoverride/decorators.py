@@ -18,7 +18,7 @@ from torch import nn
 
 from gradoverride._core.contract import what
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import hidden_from_dynamo
+from gradoverride._core.private import hidden_from_dynamo, uncompiled
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, Rule, name_of
 from gradoverride._core.surrogate import StraightThrough, SurrogateRule, has_tensors, pass_through
@@ -238,7 +238,7 @@ def _forward_of(target: Any) -> Forward:
 def _class_name(module: nn.Module) -> str:
     """The user's name for the class of a module, scripted or compiled ones included."""
     name = getattr(module, "original_name", None) if isinstance(module, torch.jit.ScriptModule) else None
-    return name or type(getattr(module, "_orig_mod", module)).__name__
+    return name or type(uncompiled(module)).__name__
 
 
 def _forward_of_class(cls: Any, rule: Rule) -> Forward:

@@ -1,8 +1,12 @@
-"""Every private name of torch that the engine uses, with the reason and the public way that stands in for it.
+"""Every private name of torch that this library uses, with the reason and the public way that stands in for it.
 
 Private names move between releases, so they are named here and nowhere else, and each has a public fallback that is
 right, only slower; where there is none, what needs it is refused. `tests/core/test_private.py` runs the suite on the
 fallbacks too.
+
+Elsewhere are those alone that everybody's code reads: the tables of a module (`_parameters`, `_buffers`, `_modules`),
+and the `_version`, `_backward_hooks` and `_is_view()` of a tensor; the names of torch's modules where code is read; and
+`_is_replica`, in `forward_pass.py`, for Dynamo guards each constant of a module.
 """
 
 from __future__ import annotations
@@ -24,59 +28,74 @@ from torch.utils.checkpoint import CheckpointFunction
 from gradoverride._core.imports import on_import
 
 __all__ = [
-    "COMPILED_CALL",
-    "IN_FORWARD_AD",
-    "IN_TRACER",
-    "ORIGINAL",
-    "OWNERS_IF_RETURNED",
-    "after_backward",
-    "any_autocast",
-    "as_dynamo_hands_on",
-    "can_call_directly",
-    "call_directly",
-    "defaults_while_tracing",
-    "dual_levels",
     "evaluated_while_tracing",
-    "fail",
+    # names that are looked for on modules and functions
+    "ORIGINAL",
+    "COMPILED_CALL",
+    "COMPILED_MARKS",
+    "FORMER_PARAMETERS",
+    "RNN_WEIGHTS",
+    "RNN_REFERENCES",
+    "uncompiled",
+    # what torch puts around a Function and the engine, left out
     "fast_apply",
-    "forward_mode_depth",
-    "function_of",
-    "fx_tracer",
-    "hidden_from_dynamo",
-    "hook_on_result",
-    "in_forward_ad",
-    "in_functorch",
-    "in_batched_autograd",
-    "in_checkpoint_replay",
-    "in_reentrant_checkpoint",
-    "in_modes",
-    "is_compiled_graph",
-    "is_freed",
-    "is_jit_tracing",
-    "jit_tracer",
-    "let_dynamo_show",
+    "call_directly",
+    "can_call_directly",
+    "pull",
+    # tensors and nodes
     "made_at_import",
-    "may_be_symbolic",
+    "version_of",
     "counted_once",
-    "dynamo_shows",
-    "keep_own_frames_whole",
-    "keeps_graph",
-    "note_while_tracing",
-    "out_of_left_transforms",
-    "Pass",
+    "use_count",
+    "saves_plainly",
+    "results_of",
+    "function_of",
+    "is_freed",
+    "hook_on_result",
+    # the backward pass that runs now
     "pass_id",
+    "keeps_graph",
+    "Pass",
     "passes_now",
     "passes_on",
-    "pull",
-    "results_of",
-    "saves_plainly",
+    "OWNERS_IF_RETURNED",
+    "after_backward",
+    # autocast, modes, checkpoints
+    "any_autocast",
+    "in_modes",
     "take_off_stack",
+    "in_reentrant_checkpoint",
+    "in_checkpoint_replay",
+    # transforms of torch.func, forward mode
+    "in_functorch",
+    "dual_levels",
+    "IN_FORWARD_AD",
+    "in_forward_ad",
+    "out_of_left_transforms",
+    "forward_mode_depth",
+    "in_batched_autograd",
+    # tracers: torch.jit, torch.fx
+    "is_jit_tracing",
+    "fx_tracer",
+    "jit_tracer",
+    "IN_TRACER",
+    "may_be_symbolic",
+    # Dynamo: errors
+    "fail",
+    "as_dynamo_hands_on",
+    # Dynamo: what it is to trace
+    "hidden_from_dynamo",
+    "let_dynamo_show",
+    "dynamo_shows",
+    "is_compiled_graph",
+    "keep_own_frames_whole",
+    # Dynamo: what it knows while it traces
+    "note_while_tracing",
     "take_noted",
-    "trace_gradients",
-    "uncompiled",
-    "use_count",
-    "version_of",
     "versions_while_tracing",
+    "defaults_while_tracing",
+    # Dynamo: gradients within a traced graph
+    "trace_gradients",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -86,6 +105,48 @@ def evaluated_while_tracing(fn: F) -> F:
     """`torch.compiler.assume_constant_result`, which takes 0.8 s to set this mark, for it imports all of Dynamo."""
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the mark
     return fn
+
+
+# --- names that are looked for on modules and functions ---
+
+ORIGINAL = "_orig_mod"
+"""The part of what `torch.compile(module)` gives that is `module`: it stands in the names of its parameters too."""
+
+COMPILED_CALL = "_compiled_call_impl"
+"""The attribute of a module that holds its compiled call, after `module.compile()`. If it bears another name one day,
+the stand-in's call meets live parameters, and is refused as one that captured them.
+"""
+
+COMPILED_MARKS = "_torchdynamo"
+"""What the attributes begin with that Dynamo puts on a function. With those under another name a wrapper is taken for
+compiled itself.
+"""
+
+FORMER_PARAMETERS = "_former_parameters"
+"""The attribute of a replica of DataParallel with its parameters, which are plain attributes besides. If it bears
+another name one day, a rule on a replica is refused: its forward has captured them.
+"""
+
+RNN_WEIGHTS = "_flat_weights"
+"""The list of its weights that an nn.RNNBase has besides its parameters, and that its forward reads. If it bears
+another name one day, each forward finds that its weights are others, and makes the list anew.
+"""
+
+RNN_REFERENCES = "_flat_weight_refs"
+"""The list of weak references by which it finds that out."""
+
+
+def uncompiled(module: Any) -> Any:
+    """The module that `torch.compile` has made this one of, or the module itself.
+
+    torch says nowhere which modules are such, and to import their class costs 0.8 s. If they bear other marks one day,
+    they are modules like others, whose forward somebody has replaced.
+    """
+    made = isinstance(module, torch.nn.Module) and ORIGINAL in module._modules and "dynamo_ctx" in module.__dict__
+    return module._modules[ORIGINAL] if made else module
+
+
+# --- what torch puts around a Function and the engine, left out ---
 
 
 def fast_apply(function: type[Function]) -> Callable[..., Any]:
@@ -123,8 +184,25 @@ def pull(ends: Any, edges: Any, grads: Any, keep: bool, create_graph: bool) -> t
     return _run_backward(ends, grads, keep, create_graph, edges, allow_unreachable=True, accumulate_grad=False)
 
 
-# Whether the backward that runs now is to leave its graph as it is. Without it the answer is yes.
-keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+_engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+_run_backward = getattr(_engine, "run_backward", None)
+
+
+# --- tensors and nodes ---
+
+
+def made_at_import(*shape: int, requires_grad: bool = False) -> torch.Tensor:
+    """A tensor of zeros for all calls to come: one made in inference mode, where this may be imported, would be refused
+    by each of them.
+    """
+    with torch.inference_mode(False):
+        return torch.zeros(shape, requires_grad=requires_grad)
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """How often the tensor has been written into. None of one from `inference_mode`, which does not count."""
+    inner = debug_unwrap(tensor)
+    return None if inner.is_inference() else inner._version
 
 
 # Sets the versions of tensors. Without it aliases of what a forward may write into have version counters of their own.
@@ -146,8 +224,8 @@ def _counted_once(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
 
 counted_once = None if _set_versions is None else _counted_once
 
-
-_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+# How many C++ owners a tensor has. Without it a result is taken for shared, and detached.
+use_count: Callable[[torch.Tensor], int] = getattr(torch.Tensor, "_use_count", lambda tensor: 2)
 
 
 def saves_plainly() -> bool:
@@ -155,11 +233,7 @@ def saves_plainly() -> bool:
     return _hooks is not None and _hooks(True) is None
 
 
-_engine = getattr(torch.autograd.Variable, "_execution_engine", None)
-_run_backward = getattr(_engine, "run_backward", None)
-
-# How many C++ owners a tensor has. Without it a result is taken for shared, and detached.
-use_count: Callable[[torch.Tensor], int] = getattr(torch.Tensor, "_use_count", lambda tensor: 2)
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def results_of(node: Any) -> list[tuple[torch.Size, torch.dtype, torch.device]] | None:
@@ -171,6 +245,19 @@ def results_of(node: Any) -> list[tuple[torch.Size, torch.dtype, torch.device]] 
 def function_of(node: Any) -> type[Function] | None:
     """The Function whose backward `node` is. None for what is no Function's, and where that is not known."""
     return getattr(type(node), "_forward_cls", None)
+
+
+def is_freed(node: Any) -> bool:
+    """Whether a backward pass has gone through `node` and freed what it had saved. Of one that saves nothing, no."""
+    try:
+        if hasattr(type(node), "_raw_saved_tensors"):  # of a Python Function
+            _ = node._raw_saved_tensors
+        else:
+            for name in [name for name in dir(node) if name.startswith("_raw_saved_")][:1]:  # of tensors
+                getattr(node, name.removeprefix("_raw"))
+    except RuntimeError as error:
+        return "second time" in str(error)
+    return False
 
 
 def hook_on_result(node: Any, index: int, hook: Callable[[Any], Any]) -> Callable[[], None] | None:
@@ -190,29 +277,13 @@ def hook_on_result(node: Any, index: int, hook: Callable[[Any], Any]) -> Callabl
     return hooks.clear
 
 
-def hidden_from_dynamo(fn: F, reason: str) -> F:
-    """`fn`, which Dynamo breaks its graph for and never traces: `torch.compiler.disable`, which takes 1 s to import all
-    of Dynamo, once it is there.
-    """
-    name = f"fn_{id(fn)}"
+# --- the backward pass that runs now ---
 
-    @evaluated_while_tracing
-    def hide() -> str:
-        if not hasattr(_Hidden, name):
-            setattr(_Hidden, name, staticmethod(torch.compiler.disable(fn, reason=reason)))
-        return name
+# A number for the backward pass that runs now. Without it `after_backward` is taken to be missing too.
+pass_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
-    @functools.wraps(fn)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            return getattr(_Hidden, hide())(*args, **kwargs)
-        return fn(*args, **kwargs)
-
-    return call  # type: ignore[return-value]  # with the signature of `fn`
-
-
-class _Hidden:
-    """Functions as attributes: Dynamo needs a place to know an object by."""
+# Whether the backward that runs now is to leave its graph as it is. Without it the answer is yes.
+keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class Pass(NamedTuple):
@@ -273,17 +344,48 @@ it: the engine's list, the results, and its Python object.
 """
 
 
-def is_freed(node: Any) -> bool:
-    """Whether a backward pass has gone through `node` and freed what it had saved. Of one that saves nothing, no."""
-    try:
-        if hasattr(type(node), "_raw_saved_tensors"):  # of a Python Function
-            _ = node._raw_saved_tensors
-        else:
-            for name in [name for name in dir(node) if name.startswith("_raw_saved_")][:1]:  # of tensors
-                getattr(node, name.removeprefix("_raw"))
-    except RuntimeError as error:
-        return "second time" in str(error)
-    return False
+def after_backward(callback: Callable[[], None]) -> bool:
+    """Run `callback` when the backward pass that runs now has ended, as a part of it. False where there is no way."""
+    queue = getattr(_engine, "queue_callback", None)
+    if queue is None or pass_id() < 0:
+        return False
+    queue(callback)
+    return True
+
+
+# --- autocast, modes, checkpoints ---
+
+# One query for all devices; the public one must be asked for each device type.
+any_autocast: Callable[[], bool] = getattr(
+    torch._C,
+    "_is_any_autocast_enabled",
+    lambda: any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
+)
+
+# True where torch may show operations to modes: what torch.export and make_fx trace with is one.
+in_modes: Callable[[], Any] = getattr(torch._C, "_len_torch_dispatch_stack", get_proxy_mode)
+
+
+def take_off_stack(mode: Any) -> bool:
+    """Leave a mode of functions that others may have been entered above. `with` can leave only the one on top.
+
+    Without this the mode stays where it is, and whoever asks must have made it do nothing.
+    """
+    stack, pop, push = _modes
+    if stack is None or pop is None or push is None:
+        return False
+    if any(other is mode for other in stack()):
+        above = []
+        while (top := pop()) is not mode:
+            above.append(top)
+        for other in reversed(above):
+            push(other)
+    return True
+
+
+_modes = [
+    getattr(torch.overrides, name, None) for name in ("_get_current_function_mode_stack", "_pop_mode", "_push_mode")
+]
 
 
 def in_reentrant_checkpoint() -> bool:
@@ -303,6 +405,91 @@ def in_reentrant_checkpoint() -> bool:
 _REENTRANT = CheckpointFunction.forward.__code__
 
 
+def in_checkpoint_replay() -> bool:
+    """Whether a checkpoint runs its block again now, in the backward pass. This too is read from the frames."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _ENGINE_CODE:
+        if frame.f_globals.get("__name__") == CheckpointFunction.__module__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+# --- transforms of torch.func, forward mode ---
+
+_probe = made_at_import(requires_grad=True)
+
+
+@evaluated_while_tracing
+def _probe_functorch() -> bool:
+    if is_jit_tracing():  # which would record the probe, and crash
+        return False
+    try:
+        _probe.requires_grad_()  # what it requires already: refused inside of a transform, and otherwise nothing
+    except RuntimeError:
+        return True
+    return False
+
+
+# True inside vmap, grad, jvp ... (60 ns; to provoke an error and catch it takes 2 us)
+in_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _probe_functorch)
+
+
+class _Levels:
+    @property
+    def _current_level(self) -> int:
+        return 0 if _probe_forward_ad() else -1
+
+
+@evaluated_while_tracing
+def _probe_forward_ad() -> bool:
+    if is_jit_tracing() or get_proxy_mode() is not None:  # the same of make_fx and torch.export
+        return False
+    try:
+        forward_ad.make_dual(_probe.detach(), _probe.detach())
+    except RuntimeError:
+        return False
+    return True
+
+
+# Whether a dual level is entered outside functorch: tensors may then carry tangents without `requires_grad`. As code,
+# for what is generated, where a call would cost as much as the rest of the question.
+dual_levels: Any = forward_ad if hasattr(forward_ad, "_current_level") else _Levels()
+IN_FORWARD_AD = "_go_dual_levels._current_level >= 0"
+
+
+def in_forward_ad() -> bool:
+    """What `IN_FORWARD_AD` says."""
+    return bool(dual_levels._current_level >= 0)
+
+
+def out_of_left_transforms(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` without the wrappers of transforms that have been left.
+
+    torch takes them off for its own operations, and not for transforms: it crashes in one that is entered with such a
+    tensor. So any operation would do instead.
+    """
+    if _without_left is None:
+        return tensor.view_as(tensor)
+    while (inner := _without_left(tensor)) is not tensor:
+        tensor = inner
+    return tensor
+
+
+_without_left = getattr(getattr(torch._C, "_functorch", None), "unwrap_if_dead", None)
+
+
+def forward_mode_depth() -> int:
+    """How many forward-mode transforms are around this call."""
+    if _transforms is None:
+        return 2 if in_functorch() and in_forward_ad() else 0
+    return sum("Jvp" in str(interpreter.key()) for interpreter in _transforms() or ())
+
+
+# Without it all forward mode in `torch.func` is taken for nested, and refused.
+_transforms: Any = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", None)
+
+
 def in_batched_autograd() -> bool:
     """Whether `torch.autograd.functional` runs for a batch at once, by a vmap that is older than that of torch.func.
 
@@ -316,37 +503,107 @@ def in_batched_autograd() -> bool:
     return depth > 0
 
 
-def in_checkpoint_replay() -> bool:
-    """Whether a checkpoint runs its block again now, in the backward pass. This too is read from the frames."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _ENGINE_CODE:
-        if frame.f_globals.get("__name__") == CheckpointFunction.__module__:
-            return True
-        frame = frame.f_back
-    return False
+# --- tracers: torch.jit, torch.fx ---
+
+# `torch.jit.is_tracing` asks whether it is itself scripted before.
+is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]  # it is public
 
 
-# A number for the backward pass that runs now. Without it `after_backward` is taken to be missing too.
-pass_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+class _Tracers:
+    """What stands for the flags of tracers: each call is looked at, on the general path."""
+
+    _is_fx_tracing_flag = True
+
+    @property
+    def _trace_module_map(self) -> Any:
+        return {} if is_jit_tracing() else None
 
 
-def after_backward(callback: Callable[[], None]) -> bool:
-    """Run `callback` when the backward pass that runs now has ended, as a part of it. False where there is no way."""
-    queue = getattr(_engine, "queue_callback", None)
-    if queue is None or pass_id() < 0:
-        return False
-    queue(callback)
-    return True
+class _OfThread:
+    """The flag of torch.fx as torch 2.15 keeps it: one for each thread, and none before the first trace."""
+
+    @property
+    def _is_fx_tracing_flag(self) -> bool:
+        return getattr(_by_thread, "flag", False)
 
 
-def uncompiled(module: Any) -> Any:
-    """The module that `torch.compile` has made this one of, or the module itself.
+_symbolic = getattr(torch.fx, "_symbolic_trace", None)
+_by_thread = getattr(_symbolic, "_is_fx_tracing_tls", None)
+_jit = getattr(torch.jit, "_trace", None)
 
-    torch says nowhere which modules are such, and to import their class costs 0.8 s. If they bear other marks one day,
-    they are modules like others, whose forward somebody has replaced.
+# The flags of torch.fx and make_fx, and of torch.jit.trace for modules. As code, like IN_FORWARD_AD.
+fx_tracer: Any = (
+    _symbolic if hasattr(_symbolic, "_is_fx_tracing_flag") else _Tracers() if _by_thread is None else _OfThread()
+)
+jit_tracer: Any = _jit if hasattr(_jit, "_trace_module_map") else _Tracers()
+IN_TRACER = "_go_fx_tracer._is_fx_tracing_flag or _go_jit_tracer._trace_module_map is not None"
+
+
+def may_be_symbolic() -> bool:
+    """Whether a tracer of torch.fx may be at work. Without its flag arguments are looked through each time."""
+    return bool(fx_tracer._is_fx_tracing_flag)
+
+
+# --- Dynamo: errors ---
+
+
+def fail(kind: type[Exception], text: str) -> NoReturn:
+    """Raise `kind(text)`. Under Dynamo a plain raise loses its kind and its text ("Observed exception"); a call that
+    it evaluates while tracing keeps both.
     """
-    made = isinstance(module, torch.nn.Module) and ORIGINAL in module._modules and "dynamo_ctx" in module.__dict__
-    return module._modules[ORIGINAL] if made else module
+    if torch.compiler.is_dynamo_compiling():
+        _raise_while_tracing(kind, text)
+    raise kind(text)
+
+
+@evaluated_while_tracing
+def _raise_while_tracing(kind: type[Exception], text: str) -> None:
+    raise as_dynamo_hands_on(kind(text))
+
+
+def as_dynamo_hands_on(error: Exception) -> Exception:
+    """`error`, of a kind that Dynamo hands on: it makes its InternalTorchDynamoError of others, with their text."""
+    handed_on: Any = getattr(sys.modules.get("torch._dynamo.exc"), "ShortenTraceback", None)
+    kind: Any = type(error)
+    if handed_on is None or isinstance(error, handed_on):
+        return error
+    try:
+        return _of_both(handed_on, kind)(*error.args, first_useful_frame=None)
+    except TypeError:  # it is made in another way by now
+        return error
+
+
+@functools.cache
+def _of_both(handed_on: Any, kind: Any) -> Any:
+    return type(kind.__name__, (handed_on, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+# --- Dynamo: what it is to trace ---
+
+
+def hidden_from_dynamo(fn: F, reason: str) -> F:
+    """`fn`, which Dynamo breaks its graph for and never traces: `torch.compiler.disable`, which takes 1 s to import all
+    of Dynamo, once it is there.
+    """
+    name = f"fn_{id(fn)}"
+
+    @evaluated_while_tracing
+    def hide() -> str:
+        if not hasattr(_Hidden, name):
+            setattr(_Hidden, name, staticmethod(torch.compiler.disable(fn, reason=reason)))
+        return name
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return getattr(_Hidden, hide())(*args, **kwargs)
+        return fn(*args, **kwargs)
+
+    return call  # type: ignore[return-value]  # with the signature of `fn`
+
+
+class _Hidden:
+    """Functions as attributes: Dynamo needs a place to know an object by."""
 
 
 def let_dynamo_show(functions: Iterable[Any]) -> None:
@@ -387,199 +644,6 @@ def is_compiled_graph(frame: FrameType | None) -> bool:
     return False
 
 
-_modes = [
-    getattr(torch.overrides, name, None) for name in ("_get_current_function_mode_stack", "_pop_mode", "_push_mode")
-]
-
-
-def take_off_stack(mode: Any) -> bool:
-    """Leave a mode of functions that others may have been entered above. `with` can leave only the one on top.
-
-    Without this the mode stays where it is, and whoever asks must have made it do nothing.
-    """
-    stack, pop, push = _modes
-    if stack is None or pop is None or push is None:
-        return False
-    if any(other is mode for other in stack()):
-        above = []
-        while (top := pop()) is not mode:
-            above.append(top)
-        for other in reversed(above):
-            push(other)
-    return True
-
-
-COMPILED_CALL = "_compiled_call_impl"
-"""The attribute of a module that holds its compiled call, after `module.compile()`. If it bears another name one day,
-the stand-in's call meets live parameters, and is refused as one that captured them.
-"""
-
-ORIGINAL = "_orig_mod"
-"""The part of what `torch.compile(module)` gives that is `module`: it stands in the names of its parameters too."""
-
-
-def made_at_import(*shape: int, requires_grad: bool = False) -> torch.Tensor:
-    """A tensor of zeros for all calls to come: one made in inference mode, where this may be imported, would be refused
-    by each of them.
-    """
-    with torch.inference_mode(False):
-        return torch.zeros(shape, requires_grad=requires_grad)
-
-
-_probe = made_at_import(requires_grad=True)
-
-
-@evaluated_while_tracing
-def _probe_functorch() -> bool:
-    if is_jit_tracing():  # which would record the probe, and crash
-        return False
-    try:
-        _probe.requires_grad_()  # what it requires already: refused inside of a transform, and otherwise nothing
-    except RuntimeError:
-        return True
-    return False
-
-
-class _Levels:
-    @property
-    def _current_level(self) -> int:
-        return 0 if _probe_forward_ad() else -1
-
-
-@evaluated_while_tracing
-def _probe_forward_ad() -> bool:
-    if is_jit_tracing() or get_proxy_mode() is not None:  # the same of make_fx and torch.export
-        return False
-    try:
-        forward_ad.make_dual(_probe.detach(), _probe.detach())
-    except RuntimeError:
-        return False
-    return True
-
-
-# True inside vmap, grad, jvp ... (60 ns; to provoke an error and catch it takes 2 us)
-in_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _probe_functorch)
-
-# Whether a dual level is entered outside functorch: tensors may then carry tangents without `requires_grad`. As code,
-# for what is generated, where a call would cost as much as the rest of the question.
-dual_levels: Any = forward_ad if hasattr(forward_ad, "_current_level") else _Levels()
-IN_FORWARD_AD = "_go_dual_levels._current_level >= 0"
-
-
-def in_forward_ad() -> bool:
-    """What `IN_FORWARD_AD` says."""
-    return bool(dual_levels._current_level >= 0)
-
-
-# One query for all devices; the public one must be asked for each device type.
-any_autocast: Callable[[], bool] = getattr(
-    torch._C,
-    "_is_any_autocast_enabled",
-    lambda: any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
-)
-
-
-# True where torch may show operations to modes: what torch.export and make_fx trace with is one.
-in_modes: Callable[[], Any] = getattr(torch._C, "_len_torch_dispatch_stack", get_proxy_mode)
-
-# `torch.jit.is_tracing` asks whether it is itself scripted before.
-is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]  # it is public
-
-
-class _Tracers:
-    """What stands for the flags of tracers: each call is looked at, on the general path."""
-
-    _is_fx_tracing_flag = True
-
-    @property
-    def _trace_module_map(self) -> Any:
-        return {} if is_jit_tracing() else None
-
-
-_symbolic = getattr(torch.fx, "_symbolic_trace", None)
-_by_thread = getattr(_symbolic, "_is_fx_tracing_tls", None)
-_jit = getattr(torch.jit, "_trace", None)
-
-
-class _OfThread:
-    """The flag of torch.fx as torch 2.15 keeps it: one for each thread, and none before the first trace."""
-
-    @property
-    def _is_fx_tracing_flag(self) -> bool:
-        return getattr(_by_thread, "flag", False)
-
-
-# The flags of torch.fx and make_fx, and of torch.jit.trace for modules. As code, like IN_FORWARD_AD.
-fx_tracer: Any = (
-    _symbolic if hasattr(_symbolic, "_is_fx_tracing_flag") else _Tracers() if _by_thread is None else _OfThread()
-)
-jit_tracer: Any = _jit if hasattr(_jit, "_trace_module_map") else _Tracers()
-IN_TRACER = "_go_fx_tracer._is_fx_tracing_flag or _go_jit_tracer._trace_module_map is not None"
-
-
-def may_be_symbolic() -> bool:
-    """Whether a tracer of torch.fx may be at work. Without its flag arguments are looked through each time."""
-    return bool(fx_tracer._is_fx_tracing_flag)
-
-
-def out_of_left_transforms(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` without the wrappers of transforms that have been left.
-
-    torch takes them off for its own operations, and not for transforms: it crashes in one that is entered with such a
-    tensor. So any operation would do instead.
-    """
-    if _without_left is None:
-        return tensor.view_as(tensor)
-    while (inner := _without_left(tensor)) is not tensor:
-        tensor = inner
-    return tensor
-
-
-_without_left = getattr(getattr(torch._C, "_functorch", None), "unwrap_if_dead", None)
-
-
-# Without it all forward mode in `torch.func` is taken for nested, and refused.
-_transforms: Any = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", None)
-
-
-def forward_mode_depth() -> int:
-    """How many forward-mode transforms are around this call."""
-    if _transforms is None:
-        return 2 if in_functorch() and in_forward_ad() else 0
-    return sum("Jvp" in str(interpreter.key()) for interpreter in _transforms() or ())
-
-
-@evaluated_while_tracing
-def _raise_while_tracing(kind: type[Exception], text: str) -> None:
-    raise as_dynamo_hands_on(kind(text))
-
-
-def as_dynamo_hands_on(error: Exception) -> Exception:
-    """`error`, of a kind that Dynamo hands on: it makes its InternalTorchDynamoError of others, with their text."""
-    handed_on: Any = getattr(sys.modules.get("torch._dynamo.exc"), "ShortenTraceback", None)
-    kind: Any = type(error)
-    if handed_on is None or isinstance(error, handed_on):
-        return error
-    try:
-        return _of_both(handed_on, kind)(*error.args, first_useful_frame=None)
-    except TypeError:  # it is made in another way by now
-        return error
-
-
-@functools.cache
-def _of_both(handed_on: Any, kind: Any) -> Any:
-    return type(kind.__name__, (handed_on, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
-
-
-def fail(kind: type[Exception], text: str) -> NoReturn:
-    """Raise `kind(text)`. Under Dynamo a plain raise loses its kind and its text ("Observed exception"); a call that
-    it evaluates while tracing keeps both.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        _raise_while_tracing(kind, text)
-    raise kind(text)
-
-
 @evaluated_while_tracing
 def keep_own_frames_whole() -> None:
     """Tell Dynamo, once it traces a decorated call, not to compile this library's own functions one by one.
@@ -602,6 +666,7 @@ def keep_own_frames_whole() -> None:
 
 
 _OWN_FRAMES: list[CodeType] = []
+
 # What is not in here are rules and forwards, which people compile.
 _ENGINE = ("gradoverride._core", "gradoverride.bridges", "gradoverride.connections", "gradoverride.edits")
 
@@ -623,22 +688,11 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
             yield from _nested(constant)
 
 
+# --- Dynamo: what it knows while it traces ---
+
 # Dynamo's own door to what it knows while it traces. To import it costs 0.8 s, so that is done when Dynamo is there.
 _comptime: Any = None
 _noted: list[Any] = []
-
-
-def version_of(tensor: torch.Tensor) -> int | None:
-    """How often the tensor has been written into. None of one from `inference_mode`, which does not count."""
-    inner = debug_unwrap(tensor)
-    return None if inner.is_inference() else inner._version
-
-
-def versions_while_tracing(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """How often each tensor has been written into, as numbers that are known while tracing (`_version` is not)."""
-    for tensor in tensors:
-        note_while_tracing(tensor)
-    return _noted_versions()
 
 
 def note_while_tracing(tensor: torch.Tensor) -> None:
@@ -651,6 +705,13 @@ def take_noted() -> list[torch.Tensor]:
     noted = list(_noted)
     _noted.clear()
     return noted
+
+
+def versions_while_tracing(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """How often each tensor has been written into, as numbers that are known while tracing (`_version` is not)."""
+    for tensor in tensors:
+        note_while_tracing(tensor)
+    return _noted_versions()
 
 
 @evaluated_while_tracing
@@ -688,7 +749,19 @@ def _defaults_of(variable: Any) -> tuple[Any, ...] | None:
     return len(known.defaults.items) if known.defaults else 0, *by_keyword
 
 
-_overridden: list[bool] = []  # what the switch was before, while it is set
+# --- Dynamo: gradients within a traced graph ---
+
+
+def trace_gradients(outputs: Any, inputs: Any, grad_outputs: Any) -> Any:
+    """`torch.autograd.grad` as part of a traced graph. Dynamo breaks the graph there unless told otherwise; there
+    is no public switch, so the switch is set around this one call.
+    """
+    _set_trace_gradients()
+    found = torch.autograd.grad(
+        outputs, inputs, grad_outputs, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    _restore_trace_gradients()
+    return found
 
 
 @evaluated_while_tracing
@@ -711,13 +784,4 @@ def _restore_trace_gradients(_: Any = None) -> None:
         config.trace_autograd_ops = _overridden.pop()
 
 
-def trace_gradients(outputs: Any, inputs: Any, grad_outputs: Any) -> Any:
-    """`torch.autograd.grad` as part of a traced graph. Dynamo breaks the graph there unless told otherwise; there
-    is no public switch, so the switch is set around this one call.
-    """
-    _set_trace_gradients()
-    found = torch.autograd.grad(
-        outputs, inputs, grad_outputs, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    _restore_trace_gradients()
-    return found
+_overridden: list[bool] = []  # what the switch was before, while it is set

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradoverride._core.private import RNN_REFERENCES, RNN_WEIGHTS
 from gradoverride._core.targets import RECORD
 
-__all__ = ["RNN_WEIGHTS", "Snapshot", "snapshots"]
+__all__ = ["Snapshot", "snapshots"]
 
-RNN_WEIGHTS = "_flat_weights"  # nn.RNNBase keeps its weights in this list besides, and its forward reads it
-_RNN_REFERENCES = "_flat_weight_refs"  # weak ones, to the same
-_NOT_OF_THE_FORWARD = ("_parameters", "_buffers", "_modules", RNN_WEIGHTS, _RNN_REFERENCES, RECORD)
+_NOT_OF_THE_FORWARD = ("_parameters", "_buffers", "_modules", RNN_WEIGHTS, RNN_REFERENCES, RECORD)
 _MISSING = object()
 
 

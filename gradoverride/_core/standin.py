@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from gradoverride._core.private import COMPILED_CALL, ORIGINAL, fail, uncompiled
-from gradoverride._core.snapshot import RNN_WEIGHTS, Snapshot
+from gradoverride._core.private import COMPILED_CALL, FORMER_PARAMETERS, ORIGINAL, RNN_WEIGHTS, fail, uncompiled
+from gradoverride._core.snapshot import Snapshot
 from gradoverride.errors import UnsupportedError
 
 __all__ = ["Copied", "stand_in", "with_parameters", "write_back"]
@@ -137,7 +137,7 @@ def with_parameters(replica: nn.Module) -> nn.Module:
     """A stand-in for a replica of DataParallel, which has its parameters as plain attributes, with parameters."""
     now = Snapshot.of(replica)
     state = now.attributes
-    former = state.get("_former_parameters") or {}
+    former = state.get(FORMER_PARAMETERS) or {}
     state["_parameters"] = {**state["_parameters"], **former}
     for name in former:
         state.pop(name, None)

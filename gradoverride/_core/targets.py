@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gradoverride._core.private import uncompiled
+from gradoverride._core.private import ORIGINAL, uncompiled
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Rule, name_of
 from gradoverride.errors import TargetNotFoundError
@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 RECORD = "_gradoverride"  # the attribute of a module that says what is in force on it
-COMPILED = "_orig_mod"  # what `torch.compile` adds to the dotted name of a module
 BASE = "_gradoverride_base"  # a class that stands in for another while it is overridden has it under this name
 
 
@@ -84,7 +83,7 @@ class Glob(Target):
     def __init__(self, value: Any) -> None:
         super().__init__(value)
         # As the names are in a state_dict, and as they are without `torch.compile`: see `modules_of`.
-        self.patterns = {value, ".".join([part for part in value.split(".") if part != COMPILED])}
+        self.patterns = {value, ".".join([part for part in value.split(".") if part != ORIGINAL])}
 
     def distance(self, path: str, module: Any) -> int | None:
         return 0 if path and any(fnmatch.fnmatchcase(path, pattern) for pattern in self.patterns) else None

@@ -28,7 +28,7 @@ import torch
 from gradoverride._core.dispatch import make_dispatch
 from gradoverride._core.fast import ShortPath, guessed_places
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import IN_FORWARD_AD, dual_levels, in_functorch
+from gradoverride._core.private import COMPILED_MARKS, IN_FORWARD_AD, dual_levels, in_functorch
 from gradoverride._core.reach import SCALARS
 from gradoverride._core.traced import TracedPath
 from gradoverride._core.tracers import refuse_script
@@ -69,7 +69,7 @@ def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> Function
     # Not `functools.wraps`: it copies __dict__, and with it the mark by which Dynamo knows compiled functions.
     functools.update_wrapper(wrapper, original, updated=())
     marks = vars(original) if isinstance(original, FunctionType) else {}
-    if not any(key.startswith("_torchdynamo") for key in marks):  # all of a compiled function's are Dynamo's
+    if not any(key.startswith(COMPILED_MARKS) for key in marks):  # all of a compiled function's are Dynamo's
         wrapper.__dict__.update({key: value for key, value in marks.items() if not key.startswith("__")})
     if not isinstance(getattr(original, "__name__", None), str):
         wrapper.__name__ = wrapper.__qualname__ = plan.forward.name
