@@ -18,7 +18,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from gradoverride._core.ambient import Autocast
 from gradoverride._core.call import is_differentiable
-from gradoverride._core.contract import what
+from gradoverride._core.contract import Meta, what
 from gradoverride._core.edit import ask, ask_several, edit
 from gradoverride._core.edited_result import EditedLeaf, EditedResult
 from gradoverride._core.nodes import leaf_of, nodes_behind
@@ -280,10 +280,7 @@ class _Several:
         return answer
 
     def _answers(self, grads: list[Tensor | None]) -> list[Tensor | None]:
-        given = [
-            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
-            for grad, (shape, dtype, device) in zip(grads, self.metas, strict=True)
-        ]
+        given = [Meta.of(*meta).zeros() if grad is None else grad for grad, meta in zip(grads, self.metas, strict=True)]
         with self.autocast.restored():
             answers = ask_several(self.rule, self.reading, tuple(given))
         for index, (grad, answer) in enumerate(zip(grads, answers, strict=True)):

@@ -59,7 +59,7 @@ class Backward:
         if call.transposed and call.n_residuals:
             self._refuse_residuals()
         grads = [
-            torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if grad is None else grad
+            meta.zeros() if grad is None else grad
             for grad, meta in zip(grad_outputs[: call.n_outs], call.out_metas, strict=True)
         ]
         if self.traced:
@@ -96,10 +96,7 @@ class Backward:
         """The tangents of the results, by the user's own forward mode."""
         call = self.call
         metas = [*call.metas, *[param.meta for param in call.params]]
-        filled = [
-            torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if tangent is None else tangent
-            for tangent, meta in zip(tangents, metas, strict=True)
-        ]
+        filled = [meta.zeros() if tangent is None else tangent for tangent, meta in zip(tangents, metas, strict=True)]
         given = iter(filled[: call.n_leaves])
         parts = [unflatten(spec, given, constants=False) for spec in call.specs]
         first: Any = parts[call.single] if call.single is not None else tuple(parts)

@@ -451,9 +451,11 @@ class Call:
         backward = Backward(self, ctx)
         count = self.n_leaves + len(self.params)
         self.transposed = True
+        # Those of residuals matter to derivatives of a higher order alone, which are refused (`Backward.run`).
+        zeros = [meta.zeros() for meta in self.residual_metas]
         if self.plan.jvp is not None:
             own = backward.tangents(self.plan.jvp, tangents[:count])
-            return (*own, *[torch.zeros(meta.shape, dtype=meta.dtype) for meta in self.residual_metas])
+            return (*own, *zeros)
 
         def gradients(*grads: Tensor) -> list[Tensor | None]:
             leaf_grads, param_grads, _ = backward.gradients(list(grads))
@@ -461,6 +463,4 @@ class Call:
 
         who = f"rule {self.plan.rule.who} of {self.plan.forward.who}"
         found = transpose(gradients, self.out_metas, list(tangents[:count]), who)
-        # Those of residuals matter to derivatives of a higher order alone, which are refused (`Backward.run`).
-        zeros = [torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) for meta in self.residual_metas]
         return (*found, *zeros)

@@ -156,6 +156,10 @@ class Meta:
     def text(self) -> str:
         return shape_text(self.shape)
 
+    def zeros(self) -> Tensor:
+        """The gradient where none came."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
 
 def shape_text(shape: Any) -> str:
     """A shape as `(3,)`."""
