@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 
 from gradoverride._core.ambient import under_traced
 from gradoverride._core.collector import Collector
-from gradoverride._core.contract import Meta, conform, read_answer, read_params, what
+from gradoverride._core.contract import conform_output, read_answer, read_params, what
 from gradoverride._core.function import Refused
 from gradoverride._core.kept_graph import KeptGraph, TracedGraph, is_hooked
 from gradoverride._core.private import fail, fast_apply, out_of_left_transforms, pull
@@ -87,7 +87,7 @@ class Backward:
         versions = [grad._version for grad in handed] if watched else []
         answer, collected = self._ask_rule(grad_output, supplied)
         if versions and versions != [grad._version for grad in handed]:
-            call.refuse_written()
+            plan.refuse_written()
         leaf_grads, named = read_answer(call, answer)
         answered = read_params(call, {**named, **collected})
         return leaf_grads, *self._with_own(answered)
@@ -107,7 +107,7 @@ class Backward:
         try:
             answer = jvp.fn(first, **supplied)
         except Exception as error:
-            call.note(error)
+            self.plan.note(error)
             raise
         found: list[Any] = []
         spec = flatten(in_order_of(call.result, answer), lambda part: isinstance(part, Tensor), found)
@@ -174,7 +174,7 @@ class Backward:
             try:
                 answer = rule(*first, **supplied)
             except Exception as error:
-                self.call.note(error)
+                self.plan.note(error)
                 raise
         return answer, {} if collector is None else self._collected(collector)
 
@@ -361,19 +361,7 @@ class Backward:
                 f"of the forward's result, with {call.n_outs} tensors; it got {what(value)}. "
                 "Hand over grad_output, or what is made of it part by part",
             )
-        return [conform_output(call, tensor, meta) for tensor, meta in zip(found, call.out_metas, strict=True)]
-
-
-def conform_output(call: Call, value: Any, meta: Meta) -> Tensor:
-    """`value` as a gradient of the result, in the dtype of the result, or an error."""
-    if not isinstance(value, Tensor) or value.shape != meta.shape:
-        fail(
-            RuleResultError,
-            f"vjp in the rule {call.plan.rule.who} of {call.plan.forward.who} takes a gradient of shape "
-            f"{meta.text}, the shape of the result; it got {what(value)}. "
-            "Hand over grad_output, or what is made of it",
-        )
-    return conform(call, ("output",), value, meta)
+        return [conform_output(self.plan, tensor, meta) for tensor, meta in zip(found, call.out_metas, strict=True)]
 
 
 def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:

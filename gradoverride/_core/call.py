@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from gradoverride._core.ambient import Autocast, autocast_while_tracing
 from gradoverride._core.backward_pass import Backward
-from gradoverride._core.contract import Meta, shape_text
+from gradoverride._core.contract import Meta
 from gradoverride._core.forward_mode import transpose
 from gradoverride._core.function import fresh
 from gradoverride._core.plan import Layout, Plan
@@ -26,7 +26,7 @@ from gradoverride._core.private import fail, in_forward_ad, version_of
 from gradoverride._core.snapshot import Snapshot
 from gradoverride._core.stale import Stale
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten
-from gradoverride.errors import ForwardResultError, RuleResultError, RuleSignatureError, UnsupportedError
+from gradoverride.errors import RuleSignatureError, UnsupportedError
 
 __all__ = ["EAGER", "TRACED", "TRANSFORMED", "Asked", "Call", "Param", "is_differentiable", "is_tensor", "is_tracked"]
 
@@ -376,35 +376,6 @@ class Call:
         defaults = self.plan.tensor_defaults
         passed = [index for index in self.holders if self.names[index] not in defaults or self.wants(index)]
         return passed[0] if len(passed) == 1 else None
-
-    def note(self, error: Exception) -> None:
-        note = f"in the rule {self.plan.rule.who} of {self.plan.forward.who}"
-        if self.plan.class_form and isinstance(error, TypeError) and "NoneType" in str(error):
-            note += (
-                ", where the grad of each parameter is None until it is assigned: autograd adds it to what was "
-                "accumulated before. Assign it (=) before anything is added to it (+=)"
-            )
-        if hasattr(error, "add_note"):
-            error.add_note(note)
-        else:  # Python 3.10
-            error.__dict__["__notes__"] = [*getattr(error, "__notes__", []), note]
-
-    def refuse_written(self) -> None:
-        fail(
-            RuleResultError,
-            f"rule {self.plan.rule.who} of {self.plan.forward.who} must not write into the gradient it is given, "
-            "which other gradients share; it did. Write into grad_output.clone()",
-        )
-
-    def check_straight_through(self, argument: Any, result: Any) -> None:
-        """The identity as a gradient needs a result of the shape of the argument."""
-        if argument != result:
-            fail(
-                ForwardResultError,
-                f"{self.plan.forward.who} must return a tensor of shape {shape_text(argument)}, the shape of its first "
-                f"differentiable argument, for the gradient to pass straight through; it returned one of shape "
-                f"{shape_text(result)}. Give a surrogate with that result: straight_through(surrogate=...)",
-            )
 
     def metas_of(self, index: int) -> list[Meta]:
         return self.metas[self.ends[index - 1] if index else 0 : self.ends[index]]

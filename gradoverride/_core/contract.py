@@ -20,8 +20,9 @@ from gradoverride.errors import RuleResultError
 
 if TYPE_CHECKING:
     from gradoverride._core.call import Call, Param
+    from gradoverride._core.plan import Plan
 
-__all__ = ["Meta", "answers_by_name", "conform", "read_answer", "read_params", "shape_text", "what"]
+__all__ = ["Meta", "answers_by_name", "conform_output", "read_answer", "read_params", "shape_text", "what"]
 
 
 def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str, Any]]:
@@ -41,13 +42,13 @@ def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str,
             entry = _entry(call, alone, answer)
             return [grad for i, spec in enumerate(specs) for grad in (entry if i == alone else _nothing(spec))], {}
         _refuse(
-            call,
+            call.plan,
             f"must return one gradient for each argument ({', '.join(names)}), as a tuple in this order or as a "
             f"dict by name; it returned {what(answer)}. Use None for an argument without a gradient",
         )
     if len(answer) > len(names):
         _refuse(
-            call,
+            call.plan,
             f"must return at most {len(names)} gradients, one for each argument ({', '.join(names)}); "
             f"it returned {len(answer)}. Leave the others out",
         )
@@ -57,7 +58,7 @@ def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str,
             grads += _entry(call, index, answer[index])
         elif has_leaf(spec) and call.wants(index):
             _refuse(
-                call,
+                call.plan,
                 f"must return one gradient for each argument ({', '.join(names)}); it returned {len(answer)}, "
                 f"and '{name}' holds a tensor that wants a gradient. Return None in its place to stop it",
             )
@@ -80,11 +81,11 @@ def read_params(call: Call, answers: dict[str, Any]) -> dict[str, Tensor | None]
             value = answers[answered[0]]
             if len(answered) > 1:  # one parameter under several names: its uses add up
                 value = _total(call, param, [answers[name] for name in answered])
-            checked[param.name] = None if value is None else conform(call, (param.name,), value, param.meta)
+            checked[param.name] = None if value is None else conform(call.plan, (param.name,), value, param.meta)
         elif param.asked:
             name = next((name for name in param.names if name in call.plan.asked_of_module), param.name)
             _refuse(
-                call,
+                call.plan,
                 f"asks for the parameter '{name}' and must answer for its gradient: return a dict with "
                 f"'{name}' in it (None stops the gradient). To read the value alone ask for 'module' and use "
                 f"module.{name}; for autograd's own gradient return vjp.by_name(grad_output)['{param.name}']",
@@ -93,11 +94,11 @@ def read_params(call: Call, answers: dict[str, Any]) -> dict[str, Tensor | None]
 
 
 def _total(call: Call, param: Param, values: list[Any]) -> Tensor | None:
-    given = [conform(call, (param.name,), value, param.meta) for value in values if value is not None]
+    given = [conform(call.plan, (param.name,), value, param.meta) for value in values if value is not None]
     return torch.stack(given).sum(0) if given else None
 
 
-def conform(call: Call, path: tuple[Any, ...], value: Any, meta: Meta) -> Tensor:
+def conform(plan: Plan, path: tuple[Any, ...], value: Any, meta: Meta) -> Tensor:
     """`value` as the gradient of a tensor with this shape, dtype and device, or an error."""
     alike = isinstance(value, Tensor) and value.shape == meta.shape and value.device == meta.device
     if alike and value.dtype == meta.dtype:
@@ -105,35 +106,46 @@ def conform(call: Call, path: tuple[Any, ...], value: Any, meta: Meta) -> Tensor
     name = _text(path)
     if not isinstance(value, Tensor):
         _refuse(
-            call,
+            plan,
             f"must return a tensor of shape {meta.text} as the gradient of '{name}'; it returned {what(value)}. "
             "Return None for a gradient that is to stop",
         )
     if value.shape != meta.shape:
         _refuse(
-            call,
+            plan,
             f"must return a gradient of shape {meta.text} for '{name}', the shape of '{name}' itself; "
             f"it returned {what(value)}. Reduce or expand it: torch would do so silently",
         )
     if value.device != meta.device:
         _refuse(
-            call,
+            plan,
             f"must return a gradient on {meta.device} for '{name}', where '{name}' is; it returned one on "
             f"{value.device}. Move it with .to('{meta.device}')",
         )
     if value.is_complex() and not meta.dtype.is_complex:
         _refuse(
-            call,
+            plan,
             f"must return a real gradient for '{name}', which is {meta.dtype}; it returned {value.dtype}. "
             f"Take its .real part",
         )
     if not (value.is_floating_point() or value.is_complex()):
         _refuse(
-            call,
+            plan,
             f"must return a floating gradient for '{name}', which is {meta.dtype}; it returned {value.dtype}. "
             f"Convert it with .to({meta.dtype})",
         )
     return value.to(meta.dtype)
+
+
+def conform_output(plan: Plan, value: Any, meta: Meta) -> Tensor:
+    """`value` as a gradient of the result, in the dtype of the result, or an error."""
+    if not isinstance(value, Tensor) or value.shape != meta.shape:
+        fail(
+            RuleResultError,
+            f"vjp in the rule {plan.rule.who} of {plan.forward.who} takes a gradient of shape {meta.text}, the shape "
+            f"of the result; it got {what(value)}. Hand over grad_output, or what is made of it",
+        )
+    return conform(plan, ("output",), value, meta)
 
 
 class Meta:
@@ -189,7 +201,7 @@ def _refuse_key(call: Call, key: Any) -> NoReturn:
     close = _closest(str(key), *names)
     hint = f"Did you mean '{close}'?" if close is not None else "Leave it out"
     _refuse(
-        call,
+        call.plan,
         f"must return a dict by the names of arguments and parameters "
         f"({', '.join(names) or 'there are none'}); it has {key!r}. {hint}",
     )
@@ -205,7 +217,7 @@ def _variadic_entries(call: Call, name: str, entry: Any, count: int) -> list[Any
         return [None] * count
     if not isinstance(entry, (tuple, list)) or len(entry) != count:
         _refuse(
-            call,
+            call.plan,
             f"must return a tuple of {count} gradients for '*{name}'; it returned {what(entry)}. "
             "Use None for one without a gradient",
         )
@@ -225,12 +237,12 @@ def _match(
     if entry is None:
         grads += _nothing(spec)
     elif spec is LEAF:
-        grads.append(conform(call, path, entry, metas[len(grads)]))
+        grads.append(conform(call.plan, path, entry, metas[len(grads)]))
     elif not isinstance(spec, Node) or not has_leaf(spec):
         if _is_left(call, path, spec, entry):
             return
         _refuse(
-            call,
+            call.plan,
             f"must return None for '{_text(path)}', which holds no floating tensor; it returned {what(entry)}. "
             "Put None in its place",
         )
@@ -262,7 +274,7 @@ def _parts(call: Call, path: tuple[Any, ...], spec: Node, entry: Any) -> Iterabl
     elif isinstance(entry, spec.kind):
         return zip(spec.keys, spec.parts, [getattr(entry, key) for key in spec.keys], strict=True)
     _refuse(
-        call,
+        call.plan,
         f"must return a gradient that mirrors the structure of '{_text(path)}', {describe(spec)}; "
         f"it returned {what(entry)}. Use None for a part without a gradient",
     )
@@ -319,5 +331,5 @@ def _a(name: str) -> str:
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
-def _refuse(call: Call, text: str) -> NoReturn:
-    fail(RuleResultError, f"rule {call.plan.rule.who} of {call.plan.forward.who} {text}")
+def _refuse(plan: Plan, text: str) -> NoReturn:
+    fail(RuleResultError, f"rule {plan.rule.who} of {plan.forward.who} {text}")

@@ -137,7 +137,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[None, Any]:
     try:
         answer = rule(grad_output)
     except Exception as error:
-        _call(rule, reading).note(error)
+        reading.plan_for(rule).note(error)
         raise
     if (  # what `_settled` finds out, in half the time of the call
         type(answer) is Tensor
@@ -159,7 +159,7 @@ def _backward_keeping(ctx: Any, grad_output: Tensor) -> tuple[None, Any]:
     try:
         answer = rule(grad_output, value)
     except Exception as error:
-        _call(rule, reading).note(error)
+        reading.plan_for(rule).note(error)
         raise
     if (  # what `_settled` finds out, in half the time of the call
         type(answer) is Tensor
@@ -197,7 +197,7 @@ def ask(rule: Any, reading: Reading, grad_output: Tensor, value: Tensor | None) 
         else:
             answer = rule(handed, **dict.fromkeys(reading.sources, value))
     except Exception as error:
-        _call(rule, reading).note(error)
+        reading.plan_for(rule).note(error)
         raise
     return _settled(rule, reading, grad_output, version, answer)
 
@@ -205,7 +205,7 @@ def ask(rule: Any, reading: Reading, grad_output: Tensor, value: Tensor | None) 
 def _settled(rule: Any, reading: Reading, grad_output: Tensor, version: int, answer: Any) -> Tensor | None:
     """An answer, checked; and that the gradient, which had this version, was not written into."""
     if not reading.plain and grad_output._version != version and not _compiling():
-        _call(rule, reading).refuse_written()
+        reading.plan_for(rule).refuse_written()
     if (
         type(answer) is Tensor
         and answer.dtype is grad_output.dtype
@@ -225,7 +225,7 @@ def ask_several(rule: Any, reading: Reading, grads: tuple[Tensor, ...]) -> list[
     try:
         answer = rule(tuple([grad.clone() for grad in grads]) if reading.writes or reading.holds else grads)
     except Exception as error:
-        call.note(error)
+        call.plan.note(error)
         raise
     return read_answer(call, answer)[0]
 

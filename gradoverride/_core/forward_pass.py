@@ -326,7 +326,7 @@ class ForwardPass:
             )
         if identity:
             for leaf, out in zip(self.leaves, outs, strict=False):
-                call.check_straight_through(leaf.shape, out.shape)
+                plan.check_straight_through(leaf.shape, out.shape)
         if any(call.wanted) and not any(call.wanted[: call.ends[first]]):
             plan.warn_of_first(name, ", ".join(f"'{n}'" for i, n in enumerate(call.names) if call.wants(i)))
 

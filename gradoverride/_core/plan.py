@@ -9,18 +9,20 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from gradoverride._core import scan
 from gradoverride._core.captured import captured_names
+from gradoverride._core.contract import shape_text
 from gradoverride._core.function import General, Transformed, named
 from gradoverride._core.private import (
     call_directly,
     can_call_directly,
     evaluated_while_tracing,
+    fail,
     fast_apply,
     made_at_import,
 )
@@ -28,7 +30,7 @@ from gradoverride._core.reach import Reach, calls_unseen
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.signature import RESERVED, Forward, Rule, resolve, unknown_name
 from gradoverride._core.tracers import EXPORT, recorded_as, warn
-from gradoverride.errors import GradOverrideWarning, RuleSignatureError
+from gradoverride.errors import ForwardResultError, GradOverrideWarning, RuleResultError, RuleSignatureError
 
 __all__ = ["Layout", "Plan", "is_known_method"]
 
@@ -286,6 +288,39 @@ class Plan:
             return self.invoke(layout, receiver, values)
         finally:
             close_frame()
+
+    # --- what is wrong with a call ---
+
+    def note(self, error: Exception) -> None:
+        """Note on an exception that the rule raised whose rule it was."""
+        note = f"in the rule {self.rule.who} of {self.forward.who}"
+        if self.class_form and isinstance(error, TypeError) and "NoneType" in str(error):
+            note += (
+                ", where the grad of each parameter is None until it is assigned: autograd adds it to what was "
+                "accumulated before. Assign it (=) before anything is added to it (+=)"
+            )
+        if hasattr(error, "add_note"):
+            error.add_note(note)
+        else:  # Python 3.10
+            error.__dict__["__notes__"] = [*getattr(error, "__notes__", []), note]
+
+    def refuse_written(self) -> NoReturn:
+        """The rule wrote into the gradient itself."""
+        fail(
+            RuleResultError,
+            f"rule {self.rule.who} of {self.forward.who} must not write into the gradient it is given, "
+            "which other gradients share; it did. Write into grad_output.clone()",
+        )
+
+    def check_straight_through(self, argument: Any, result: Any) -> None:
+        """The identity as a gradient needs a result of the shape of the argument."""
+        if argument != result:
+            fail(
+                ForwardResultError,
+                f"{self.forward.who} must return a tensor of shape {shape_text(argument)}, the shape of its first "
+                f"differentiable argument, for the gradient to pass straight through; it returned one of shape "
+                f"{shape_text(result)}. Give a surrogate with that result: straight_through(surrogate=...)",
+            )
 
 
 def is_known_method(name: str) -> bool:

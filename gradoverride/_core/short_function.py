@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gradoverride._core.ambient import Autocast
-from gradoverride._core.backward_pass import conform_output
 from gradoverride._core.call import EAGER, TRACED, Call
-from gradoverride._core.contract import Meta, read_answer, read_params
+from gradoverride._core.contract import Meta, conform_output, read_answer, read_params
 from gradoverride._core.forward_pass import ForwardPass
 from gradoverride._core.function import plain_function
 from gradoverride._core.kept_graph import KeptGraph
@@ -102,14 +101,14 @@ class ShortFunction:
         return {
             "_go_any_autocast": any_autocast,
             "_go_check": self.check,
-            "_go_check_straight_through": Call(self.plan, self.layout, EAGER).check_straight_through,
+            "_go_check_straight_through": self.plan.check_straight_through,
             "_go_compiling": torch.compiler.is_dynamo_compiling,
             "_go_FLOATING": FLOATING,
             "_go_fn": self.plan.fn,
             "_go_getrefcount": sys.getrefcount,
             "_go_is_tensor": torch.is_tensor,
             "_go_mark": self.plan.mark if self.marked else None,
-            "_go_note": self.note,
+            "_go_note": self.plan.note,
             "_go_path": self,
             "_go_plan": self.plan,
             "_go_rule": self.plan.rule.fn,
@@ -119,7 +118,7 @@ class ShortFunction:
             "_go_under_autocast": self.under_autocast,
             "_go_Unusual": Unusual,
             "_go_use_count": use_count,
-            "_go_written": self.written,
+            "_go_written": self.plan.refuse_written,
         }
 
     def make(self, names: dict[str, Any]) -> type[Function]:
@@ -322,13 +321,7 @@ class ShortFunction:
         """`value` as a gradient of the result, or an error."""
         if type(value) is Tensor and value.shape == like.shape and value.dtype is like.dtype:
             return value
-        return conform_output(Call(self.plan, self.layout, self.mode), value, Meta(like))
-
-    def note(self, error: Exception) -> None:
-        Call(self.plan, self.layout, self.mode).note(error)
-
-    def written(self) -> None:
-        Call(self.plan, self.layout, self.mode).refuse_written()
+        return conform_output(self.plan, value, Meta(like))
 
     def under_autocast(self, backward: Callable[..., Any], ctx: Any, grad_output: Tensor) -> Any:
         """There was no autocast in the forward, or the call would have gone the general way."""
