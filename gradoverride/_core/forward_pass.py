@@ -120,7 +120,7 @@ def _mode(plan: Plan) -> str | None:
         return None
     if torch.compiler.is_dynamo_compiling():
         keep_own_frames_whole()
-        plan.traced()
+        plan.note_trace()
         if transformed:
             fail(
                 UnsupportedError,

@@ -78,15 +78,10 @@ class Plan:
         self.fn: Callable[..., Any] = forward.fn
         self.marked = False  # whether what it saves is to be told from what the bare forward saves: see `mark`
         self.on_trace: Callable[[], None] | None = None  # when Dynamo traces a call
-        self.traced: Callable[[], None] = evaluated_while_tracing(lambda: self.on_trace and self.on_trace())
         self.on_unrecorded: Callable[[Any], None] | None = None  # when a call of a receiver records no graph
         self.wrapper: Any = None  # what a user calls
         self.make_as_function: Callable[[], None] | None = None  # of a method: see `called_as_function`
         self.as_function: Any = None
-        self.warn_of_export: Callable[[], None] = evaluated_while_tracing(lambda: warn(self, EXPORT))
-        self.warn_of_first: Callable[[str, str], None] = evaluated_while_tracing(
-            lambda first, others: self._warn_of_first(first, others)
-        )
         self.on_first_call: Callable[[Any, Any], None] | None = None  # of the first argument and the result
         self.takes_receiver = forward.is_method
         self.tensor_defaults = {p.name: p.default for p in forward.parameters or () if isinstance(p.default, Tensor)}
@@ -110,12 +105,6 @@ class Plan:
         # Modules of torch have one forward for both, and `self.inplace` says which it is.
         self.inplace_tells = self.forward_writes and "inplace" in attributes and not scan.writes(self.fn, but="inplace")
         self.forward_may_write = not scan.writes_nothing(self.fn, is_known_method)
-        # By names: where a graph cannot be looked at, and evaluated while tracing, for Dynamo knows no cells.
-        self.captured_names: Callable[[], str] = evaluated_while_tracing(lambda: ", ".join(captured_names(forward.fn)))
-        # For the same reason: the search for the closest name is nothing that Dynamo traces.
-        self.unknown_name: Callable[..., str] = evaluated_while_tracing(
-            lambda name, *more: str(unknown_name(self.rule, forward, name, more))
-        )
         self.rule_writes = not scan.writes_nothing(rule.fn, is_known_method)
         self.rule_is_arithmetic = scan.is_arithmetic(rule.fn)
         self.rule_is_algebra = self.rule_is_arithmetic or scan.is_algebra(rule.fn)
@@ -130,9 +119,7 @@ class Plan:
         self.apply = fast_apply(self.general)
         self.transformed = named(Transformed, forward.name)
         self._subclasses: dict[Any, Plan] = {}
-        self._read_class: Callable[[Any], None] = evaluated_while_tracing(lambda cls: self._read_subclass(cls))
         self._layouts: dict[Any, Layout] = {}
-        self._keep_layout: Callable[..., str] = evaluated_while_tracing(lambda *of: self._kept_layout(*of))
         self._own_signature = inspect.Signature(forward.parameters) if forward.as_given else None
         self._recorded: Callable[..., Any] | None = None
 
@@ -153,20 +140,6 @@ class Plan:
             return False
         return calls_unseen(inspect.unwrap(self.fn))
 
-    def _warn_of_first(self, first: str, others: str) -> None:
-        warnings.warn(
-            f"{self.forward.who} lets the gradient through to its first differentiable argument alone, '{first}', "
-            f"which wants none: so none gets to {others}. Make that the first argument, or detach() it",
-            GradOverrideWarning,
-            stacklevel=2,
-        )
-
-    def recorded(self) -> Callable[..., Any]:
-        """What torch.fx records as called, always the same."""
-        if self._recorded is None:
-            self._recorded = recorded_as(self.forward.name, self.wrapper)
-        return self._recorded
-
     def _sources_of_jvp(self) -> dict[str, str]:
         """Where the names come from that the user's own forward mode asks for."""
         if self.jvp is None:
@@ -180,13 +153,26 @@ class Plan:
                 )
         return sources
 
+    def recorded(self) -> Callable[..., Any]:
+        """What torch.fx records as called, always the same."""
+        if self._recorded is None:
+            self._recorded = recorded_as(self.forward.name, self.wrapper)
+        return self._recorded
+
+    @evaluated_while_tracing
+    def note_trace(self) -> None:
+        """Dynamo traces a call."""
+        if self.on_trace is not None:
+            self.on_trace()
+
     def of_class(self, cls: Any) -> Plan:
         """The plan for instances of `cls`, which may have a `backward` of its own."""
         if cls.backward is self.rule.fn:
             return self
-        self._read_class(cls)
+        self._read_subclass(cls)
         return self._subclasses[cls]
 
+    @evaluated_while_tracing
     def _read_subclass(self, cls: Any) -> None:
         if cls in self._subclasses:
             return
@@ -199,7 +185,7 @@ class Plan:
     def layout(self, extra: int, keywords: tuple[str, ...], given: tuple[int, tuple[str, ...]] | None = None) -> Layout:
         """The layout of a call with this many values for `*args` and these names."""
         if torch.compiler.is_dynamo_compiling():  # which traces no new entry inside of a checkpoint
-            kept: Layout = getattr(self, self._keep_layout(extra, keywords, given))
+            kept: Layout = getattr(self, self._kept_layout(extra, keywords, given))
             return kept
         key = (extra, keywords, given)
         found = self._layouts.get(key)
@@ -218,6 +204,7 @@ class Plan:
             found = self._layouts[key] = Layout(names, keywords, variadic, extra, given)
         return found
 
+    @evaluated_while_tracing
     def _kept_layout(
         self, extra: int, keywords: tuple[str, ...], given: tuple[int, tuple[str, ...]] | None = None
     ) -> str:
@@ -289,7 +276,32 @@ class Plan:
         finally:
             close_frame()
 
-    # --- what is wrong with a call ---
+    # --- messages (some are put together while tracing: Dynamo knows no cells, and no search for the closest name) ---
+
+    @evaluated_while_tracing
+    def warn_of_export(self) -> None:
+        """Say that what torch.export records has no rule."""
+        warn(self, EXPORT)
+
+    @evaluated_while_tracing
+    def captured_names(self) -> str:
+        """The tensors that the forward reaches besides its arguments, by names: where no graph can be looked at."""
+        return ", ".join(captured_names(self.forward.fn))
+
+    @evaluated_while_tracing
+    def unknown_name(self, name: str, *more: str) -> str:
+        """What to say of a name that nothing supplies: see `signature.unknown_name`."""
+        return str(unknown_name(self.rule, self.forward, name, more))
+
+    @evaluated_while_tracing
+    def warn_of_first(self, first: str, others: str) -> None:
+        """Say that the gradient goes to the first differentiable argument alone, which wants none."""
+        warnings.warn(
+            f"{self.forward.who} lets the gradient through to its first differentiable argument alone, '{first}', "
+            f"which wants none: so none gets to {others}. Make that the first argument, or detach() it",
+            GradOverrideWarning,
+            stacklevel=2,
+        )
 
     def note(self, error: Exception) -> None:
         """Note on an exception that the rule raised whose rule it was."""

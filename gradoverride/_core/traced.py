@@ -43,7 +43,7 @@ class TracedPath:
         @evaluated_while_tracing
         def fits(receiver: type) -> bool:
             keep_own_frames_whole()
-            plan.traced()
+            plan.note_trace()
             if not plan.rule_is_arithmetic and autocast_while_tracing():
                 return False
             known = plan.reach is None or (plan.reach.holds() and (not plan.takes_receiver or fitting[receiver]))
