@@ -277,7 +277,7 @@ class Backward:
             grads = [_refuse(text, grad, *call.outer) for grad in grads]
         if not overruled:
             return [grad if flows else None for grad, flows in zip(grads, call.flows, strict=True)]
-        self.plan.names_all = True  # from now on, through aliases
+        self.plan.through_aliases = True  # from now on
         ends = [
             (GradientEdge(*self.ctx.next_functions[call.first_out + k]), grads[k])
             for k in range(call.n_outs)

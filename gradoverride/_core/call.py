@@ -289,7 +289,7 @@ class Call:
                 self._refuse_same_name(param.name)
         # Left to autograd, but reached through an alias: where the rule may answer for it all the same, and where
         # torch would run the parameter's hooks once more when the kept graph is asked for its gradient.
-        explicit = self.mode == TRANSFORMED or plan.names_all or self.unsettled
+        explicit = self.mode == TRANSFORMED or plan.through_aliases or self.unsettled
         explicit = explicit or any(name in plan.may_answer for param in params for name in param.names)
         explicit = explicit or (self.mode == EAGER and any(param.tensor._backward_hooks for param in params))
         self.aliased = [param for param in params if explicit or param.asked]

@@ -169,7 +169,7 @@ class ShortPath:
         """The code of a call in which grad mode is on, with these names for the arguments."""
         tensors = [arguments[place] for place in self.places]
         general = f"        return _go_general({receiver}, {', '.join(arguments)})"
-        ambient = "" if self.plan.rule_is_arithmetic else " or _go_any_autocast()"
+        ambient = "" if self.plan.rule_code.is_arithmetic else " or _go_any_autocast()"
         lines = [f"    if _go_in_functorch() or {IN_FORWARD_AD} or {IN_TRACER}{ambient}:", general]
         if self.reach is not None and self.reach.names:
             lines += [f"    if {self.reach.conditions()[0]}:", general]

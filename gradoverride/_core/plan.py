@@ -28,11 +28,12 @@ from gradoverride._core.private import (
 )
 from gradoverride._core.reach import Reach, calls_unseen
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
+from gradoverride._core.rule_code import RuleCode, is_known_method
 from gradoverride._core.signature import RESERVED, Forward, Rule, resolve, unknown_name
 from gradoverride._core.tracers import EXPORT, recorded_as, warn
 from gradoverride.errors import ForwardResultError, GradOverrideWarning, RuleResultError, RuleSignatureError
 
-__all__ = ["Layout", "Plan", "is_known_method"]
+__all__ = ["Layout", "Plan"]
 
 
 class Layout:
@@ -101,18 +102,16 @@ class Plan:
         self.reach = Reach.of(self.fn, method=self.takes_receiver)
         attributes = self.reach.attributes if self.reach is not None else frozenset[str]()
         self.forward_is_arithmetic = scan.is_arithmetic(self.fn, attributes)
-        self.forward_writes = scan.writes(self.fn)
+        writes = scan.writes(self.fn)
         # Modules of torch have one forward for both, and `self.inplace` says which it is.
-        self.inplace_tells = self.forward_writes and "inplace" in attributes and not scan.writes(self.fn, but="inplace")
+        self.inplace_tells = writes and "inplace" in attributes and not scan.writes(self.fn, but="inplace")
         self.forward_may_write = not scan.writes_nothing(self.fn, is_known_method)
-        self.rule_writes = not scan.writes_nothing(rule.fn, is_known_method)
-        self.rule_is_arithmetic = scan.is_arithmetic(rule.fn)
-        self.rule_is_algebra = self.rule_is_arithmetic or scan.is_algebra(rule.fn)
-        self.rule_is_scaling = scan.is_scaling(rule.fn)
-        # A rule that mentions these may answer for parameters that it does not ask for.
-        self.may_answer = scan.strings(rule.fn)
-        self.calls_vjp_once = scan.called_once(rule.fn, "vjp")
-        self.names_all = scan.mentions(rule.fn, "by_name")
+        self.rule_code = code = RuleCode.of(rule)
+        # Calls read these here: each further dot is time, and a guard where Dynamo traces it.
+        self.rule_writes = code.writes
+        self.may_answer = code.strings
+        self.calls_vjp_once = code.calls_vjp_once
+        self.through_aliases = code.names_by_name  # whether all parameters are reached through aliases
         self.general = named(General, forward.name)
         if can_call_directly():
             call_directly(self.general, General.backward)
@@ -333,8 +332,3 @@ class Plan:
                 f"differentiable argument, for the gradient to pass straight through; it returned one of shape "
                 f"{shape_text(result)}. Give a surrogate with that result: straight_through(surrogate=...)",
             )
-
-
-def is_known_method(name: str) -> bool:
-    """Whether a method of this name is one of tensors, or of what else a rule is given: see `writes_nothing`."""
-    return (hasattr(Tensor, name) and not name.startswith("__")) or name in ("by_name", "items", "values")

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradoverride._core.plan import Plan, is_known_method
+from gradoverride._core.plan import Plan
 from gradoverride._core.private import as_dynamo_hands_on, defaults_while_tracing
-from gradoverride._core.scan import is_arithmetic, is_scaling, writes_nothing
+from gradoverride._core.rule_code import RuleCode
+from gradoverride._core.scan import is_scaling
 from gradoverride._core.signature import Forward, Rule, resolve
 from gradoverride.errors import RuleSignatureError
 
@@ -31,6 +32,7 @@ class Reading:
         "of_values",
         "plain",
         "plan",
+        "rule_code",
         "scales",
         "sources",
         "value_second",
@@ -47,7 +49,8 @@ class Reading:
         self.forward = forward
         self.code = function and function.__code__  # kept, for its id is what this reading is found by
         self.holds = function is not None and bool(function.__closure__)
-        self.sources = resolve(Rule(rule), forward, may_defer=False)
+        read = Rule(rule)
+        self.sources = resolve(read, forward, may_defer=False)
         # Whether it asks for nothing but arguments and the result.
         self.of_values = all(
             source == "argument" or name in ("input", "output") for name, source in self.sources.items()
@@ -58,9 +61,10 @@ class Reading:
         self.value_second = self.of_values and tuple(self.sources) == names
         # Writes nothing, and its answer is like the gradient, under autocast too: if its closure holds real numbers.
         self.scales = is_scaling(rule, free=True)
-        self.writes = not writes_nothing(rule, is_known_method)
+        self.rule_code = RuleCode.of(read)
+        self.writes = self.rule_code.writes
         # Writes nothing, holds nothing, stays on its device, and means the same under autocast.
-        self.plain = is_arithmetic(rule)
+        self.plain = self.rule_code.is_arithmetic
         self.plan: Plan | None = None
 
     def hands_copy(self, rule: Any) -> bool:
@@ -74,7 +78,9 @@ class Reading:
     def plan_for(self, rule: Any) -> Plan:
         """The plan of the forward and of rules of this code. It does not hold the rule, which is the call's."""
         if self.plan is None:
-            self.plan = Plan(self.forward, Rule(rule))
+            read = Rule(rule)
+            read.once(RuleCode, lambda: self.rule_code)
+            self.plan = Plan(self.forward, read)
             self.plan.rule.fn = _given_with_the_call
             self.plan.rule_writes = self.writes or self.holds  # and what that is differs
         return self.plan

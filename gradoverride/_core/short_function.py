@@ -201,7 +201,7 @@ class ShortFunction:
         lines = ["def backward(ctx, grad_output):"]
         none = "None, " * self.leading
         eager = self.mode == EAGER
-        if eager and not self.plan.rule_is_arithmetic:
+        if eager and not self.plan.rule_code.is_arithmetic:
             lines += ["    if _go_any_autocast():", "        return _go_under_autocast(backward, ctx, grad_output)"]
         saved = [f"saved_{name}" for name in self.saves]
         if self.plan.asks_vjp:
@@ -212,7 +212,7 @@ class ShortFunction:
         if self.plan.rule_writes:
             lines.append("    handed = grad_output.clone()")
             handed = "handed"
-        watched = eager and not (self.plan.rule_is_algebra or self.plan.rule_writes)
+        watched = eager and not (self.plan.rule_code.is_algebra or self.plan.rule_writes)
         if watched:
             lines.append("    version = None if _go_compiling() else grad_output._version")
         asked = f"answer = _go_rule({', '.join([handed, *self.asks])})"
@@ -233,7 +233,7 @@ class ShortFunction:
         if len(tensors) == 1:
             fits = self._fits("answer", tensors[0])
             fits = f"{self._is_tensor('answer')} and {fits}"
-            if self.plan.rule_is_scaling:
+            if self.plan.rule_code.is_scaling:
                 fits = self._is_tensor("answer")  # like grad_output: it is an expression of that and numbers
             elif self.unsaved:
                 fits = f"(answer is grad_output or {fits})"
@@ -272,7 +272,7 @@ class ShortFunction:
     def _fits(self, grad: str, name: str) -> str:
         """Code that looks whether `grad` is like the tensor that it is the gradient of."""
         known = self._known(name)
-        if self.plan.rule_is_algebra:  # which does not move between devices
+        if self.plan.rule_code.is_algebra:  # which does not move between devices
             return f"{grad}.shape == {known}.shape and {grad}.dtype is {known}.dtype"
         return self._alike(grad, known)
 

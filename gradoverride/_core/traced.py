@@ -44,7 +44,7 @@ class TracedPath:
         def fits(receiver: type) -> bool:
             keep_own_frames_whole()
             plan.note_trace()
-            if not plan.rule_is_arithmetic and autocast_while_tracing():
+            if not plan.rule_code.is_arithmetic and autocast_while_tracing():
                 return False
             known = plan.reach is None or (plan.reach.holds() and (not plan.takes_receiver or fitting[receiver]))
             return known and not in_functorch() and not torch.compiler.is_exporting()

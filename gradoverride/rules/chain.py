@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from gradoverride._core.options import check, printed
-from gradoverride._core.plan import is_known_method
 from gradoverride._core.private import fail
+from gradoverride._core.rule_code import is_known_method
 from gradoverride._core.scan import writes_nothing
 from gradoverride._core.signature import Rule
 from gradoverride.errors import UnsupportedError

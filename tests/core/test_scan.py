@@ -12,7 +12,7 @@ from torch.nn import ReLU
 
 import gradoverride as go
 from gradoverride._core import scan
-from gradoverride._core.plan import is_known_method
+from gradoverride._core.rule_code import is_known_method
 
 factor = torch.ones(3)
 

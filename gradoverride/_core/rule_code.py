@@ -1,0 +1,36 @@
+"""What the code of a rule tells: which gradient it may be handed, and which path its calls can take (`scan.py`)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gradoverride._core import scan
+from gradoverride._core.signature import Rule
+
+__all__ = ["RuleCode", "is_known_method"]
+
+
+class RuleCode:
+    """Read once a rule, and not for each forward: it takes longer than all else that a `Plan` decides."""
+
+    __slots__ = ("calls_vjp_once", "is_algebra", "is_arithmetic", "is_scaling", "names_by_name", "strings", "writes")
+
+    def __init__(self, rule: Rule) -> None:
+        fn = rule.fn
+        self.writes = not scan.writes_nothing(fn, is_known_method)  # as far as can be seen: it is handed a copy
+        self.is_arithmetic = scan.is_arithmetic(fn)
+        self.is_algebra = self.is_arithmetic or scan.is_algebra(fn)
+        self.is_scaling = scan.is_scaling(fn)
+        self.strings = scan.strings(fn)  # a rule may answer for parameters whose names are among them
+        self.names_by_name = scan.mentions(fn, "by_name")
+        self.calls_vjp_once = scan.called_once(fn, "vjp")
+
+    @staticmethod
+    def of(rule: Rule) -> RuleCode:
+        """That of this rule."""
+        return rule.once(RuleCode, lambda: RuleCode(rule))
+
+
+def is_known_method(name: str) -> bool:
+    """Whether a method of this name is one of tensors, or of what else a rule is given: see `writes_nothing`."""
+    return (hasattr(Tensor, name) and not name.startswith("__")) or name in ("by_name", "items", "values")
