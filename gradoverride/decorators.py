@@ -24,7 +24,7 @@ from gradoverride._core.signature import Forward, Rule, name_of
 from gradoverride._core.surrogate import StraightThrough, SurrogateRule, has_tensors, pass_through
 from gradoverride._core.surrogate_class import Learnable, Surrogate
 from gradoverride._core.surrogate_class import has_tensors as options_are_tensors
-from gradoverride._core.wrapper import make_wrapper
+from gradoverride._core.wrapper import make_refusal, make_wrapper
 from gradoverride.errors import DecorationError, RuleSignatureError
 
 __all__ = ["custom_backward", "straight_through"]
@@ -144,9 +144,11 @@ def _straight_through(surrogate: Callable[..., Any] | None, fn: Any) -> Any:
     name = "straight_through" if surrogate is None else f"straight_through(surrogate={name_of(surrogate)})"
     place = location(inner if surrogate is None else surrogate)
     if surrogate is None or isinstance(surrogate, Surrogate):
-        return _attach(Rule(surrogate or pass_through, name=name, place=place), fn, straight_through=True)
+        return _attach(Rule(surrogate or pass_through, name=name, place=place, straight_through=True), fn)
     through = SurrogateRule(inner, surrogate)
-    return _attach(Rule(through, name=name, place=place), fn, straight_through=True, on_first_call=through.check)
+    rule = Rule(through, name=name, place=place, straight_through=True)
+    rule.on_first_call = through.check
+    return _attach(rule, fn)
 
 
 def _learnable(surrogate: Callable[..., Any], fn: Any) -> StraightThrough:
@@ -161,51 +163,49 @@ def _learnable(surrogate: Callable[..., Any], fn: Any) -> StraightThrough:
     return StraightThrough(fn, surrogate, straight_through)
 
 
-def _attach(rule: Rule, target: Any, *, straight_through: bool = False, on_first_call: Any = None) -> Any:
+def _attach(rule: Rule, target: Any) -> Any:
     """`target` with `rule` as its backward."""
     if isinstance(target, (staticmethod, classmethod)):
-        inner = _attach(rule, target.__func__, straight_through=straight_through, on_first_call=on_first_call)
-        return type(target)(inner)
+        return type(target)(_attach(rule, target.__func__))
+    if isinstance(target, type):
+        return _attach_to_class(rule, target)
     if not callable(target):
         raise DecorationError(
             f"custom_backward: a function, a method or a class with a 'forward' is needed; got {what(target)}"
         )
-    forward = _forward_of_class(target, rule) if isinstance(target, type) else _forward_of(target)
-    if isinstance(target, type) and isinstance(inspect.getattr_static(target, "forward"), (staticmethod, classmethod)):
-        target.forward = _attach(  # type: ignore[attr-defined]  # it has one
-            rule,
-            inspect.getattr_static(target, "forward"),
-            straight_through=straight_through,
-            on_first_call=on_first_call,
+    forward = _forward_of(target)
+    plan = Plan(forward, rule)
+    make = functools.partial(_attach_to_function, rule, target)
+    other = None
+    if forward.may_be_function:  # what it is called with will tell
+        other = make()
+    elif forward.takes_self:  # of a class of tensors perhaps
+        plan.read_as_function(make)
+    return _wrapper(plan, target, as_function=other)
+
+
+def _attach_to_class(rule: Rule, cls: Any) -> Any:
+    """`cls`, whose forward has `rule` as its backward."""
+    _refuse_function(cls)
+    forward = getattr(cls, "forward", None)
+    if not callable(forward) or forward is nn.Module.forward:
+        raise DecorationError(
+            f"class '{cls.__name__}' ({_place(cls)}) must have a 'forward', for the rule {rule.who} to be its backward"
         )
-        return target
-    plan = Plan(forward, rule, straight_through=straight_through)
-    plan.on_first_call = on_first_call
-    if not isinstance(target, type):
-        other = None
-        make = functools.partial(_attach_to_function, rule, target, straight_through, on_first_call)
-        if forward.may_be_function:  # what it is called with will tell
-            other = make()
-        elif forward.takes_self:  # of a class of tensors perhaps
-            plan.read_as_function(make)
-        return _wrapper(plan, target, as_function=other)
-    target.forward = _wrapper(plan, forward.fn)  # type: ignore[attr-defined]  # it has one
-    return target
+    defined = inspect.getattr_static(cls, "forward")
+    if isinstance(defined, (staticmethod, classmethod)):
+        cls.forward = _attach(rule, defined)
+    else:
+        cls.forward = _wrapper(Plan(Forward(forward, name=cls.__name__, method=True), rule), forward)
+    return cls
 
 
-def _attach_to_function(rule: Rule, target: Any, straight_through: bool, on_first_call: Any) -> Any:
+def _attach_to_function(rule: Rule, target: Any) -> Any:
     """`target` with `rule`, as a function of all its parameters. What is wrong with that is known when it is called."""
     try:
-        forward = Forward(target, method=False)
-        plan = Plan(forward, rule, straight_through=straight_through)
+        plan = Plan(Forward(target, method=False), rule)
     except RuleSignatureError as error:
-        text = str(error)
-
-        def refuse(*args: Any, **kwargs: Any) -> Any:
-            raise RuleSignatureError(text)
-
-        return refuse
-    plan.on_first_call = on_first_call
+        return make_refusal(error)
     return make_wrapper(plan, target)
 
 
@@ -239,16 +239,6 @@ def _class_name(module: nn.Module) -> str:
     """The user's name for the class of a module, scripted or compiled ones included."""
     name = getattr(module, "original_name", None) if isinstance(module, torch.jit.ScriptModule) else None
     return name or type(uncompiled(module)).__name__
-
-
-def _forward_of_class(cls: Any, rule: Rule) -> Forward:
-    _refuse_function(cls)
-    forward = getattr(cls, "forward", None)
-    if not callable(forward) or forward is nn.Module.forward:
-        raise DecorationError(
-            f"class '{cls.__name__}' ({_place(cls)}) must have a 'forward', for the rule {rule.who} to be its backward"
-        )
-    return Forward(forward, name=cls.__name__, method=True)
 
 
 def _refuse_function(cls: type) -> None:

@@ -26,7 +26,7 @@ from gradoverride._core.layers import FunctionLayer, FunctionRule
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import dynamo_shows, fail, in_checkpoint_replay, is_compiled_graph, let_dynamo_show
 from gradoverride._core.signature import Forward, passing
-from gradoverride._core.wrapper import make_wrapper
+from gradoverride._core.wrapper import make_refusal, make_wrapper
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
 __all__ = ["FunctionMode", "count", "here", "mode_of", "note_unrecorded", "quieted", "scoped"]
@@ -178,12 +178,7 @@ def _under(key: FunctionRule, forward: Callable[..., Any]) -> Callable[..., Any]
     try:
         plan = Plan(Forward(forward, name=key.name, method=False), key.rule)
     except RuleSignatureError as error:  # this spelling does not offer what another does
-        text = str(error)
-
-        def refuse(*args: Any, **kwargs: Any) -> Any:
-            raise RuleSignatureError(text)
-
-        return refuse
+        return make_refusal(error)
     plan.marked = True
     plan.on_trace = functools.partial(_traced, key)
     plan.on_unrecorded = functools.partial(note_unrecorded, key)

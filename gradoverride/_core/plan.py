@@ -70,11 +70,11 @@ class Layout:
 class Plan:
     """A forward and its rule."""
 
-    def __init__(
-        self, forward: Forward, rule: Rule, *, class_form: bool = False, straight_through: bool = False
-    ) -> None:
+    def __init__(self, forward: Forward, rule: Rule, *, class_form: bool = False) -> None:
         self.forward = forward
         self.jvp = rule.jvp
+        self.straight_through = rule.straight_through
+        self.on_first_call = rule.on_first_call
         self.rule = rule = rule.for_forward(forward)
         self.fn: Callable[..., Any] = forward.fn
         self.marked = False  # whether what it saves is to be told from what the bare forward saves: see `mark`
@@ -83,11 +83,9 @@ class Plan:
         self.wrapper: Any = None  # what a user calls
         self.make_as_function: Callable[[], None] | None = None  # of a method: see `called_as_function`
         self.as_function: Any = None
-        self.on_first_call: Callable[[Any, Any], None] | None = None  # of the first argument and the result
         self.takes_receiver = forward.is_method
         self.tensor_defaults = {p.name: p.default for p in forward.parameters or () if isinstance(p.default, Tensor)}
         self.class_form = class_form  # the rule is a method called `backward`, whose self is a stand-in
-        self.straight_through = straight_through  # the rule answers for the first differentiable argument alone
         self.mirrors = False  # the rule answers in the structure of the only argument, if that is a dict too
         self.hands_over = self._may_hand_over()
         self.sources = resolve(rule, forward, may_defer=forward.is_method or self.hands_over)

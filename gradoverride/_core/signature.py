@@ -107,6 +107,7 @@ class Rule:
         method: bool = False,
         name: str | None = None,
         place: str | None = None,
+        straight_through: bool = False,
     ) -> None:
         if isinstance(fn, type) or not callable(fn):
             raise RuleSignatureError(f"a rule is a function of the gradient, `rule(grad_output, ...)`; got {_kind(fn)}")
@@ -114,7 +115,9 @@ class Rule:
         self.number = next(_numbers)
         self.passes = "<locals>" in getattr(fn, "__qualname__", ""), self.number  # see `passing`
         self.made: dict[Any, Any] = Made()  # see `once`
+        self.straight_through = straight_through  # it answers for the first differentiable argument alone
         self.jvp: Rule | None = None  # the user's own forward mode
+        self.on_first_call: Callable[[Any, Any], None] | None = None  # with its first argument and result
         self.name = name or name_of(fn)
         self.place = place or scan.location(fn)
         self.asks: dict[str, bool] = {}  # name -> whether it must exist

@@ -181,7 +181,8 @@ def _tensor_names(surrogate: Any) -> Iterator[str]:
 
 
 def _passing(forward: Forward) -> Any:
-    return make_wrapper(Plan(forward, Rule(pass_through, name="straight_through"), straight_through=True), forward.fn)
+    rule = Rule(pass_through, name="straight_through", straight_through=True)
+    return make_wrapper(Plan(forward, rule), forward.fn)
 
 
 def _second(lent: Tensor, value: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any
 
@@ -32,8 +33,9 @@ from gradoverride._core.private import COMPILED_MARKS, IN_FORWARD_AD, dual_level
 from gradoverride._core.reach import SCALARS
 from gradoverride._core.traced import TracedPath
 from gradoverride._core.tracers import refuse_script
+from gradoverride.errors import RuleSignatureError
 
-__all__ = ["make_wrapper"]
+__all__ = ["make_refusal", "make_wrapper"]
 
 
 def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> FunctionType:
@@ -87,6 +89,16 @@ def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> Function
     )
     plan.wrapper = wrapper
     return wrapper
+
+
+def make_refusal(error: RuleSignatureError) -> Callable[..., Any]:
+    """What raises `error` when it is called, where it takes the place of a wrapper."""
+    text = str(error)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuleSignatureError(text)
+
+    return refuse
 
 
 def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
