@@ -25,7 +25,7 @@ from gradoverride._core.reading import Readings, keep_plan, kept_plan, unbound
 from gradoverride._core.signature import RESERVED, Forward
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride._core.tracers import FX, record_function, tracer_now
-from gradoverride.errors import GraphError, RuleSignatureError, UnsupportedError
+from gradoverride.errors import GraphError, UnsupportedError
 
 __all__ = ["Connection", "connect", "connect_"]
 
@@ -225,7 +225,6 @@ def _connected(result: X, inputs: Any, rule: Callable[..., Any] | None, who: str
         plan = kept_plan(_name_of_plan(names, *unbound(rule)))
     else:
         plan = _readings(names, who).of(rule).plan_for(rule)
-    _check_names(plan)
     keywords = () if names is None or names == ("input",) else names
     tied: X = tie(plan, plan.layout(len(values) if names is None else 0, keywords), values, result, rule)
     return tied
@@ -252,24 +251,19 @@ def _readings(names: tuple[str, ...] | None, who: str) -> Readings:
                     "asks for something else. Give it another name"
                 )
         parameters = [kinds(name, kinds.KEYWORD_ONLY) for name in names]
-    forward = Forward(_nothing, name="connect", place="", signature=inspect.Signature(parameters))
-    forward.reserved = _OFFERED
-    return Readings(forward)
-
-
-_OFFERED = ("input", "output", "needs")
+    return Readings(
+        Forward(
+            _nothing,
+            name="connect",
+            place="",
+            signature=inspect.Signature(parameters),
+            reserved=("input", "output", "needs"),
+            lacks="and a connection has no forward that could tell. Ask for the inputs by name, for 'input', 'output' "
+            "or 'needs'",
+        )
+    )
 
 
 @evaluated_while_tracing
 def _name_of_plan(names: tuple[str, ...] | None, rule: Any, bound: tuple[str, ...]) -> str:
     return keep_plan(_readings(names, "connect"), rule, bound)
-
-
-def _check_names(plan: Any) -> None:
-    for name, source in plan.sources.items():
-        if source == "reserved" and name not in _OFFERED:
-            fail(
-                RuleSignatureError,
-                f"rule {plan.rule.who} asks for '{name}', and a connection has no forward that could tell. Ask for the "
-                "inputs by name, for 'input', 'output' or 'needs'",
-            )

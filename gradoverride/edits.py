@@ -124,18 +124,20 @@ class GradientEdit:
         return f"GradientEdit({self._what}{'' if self._remove else ', removed'})"
 
 
-_of_tensor = Readings(Forward(lambda x: x, name="edit_gradient_", place=""))
-_of_tensor.forward.reserved = ("input", "output")
+_of_tensor = Readings(
+    Forward(
+        lambda x: x,
+        name="edit_gradient_",
+        place="",
+        reserved=("input", "output"),
+        lacks="which edit_gradient_ does not have: it offers the value of the tensor, as 'x', 'input' or 'output'. Use "
+        "edit_gradient before the graph is built",
+    )
+)
 
 
 def _edit_tensor(tensor: Tensor, rule: Any) -> GradientEdit:
     reading = _of_tensor.of(rule)
-    if not reading.of_values:
-        asked = next(name for name in reading.sources if name not in ("x", "input", "output"))
-        raise RuleSignatureError(
-            f"rule {Rule(rule).who} asks for '{asked}', which edit_gradient_ does not have: it offers the value of the "
-            "tensor, as 'x', 'input' or 'output'. Use edit_gradient before the graph is built"
-        )
     if not tensor.requires_grad:
         if is_differentiable(tensor):
             rest = " that does not. Call requires_grad_() before the graph is built on it"

@@ -56,6 +56,8 @@ class Forward:
         place: str | None = None,
         method: bool | None = None,
         as_given: bool | None = None,
+        reserved: Sequence[str] = RESERVED,
+        lacks: str = "",
     ) -> None:
         self.fn = fn
         # Whether it is called as its caller calls, with the same keywords and no defaults; else by position.
@@ -64,7 +66,8 @@ class Forward:
         self.place = scan.location(fn) if place is None else place
         self.signature = signature or _signature(fn)
         self.receiver = receiver  # the object that a bound method is bound to
-        self.reserved: tuple[str, ...] = RESERVED  # those that it has something for
+        self.reserved = reserved  # those that it has something for
+        self.lacks = lacks  # what to say of the others
         parameters = [] if self.signature is None else list(self.signature.parameters.values())
         self.named_so = bool(parameters) and parameters[0].name in _RECEIVERS
         self.read_so = self.named_so or (bool(parameters) and parameters[0].kind in _POSITIONAL and self._is_in_class)
@@ -220,6 +223,8 @@ def resolve(rule: Rule, forward: Forward, *, may_defer: bool) -> dict[str, str]:
                 )
             sources[name] = "argument"
         elif name in RESERVED:
+            if name not in forward.reserved:
+                raise RuleSignatureError(f"rule {rule.who} asks for '{name}', {forward.lacks}")
             sources[name] = "reserved"
         elif may_defer:
             sources[name] = "deferred"
