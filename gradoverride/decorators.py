@@ -21,9 +21,8 @@ from gradoverride._core.plan import Plan
 from gradoverride._core.private import hidden_from_dynamo, uncompiled
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, Rule, name_of
-from gradoverride._core.surrogate import StraightThrough, SurrogateRule, has_tensors, pass_through
-from gradoverride._core.surrogate_class import Learnable, Surrogate
-from gradoverride._core.surrogate_class import has_tensors as options_are_tensors
+from gradoverride._core.surrogate import StraightThrough, SurrogateRule, is_learnable, pass_through
+from gradoverride._core.surrogate_class import Learnable, Surrogate, has_tensors
 from gradoverride._core.wrapper import make_refusal, make_wrapper
 from gradoverride.errors import DecorationError, RuleSignatureError
 
@@ -137,9 +136,9 @@ def straight_through(fn: Any = None, /, *, surrogate: Callable[..., Any] | None 
 
 def _straight_through(surrogate: Callable[..., Any] | None, fn: Any) -> Any:
     inner = fn.__func__ if isinstance(fn, (staticmethod, classmethod)) else fn
-    if isinstance(surrogate, Surrogate) and options_are_tensors(surrogate):
+    if isinstance(surrogate, Surrogate) and has_tensors(surrogate):
         return _learnable(Learnable(surrogate), fn)
-    if surrogate is not None and not isinstance(surrogate, Surrogate) and has_tensors(surrogate):
+    if surrogate is not None and not isinstance(surrogate, Surrogate) and is_learnable(surrogate):
         return _learnable(surrogate, fn)
     name = "straight_through" if surrogate is None else f"straight_through(surrogate={name_of(surrogate)})"
     place = location(inner if surrogate is None else surrogate)

@@ -46,9 +46,9 @@ class Backward:
         self.ctx = ctx
         # Where nothing was saved, a second pass needs no retained graph.
         self.saved: Sequence[Tensor] = ctx.saved_tensors if call.saved or call.graph is not None else ()
-        self.eager = call.mode == "eager"
-        self.traced = call.mode == "traced"
-        if call.mode == "transformed":
+        self.eager = call.eager
+        self.traced = call.traced
+        if call.transformed:
             # In the backward of a forward that was replayed, its transform has been left.
             self.saved = [out_of_left_transforms(tensor) for tensor in self.saved]
         self.own: dict[str, Tensor | None] = {}  # parameters left to autograd whose gradients are known already

@@ -213,6 +213,21 @@ class Call:
         changed = [prefix for prefix, was in self.training.items() if now.get(prefix, was) is not was]
         return {prefix: Snapshot({"training": self.training[prefix]}, {}, {}) for prefix in changed}
 
+    @property
+    def eager(self) -> bool:
+        """Whether neither Dynamo nor a transform runs it."""
+        return self.mode == EAGER
+
+    @property
+    def traced(self) -> bool:
+        """Whether Dynamo traces it."""
+        return self.mode == TRACED
+
+    @property
+    def transformed(self) -> bool:
+        """Whether it is under torch.func, or in forward mode."""
+        return self.mode == TRANSFORMED
+
     # --- taking the call apart ------------------------------------------------------------------------------
 
     def take_apart(self, values: Sequence[Any]) -> list[Tensor]:
@@ -283,7 +298,7 @@ class Call:
         asks_all = plan.asks_params and "params" not in module._buffers and "params" not in module._parameters
         for param in params:
             names = plan.asked_of_module.intersection(param.names)
-            param.asked = asks_all or plan.class_form or bool(names - plan.may_hand_over)
+            param.asked = asks_all or plan.class_form or bool(names - plan.may_be_residuals)
             self.unsettled = self.unsettled or (bool(names) and not param.asked)
             if asks_all and not plan.class_form and all([name in self.groups for name in param.names]):
                 self._refuse_same_name(param.name)
@@ -353,7 +368,7 @@ class Call:
     @property
     def answers_dict_bare(self) -> bool:
         """Whether a dict as the answer is the gradient of a dict, and not gradients by the names of arguments."""
-        return self.plan.mirrors and isinstance(self.specs[0], Node) and issubclass(self.specs[0].kind, dict)
+        return self.plan.is_edit and isinstance(self.specs[0], Node) and issubclass(self.specs[0].kind, dict)
 
     def needs(self) -> dict[str, bool]:
         """By name, whether a gradient is wanted: of arguments (each of `*args` as "args[0]" too), of parameters."""

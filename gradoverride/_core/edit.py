@@ -75,7 +75,7 @@ def _same(x: Any) -> Any:
     return x
 
 
-_readings = Readings(Forward(_same, name="edit_gradient", place=""))
+_readings = Readings(Forward(_same, name="edit_gradient", place=""), is_edit=True)
 _of_rule, _known = _readings.of, _readings.get
 VALUES = frozenset({"x", "input", "output"})  # names of the value: they are all the same here
 
@@ -98,7 +98,6 @@ def _general(plan: Plan, x: Any, rule: Any) -> Any:
                 "edit_gradient: 'x' must hold its tensors in tuples, lists, dicts and dataclasses, for their gradients "
                 f"to be edited; it has {what(value)} with a tensor in it. Turn that into one of these",
             )
-    plan.mirrors = True
     result = differentiate(plan, plan.layout(0, ()), None, (x,), rule)
     if in_functorch() or in_forward_ad():  # `requires_grad` does not tell
         return result

@@ -60,13 +60,8 @@ def _is_plain_method(plan: Plan) -> bool:
         and plan.reach is not None
         and not plan.straight_through
         and not plan.asks_vjp
-        and not plan.reach.attributes & reserved_of(plan)  # which comes before the reserved one
+        and not plan.reach.attributes & plan.reserved  # which comes before the reserved one
     )
-
-
-def reserved_of(plan: Plan) -> set[str]:
-    """The reserved names that the rule asks for, unless the module has a tensor of its own under one."""
-    return {name for name, source in plan.sources.items() if source == "reserved"}
 
 
 def guessed_places(plan: Plan) -> list[int]:
@@ -283,7 +278,7 @@ class ShortPath:
         tensors = [arguments[place] for place in self.places]
         params = [f"_go_{name}" for name in self.function.params]
         unfit = [f"{receiver}._modules", f"_go_len(_go_parameters) != {len(params)}"]
-        if reserved_of(self.plan):  # a buffer may bear that name
+        if self.plan.reserved:  # a buffer may bear that name
             unfit.append(f"{receiver}._buffers")
         for name in self.function.params:
             unfit.append(f"_go_type(_go_{name} := _go_parameters.get({name!r})) is not _go_Parameter")

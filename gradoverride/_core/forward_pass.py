@@ -39,7 +39,7 @@ from gradoverride._core.saver import Saver
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import Copied, stand_in, with_parameters, write_back
 from gradoverride._core.structure import LEAF, Constant, alike, flatten, skeleton, unchanged, unflatten
-from gradoverride._core.tracers import FX, record_call, says_of, tracer_now
+from gradoverride._core.tracers import FX, drops_rule, record_call, tracer_now
 from gradoverride._core.writes import Writes
 from gradoverride.errors import ForwardResultError, UnsupportedError
 
@@ -55,9 +55,7 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
     tracer = tracer_now(values)
     if tracer == FX:
         return record_call(plan, layout, receiver, values)
-    mode = _mode(plan)
-    if tracer is not None and mode is not None and says_of(plan, tracer):
-        mode = None
+    mode = _mode(plan, tracer)
     if mode is None:
         return plan.undecorated(layout, receiver, values)
     call = Call(plan, layout, mode, rule)
@@ -101,10 +99,7 @@ def _refuse_held(call: Call, values: Sequence[Any], result: Any) -> None:
 
 def tie(plan: Plan, layout: Layout, values: Sequence[Any], result: Any, rule: Any) -> Any:
     """A result that was computed elsewhere, with `rule` for its gradient to reach `values`."""
-    mode = _mode(plan)
-    tracer = tracer_now(values)
-    if tracer is not None and mode is not None and says_of(plan, tracer):
-        mode = None
+    mode = _mode(plan, tracer_now(values))
     if mode is None:
         return result
     call = Call(plan, layout, mode, rule)
@@ -113,8 +108,8 @@ def tie(plan: Plan, layout: Layout, values: Sequence[Any], result: Any, rule: An
     return forward_pass.finish(leaves, result, {})
 
 
-def _mode(plan: Plan) -> str | None:
-    """How a call is to be run; None where no gradient is wanted."""
+def _mode(plan: Plan, tracer: str | None) -> str | None:
+    """How a call is to be run; None where no gradient is wanted, or `tracer` records the forward alone."""
     transformed = in_functorch() or in_forward_ad()
     if not transformed and not torch.is_grad_enabled():
         return None
@@ -128,16 +123,18 @@ def _mode(plan: Plan) -> str | None:
                 "the backward of every autograd.Function (pytorch issue 193279). Compile the function alone and use "
                 "backward(), or leave the transform uncompiled",
             )
-        return TRACED
-    if not transformed:
-        return EAGER
-    if forward_mode_depth() > 1:
+        mode = TRACED
+    elif not transformed:
+        mode = EAGER
+    elif forward_mode_depth() > 1:
         fail(
             UnsupportedError,
             f"{plan.forward.who} is called in forward mode within forward mode (jvp of jvp, jacfwd of jacfwd), "
             "where torch loses the tangents of every autograd.Function. Use reverse mode for one of the two",
         )
-    return TRANSFORMED
+    else:
+        mode = TRANSFORMED
+    return None if tracer is not None and drops_rule(plan, tracer) else mode
 
 
 class ForwardPass:
@@ -234,7 +231,7 @@ class ForwardPass:
             tensors = {name: alias for param, alias in zip(call.aliased, given, strict=True) for name in param.names}
             inner = stand_in(module, tensors, copied)
         frame: dict[str, Any] = {}
-        if self._may_hand_over():
+        if self._collects_residuals():
             frame = open_frame()
             try:
                 result = plan.invoke(call.layout, inner, arguments)
@@ -246,7 +243,7 @@ class ForwardPass:
         write_back(copied)
         return result, frame
 
-    def _may_hand_over(self) -> bool:
+    def _collects_residuals(self) -> bool:
         """Whether what the forward hands over is to be collected."""
         plan, module = self.plan, self.module
         if plan.hands_over or not plan.takes_receiver or self.mode != TRACED:

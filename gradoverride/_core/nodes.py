@@ -61,5 +61,5 @@ def rule_of(node: Any) -> tuple[Any, bool]:
     if issubclass(function, (Alias, KeptAlias)):
         return node.rule[0], True
     if issubclass(function, (General, Transformed)):
-        return node.call.rule, node.call.plan.mirrors
+        return node.call.rule, node.call.plan.is_edit
     return getattr(function.backward, "__globals__", {}).get("_go_rule"), False

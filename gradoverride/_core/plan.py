@@ -70,7 +70,7 @@ class Layout:
 class Plan:
     """A forward and its rule."""
 
-    def __init__(self, forward: Forward, rule: Rule, *, class_form: bool = False) -> None:
+    def __init__(self, forward: Forward, rule: Rule, *, class_form: bool = False, is_edit: bool = False) -> None:
         self.forward = forward
         self.jvp = rule.jvp
         self.straight_through = rule.straight_through
@@ -86,17 +86,17 @@ class Plan:
         self.takes_receiver = forward.is_method
         self.tensor_defaults = {p.name: p.default for p in forward.parameters or () if isinstance(p.default, Tensor)}
         self.class_form = class_form  # the rule is a method called `backward`, whose self is a stand-in
-        self.mirrors = False  # the rule answers in the structure of the only argument, if that is a dict too
-        self.hands_over = self._may_hand_over()
+        self.is_edit = is_edit  # of `edit_gradient`: an answer mirrors the only argument, if that is a dict too
+        self.hands_over = self._hands_over()
         self.sources = resolve(rule, forward, may_defer=forward.is_method or self.hands_over)
         self.jvp_sources = self._sources_of_jvp()
-        # Names that a parameter of the module may supply, and those of them that the forward may hand over instead.
+        # Names that a parameter of the module may supply, and those of them that may be residuals instead.
         self.asked_of_module = frozenset(name for name, source in self.sources.items() if source != "argument")
-        self.may_hand_over = scan.strings(self.fn) & self.asked_of_module if self.hands_over else frozenset[str]()
-        reserved = {name for name, source in self.sources.items() if source == "reserved"}
-        self.asks_vjp = "vjp" in reserved
-        self.asks_params = "params" in reserved
-        self.asks_module = bool(reserved & {"module", "forward"}) or class_form
+        self.may_be_residuals = scan.strings(self.fn) & self.asked_of_module if self.hands_over else frozenset[str]()
+        self.reserved = frozenset(name for name, source in self.sources.items() if source == "reserved")
+        self.asks_vjp = "vjp" in self.reserved
+        self.asks_params = "params" in self.reserved
+        self.asks_module = bool(self.reserved & {"module", "forward"}) or class_form
         self.reach = Reach.of(self.fn, method=self.takes_receiver)
         attributes = self.reach.attributes if self.reach is not None else frozenset[str]()
         self.forward_is_arithmetic = scan.is_arithmetic(self.fn, attributes)
@@ -122,14 +122,14 @@ class Plan:
 
     @functools.cached_property
     def mark(self) -> Tensor:
-        """Saved besides by an override that may be left, without a value, of a shape that tells the rule.
+        """A tensor without values, whose shape identifies the rule.
 
-        A checkpoint that replays the forward without it, or under another rule, sees that what it gets is something
-        else, and raises.
+        Saved so that a replay under another rule, or under none, is noticed: a checkpoint sees that what is saved is
+        something else, and raises.
         """
         return made_at_import(0, self.rule.number)
 
-    def _may_hand_over(self) -> bool:
+    def _hands_over(self) -> bool:
         """Whether the forward hands over values, or may do so where nobody sees it and the rule asks for one."""
         if any(scan.calls(fn, save_for_backward) for fn in (self.fn, inspect.unwrap(self.fn))):
             return True

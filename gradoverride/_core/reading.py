@@ -29,6 +29,7 @@ class Reading:
         "code",
         "forward",
         "holds",
+        "is_edit",
         "of_values",
         "plain",
         "plan",
@@ -39,7 +40,7 @@ class Reading:
         "writes",
     )
 
-    def __init__(self, forward: Forward, rule: Any) -> None:
+    def __init__(self, forward: Forward, rule: Any, is_edit: bool) -> None:
         if hasattr(rule, "bound_to"):
             raise RuleSignatureError(
                 f"rule {Rule(rule).who} must have a forward with arguments, to evaluate it again; '{forward.name}' has "
@@ -47,6 +48,7 @@ class Reading:
             )
         function = _function_in(rule)
         self.forward = forward
+        self.is_edit = is_edit
         self.code = function and function.__code__  # kept, for its id is what this reading is found by
         self.holds = function is not None and bool(function.__closure__)
         read = Rule(rule)
@@ -80,17 +82,18 @@ class Reading:
         if self.plan is None:
             read = Rule(rule)
             read.once(RuleCode, lambda: self.rule_code)
-            self.plan = Plan(self.forward, read)
+            self.plan = Plan(self.forward, read, is_edit=self.is_edit)
             self.plan.rule.fn = _given_with_the_call
             self.plan.rule_writes = self.writes or self.holds  # and what that is differs
         return self.plan
 
 
 class Readings(dict[Any, Reading]):
-    """The readings for one forward."""
+    """The readings for one forward. `is_edit`: see `Plan`."""
 
-    def __init__(self, forward: Forward) -> None:
+    def __init__(self, forward: Forward, *, is_edit: bool = False) -> None:
         self.forward = forward
+        self.is_edit = is_edit
 
     def of(self, rule: Any) -> Reading:
         """What is known of `rule`. Raises `RuleSignatureError`."""
@@ -98,7 +101,7 @@ class Readings(dict[Any, Reading]):
         key = id(rule.__code__) if bare else _key(rule)
         found = None if key is None else self.get(key)
         if found is None:
-            found = Reading(self.forward, rule)
+            found = Reading(self.forward, rule, self.is_edit)
             if key is not None and not _is_wrapped(rule):
                 if len(self) >= 1000:
                     self.clear()

@@ -25,7 +25,7 @@ from gradoverride._core.signature import Forward, Rule, name_of
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import CapturedTensorError, SurrogateError, UnsupportedError
 
-__all__ = ["StraightThrough", "SurrogateRule", "has_tensors", "pass_through", "with_gradient_of"]
+__all__ = ["StraightThrough", "SurrogateRule", "is_learnable", "pass_through", "with_gradient_of"]
 
 
 @evaluated_while_tracing
@@ -89,7 +89,7 @@ class SurrogateRule:
             )
 
     def _check_captured(self, given: Tensor, input: Tensor) -> None:
-        """Refuse a tensor that `has_tensors` did not find, or that requires grad only since."""
+        """Refuse a tensor that `is_learnable` did not find, or that requires grad only since."""
         leaf = captured.foreign_leaf([given], {id(input)}, set()) if given.requires_grad else None
         if leaf is not None:
             names = ", ".join(captured.captured_names(self.surrogate, leaf)) or what(leaf)
@@ -161,7 +161,7 @@ def with_gradient_of(surrogate: Callable[[Tensor], Tensor], input: Tensor) -> Te
     return tied
 
 
-def has_tensors(surrogate: Any) -> bool:
+def is_learnable(surrogate: Any) -> bool:
     """Whether a surrogate is a module with parameters, or reaches tensors that require grad in another way."""
     return any(True for _ in _tensor_names(surrogate))
 

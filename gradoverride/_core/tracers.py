@@ -39,12 +39,12 @@ __all__ = [
     "FX",
     "JIT",
     "MAKE_FX",
+    "drops_rule",
     "exporting",
     "record_call",
     "record_function",
     "recorded_as",
     "refuse_script",
-    "says_of",
     "tracer_now",
     "warn",
 ]
@@ -72,8 +72,8 @@ def exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def says_of(plan: Plan, tracer: str) -> bool:
-    """Say that what is traced has no rule, if that is so, and whether to trace the forward alone."""
+def drops_rule(plan: Plan, tracer: str) -> bool:
+    """Whether the forward alone is to be traced. Warns that what is traced has no rule, if that is so."""
     if torch.compiler.is_dynamo_compiling():
         plan.warn_of_export()
         return True
