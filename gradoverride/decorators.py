@@ -1,8 +1,9 @@
 """`custom_backward` and `straight_through`: start here.
 
-A decorated callable is a plain function (`_core/wrapper.py`). It carries a `Plan` (`_core/plan.py`), which is what
-its forward offers and its rule asks for (`_core/signature.py`). A call goes through `_core/dispatch.py` to
-`_core/call.py`, which runs the forward and ties its result to the rule by a Function (`_core/function.py`).
+A decorated callable is a plain function (`_core/wrapper.py`), made for a `Plan` (`_core/plan.py`): what its forward
+offers and its rule asks for (`_core/signature.py`). Most calls run code that was generated for them (`_core/fast.py`,
+`_core/traced.py`). The others go to `_core/forward_pass.py`, which runs the forward and ties its result to the rule by
+a Function (`_core/function.py`); the engine then calls `_core/backward_pass.py`.
 """
 
 from __future__ import annotations

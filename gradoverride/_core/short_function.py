@@ -2,8 +2,8 @@
 
 Most calls are such, and some microseconds of overhead would be most of their cost. So the code is generated, as an
 expert would write it by hand for this signature and this rule: no loops, no structures, no object for each call. It
-does all that the general path (`call.py`) does; what is not plain goes there, after the forward too, which never runs
-twice. To read it, print what `forward_source` and `backward_source` give. `fast.py` and `traced.py` call it.
+does all that the general path (`forward_pass.py`) does; what is not plain goes there, after the forward too, which
+never runs twice. To read it, print what `forward_source` and `backward_source` give. `fast.py` and `traced.py` call it.
 """
 
 from __future__ import annotations
