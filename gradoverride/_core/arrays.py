@@ -17,8 +17,8 @@ from torch import Tensor
 
 from gradoverride._core.call import is_tensor
 from gradoverride._core.contract import shape_text
-from gradoverride._core.function import ByLoop, Refused
-from gradoverride._core.private import fail, fast_apply, in_forward_ad, in_functorch
+from gradoverride._core.function import ByLoop, tied
+from gradoverride._core.private import fail, in_forward_ad, in_functorch
 from gradoverride._core.signature import Forward, Rule
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride.errors import ForwardResultError, UnsupportedError
@@ -178,9 +178,6 @@ class ArrayForward:
         return _Run(self.fn, self.kind, Like(tensors), spec, self.who, refusal).on(tensors)
 
 
-_refuse = fast_apply(Refused)
-
-
 class ArrayRule:
     """A rule of arrays as one of tensors. Its own derivative is not known, and is refused."""
 
@@ -205,9 +202,6 @@ class ArrayRule:
         grads: list[Tensor] = []
         flatten(args[0], is_tensor, grads)
         answer = _Run(self.rule, self.kind, Like(grads), spec, f"rule {self.who}", self.refusal).on(tensors)
-        if not torch.is_grad_enabled() or in_functorch():
-            return answer
-        outer = [tensor for tensor in tensors if tensor.requires_grad]
         found: list[Tensor] = []
         shape = flatten(answer, is_tensor, found)
-        return unflatten(shape, iter([_refuse(self.refusal, tensor, *outer) for tensor in found]))
+        return unflatten(shape, iter(tied(found, tensors, self.refusal)))

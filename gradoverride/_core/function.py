@@ -14,6 +14,7 @@ as ever. On the short path a forward of known reach runs inside, as one does tha
     Tail            where the kept graph ends: a tensor of no bytes, which the engine frees like any saved one
     Lifted          a derivative computed in the kept graph, tied to the outer tensors again, for second derivatives
     Refused         the identity, whose own derivative raises: it is not known
+    Opaque          the same for torch.func
     ByLoop          a function that no transform can look into, once for each in a batch (`arrays.py`)
 """
 
@@ -22,10 +23,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gradoverride._core.private import call_directly, can_call_directly, fail, made_at_import
+from gradoverride._core.private import (
+    call_directly,
+    can_call_directly,
+    fail,
+    fast_apply,
+    in_forward_ad,
+    in_functorch,
+    made_at_import,
+)
 from gradoverride.errors import UnsupportedError
 
 __all__ = [
@@ -34,7 +44,6 @@ __all__ = [
     "Cut",
     "General",
     "Lifted",
-    "Refused",
     "Tail",
     "Transformed",
     "alias_function",
@@ -42,6 +51,7 @@ __all__ = [
     "named",
     "plain_function",
     "refuse_lost",
+    "tied",
     "trackable",
 ]
 
@@ -255,6 +265,41 @@ class Refused(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         fail(UnsupportedError, ctx.text)
+
+
+class Opaque(Function):
+    """The same under transforms, which see themselves what the tensors depend on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(text: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple([tensor.clone() for tensor in tensors])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.text = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        fail(UnsupportedError, ctx.text)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> None:
+        fail(UnsupportedError, ctx.text)
+
+
+def tied(found: list[Tensor], sources: Sequence[Tensor], text: str) -> list[Tensor]:
+    """These, which were computed from the sources in a way that torch does not know: that derivative raises `text`."""
+    if in_functorch() or in_forward_ad():
+        return list(Opaque.apply(text, *found))  # type: ignore[no-untyped-call]  # torch has no types for it
+    outer = [source for source in sources if source.requires_grad]
+    if not torch.is_grad_enabled() or not outer:
+        return found
+    return [_refuse(text, tensor, *outer) for tensor in found]
+
+
+_refuse = fast_apply(Refused)
 
 
 class ByLoop(Function):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gradoverride._core.contract import shape_text
+from gradoverride._core.function import tied
 from gradoverride._core.options import check
 from gradoverride._core.residuals import save_for_backward
 from gradoverride._core.signature import Forward
@@ -27,7 +28,7 @@ from gradoverride._core.structure import flatten, unflatten
 from gradoverride.decorators import custom_backward
 from gradoverride.errors import DecorationError, ForwardResultError, UnsupportedError
 from gradoverride.estimators.binding import NOT_TRACED, Estimator, check_options
-from gradoverride.estimators.evaluation import Evaluation, Points, is_floating, leaves_of, real, tied, wide
+from gradoverride.estimators.evaluation import Evaluation, Points, is_floating, leaves_of, real, wide
 from gradoverride.estimators.sampling import like, moved, normal
 
 __all__ = ["blackbox", "perturbed", "imle"]

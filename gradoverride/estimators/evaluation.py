@@ -15,12 +15,12 @@ from torch.func import debug_unwrap
 
 from gradoverride._core.call import is_differentiable as is_floating
 from gradoverride._core.contract import shape_text
-from gradoverride._core.function import ByLoop, Refused
-from gradoverride._core.private import fast_apply, in_forward_ad, in_functorch
+from gradoverride._core.function import tied
+from gradoverride._core.private import in_forward_ad, in_functorch
 from gradoverride._core.structure import flatten, unflatten
-from gradoverride.errors import ForwardResultError, UnsupportedError
+from gradoverride.errors import ForwardResultError
 
-__all__ = ["BATCHED", "Evaluation", "Points", "batch_of", "is_floating", "leaves_of", "real", "summed", "tied", "wide"]
+__all__ = ["BATCHED", "Evaluation", "Points", "batch_of", "is_floating", "leaves_of", "real", "summed", "wide"]
 
 BATCHED = (None, "vmap", "stack", "cat")
 
@@ -211,37 +211,6 @@ def batch_of(tensors: Sequence[Tensor], batch_dims: int, who: str) -> torch.Size
             f"have the shapes {shapes}"
         )
     return batch
-
-
-class _Opaque:
-    """Tensors as they are, under transforms; their derivative is refused."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple([tensor.clone() for tensor in tensors])
-
-    def stacked(self, results: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Those of a batch."""
-        return tuple([torch.stack(column) for column in zip(*results, strict=True)])
-
-    def refuse_derivative(self) -> NoReturn:
-        """What a derivative is."""
-        raise UnsupportedError(self.text)
-
-
-_refuse = fast_apply(Refused)
-
-
-def tied(found: list[Tensor], sources: Sequence[Tensor], text: str) -> list[Tensor]:
-    """These, which were computed from the sources: that derivative raises `text`."""
-    if _is_transformed():
-        return list(ByLoop.apply(_Opaque(text), *found))  # type: ignore[no-untyped-call]  # torch has no types for it
-    outer = [source for source in sources if source.requires_grad]
-    if not torch.is_grad_enabled() or not outer:
-        return found
-    return [_refuse(text, tensor, *outer) for tensor in found]
 
 
 def _is_transformed() -> bool:

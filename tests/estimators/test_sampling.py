@@ -486,6 +486,16 @@ def test_vmap_and_grad():
     nearly(torch.func.jacrev(go.custom_backward(finite_difference())(lambda x: x.sin()))(x[0]), x[0].cos().diag())
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0, 3)])
+def test_vmap_over_an_empty_batch_gives_an_empty_gradient(shape):
+    fn = torch.func.grad(go.custom_backward(finite_difference())(bumps))
+    for _ in shape[1:]:
+        fn = torch.func.vmap(fn)
+    found = fn(torch.zeros(shape, dtype=torch.float64))
+    assert found.shape == shape
+    assert found.dtype is torch.float64
+
+
 @pytest.mark.parametrize("name", RANDOM)
 def test_vmap_draws_for_each_in_the_batch_if_told_to(name):
     rule = RANDOM[name](n=200, generator=draws())
