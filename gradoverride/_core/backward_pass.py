@@ -19,9 +19,9 @@ from torch.autograd.graph import GradientEdge
 from gradoverride._core.ambient import under_traced
 from gradoverride._core.collector import Collector
 from gradoverride._core.contract import conform_output, read_answer, read_params, what
-from gradoverride._core.function import Refused
+from gradoverride._core.function import tied
 from gradoverride._core.kept_graph import KeptGraph, TracedGraph, is_hooked
-from gradoverride._core.private import fail, fast_apply, out_of_left_transforms, pull
+from gradoverride._core.private import fail, out_of_left_transforms, pull
 from gradoverride._core.stale import Stale
 from gradoverride._core.standin import stand_in
 from gradoverride._core.structure import LEAF, alike, flatten, in_order_of, unflatten
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Backward"]
 
-_refuse = fast_apply(Refused)
 Gradients = list[Tensor | None]
 
 
@@ -274,7 +273,7 @@ class Backward:
                 f"that the rule {self.plan.rule.who} leaves to autograd, needs the graph of the forward. "
                 "Ask for 'vjp' in the rule, which keeps it"
             )
-            grads = [_refuse(text, grad, *call.outer) for grad in grads]
+            grads = tied(grads, call.outer, text)
         if not overruled:
             return [grad if flows else None for grad, flows in zip(grads, call.flows, strict=True)]
         self.plan.through_aliases = True  # from now on
