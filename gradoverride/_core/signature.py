@@ -12,13 +12,24 @@ import functools
 import inspect
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gradoverride._core import scan
 from gradoverride.errors import RuleSignatureError
 
-__all__ = ["RESERVED", "Forward", "Made", "Rule", "name_of", "passing", "resolve", "takes", "unknown_name"]
+__all__ = [
+    "RESERVED",
+    "Forward",
+    "Made",
+    "Rule",
+    "name_of",
+    "passing",
+    "resolve",
+    "signature_asking",
+    "takes",
+    "unknown_name",
+]
 
 T = TypeVar("T")
 
@@ -204,6 +215,18 @@ def passing(rules: Sequence[Rule]) -> Rule:
 
 
 _passes = operator.attrgetter("passes")
+
+
+def signature_asking(asks: Mapping[str, bool]) -> inspect.Signature:
+    """That of a rule that asks for these names, and must have those for which this is True."""
+    first = "grad_output"
+    while first in asks:  # an argument of the forward may be called so
+        first = f"_{first}"
+    parameters = [inspect.Parameter(first, inspect.Parameter.POSITIONAL_ONLY)]
+    for name, required in asks.items():
+        default = inspect.Parameter.empty if required else None
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
+    return inspect.Signature(parameters)
 
 
 def resolve(rule: Rule, forward: Forward, *, may_defer: bool) -> dict[str, str]:

@@ -7,7 +7,6 @@ one rule within another, it asks for `input`, and serves forwards of one argumen
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from gradoverride._core.options import check, is_number
 from gradoverride._core.private import hidden_from_dynamo
-from gradoverride._core.signature import Forward
+from gradoverride._core.signature import Forward, signature_asking
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 from gradoverride.estimators.evaluation import BATCHED, Evaluation
 
-__all__ = ["Arguments", "Bound", "Estimator", "check_options", "signature_of"]
+__all__ = ["Arguments", "Bound", "Estimator", "check_options"]
 
 
 NOT_TRACED = "an estimator evaluates its forward again (gradoverride.estimators)"
@@ -123,8 +122,7 @@ class Bound:
         self.arguments = Arguments(forward)
         self.looked = _Looked()
         self.__name__ = repr(estimator)
-        names = dict.fromkeys(("forward", "output", "needs", *forward.names))
-        self.__signature__ = signature_of(names)
+        self.__signature__ = signature_asking(dict.fromkeys(("forward", "output", "needs", *forward.names), True))
 
     def __call__(self, grad_output: Any, /, *, forward: Any, output: Any, needs: Any, **values: Any) -> Any:
         """By name, the gradients of the arguments."""
@@ -136,12 +134,6 @@ class Bound:
         who = self.forward.who
         found = _untraced(self.estimator, again, values, wanted, grad_output, output, self.looked, who)
         return self.arguments.answer(found)
-
-
-def signature_of(names: Mapping[str, Any]) -> inspect.Signature:
-    """That of a rule that asks for these names."""
-    first = inspect.Parameter("grad_output", inspect.Parameter.POSITIONAL_ONLY)
-    return inspect.Signature([first, *[inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]])
 
 
 def _estimated(

@@ -14,7 +14,6 @@ Second and higher derivatives are those of the theorem again: u is itself the ro
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ from gradoverride._core.contract import shape_text
 from gradoverride._core.options import check, printed
 from gradoverride._core.private import hidden_from_dynamo, in_forward_ad, in_functorch
 from gradoverride._core.scan import location
-from gradoverride._core.signature import Rule, name_of
+from gradoverride._core.signature import Rule, name_of, signature_asking
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride.decorators import custom_backward
 from gradoverride.errors import (
@@ -86,19 +85,10 @@ class _Implicit:
                 f"{kind}: {read.who} must ask for arguments by their own names, or for 'input' alone; it asks for "
                 f"{', '.join(map(repr, read.asks))}"
             )
-        asked = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if required else None,
-            )
-            for name, required in {"output": True, "needs": True, **read.asks}.items()
-        ]
-        first = inspect.Parameter("grad_output", inspect.Parameter.POSITIONAL_ONLY)
         own = self.__dict__  # it is frozen
         own["names"] = tuple(read.asks)
         own["who"] = f"{kind}: {name_of(fn)!r} ({location(fn)})"
-        own["__signature__"] = inspect.Signature([first, *asked])
+        own["__signature__"] = signature_asking({"output": True, "needs": True, **read.asks})
         own["__name__"] = kind
 
     def _zero(self, result: Any, values: dict[str, Any]) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from gradoverride._core.options import check, printed
 from gradoverride._core.private import fail
 from gradoverride._core.rule_code import is_known_method
 from gradoverride._core.scan import writes_nothing
-from gradoverride._core.signature import Rule
+from gradoverride._core.signature import Rule, signature_asking
 from gradoverride.errors import UnsupportedError
 from gradoverride.rules.each import each
 
@@ -58,7 +57,7 @@ class chain:
         own = self.__dict__  # it is frozen
         own["rules"] = rules
         own["links"] = tuple([(rule.fn, tuple(rule.asks), _may_write(rule.fn)) for rule in read])
-        own["__signature__"] = _signature_of(read)  # what the library asks for on its behalf
+        own["__signature__"] = signature_asking(_asked_by(read))  # what the library asks for on its behalf
         own["__name__"] = repr(self)  # how errors call it
 
     @property
@@ -69,7 +68,7 @@ class chain:
             raise AttributeError("bound_to")
         return lambda forward: chain(*[rule.bound_to(forward) if hasattr(rule, "bound_to") else rule for rule in rules])
 
-    def __call__(self, grad_output: Any, **values: Any) -> Any:
+    def __call__(self, grad_output: Any, /, **values: Any) -> Any:
         """What the last rule returns."""
         grad = grad_output
         for rule, names, may_write in self.links:
@@ -103,14 +102,10 @@ def _may_write(rule: Any) -> bool:
     return not writes_nothing(rule, is_known_method)
 
 
-def _signature_of(rules: list[Rule]) -> inspect.Signature:
-    """A rule that asks for all that these ask for; it may do without a name if each that asks for it may."""
+def _asked_by(rules: list[Rule]) -> dict[str, bool]:
+    """All that these ask for. One may do without a name if each that asks for it may."""
     required: dict[str, bool] = {}
     for rule in rules:
         for name, must in rule.asks.items():
             required[name] = required.get(name, False) or must
-    asked = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=inspect.Parameter.empty if must else None)
-        for name, must in required.items()
-    ]
-    return inspect.Signature([inspect.Parameter("grad_output", inspect.Parameter.POSITIONAL_OR_KEYWORD), *asked])
+    return required

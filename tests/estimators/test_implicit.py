@@ -77,6 +77,14 @@ class TestSquareRoot:
         nearly(grad(second.sum(), a), 0.375 * a.detach() ** -2.5)
 
 
+def test_an_argument_may_have_the_name_of_the_gradient():
+    a = positive(3)
+    root = go.custom_backward(implicit_root(lambda y, grad_output: y * y - grad_output))(
+        lambda grad_output: newton(grad_output)
+    )
+    nearly(grad(root(a).sum(), a), 0.5 / a.detach().sqrt())
+
+
 # --- linear systems and ridge regression, several arguments
 
 

@@ -458,6 +458,16 @@ def test_in_a_chain():
     assert pickle.loads(pickle.dumps(rule)) == rule
 
 
+def test_an_argument_may_have_the_name_of_the_gradient():
+    x, scale = noise(3), noise(3)
+
+    def fn(grad_output, _grad_output):
+        return grad_output.sin() * _grad_output
+
+    for rule in (finite_difference(), go.rules.chain(finite_difference())):
+        nearly(grad(go.custom_backward(rule)(fn)(x, scale).sum(), x, scale), grad(fn(x, scale).sum(), x, scale))
+
+
 def test_called_by_another_rule_it_serves_one_argument():
     estimate = finite_difference()
 

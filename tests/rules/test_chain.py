@@ -83,9 +83,9 @@ def test_its_signature_is_the_union():
         return grad_output
 
     rule = chain(first, functools.partial(second, vjp=None), torch.neg)
-    assert str(inspect.signature(rule)) == "(grad_output, *, x, eps, lo=None)"
-    assert str(inspect.signature(chain(rule, second))) == "(grad_output, *, x, eps, lo=None, vjp)"
-    assert str(inspect.signature(chain(second, first))) == "(grad_output, *, eps, vjp, x, lo=None)"
+    assert str(inspect.signature(rule)) == "(grad_output, /, *, x, eps, lo=None)"
+    assert str(inspect.signature(chain(rule, second))) == "(grad_output, /, *, x, eps, lo=None, vjp)"
+    assert str(inspect.signature(chain(second, first))) == "(grad_output, /, *, eps, vjp, x, lo=None)"
 
 
 def test_it_is_called_as_a_function():
@@ -358,6 +358,15 @@ def test_made_within_compiled_code_it_is_an_error():
     )
     with pytest.raises(Exception, match="chain: it must be made outside of the code that is compiled"):
         run(noise(3))
+
+
+def test_a_link_may_ask_for_an_argument_that_has_the_name_of_the_gradient():
+    x = noise(3)
+    rule = chain(rules.scale(2.0), lambda g, grad_output: g * grad_output.cos())
+    closely(
+        gradient(go.custom_backward(rule)(lambda grad_output: grad_output.sin()), x, g=torch.ones_like(x))[0],
+        2 * x.cos(),
+    )
 
 
 def test_over_a_structure():
