@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +28,7 @@ from gradoverride.decorators import custom_backward
 from gradoverride.errors import DecorationError, ForwardResultError, UnsupportedError
 from gradoverride.estimators.binding import NOT_TRACED, Estimator, check_options
 from gradoverride.estimators.evaluation import Evaluation, Points, is_floating, leaves_of, real, wide
-from gradoverride.estimators.sampling import like, moved, normal
+from gradoverride.estimators.sampling import moved, normal
 
 __all__ = ["blackbox", "perturbed", "imle"]
 
@@ -119,19 +118,13 @@ class perturbed(Estimator):
     def gradients(self, evaluation: Evaluation) -> list[Tensor]:
         """One for each of the points."""
         points = evaluation.points
-        totals = [torch.zeros_like(wide(real(point))) for point in points]
-        asked: deque[list[Tensor]] = deque()
 
-        def pairs() -> Iterator[tuple[Points, Points | None]]:
+        def pairs() -> Iterator[tuple[Points, None, Points]]:
             for _ in range(self.n):
                 noise = self.draw(points)
-                asked.append(noise)
-                yield _moved(points, noise, self.sigma), None
+                yield _moved(points, noise, self.sigma), None, self._scores(noise)
 
-        for difference in evaluation.differences(pairs()):
-            for k, noise in enumerate(asked.popleft()):
-                totals[k] = totals[k] + evaluation.times(difference, self._score(noise))
-        return [like(total / (self.n * self.sigma), point) for total, point in zip(totals, points, strict=True)]
+        return evaluation.weighted(evaluation.differences(pairs()), self.n * self.sigma)
 
     def mean(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """The function whose value is the mean over `n` samples, its first argument perturbed."""
@@ -145,18 +138,18 @@ class perturbed(Estimator):
         self, evaluation: Evaluation, noises: Sequence[Sequence[Tensor]], answers: Sequence[Sequence[Tensor]]
     ) -> list[Tensor]:
         """The gradients, from samples that were drawn in the forward."""
-        points = evaluation.points
-        totals = [torch.zeros_like(wide(real(point))) for point in points]
         baseline = [wide(result) if self.n > 1 else torch.zeros_like(wide(result)) for result in evaluation.results]
-        for noise, answer in zip(noises, answers, strict=True):
-            difference = evaluation.product([wide(one) - mean for one, mean in zip(answer, baseline, strict=True)])
-            for k, each in enumerate(noise):
-                totals[k] = totals[k] + evaluation.times(difference, self._score(each))
-        size = max(self.n - 1, 1) * self.sigma  # the mean of the same samples was subtracted
-        return [like(total / size, point) for total, point in zip(totals, points, strict=True)]
 
-    def _score(self, noise: Tensor) -> Tensor:
-        return noise if self.noise == "normal" else 1 - torch.exp(-noise)
+        def differences() -> Iterator[tuple[Tensor, Points]]:
+            for noise, answer in zip(noises, answers, strict=True):
+                changes = [wide(one) - mean for one, mean in zip(answer, baseline, strict=True)]
+                yield evaluation.product(changes), self._scores(noise)
+
+        # The mean of the same samples was subtracted.
+        return evaluation.weighted(differences(), max(self.n - 1, 1) * self.sigma)
+
+    def _scores(self, noises: Points) -> Points:
+        return noises if self.noise == "normal" else [1 - torch.exp(-noise) for noise in noises]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ in such a way that a second derivative is refused, not lost.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +21,11 @@ from gradoverride._core.private import in_forward_ad, in_functorch
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride.errors import ForwardResultError
 
-__all__ = ["BATCHED", "Evaluation", "Points", "batch_of", "is_floating", "leaves_of", "real", "summed", "wide"]
+__all__ = ["BATCHED", "Evaluation", "Points", "batch_of", "is_floating", "leaves_of", "like", "real", "summed", "wide"]
 
 BATCHED = (None, "vmap", "stack", "cat")
+
+T = TypeVar("T")
 
 Points = Sequence[Tensor]  # one for each tensor that wants a gradient
 Again = Callable[[dict[str, Any]], Any]  # the forward, of its arguments by name
@@ -171,21 +174,25 @@ class Evaluation:
 
     # --- measuring
 
-    def differences(self, pairs: Iterable[tuple[Points, Points | None]]) -> Iterator[Tensor]:
-        """<g, f(one) - f(other)> of each pair, with the result itself for None. It has the shape of the batch."""
-        of_two: list[bool] = []
+    def differences(self, pairs: Iterable[tuple[Points, Points | None, T]]) -> Iterator[tuple[Tensor, T]]:
+        """<g, f(one) - f(other)> of each pair, with the result itself for None; and what comes with the pair.
+
+        A difference has the shape of the batch.
+        """
+        asked: deque[tuple[bool, T]] = deque()  # all at once, if the points are evaluated in one call
 
         def points() -> Iterator[Points]:
-            for one, other in pairs:
-                of_two.append(other is not None)
+            for one, other, tag in pairs:
+                asked.append((other is None, tag))
                 yield one
                 if other is not None:
                     yield other
 
         found = self.at_each(points())
         for upper in found:
-            lower = next(found) if of_two.pop(0) else self.results
-            yield self.product([wide(one) - wide(other) for one, other in zip(upper, lower, strict=True)])
+            alone, tag = asked.popleft()
+            lower = self.results if alone else next(found)
+            yield self.product([wide(one) - wide(other) for one, other in zip(upper, lower, strict=True)]), tag
 
     def product(self, directions: Sequence[Tensor]) -> Tensor:
         """<g, directions>, over all dimensions but those of the batch."""
@@ -195,10 +202,14 @@ class Evaluation:
             first = first + term.to(first)
         return first
 
-    def times(self, factor: Tensor, point: Tensor) -> Tensor:
-        """`factor`, which has the shape of the batch, times a real tensor of a point."""
-        over = point.dim() - len(self.batch)
-        return factor.to(point).reshape(self.batch + (1,) * over) * point
+    def weighted(self, differences: Iterable[tuple[Tensor, Points]], count: float) -> list[Tensor]:
+        """For each point, the sum of the differences times real tensors of its shape, divided by `count`."""
+        totals = [torch.zeros_like(wide(real(point))) for point in self.points]
+        for difference, weights in differences:
+            for k, weight in enumerate(weights):
+                sizes = self.batch + (1,) * (weight.dim() - len(self.batch))
+                totals[k] = totals[k] + difference.to(weight).reshape(sizes) * weight
+        return [like(total / count, point) for total, point in zip(totals, self.points, strict=True)]
 
 
 def batch_of(tensors: Sequence[Tensor], batch_dims: int, who: str) -> torch.Size:
@@ -242,6 +253,13 @@ def wide(tensor: Tensor) -> Tensor:
 def real(tensor: Tensor) -> Tensor:
     """Complex numbers as pairs of real ones."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def like(gradient: Tensor, point: Tensor) -> Tensor:
+    """A real gradient in the dtype of the point."""
+    if point.is_complex():
+        return torch.view_as_complex(gradient.contiguous())
+    return gradient.to(point.dtype)
 
 
 def _listed(shapes: Sequence[Sequence[int]]) -> str:

@@ -21,7 +21,6 @@ Alike in all of them:
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from gradoverride._core.options import check
 from gradoverride.estimators.binding import Estimator, check_options
-from gradoverride.estimators.evaluation import Evaluation, Points, real, summed, wide
+from gradoverride.estimators.evaluation import Evaluation, Points, like, real, summed, wide
 
 __all__ = ["finite_difference", "spsa", "evolution"]
 
@@ -71,20 +70,18 @@ class finite_difference(Estimator):
         """One for each of the points."""
         points, count = evaluation.points, len(evaluation.batch)
         slopes: list[list[Tensor]] = [[] for _ in points]
-        asked: deque[tuple[int, Tensor]] = deque()
 
-        def pairs() -> Iterator[tuple[Points, Points | None]]:
+        def pairs() -> Iterator[tuple[Points, Points | None, tuple[int, Tensor]]]:
             for k, point in enumerate(points):
                 step = self._step(point)
                 for one in _units(real(point), count):
                     upper = moved(point, step * one)
                     lower = moved(point, -step * one) if self.central else point
                     width = wide(real(upper)) - wide(real(lower))
-                    asked.append((k, summed(width * one, count)))
-                    yield _with(points, k, upper), _with(points, k, lower) if self.central else None
+                    other = _with(points, k, lower) if self.central else None
+                    yield _with(points, k, upper), other, (k, summed(width * one, count))
 
-        for difference in evaluation.differences(pairs()):
-            k, width = asked.popleft()
+        for difference, (k, width) in evaluation.differences(pairs()):
             slopes[k].append(difference.to(width) / width)
         return [
             like(torch.stack(slope, -1).reshape(real(point).shape) if slope else torch.zeros_like(real(point)), point)
@@ -135,23 +132,15 @@ class spsa(Estimator):
 
     def gradients(self, evaluation: Evaluation) -> list[Tensor]:
         """One for each of the points."""
-        points = evaluation.points
-        totals = [torch.zeros_like(wide(real(point))) for point in points]
+        return evaluation.weighted(evaluation.differences(self._pairs(evaluation.points)), self.n)
+
+    def _pairs(self, points: Points) -> Iterator[tuple[Points, Points, Points]]:
         steps = [_step(self.eps, point) for point in points]
-        asked: deque[list[Tensor]] = deque()
-
-        def pairs() -> Iterator[tuple[Points, Points | None]]:
-            for _ in range(self.n):
-                offsets = [step * signs(point, self.generator) for step, point in zip(steps, points, strict=True)]
-                upper = [moved(point, offset) for point, offset in zip(points, offsets, strict=True)]
-                lower = [moved(point, -offset) for point, offset in zip(points, offsets, strict=True)]
-                asked.append(widths(upper, lower))
-                yield upper, lower
-
-        for difference in evaluation.differences(pairs()):
-            for k, width in enumerate(asked.popleft()):
-                totals[k] = totals[k] + evaluation.times(difference, width.reciprocal())
-        return [like(total / self.n, point) for total, point in zip(totals, points, strict=True)]
+        for _ in range(self.n):
+            offsets = [step * signs(point, self.generator) for step, point in zip(steps, points, strict=True)]
+            upper = [moved(point, offset) for point, offset in zip(points, offsets, strict=True)]
+            lower = [moved(point, -offset) for point, offset in zip(points, offsets, strict=True)]
+            yield upper, lower, [width.reciprocal() for width in widths(upper, lower)]
 
 
 @dataclass(frozen=True)
@@ -195,25 +184,18 @@ class evolution(Estimator):
 
     def gradients(self, evaluation: Evaluation) -> list[Tensor]:
         """One for each of the points."""
-        points = evaluation.points
-        totals = [torch.zeros_like(wide(real(point))) for point in points]
-        asked: deque[list[Tensor]] = deque()
-
-        def pairs() -> Iterator[tuple[Points, Points | None]]:
-            for _ in range(self.n):
-                offsets = [self.sigma * normal(point, self.generator) for point in points]
-                upper = [moved(point, offset) for point, offset in zip(points, offsets, strict=True)]
-                lower = points
-                if self.antithetic:
-                    lower = [moved(point, -offset) for point, offset in zip(points, offsets, strict=True)]
-                asked.append(widths(upper, lower))
-                yield upper, lower if self.antithetic else None
-
-        for difference in evaluation.differences(pairs()):
-            for k, width in enumerate(asked.popleft()):
-                totals[k] = totals[k] + evaluation.times(difference, width)
         size = self.n * (2 * self.sigma if self.antithetic else self.sigma) ** 2
-        return [like(total / size, point) for total, point in zip(totals, points, strict=True)]
+        return evaluation.weighted(evaluation.differences(self._pairs(evaluation.points)), size)
+
+    def _pairs(self, points: Points) -> Iterator[tuple[Points, Points | None, Points]]:
+        for _ in range(self.n):
+            offsets = [self.sigma * normal(point, self.generator) for point in points]
+            upper = [moved(point, offset) for point, offset in zip(points, offsets, strict=True)]
+            if self.antithetic:
+                lower = [moved(point, -offset) for point, offset in zip(points, offsets, strict=True)]
+                yield upper, lower, widths(upper, lower)
+            else:
+                yield upper, None, widths(upper, points)
 
 
 # --- moving a point: offsets are real, and of what the dtype can tell apart
@@ -247,13 +229,6 @@ def moved(point: Tensor, offset: Tensor) -> Tensor:
 def widths(upper: Points, lower: Points) -> list[Tensor]:
     """How far apart they are, as real numbers: what rounding has left of the offsets."""
     return [wide(real(one)) - wide(real(other)) for one, other in zip(upper, lower, strict=True)]
-
-
-def like(gradient: Tensor, point: Tensor) -> Tensor:
-    """A real gradient in the dtype of the point."""
-    if point.is_complex():
-        return torch.view_as_complex(gradient.contiguous())
-    return gradient.to(point.dtype)
 
 
 def normal(point: Tensor, generator: torch.Generator | None) -> Tensor:
