@@ -7,6 +7,7 @@ one rule within another, it asks for `input`, and serves forwards of one argumen
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = ["Arguments", "Bound", "Estimator", "check_options"]
 
 
 NOT_TRACED = "an estimator evaluates its forward again (gradoverride.estimators)"
+_hidden = functools.partial(hidden_from_dynamo, reason=NOT_TRACED)
 
 
 class Estimator:
@@ -46,6 +48,10 @@ class Estimator:
 
     def __call__(self, grad_output: Any, /, forward: Any, input: Any, output: Any, needs: Any, module: Any) -> Any:
         """By name, the gradient of the only argument."""
+        return self._answer(grad_output, forward, input, output, needs, module)
+
+    @_hidden
+    def _answer(self, grad_output: Any, forward: Any, input: Any, output: Any, needs: Any, module: Any) -> Any:
         own = () if module is None else {name for name, _ in module.named_parameters(remove_duplicate=False)}
         names = [name for name in needs if name not in own]
         if len(names) != 1 or names[0] in ("args", "kwargs"):
@@ -57,14 +63,9 @@ class Estimator:
         def again(values: dict[str, Any]) -> Any:
             return forward(values[names[0]])
 
-        return _untraced(self, again, {names[0]: input}, needs, grad_output, output, _Looked(), "the forward")
-
-
-class _Looked:
-    """Whether a forward has been looked at: once is enough."""
-
-    def __init__(self) -> None:
-        self.already = False
+        evaluation = Evaluation(self, "the forward", again, {names[0]: input}, needs, grad_output, output)
+        evaluation.check_repeats()
+        return evaluation.answer(self.gradients(evaluation))
 
 
 class Arguments:
@@ -120,51 +121,25 @@ class Bound:
         self.estimator = estimator
         self.forward = forward
         self.arguments = Arguments(forward)
-        self.looked = _Looked()
+        self.looked = False
         self.__name__ = repr(estimator)
         self.__signature__ = signature_asking(dict.fromkeys(("forward", "output", "needs", *forward.names), True))
 
     def __call__(self, grad_output: Any, /, *, forward: Any, output: Any, needs: Any, **values: Any) -> Any:
         """By name, the gradients of the arguments."""
+        return self._answer(grad_output, forward, output, needs, values)
 
+    @_hidden
+    def _answer(self, grad_output: Any, forward: Any, output: Any, needs: Any, values: dict[str, Any]) -> Any:
         def again(changed: dict[str, Any]) -> Any:
             return self.arguments.call(forward, changed)
 
         wanted = self.arguments.wanted(values, needs)
-        who = self.forward.who
-        found = _untraced(self.estimator, again, values, wanted, grad_output, output, self.looked, who)
-        return self.arguments.answer(found)
-
-
-def _estimated(
-    estimator: Estimator,
-    again: Callable[[dict[str, Any]], Any],
-    values: dict[str, Any],
-    wanted: Mapping[str, bool],
-    grad_output: Any,
-    output: Any,
-    looked: _Looked,
-    who: str,
-) -> dict[str, Any]:
-    """By name, the gradients of the arguments that want one."""
-    evaluation = Evaluation(
-        again,
-        values,
-        wanted,
-        grad_output,
-        output,
-        f"{who}, evaluated by {type(estimator).__name__},",
-        batch_dims=estimator.batch_dims,
-        batched=estimator.batched,
-        deterministic=estimator.deterministic,
-    )
-    if estimator.deterministic and not looked.already:
-        evaluation.check_repeats()
-        looked.already = True
-    return evaluation.answer(estimator.gradients(evaluation))
-
-
-_untraced = hidden_from_dynamo(_estimated, NOT_TRACED)
+        evaluation = Evaluation(self.estimator, self.forward.who, again, values, wanted, grad_output, output)
+        if not self.looked:  # once is enough
+            evaluation.check_repeats()
+            self.looked = True
+        return self.arguments.answer(evaluation.answer(self.estimator.gradients(evaluation)))
 
 
 def check_options(rule: Any) -> None:

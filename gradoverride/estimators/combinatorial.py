@@ -298,7 +298,6 @@ def _mean(estimator: perturbed | imle, fn: Callable[..., Any]) -> Callable[..., 
             f"{kind}.mean: {read.who} must be a function; it is a method. Give a function that calls it"
         )
     name = parameters[0].name
-    who = f"{read.who}, evaluated by {kind},"
 
     def mean_of_samples(*args: Any, **kwargs: Any) -> Any:
         first, *others = args if args else (kwargs.pop(name),)
@@ -331,17 +330,7 @@ def _mean(estimator: perturbed | imle, fn: Callable[..., Any]) -> Callable[..., 
         def again(values: dict[str, Any]) -> Any:
             return fn(values[name], *others, **kwargs)
 
-        evaluation = Evaluation(
-            again,
-            {name: first},
-            {name: True},
-            grad_output,
-            mean,
-            who,
-            batch_dims=estimator.batch_dims,
-            batched=estimator.batched,
-            deterministic=estimator.deterministic,
-        )
+        evaluation = Evaluation(estimator, read.who, again, {name: first}, {name: True}, grad_output, mean)
         return evaluation.answer(estimator.from_samples(evaluation, noises, evaluation.opaque_each(answers)))
 
     rule.writes_nothing = True  # type: ignore[attr-defined]  # into what it is given

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from gradoverride._core.function import tied
 from gradoverride._core.private import in_forward_ad, in_functorch
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride.errors import ForwardResultError
+
+if TYPE_CHECKING:
+    from gradoverride.estimators.binding import Estimator
 
 __all__ = ["BATCHED", "Evaluation", "Points", "batch_of", "is_floating", "leaves_of", "like", "real", "summed", "wide"]
 
@@ -36,21 +39,17 @@ class Evaluation:
 
     def __init__(
         self,
+        estimator: Estimator,
+        who: str,
         again: Again,
         values: dict[str, Any],
         wanted: Mapping[str, bool],
         grad_output: Any,
         output: Any,
-        who: str,
-        *,
-        batch_dims: int = 0,
-        batched: str | None = None,
-        deterministic: bool = True,
     ) -> None:
+        self.estimator = estimator
+        self.who = f"{who}, evaluated by {type(estimator).__name__},"
         self.again = again
-        self.who = who
-        self.batched = batched
-        self.deterministic = deterministic
         self.wanted = wanted
         self.leaves: list[Tensor] = []
         self.specs: dict[str, Any] = {}
@@ -64,7 +63,7 @@ class Evaluation:
         self.grads = leaves_of(grad_output)
         self.results = [_constant(result) for result in leaves_of(output)]
         self.wide_grads = [real(wide(grad)) for grad in self.grads]
-        self.batch = batch_of([*self.points, *self.results], batch_dims, self.who)
+        self.batch = batch_of([*self.points, *self.results], estimator.batch_dims, self.who)
 
     def answer(self, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
         """By name, the gradients in the structure of the arguments."""
@@ -81,12 +80,13 @@ class Evaluation:
 
     def at_each(self, many: Iterable[Points]) -> Iterator[list[Tensor]]:
         """The same at several points: one after the other, or in one call if that is wanted."""
-        if self.batched is None:
+        batched = self.estimator.batched
+        if batched is None:
             for points in many:
                 yield self.at(points)
             return
         together = list(many)
-        found = self._mapped(together) if self.batched == "vmap" else self._joined(together)
+        found = self._mapped(together) if batched == "vmap" else self._joined(together)
         for row in zip(*self.opaque(found), strict=True):
             yield list(row)
 
@@ -115,13 +115,13 @@ class Evaluation:
         def one(*points: Tensor) -> tuple[Tensor, ...]:
             return tuple(self._plain(points))
 
-        randomness = "error" if self.deterministic else "different"
+        randomness = "error" if self.estimator.deterministic else "different"
         stacked = [torch.stack(column) for column in zip(*together, strict=True)]
         return list(torch.func.vmap(one, randomness=randomness)(*stacked))
 
     def _joined(self, together: Sequence[Points]) -> list[Tensor]:
         """By result, what the forward gives for all points at once: stacked, or one after the other."""
-        count, cat = len(together), self.batched == "cat"
+        count, cat = len(together), self.estimator.batched == "cat"
         rows = [self._with(points) for points in together]
         if cat and any([tensor.dim() == 0 for tensor in (*rows[0], *self.results)]):
             raise ForwardResultError(
@@ -158,7 +158,9 @@ class Evaluation:
         return f"second derivatives of {self.who} are not known: it is no function of torch"
 
     def check_repeats(self) -> None:
-        """Raise if the forward, evaluated again where it was, gives something else."""
+        """Raise if the forward, evaluated again where it was, gives something else; unless it may be random."""
+        if not self.estimator.deterministic:
+            return
         for before, after in zip(self.results, self._plain(self.points), strict=True):
             one, two = debug_unwrap(before).detach(), debug_unwrap(after).detach()
             if one.shape != two.shape:  # under vmap, where only one of the two is mapped over
