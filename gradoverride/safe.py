@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradoverride._core.contract import shape_text
-from gradoverride._core.options import check, is_number
+from gradoverride._core.options import check, is_integer, is_number
 from gradoverride._core.private import fail
 from gradoverride.decorators import custom_backward
 from gradoverride.errors import ForwardResultError, UnsupportedError
@@ -344,8 +344,7 @@ def min(input: Tensor, dim: int | None = None, keepdim: bool = False, *, ties: T
 
 
 def _check_reduction(name: str, dim: Any, ties: Any) -> None:
-    fits = dim is None or (isinstance(dim, int) and not isinstance(dim, bool))
-    check(name, "dim", dim, fits, "an integer, or None for all")
+    check(name, "dim", dim, dim is None or is_integer(dim), "an integer, or None for all")
     check(name, "ties", ties, ties in ("even", "first", "all"), "'even', 'first' or 'all'")
 
 

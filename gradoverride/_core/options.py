@@ -3,23 +3,73 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
+from torch import Tensor
+
+from gradoverride._core.contract import shape_text, what
+from gradoverride._core.private import fail
 from gradoverride.errors import RuleOptionError
 
-__all__ = ["check", "is_number", "printed"]
+__all__ = [
+    "check",
+    "check_broadcasts",
+    "check_dim",
+    "check_generator",
+    "is_integer",
+    "is_number",
+    "printed",
+    "refuse",
+]
 
 
 def check(rule: str, option: str, value: Any, fits: bool, required: str) -> None:
     """Raise `RuleOptionError` unless the value fits."""
     if not fits:
-        raise RuleOptionError(f"{rule}: '{option}' must be {required}; got {value!r}")
+        refuse(rule, option, value, required)
+
+
+def refuse(rule: str, option: str, value: Any, required: str) -> NoReturn:
+    """Raise `RuleOptionError` for a value that does not fit."""
+    shown = what(value) if isinstance(value, Tensor) else repr(value)
+    fail(RuleOptionError, f"{rule}: '{option}' must be {required}; got {shown}")
+
+
+def check_dim(rule: str, dim: Any) -> None:
+    """Raise `RuleOptionError` unless it names dimensions, or is None."""
+    fits = dim is None or is_integer(dim) or (isinstance(dim, tuple) and bool(dim) and all(map(is_integer, dim)))
+    check(rule, "dim", dim, fits, "None, an integer or a tuple of integers")
+
+
+def check_generator(rule: str, generator: Any) -> None:
+    """Raise `RuleOptionError` unless it is a generator of random numbers, or None."""
+    fits = generator is None or isinstance(generator, torch.Generator)
+    check(rule, "generator", generator, fits, "None or a torch.Generator")
+
+
+def check_broadcasts(
+    rule: str, option: str, value: Tensor, to: Tensor, name: str, kind: type[Exception] = RuleOptionError
+) -> None:
+    """Raise `kind` unless the value broadcasts to the shape of the tensor that is called `name`."""
+    sizes = zip(reversed(value.shape), reversed(to.shape), strict=False)
+    if value.dim() > to.dim() or not all([own == 1 or own == size for own, size in sizes]):
+        fail(
+            kind,
+            f"{rule}: '{option}' must broadcast to the shape of {name}, {shape_text(to.shape)}; it has shape "
+            f"{shape_text(value.shape)}. Give it sizes of 1 where it is the same for all",
+        )
 
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite real number. (True and False are none.)"""
     # Not math.isfinite: Dynamo cannot ask it of a number that it does not know.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer. (True and False are none.)"""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def printed(value: Any) -> str:

@@ -11,10 +11,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gradoverride._core.options import check, is_number
+from gradoverride._core.options import check, check_generator, is_integer, is_number
 from gradoverride._core.private import hidden_from_dynamo
 from gradoverride._core.signature import Forward, signature_asking
 from gradoverride.errors import RuleSignatureError, UnsupportedError
@@ -146,7 +145,7 @@ def check_options(rule: Any) -> None:
     """Raise `RuleOptionError` for what is out of range among the options that estimators share."""
     kind, own = type(rule).__name__, vars(rule)
     if "n" in own:
-        check(kind, "n", rule.n, _is_count(rule.n) and rule.n >= 1, "an integer, 1 or larger")
+        check(kind, "n", rule.n, is_integer(rule.n) and rule.n >= 1, "an integer, 1 or larger")
     if "sigma" in own:
         check(kind, "sigma", rule.sigma, is_number(rule.sigma) and rule.sigma > 0, "a number larger than 0")
     if "eps" in own:
@@ -157,13 +156,8 @@ def check_options(rule: Any) -> None:
         fits = is_number(rule.strength) and rule.strength > 0
         check(kind, "strength", rule.strength, fits, "a number larger than 0")
     if "generator" in own:
-        fits = rule.generator is None or isinstance(rule.generator, torch.Generator)
-        check(kind, "generator", rule.generator, fits, "None or a torch.Generator")
-    fits = _is_count(rule.batch_dims) and rule.batch_dims >= 0
+        check_generator(kind, rule.generator)
+    fits = is_integer(rule.batch_dims) and rule.batch_dims >= 0
     check(kind, "batch_dims", rule.batch_dims, fits, "an integer, 0 or larger")
     check(kind, "batched", rule.batched, rule.batched in BATCHED, "None, 'vmap', 'stack' or 'cat'")
     check(kind, "deterministic", rule.deterministic, isinstance(rule.deterministic, bool), "True or False")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

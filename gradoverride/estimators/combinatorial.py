@@ -21,13 +21,14 @@ from torch import Tensor
 from gradoverride._core.contract import shape_text
 from gradoverride._core.function import tied
 from gradoverride._core.options import check
+from gradoverride._core.precision import wide
 from gradoverride._core.residuals import save_for_backward
 from gradoverride._core.signature import Forward
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride.decorators import custom_backward
 from gradoverride.errors import DecorationError, ForwardResultError, UnsupportedError
 from gradoverride.estimators.binding import NOT_TRACED, Estimator, check_options
-from gradoverride.estimators.evaluation import Evaluation, Points, is_floating, leaves_of, real, wide
+from gradoverride.estimators.evaluation import Evaluation, Points, is_floating, leaves_of, real
 from gradoverride.estimators.sampling import moved, normal
 
 __all__ = ["blackbox", "perturbed", "imle"]

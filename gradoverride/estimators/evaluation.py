@@ -17,6 +17,7 @@ from torch.func import debug_unwrap
 from gradoverride._core.call import is_differentiable as is_floating
 from gradoverride._core.contract import shape_text
 from gradoverride._core.function import tied
+from gradoverride._core.precision import wide
 from gradoverride._core.private import in_forward_ad, in_functorch
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride.errors import ForwardResultError
@@ -24,7 +25,7 @@ from gradoverride.errors import ForwardResultError
 if TYPE_CHECKING:
     from gradoverride.estimators.binding import Estimator
 
-__all__ = ["BATCHED", "Evaluation", "Points", "batch_of", "is_floating", "leaves_of", "like", "real", "summed", "wide"]
+__all__ = ["BATCHED", "Evaluation", "Points", "batch_of", "is_floating", "leaves_of", "like", "real", "summed"]
 
 BATCHED = (None, "vmap", "stack", "cat")
 
@@ -245,11 +246,6 @@ def summed(tensor: Tensor, count: int) -> Tensor:
     """The sum over all but the first `count` dimensions."""
     over = tuple(range(count, tensor.dim()))
     return tensor.sum(over) if over else tensor  # of no dimensions torch makes all
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def real(tensor: Tensor) -> Tensor:

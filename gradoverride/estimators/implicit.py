@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.func import debug_unwrap
 
 from gradoverride._core.contract import shape_text
-from gradoverride._core.options import check, printed
+from gradoverride._core.options import check, is_integer, printed
+from gradoverride._core.precision import wide
 from gradoverride._core.private import hidden_from_dynamo, in_forward_ad, in_functorch
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Rule, name_of, signature_asking
@@ -38,7 +39,7 @@ from gradoverride.errors import (
     RuleSignatureError,
     UnsupportedError,
 )
-from gradoverride.estimators.evaluation import batch_of, is_floating, leaves_of, real, wide
+from gradoverride.estimators.evaluation import batch_of, is_floating, leaves_of, real
 from gradoverride.estimators.linear import DENSE_UP_TO, SOLVERS, solve
 
 __all__ = ["implicit_root", "fixed_point"]
@@ -77,8 +78,7 @@ class _Implicit:
             check(kind, name, value, fits, "None or a number larger than 0")
         for name, least in (("batch_dims", 0), ("max_iter", 1)):
             value = getattr(self, name)
-            fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            check(kind, name, value, fits, f"an integer, {least} or larger")
+            check(kind, name, value, is_integer(value) and value >= least, f"an integer, {least} or larger")
         read = Rule(fn)
         if "input" in read.asks and len(read.asks) > 1:
             raise RuleSignatureError(

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from gradoverride._core.options import check
+from gradoverride._core.precision import wide
 from gradoverride.estimators.binding import Estimator, check_options
-from gradoverride.estimators.evaluation import Evaluation, Points, like, real, summed, wide
+from gradoverride.estimators.evaluation import Evaluation, Points, like, real, summed
 
 __all__ = ["finite_difference", "spsa", "evolution"]
 

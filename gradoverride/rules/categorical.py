@@ -30,11 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradoverride._core.contract import what
-from gradoverride._core.options import is_number
-from gradoverride._core.private import evaluated_while_tracing, fail
+from gradoverride._core.options import check, check_generator, is_integer, is_number
+from gradoverride._core.precision import wide
+from gradoverride._core.private import evaluated_while_tracing
 from gradoverride.decorators import custom_backward
-from gradoverride.errors import RuleOptionError
 
 __all__ = ["gumbel_softmax", "reinmax"]
 
@@ -57,9 +56,9 @@ def gumbel_softmax(
     Mnih, Teh, "The concrete distribution" (2017).
     """
     fits = isinstance(tau, Tensor) or (is_number(tau) and tau > 0)
-    _require("gumbel_softmax", "tau", tau, fits, "a tensor or a number larger than 0")
+    check("gumbel_softmax", "tau", tau, fits, "a tensor or a number larger than 0")
     _check("gumbel_softmax", logits, dim, generator)
-    noisy = (_wide(logits) + _gumbel_noise(logits, generator)) / tau
+    noisy = (wide(logits) + _gumbel_noise(logits, generator)) / tau
     return _largest_place(noisy, dim).to(logits.dtype)
 
 
@@ -80,9 +79,9 @@ def reinmax(logits: Tensor, tau: float = 1.0, dim: int = -1, generator: torch.Ge
 
     Source: Liu et al., "Bridging discrete and backpropagation: straight-through and beyond" (2023), algorithm 2.
     """
-    _require("reinmax", "tau", tau, is_number(tau) and tau > 0, "a number larger than 0")
+    check("reinmax", "tau", tau, is_number(tau) and tau > 0, "a number larger than 0")
     _check("reinmax", logits, dim, generator)
-    return _sample(_wide(logits), _gumbel_noise(logits, generator), tau, dim).to(logits.dtype)
+    return _sample(wide(logits), _gumbel_noise(logits, generator), tau, dim).to(logits.dtype)
 
 
 # --- what is decorated ---
@@ -118,7 +117,7 @@ def _sample(logits: Tensor, noise: Tensor, tau: float = 1.0, dim: int = -1) -> T
 
 def _gumbel_noise(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     """Whose largest place, once the logits are added, is distributed as their softmax."""
-    like = torch.empty_like(_wide(logits.detach()))
+    like = torch.empty_like(wide(logits.detach()))
     if generator is not None and torch.compiler.is_dynamo_compiling():  # which knows no generators
         exponential = _exponential_by_key(like, _keep(generator))
     else:
@@ -147,21 +146,10 @@ def _keep(generator: torch.Generator) -> int:
     return key
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
 # --- options ---
 
 
 def _check(function: str, logits: Tensor, dim: Any, generator: Any) -> None:
-    fits = isinstance(dim, int) and not isinstance(dim, bool) and -logits.dim() <= dim < logits.dim()
-    _require(function, "dim", dim, fits, f"a dimension of the logits, which have {logits.dim()}")
-    fits = generator is None or isinstance(generator, torch.Generator)
-    _require(function, "generator", generator, fits, "None or a torch.Generator")
-
-
-def _require(function: str, option: str, value: Any, fits: bool, required: str) -> None:
-    if not fits:
-        shown = what(value) if isinstance(value, Tensor) else repr(value)
-        fail(RuleOptionError, f"{function}: '{option}' must be {required}; got {shown}")
+    fits = is_integer(dim) and -logits.dim() <= dim < logits.dim()
+    check(function, "dim", dim, fits, f"a dimension of the logits, which have {logits.dim()}")
+    check_generator(function, generator)

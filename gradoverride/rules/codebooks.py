@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from gradoverride._core.contract import what
+from gradoverride._core.options import check
+from gradoverride._core.precision import wide
 from gradoverride._core.private import fail
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
@@ -49,9 +51,9 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, rotate: bool = False) -> tup
     Source: van den Oord, Vinyals, Kavukcuoglu, "Neural discrete representation learning" (2017), equation 2.
     """
     _check(x, codebook, rotate)
-    wide, codes = _wide(x.detach()), _wide(codebook.detach())
+    vectors, codes = wide(x.detach()), wide(codebook.detach())
     # |x - c|^2 without |x|^2, which is the same for all of them.
-    index = (codes.square().sum(-1) - 2 * (wide @ codes.T)).argmin(-1)
+    index = (codes.square().sum(-1) - 2 * (vectors @ codes.T)).argmin(-1)
     return (_code_by_rotation if rotate else _code)(x, codebook, index), index
 
 
@@ -75,7 +77,7 @@ def rotation_trick(grad_output: Tensor, input: Tensor, output: Tensor) -> Tensor
 
     Source: Fifty et al., "Restructuring vector quantization with the rotation trick" (2024), section 4.
     """
-    grad, x, y = _wide(grad_output), _wide(input), _wide(output)
+    grad, x, y = wide(grad_output), wide(input), wide(output)
     size, size_of_code = _norm(x), _norm(y)
     e = x / size.masked_fill(size == 0, 1)
     q = y / size_of_code.masked_fill(size_of_code == 0, 1)
@@ -112,17 +114,11 @@ def _dot(one: Tensor, two: Tensor) -> Tensor:
     return (one * two).sum(-1, keepdim=True)
 
 
-def _wide(vectors: Tensor) -> Tensor:
-    """In float32 at least: half precision has no room for squares."""
-    return vectors.float() if vectors.dtype in (torch.float16, torch.bfloat16) else vectors
-
-
 # --- options ---
 
 
 def _check(x: Tensor, codebook: Any, rotate: Any) -> None:
-    if not isinstance(rotate, bool):
-        fail(RuleOptionError, f"vector_quantize: 'rotate' must be True or False; got {rotate!r}")
+    check("vector_quantize", "rotate", rotate, isinstance(rotate, bool), "True or False")
     fits = isinstance(codebook, Tensor) and codebook.dim() == 2 and len(codebook) > 0
     if not fits or x.dim() == 0 or x.shape[-1] != codebook.shape[-1]:
         required = f"a tensor of shape (vectors, size), with the size of the last dimension of x, {what(x)}"

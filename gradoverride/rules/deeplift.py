@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradoverride._core.contract import shape_text, what
-from gradoverride._core.options import check, is_number
+from gradoverride._core.options import check, is_integer, is_number
 from gradoverride._core.private import fail
 from gradoverride.errors import UnsupportedError
 
@@ -54,9 +54,7 @@ class deeplift_rescale:
     def __post_init__(self) -> None:
         fits = is_number(self.epsilon) and self.epsilon > 0
         check("deeplift_rescale", "epsilon", self.epsilon, fits, "a number larger than 0")
-        dim: Any = self.dim
-        fits = isinstance(dim, int) and not isinstance(dim, bool)
-        check("deeplift_rescale", "dim", dim, fits, "an integer")
+        check("deeplift_rescale", "dim", self.dim, is_integer(self.dim), "an integer")
 
     def __call__(self, grad_output: Tensor, input: Tensor, output: Tensor, vjp: Any) -> Tensor:
         """The gradients of inputs and references, for which multipliers are the same."""

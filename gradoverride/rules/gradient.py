@@ -27,8 +27,17 @@ import torch
 from torch import Tensor
 from torch.func import debug_unwrap
 
-from gradoverride._core.contract import shape_text
-from gradoverride._core.options import check, is_number, printed
+from gradoverride._core.contract import what
+from gradoverride._core.options import (
+    check,
+    check_broadcasts,
+    check_dim,
+    check_generator,
+    is_integer,
+    is_number,
+    printed,
+)
+from gradoverride._core.precision import wide
 from gradoverride._core.private import fail
 from gradoverride._core.structure import LEAF, Node, unflatten
 from gradoverride.errors import NonFiniteGradientError, RuleResultError, UnsupportedError
@@ -142,16 +151,11 @@ class mask(Each):
 
     def __post_init__(self) -> None:
         m: Any = self.m
-        check("mask", "m", _brief(m), isinstance(m, Tensor) and not m.is_complex(), "a real tensor")
+        check("mask", "m", m, isinstance(m, Tensor), "a real tensor")
+        check("mask", "m", m.dtype, not m.is_complex(), "a real tensor")
 
     def of(self, grad: Tensor) -> Tensor:
-        sizes = zip(reversed(self.m.shape), reversed(grad.shape), strict=False)
-        if self.m.dim() > grad.dim() or not all([own in (1, size) for own, size in sizes]):
-            fail(
-                RuleResultError,
-                f"mask: 'm' must broadcast to the shape of the gradient, {shape_text(grad.shape)}; it has shape "
-                f"{shape_text(self.m.shape)}. Give it sizes of 1 where it is the same for all",
-            )
+        check_broadcasts("mask", "m", self.m, grad, "the gradient", RuleResultError)
         return torch.where(self.m, grad, 0) if self.m.dtype is torch.bool else grad * self.m
 
     def __eq__(self, other: object) -> bool:
@@ -164,7 +168,7 @@ class mask(Each):
         return hash((mask, self.m.shape, self.m.dtype))
 
     def __repr__(self) -> str:
-        return f"mask({_brief(self.m)})"
+        return f"mask({what(self.m)}, {self.m.dtype})"
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,7 @@ class centralize(Each):
     dim: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_dim("centralize", self.dim)
+        check_dim("centralize", self.dim)
 
     def of(self, grad: Tensor) -> Tensor:
         dim = tuple(range(1, grad.dim())) if self.dim is None else self.dim
@@ -252,7 +256,7 @@ class clip_norm:
     def __post_init__(self) -> None:
         fits = is_number(self.max_norm) and self.max_norm > 0
         check("clip_norm", "max_norm", self.max_norm, fits, "a number larger than 0")
-        _check_dim("clip_norm", self.dim)
+        check_dim("clip_norm", self.dim)
 
     def __call__(self, grad_output: X) -> X:
         """The gradient that goes on."""
@@ -282,7 +286,7 @@ class normalize:
     writes_nothing = True
 
     def __post_init__(self) -> None:
-        _check_dim("normalize", self.dim)
+        check_dim("normalize", self.dim)
 
     def __call__(self, grad_output: X) -> X:
         """The gradient that goes on."""
@@ -292,21 +296,13 @@ class normalize:
 def _divided(grad_output: X, dim: Any, by: Callable[[Tensor], Tensor]) -> X:
     """Each gradient divided by what `by` makes of its norm."""
     spec, leaves = gradients_in(grad_output)
-    norms = [torch.linalg.vector_norm(_wide(leaf), dim=dim, keepdim=dim is not None) for leaf in leaves]
+    norms = [torch.linalg.vector_norm(wide(leaf), dim=dim, keepdim=dim is not None) for leaf in leaves]
     if dim is None and len(leaves) > 1:
         whole = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         norms = [whole.to(norm) for norm in norms]
-    edited = [(_wide(leaf) / by(norm)).to(leaf.dtype) for leaf, norm in zip(leaves, norms, strict=True)]
+    edited = [(wide(leaf) / by(norm)).to(leaf.dtype) for leaf, norm in zip(leaves, norms, strict=True)]
     result: X = unflatten(spec, iter(edited))
     return result
-
-
-def _wide(grad: Tensor) -> Tensor:
-    """In float32 at least: half precision has no room for the norm of many values."""
-    return grad.to(_WIDER[grad.dtype]) if grad.dtype in _WIDER else grad
-
-
-_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 
 
 # --- rounded, and with noise ---
@@ -384,7 +380,7 @@ class add_noise(Each):
 
     def __post_init__(self) -> None:
         check("add_noise", "std", self.std, is_number(self.std) and self.std >= 0, "a number that is not negative")
-        _check_generator("add_noise", self.generator)
+        check_generator("add_noise", self.generator)
 
     def of(self, grad: Tensor) -> Tensor:
         return self.untraced(grad) if self.generator is None else untraced(self, grad)
@@ -420,10 +416,10 @@ class quantize(Each):
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        check("quantize", "bits", self.bits, _is_integer(self.bits) and 2 <= self.bits <= 16, "an integer from 2 to 16")
-        _check_dim("quantize", self.dim)
+        check("quantize", "bits", self.bits, is_integer(self.bits) and 2 <= self.bits <= 16, "an integer from 2 to 16")
+        check_dim("quantize", self.dim)
         check("quantize", "stochastic", self.stochastic, isinstance(self.stochastic, bool), "True or False")
-        _check_generator("quantize", self.generator)
+        check_generator("quantize", self.generator)
 
     def of(self, grad: Tensor) -> Tensor:
         return self.untraced(grad) if self.generator is None else untraced(self, grad)
@@ -432,11 +428,11 @@ class quantize(Each):
         if grad.numel() == 0:
             return grad
         largest = 2 ** (self.bits - 1) - 1
-        wide = _wide(grad)
-        step = wide.abs().amax(() if self.dim is None else self.dim, keepdim=True) / largest
-        steps = wide / step.masked_fill(step == 0, 1)
+        values = wide(grad)
+        step = values.abs().amax(() if self.dim is None else self.dim, keepdim=True) / largest
+        steps = values / step.masked_fill(step == 0, 1)
         if self.stochastic:
-            up = torch.rand(wide.shape, dtype=wide.dtype, device=wide.device, generator=self.generator)
+            up = torch.rand(values.shape, dtype=values.dtype, device=values.device, generator=self.generator)
             steps = (steps + up).floor()
         else:
             steps = steps.round()
@@ -573,32 +569,3 @@ class observe(Each):
 
     def __repr__(self) -> str:
         return f"observe({printed(self.callback)})"
-
-
-# --- options ---
-
-
-def _check_dim(rule: str, dim: Any) -> None:
-    fits = dim is None or _is_integer(dim) or (isinstance(dim, tuple) and bool(dim) and all(map(_is_integer, dim)))
-    check(rule, "dim", dim, fits, "None, an integer or a tuple of integers")
-
-
-def _check_generator(rule: str, generator: Any) -> None:
-    fits = generator is None or isinstance(generator, torch.Generator)
-    check(rule, "generator", generator, fits, "None or a torch.Generator")
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-class _brief:
-    """A tensor for a message: its shape and dtype."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __repr__(self) -> str:
-        if not isinstance(self.value, Tensor):
-            return repr(self.value)
-        return f"a tensor of shape {shape_text(self.value.shape)}, {self.value.dtype}"

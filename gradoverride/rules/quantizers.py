@@ -34,8 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradoverride._core.contract import what
-from gradoverride._core.options import check, is_number
+from gradoverride._core.options import check, check_broadcasts, check_dim, is_integer, is_number
 from gradoverride._core.private import fail
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
@@ -92,17 +91,17 @@ def fake_quantize(
     Source: Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only
     inference" (2018).
     """
-    fits = _is_integer(quant_min) and _is_integer(quant_max) and quant_min < quant_max
-    _require("fake_quantize", "quant_min' and 'quant_max", (quant_min, quant_max), fits, "integers with min < max")
+    fits = is_integer(quant_min) and is_integer(quant_max) and quant_min < quant_max
+    check("fake_quantize", "quant_min' and 'quant_max", (quant_min, quant_max), fits, "integers with min < max")
     if isinstance(scale, Tensor):
         _check_tensor("fake_quantize", "scale", scale, x)
     else:
-        _require("fake_quantize", "scale", scale, is_number(scale) and scale > 0, "a tensor or a number larger than 0")
+        check("fake_quantize", "scale", scale, is_number(scale) and scale > 0, "a tensor or a number larger than 0")
     if isinstance(zero_point, Tensor):
         _check_tensor("fake_quantize", "zero_point", zero_point, x)
     else:
-        fits = _is_integer(zero_point) and quant_min <= zero_point <= quant_max
-        _require("fake_quantize", "zero_point", zero_point, fits, "a tensor or an integer within the bounds")
+        fits = is_integer(zero_point) and quant_min <= zero_point <= quant_max
+        check("fake_quantize", "zero_point", zero_point, fits, "a tensor or an integer within the bounds")
     if isinstance(scale, Tensor) or isinstance(zero_point, Tensor):
         scale, zero_point = _as_tensor(scale, x), _as_tensor(zero_point, x)
         return _fake_quantize_by_tensors(x, scale, zero_point, quant_min, quant_max)
@@ -168,10 +167,10 @@ def lsq(x: Tensor, step: Tensor, bits: int, *, signed: bool = True, count: int |
     """
     high = _largest("lsq", bits, signed)
     low = -high - 1 if signed else 0
-    _require("lsq", "step", step, isinstance(step, Tensor), "a tensor (for a number there is fake_quantize)")
-    _check_broadcasts("lsq", "step", step, x)
-    fits = count is None or (_is_integer(count) and count > 0)
-    _require("lsq", "count", count, fits, "None or an integer larger than 0")
+    check("lsq", "step", step, isinstance(step, Tensor), "a tensor (for a number there is fake_quantize)")
+    check_broadcasts("lsq", "step", step, x, "x")
+    fits = count is None or (is_integer(count) and count > 0)
+    check("lsq", "count", count, fits, "None or an integer larger than 0")
     if count is None:
         count = max(x.numel(), 1) // step.numel()
     return _lsq(x, step, low, high, 1 / math.sqrt(count * high))
@@ -210,7 +209,7 @@ def lsq_step(x: Tensor, bits: int, *, signed: bool = True, dim: int | tuple[int,
     Source: Esser et al. (2019), section 2.1.
     """
     high = _largest("lsq_step", bits, signed)
-    _check_dim("lsq_step", dim)
+    check_dim("lsq_step", dim)
     size = x.detach().abs()
     mean = size.mean() if dim is None else size.mean(dim, keepdim=True)
     return mean * (2 / math.sqrt(high))
@@ -241,8 +240,8 @@ def pact(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
     3 (which leave the gradient of x at the ends open: here it is 0, as that of a ReLU and as alpha has it).
     """
     _check_bits("pact", bits, 1)
-    _require("pact", "alpha", alpha, isinstance(alpha, Tensor), "a tensor (for a number there is fake_quantize)")
-    _check_broadcasts("pact", "alpha", alpha, x)
+    check("pact", "alpha", alpha, isinstance(alpha, Tensor), "a tensor (for a number there is fake_quantize)")
+    check_broadcasts("pact", "alpha", alpha, x, "x")
     return _pact(x, alpha, 2**bits - 1)
 
 
@@ -358,7 +357,7 @@ def magnitude_aware_sign(w: Tensor, dim: int | tuple[int, ...] | None = None) ->
     Source: Liu et al., "Bi-Real net: enhancing the performance of 1-bit CNNs with improved representational capability
     and advanced training algorithm" (2018), on the magnitude-aware gradient.
     """
-    _check_dim("magnitude_aware_sign", dim)
+    check_dim("magnitude_aware_sign", dim)
     if dim is None:
         dim = tuple(range(1, w.dim()))
     size = w.detach().abs()
@@ -418,13 +417,13 @@ class ewgs:
 
 def _largest(function: str, bits: Any, signed: Any) -> int:
     """Qp."""
-    _require(function, "signed", signed, isinstance(signed, bool), "True or False")
+    check(function, "signed", signed, isinstance(signed, bool), "True or False")
     _check_bits(function, bits, 2 if signed else 1)
     return int(2 ** (bits - 1) - 1 if signed else 2**bits - 1)
 
 
 def _check_bits(function: str, bits: Any, least: int) -> None:
-    _require(function, "bits", bits, _is_integer(bits) and least <= bits <= 16, f"an integer from {least} to 16")
+    check(function, "bits", bits, is_integer(bits) and least <= bits <= 16, f"an integer from {least} to 16")
 
 
 def _check_tensor(function: str, option: str, value: Tensor, x: Tensor) -> None:
@@ -435,33 +434,8 @@ def _check_tensor(function: str, option: str, value: Tensor, x: Tensor) -> None:
             f"{function}: '{option}' must be a tensor that requires no gradient, for it is given none; this one does. "
             "Detach it, or use lsq, which learns its step",
         )
-    _check_broadcasts(function, option, value, x)
-
-
-def _check_broadcasts(function: str, option: str, value: Tensor, x: Tensor) -> None:
-    sizes = zip(reversed(value.shape), reversed(x.shape), strict=False)
-    if value.dim() > x.dim() or not all([own == 1 or own == size for own, size in sizes]):
-        fail(
-            RuleOptionError,
-            f"{function}: '{option}' must broadcast to the shape of x, {tuple(x.shape)}; it has shape "
-            f"{tuple(value.shape)}. Give it sizes of 1 where it is the same for all",
-        )
-
-
-def _check_dim(function: str, dim: Any) -> None:
-    fits = dim is None or _is_integer(dim) or (isinstance(dim, tuple) and bool(dim) and all(map(_is_integer, dim)))
-    _require(function, "dim", dim, fits, "None, an integer or a tuple of integers")
+    check_broadcasts(function, option, value, x, "x")
 
 
 def _as_tensor(value: Any, x: Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=x.dtype, device=x.device)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require(function: str, option: str, value: Any, fits: bool, required: str) -> None:
-    if not fits:
-        shown = what(value) if isinstance(value, Tensor) else repr(value)
-        fail(RuleOptionError, f"{function}: '{option}' must be {required}; got {shown}")

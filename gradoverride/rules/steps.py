@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradoverride._core.contract import what
-from gradoverride._core.options import is_number
-from gradoverride._core.private import fail, in_forward_ad, in_functorch
+from gradoverride._core.options import is_number, refuse
+from gradoverride._core.private import in_forward_ad, in_functorch
 from gradoverride._core.surrogate import with_gradient_of
 from gradoverride._core.surrogate_class import Learnable, Surrogate, has_tensors
 from gradoverride.decorators import custom_backward, straight_through
@@ -219,7 +219,7 @@ def sign_ste(x: Tensor, at_zero: float = 1) -> Tensor:
     1, the default, is that of binary networks, whose weights have two values; 0 is that of `torch.sign`.
     """
     if not is_number(at_zero) or at_zero not in (1, 0, -1):
-        _fail("sign_ste", "at_zero", at_zero, "1, 0 or -1")
+        refuse("sign_ste", "at_zero", at_zero, "1, 0 or -1")
     return _sign_ste(x) if at_zero == 0 else _sign_without_zero_ste(x, 0.5 * at_zero)
 
 
@@ -239,7 +239,7 @@ def ternary_ste(x: Tensor, threshold: float | Tensor) -> Tensor:
     if isinstance(threshold, Tensor):
         return _ternary_by_tensor_ste(x, threshold)
     if not (is_number(threshold) and threshold >= 0):
-        _fail("ternary_ste", "threshold", threshold, "a number that is not negative, or a tensor")
+        refuse("ternary_ste", "threshold", threshold, "a number that is not negative, or a tensor")
     return _ternary_ste(x, threshold)
 
 
@@ -368,7 +368,7 @@ def _clamp_toward_tensors(x: Tensor, min: Any, max: Any) -> Tensor:
 
 def _is_one(function: str, at_zero: Any) -> bool:
     if not is_number(at_zero) or at_zero not in (1, 0):
-        _fail(function, "at_zero", at_zero, "1 (for x >= 0) or 0 (for x > 0)")
+        refuse(function, "at_zero", at_zero, "1 (for x >= 0) or 0 (for x > 0)")
     return bool(at_zero == 1)
 
 
@@ -376,16 +376,8 @@ def _check_bounds(function: str, low: Any, high: Any) -> None:
     for option, value in (("min", low), ("max", high)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value  # not nan
         if not (number or value is None or isinstance(value, Tensor)):
-            _fail(function, option, value, "a number, a tensor or None")
+            refuse(function, option, value, "a number, a tensor or None")
     if low is None and high is None:
-        _fail(function, "min' and 'max", (low, high), "a number or a tensor, one of them at least")
+        refuse(function, "min' and 'max", (low, high), "a number or a tensor, one of them at least")
     if not (low is None or high is None or isinstance(low, Tensor) or isinstance(high, Tensor) or low <= high):
-        _fail(function, "min' and 'max", (low, high), "numbers with min <= max")
-
-
-def _fail(function: str, option: str, value: Any, required: str) -> None:
-    fail(RuleOptionError, f"{function}: '{option}' must be {required}; got {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    return what(value) if isinstance(value, Tensor) else repr(value)
+        refuse(function, "min' and 'max", (low, high), "numbers with min <= max")
