@@ -31,16 +31,13 @@ from gradoverride.rules.gradient import (
     add_noise,
     cast,
     centralize,
-    check_finite,
     clip_norm,
     clip_value,
     mask,
     normalize,
-    observe,
     quantize,
     reverse,
     scale,
-    scrub,
     sign,
     stop,
 )
@@ -67,6 +64,7 @@ from gradoverride.rules.steps import (
     ternary_ste,
     trunc_ste,
 )
+from gradoverride.rules.watching import check_finite, observe, scrub
 
 __all__ = [
     "chain",

@@ -7,25 +7,24 @@ Alike in all of them:
 - Of a structure of gradients (a tuple, a list, a dict, ...) each tensor is taken by itself. `clip_norm` and
   `normalize` without `dim` are the exception: they measure all tensors together.
 - The gradient keeps its shape, its device and, but for `cast`, its dtype. nan and inf stay what they are, but for
-  `scrub`, `stop`, `sign` and a mask of True and False.
+  `stop`, `sign` and a mask of True and False.
 - Options out of range are a `RuleOptionError` when the rule is made.
-- Forward mode needs rules that are linear in the gradient: `reverse`, `scale`, `stop`, `mask`, `centralize`, `observe`,
-  `check_finite` and `scrub` are, as long as all is finite. It tries them out on gradients of its own, which a callback
-  of `observe` sees too. The others are refused there: `clip_value`, `clip_norm`, `normalize`, `sign`, `add_noise`,
-  `quantize`, and `cast` to fewer digits.
+- Forward mode needs rules that are linear in the gradient: `reverse`, `scale`, `stop`, `mask` and `centralize` are. The
+  others are refused there: `clip_value`, `clip_norm`, `normalize`, `sign`, `add_noise`, `quantize`, and `cast` to fewer
+  digits.
+
+Rules that look at the gradient are in `rules.watching`.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import debug_unwrap
 
 from gradoverride._core.contract import what
 from gradoverride._core.options import (
@@ -35,14 +34,13 @@ from gradoverride._core.options import (
     check_generator,
     is_integer,
     is_number,
-    printed,
 )
 from gradoverride._core.precision import wide
 from gradoverride._core.private import fail
-from gradoverride._core.structure import LEAF, Node, unflatten
-from gradoverride.errors import NonFiniteGradientError, RuleResultError, UnsupportedError
+from gradoverride._core.structure import unflatten
+from gradoverride.errors import RuleResultError, UnsupportedError
 from gradoverride.rules.each import Each, each, gradients_in, writes_nothing
-from gradoverride.rules.untraced import untraced
+from gradoverride.rules.untraced import Drawing
 
 __all__ = [
     "reverse",
@@ -53,9 +51,6 @@ __all__ = [
     "clip_norm",
     "normalize",
     "sign",
-    "scrub",
-    "check_finite",
-    "observe",
     "centralize",
     "add_noise",
     "cast",
@@ -359,7 +354,7 @@ class cast(Each):
 
 
 @dataclass(frozen=True)
-class add_noise(Each):
+class add_noise(Drawing):
     """The gradient with normal noise: `g + std * n`, n of a standard normal distribution.
 
     >>> import torch, gradoverride as go
@@ -382,16 +377,13 @@ class add_noise(Each):
         check("add_noise", "std", self.std, is_number(self.std) and self.std >= 0, "a number that is not negative")
         check_generator("add_noise", self.generator)
 
-    def of(self, grad: Tensor) -> Tensor:
-        return self.untraced(grad) if self.generator is None else untraced(self, grad)
-
-    def untraced(self, grad: Tensor, place: str = "") -> Tensor:
+    def untraced(self, grad: Tensor) -> Tensor:
         noise = torch.randn(grad.shape, dtype=grad.dtype, device=grad.device, generator=self.generator)
         return torch.add(grad, noise, alpha=self.std)
 
 
 @dataclass(frozen=True)
-class quantize(Each):
+class quantize(Drawing):
     """The gradient in integers of so many bits, times a step: those from `-k` to `k`, `k = 2 ** (bits - 1) - 1`.
 
     The step is `max |g| / k`, of each tensor or over `dim`; 0 stays 0, and so does the largest value. `stochastic`
@@ -421,10 +413,7 @@ class quantize(Each):
         check("quantize", "stochastic", self.stochastic, isinstance(self.stochastic, bool), "True or False")
         check_generator("quantize", self.generator)
 
-    def of(self, grad: Tensor) -> Tensor:
-        return self.untraced(grad) if self.generator is None else untraced(self, grad)
-
-    def untraced(self, grad: Tensor, place: str = "") -> Tensor:
+    def untraced(self, grad: Tensor) -> Tensor:
         if grad.numel() == 0:
             return grad
         largest = 2 ** (self.bits - 1) - 1
@@ -437,135 +426,3 @@ class quantize(Each):
         else:
             steps = steps.round()
         return (steps.clamp(-largest, largest) * step).to(grad.dtype)
-
-
-# --- looked at ---
-
-
-@dataclass(frozen=True)
-class scrub(Each):
-    """The gradient with 0 in place of nan and inf. `count` says how many values that were, so far.
-
-    >>> import torch, gradoverride as go
-    >>> from gradoverride.rules import scrub
-    >>> x, finite = torch.ones(3, requires_grad=True), scrub()
-    >>> go.edit_gradient(x, finite).backward(torch.tensor([1.0, float("nan"), float("inf")]))
-    >>> x.grad, finite.count
-    (tensor([1., 0., 0.]), 2)
-
-    Reading `count` waits for the device; counting does not. A copy counts for itself, from 0.
-    """
-
-    _counts: dict[torch.device, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
-
-    @property
-    def count(self) -> int:
-        """How many values have been replaced."""
-        return sum(int(count) for count in self._counts.values())
-
-    def of(self, grad: Tensor) -> Tensor:
-        return untraced(self, grad)
-
-    def untraced(self, grad: Tensor, place: str = "") -> Tensor:
-        wrong = grad.isfinite().logical_not()
-        # Plain numbers, which outlive the transforms (`vmap`, `grad`) around this.
-        found = debug_unwrap(debug_unwrap(wrong).sum())
-        with _COUNTING:
-            known = self._counts.get(found.device)
-            self._counts[found.device] = found if known is None else debug_unwrap(known + found)
-        return grad.masked_fill(wrong, 0)
-
-    def __reduce__(self) -> Any:
-        return scrub, ()
-
-
-_COUNTING = threading.Lock()
-
-
-@dataclass(frozen=True)
-class check_finite(Each):
-    """The gradient, if it is finite; else a `NonFiniteGradientError` that says where nan or inf is.
-
-    >>> import torch, gradoverride as go
-    >>> from gradoverride.rules import check_finite
-    >>> x = torch.tensor([0.0, 4.0], requires_grad=True)
-    >>> y = go.edit_gradient(x, check_finite("the input"))
-    >>> y.sqrt().sum().backward()
-    Traceback (most recent call last):
-        ...
-    gradoverride.errors.NonFiniteGradientError: check_finite: the gradient of the input must be finite; ...
-
-    `name`: what the message calls it. Each look waits for the device. Under `vmap` the place it names counts the
-    dimensions that are mapped over.
-    """
-
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        check("check_finite", "name", self.name, isinstance(self.name, str), "a string")
-
-    def __call__(self, grad_output: X) -> X:
-        """The gradient as it came."""
-        named = f" of {self.name}" if self.name else ""
-        spec, leaves = gradients_in(grad_output)
-        looked_at = [untraced(self, leaf, named + place) for leaf, place in zip(leaves, _places(spec), strict=True)]
-        result: X = unflatten(spec, iter(looked_at))
-        return result
-
-    def untraced(self, grad: Tensor, place: str = "") -> Tensor:
-        plain = debug_unwrap(grad).detach()
-        if not bool(plain.sum().isfinite()):  # in one pass: no sum is finite that has nan or inf in it
-            self._refuse(plain, place)
-        return grad
-
-    def _refuse(self, grad: Tensor, place: str) -> None:
-        wrong = grad.isfinite().logical_not().nonzero()
-        if len(wrong) == 0:  # the sum alone was too large
-            return
-        first = tuple(wrong[0].tolist())
-        raise NonFiniteGradientError(
-            f"check_finite: the gradient{place} must be finite; {len(wrong)} of its {grad.numel()} values are "
-            f"not, the first is {grad[first].item()} at {first}. Look at what uses the value (torch.autograd."
-            "detect_anomaly names it), or use scrub to go on with 0 in their place"
-        )
-
-
-def _places(spec: Any, path: str = "") -> Iterator[str]:
-    """How each tensor of a structure is reached: `['a'][0]`."""
-    if spec is LEAF:
-        yield path
-    elif isinstance(spec, Node):
-        for key, part in zip(range(len(spec.parts)) if spec.keys is None else spec.keys, spec.parts, strict=True):
-            yield from _places(part, f"{path}[{key!r}]")
-
-
-@dataclass(frozen=True, repr=False)
-class observe(Each):
-    """The gradient as it is, and `callback(g)` sees it, without its graph: to print it, to keep it, to measure it.
-
-    >>> import torch, gradoverride as go
-    >>> from gradoverride.rules import observe
-    >>> seen = []
-    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
-    >>> go.edit_gradient(x, observe(seen.append)).sum().backward()
-    >>> seen
-    [tensor([1., 1.])]
-
-    What the callback returns is left alone; writing into what it is given is an error. Of a structure it is called
-    for each tensor. It is called where the code is compiled too, with the values.
-    """
-
-    callback: Callable[[Tensor], Any]
-
-    def __post_init__(self) -> None:
-        check("observe", "callback", self.callback, callable(self.callback), "a function of one tensor")
-
-    def of(self, grad: Tensor) -> Tensor:
-        return untraced(self, grad)
-
-    def untraced(self, grad: Tensor, place: str = "") -> Tensor:
-        self.callback(grad.detach())
-        return grad
-
-    def __repr__(self) -> str:
-        return f"observe({printed(self.callback)})"
