@@ -17,8 +17,15 @@ tensor([0., 1., 1.], grad_fn=<heavisideBackward>)
 - `surrogate.primitive(x)` is s, for plots and for tests: autograd of it gives the same gradient. It is None for a
   surrogate that has none.
 - Input and gradient must have one shape, else `SurrogateError`; complex ones are an `UnsupportedError`.
-- The result has the shape and dtype of the two. It is 0 where x is inf (of `leaky`, g or slope * g) and nan where x is
-  nan, but for those that only choose: then it is 0 of `clipped`, as below of `leaky`, as within of `rectangle`.
+- The result has the shape and dtype of the two. Where x is inf or nan, and g is finite, it is
+
+  |             | -inf      | inf | nan       |
+  |-------------|-----------|-----|-----------|
+  | `leaky`     | slope * g | g   | slope * g |
+  | `clipped`   | 0         | 0   | 0         |
+  | `rectangle` | 0         | 0   | g / width |
+  | all others  | 0         | 0   | nan       |
+
 - Options out of range are a `RuleOptionError` when the surrogate is made.
 - Each is linear in the gradient, so forward mode works, and differentiable again.
 
