@@ -26,8 +26,7 @@ Integers are taken where torch takes them. Complex tensors are refused, with `Un
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +35,7 @@ from torch import Tensor
 from gradoverride._core.contract import shape_text
 from gradoverride._core.options import check, is_integer, is_number
 from gradoverride._core.private import fail
+from gradoverride._core.signature import writes_nothing
 from gradoverride.decorators import custom_backward
 from gradoverride.errors import ForwardResultError, UnsupportedError
 
@@ -58,20 +58,14 @@ __all__ = [
     "acos_backward",
 ]
 
-Rule = TypeVar("Rule", bound=Callable[..., Any])
 Dim = int | tuple[int, ...] | None
 Ties = Literal["even", "first", "all"]
-
-
-def _writes_nothing(rule: Rule) -> Rule:
-    rule.writes_nothing = True  # type: ignore[attr-defined]  # so it is given the gradient itself, no copy
-    return rule
 
 
 # --- of one number ---
 
 
-@_writes_nothing
+@writes_nothing
 def sqrt_backward(grad_output: Tensor, output: Tensor) -> Tensor:
     """The rule of `sqrt`: `g / (2 y)`, and 0 at 0 and below. It keeps the result."""
     ok = output > 0
@@ -91,7 +85,7 @@ def sqrt(input: Tensor) -> Tensor:
     return torch.sqrt(_real("sqrt", input))
 
 
-@_writes_nothing
+@writes_nothing
 def log_backward(grad_output: Tensor, input: Tensor) -> Tensor:
     """The rule of `log`: `g / x`, and 0 at 0. It keeps the input."""
     return _over(grad_output, input)
@@ -110,7 +104,7 @@ def log(input: Tensor) -> Tensor:
     return torch.log(_real("log", input))
 
 
-@_writes_nothing
+@writes_nothing
 def asin_backward(grad_output: Tensor, input: Tensor) -> Tensor:
     """The rule of `asin`: `g / sqrt(1 - x^2)`, and 0 at -1 and 1 and beyond. It keeps the input."""
     ok = input.abs() < 1
@@ -130,7 +124,7 @@ def asin(input: Tensor) -> Tensor:
     return torch.asin(_real("asin", input))
 
 
-@_writes_nothing
+@writes_nothing
 def acos_backward(grad_output: Tensor, input: Tensor) -> Tensor:
     """The rule of `acos`: `-g / sqrt(1 - x^2)`, and 0 at -1 and 1 and beyond. It keeps the input."""
     return asin_backward(grad_output, input).neg()
@@ -149,7 +143,7 @@ def acos(input: Tensor) -> Tensor:
     return torch.acos(_real("acos", input))
 
 
-@_writes_nothing
+@writes_nothing
 def _log1pexp_backward(grad_output: Tensor, x: Tensor) -> Tensor:
     ok = ~torch.isnan(x)
     return grad_output.where(ok, 0) * torch.sigmoid(x.where(ok, 0))
@@ -179,7 +173,7 @@ def log1pexp(x: Tensor) -> Tensor:
 # --- of two numbers ---
 
 
-@_writes_nothing
+@writes_nothing
 def _div_backward(grad_output: Tensor, dividend: Any, divisor: Any, needs: Any) -> tuple[Tensor | None, Tensor | None]:
     d = _expanded(divisor, grad_output)
     of_dividend = _summed(_over(grad_output, d), dividend) if needs["dividend"] else None
@@ -206,7 +200,7 @@ def div(dividend: Tensor | float, divisor: Tensor | float) -> Tensor:
     return _real("div", dividend) / _real("div", divisor)
 
 
-@_writes_nothing
+@writes_nothing
 def _xlogy_backward(grad_output: Tensor, x: Any, y: Any, needs: Any) -> tuple[Tensor | None, Tensor | None]:
     b = _expanded(y, grad_output)
     of_x = None
@@ -238,7 +232,7 @@ def xlogy(x: Tensor | float, y: Tensor | float) -> Tensor:
 # --- of several numbers ---
 
 
-@_writes_nothing
+@writes_nothing
 def _norm_backward(grad_output: Tensor, input: Tensor, output: Tensor, dim: Dim, keepdim: bool) -> Tensor:
     if not keepdim:
         grad_output, output = _unreduced(grad_output, input, dim), _unreduced(output, input, dim)
@@ -263,7 +257,7 @@ def norm(input: Tensor, dim: Dim = None, keepdim: bool = False) -> Tensor:
     return torch.linalg.vector_norm(_real("norm", input), dim=dim, keepdim=keepdim)
 
 
-@_writes_nothing
+@writes_nothing
 def _normalize_backward(grad_output: Tensor, input: Tensor, output: Tensor, dim: Any, eps: float) -> Tensor:
     length = norm(input, dim, True)
     ok = (length > 0) & (length < math.inf) & torch.isfinite(1 / length.clamp(min=eps))
@@ -291,7 +285,7 @@ def normalize(input: Tensor, *, dim: int | tuple[int, ...] = 1, eps: float = 1e-
     return F.normalize(_real("normalize", input), dim=dim, eps=eps)  # type: ignore[arg-type]  # several dim too
 
 
-@_writes_nothing
+@writes_nothing
 def _extremum_backward(
     grad_output: Tensor, input: Tensor, output: Tensor, dim: int | None, keepdim: bool, ties: Ties
 ) -> Tensor:

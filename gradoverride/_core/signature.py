@@ -29,9 +29,11 @@ __all__ = [
     "signature_asking",
     "takes",
     "unknown_name",
+    "writes_nothing",
 ]
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 _numbers = itertools.count(1)
 
@@ -188,6 +190,12 @@ class Rule:
     @property
     def who(self) -> str:
         return f"'{self.name}' ({self.place})"
+
+
+def writes_nothing(rule: F) -> F:
+    """`rule`, known to write into no gradient that it is given: so it is given the gradient itself, no copy."""
+    rule.writes_nothing = True  # type: ignore[attr-defined]  # a function may have attributes
+    return rule
 
 
 _of_other = functools.lru_cache(maxsize=64)(Rule)  # an object, a partial, a builtin

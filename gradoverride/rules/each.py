@@ -13,10 +13,9 @@ from gradoverride._core.private import fail
 from gradoverride._core.structure import flatten, is_container, unflatten
 from gradoverride.errors import RuleResultError
 
-__all__ = ["Each", "each", "gradients_in", "writes_nothing"]
+__all__ = ["Each", "each", "gradients_in"]
 
 X = TypeVar("X")
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def each(edit: Callable[[Tensor], Tensor], grad_output: X) -> X:
@@ -60,9 +59,3 @@ class Each:
     def __call__(self, grad_output: X) -> X:
         """The gradient that goes on."""
         return each(self.of, grad_output)
-
-
-def writes_nothing(rule: F) -> F:
-    """`rule`, known to write into no gradient that it is given."""
-    rule.writes_nothing = True  # type: ignore[attr-defined]  # a function may have attributes
-    return rule

@@ -37,9 +37,10 @@ from gradoverride._core.options import (
 )
 from gradoverride._core.precision import wide
 from gradoverride._core.private import fail
+from gradoverride._core.signature import writes_nothing
 from gradoverride._core.structure import unflatten
 from gradoverride.errors import RuleResultError, UnsupportedError
-from gradoverride.rules.each import Each, each, gradients_in, writes_nothing
+from gradoverride.rules.each import Each, each, gradients_in
 from gradoverride.rules.untraced import Drawing
 
 __all__ = [

@@ -36,9 +36,9 @@ from torch import Tensor
 
 from gradoverride._core.options import check, check_broadcasts, check_dim, is_integer, is_number
 from gradoverride._core.private import fail
+from gradoverride._core.signature import writes_nothing
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
-from gradoverride.rules.each import writes_nothing
 from gradoverride.surrogates import clipped
 
 __all__ = [
