@@ -113,8 +113,8 @@ MUTANTS = [
     Mutant(
         "no rule for vmap",
         "_core/function.py",
-        "    generate_vmap_rule = True\n",
-        "    generate_vmap_rule = False\n",
+        "    generate_vmap_rule = True\n\n    @staticmethod\n    def forward(call: Any",
+        "    generate_vmap_rule = False\n\n    @staticmethod\n    def forward(call: Any",
         "transforms: vmap / custom_backward",
     ),
     Mutant(
