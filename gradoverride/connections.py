@@ -19,7 +19,7 @@ from gradoverride._core.ambient import Autocast
 from gradoverride._core.call import is_differentiable, is_tensor
 from gradoverride._core.connection import Connection
 from gradoverride._core.contract import shape_text, what
-from gradoverride._core.forward_pass import tie
+from gradoverride._core.forward_pass import refuse_within, tie
 from gradoverride._core.private import evaluated_while_tracing, fail, in_forward_ad, in_functorch
 from gradoverride._core.reading import Readings, keep_plan, kept_plan, unbound
 from gradoverride._core.signature import RESERVED, Forward
@@ -48,15 +48,16 @@ def connect(result: X, inputs: Any, rule: Callable[..., Any] | None = None) -> X
     as any rule does: bare for one, a tuple in order, a dict by name. It may ask for `output` and `needs` besides.
     Without a rule the gradient passes unchanged, where results and inputs agree in number and shape.
 
-    Raises `GraphError` if `result` has a graph already or no input needs a gradient, `RuleSignatureError` for a name
-    that is not there, `RuleResultError` for a wrong answer.
+    Raises `GraphError` if `result` has a graph already, no input needs a gradient, or a tensor is within an object that
+    is no tuple, list, dict or dataclass; `RuleSignatureError` for a name that is not there, `RuleResultError` for a
+    wrong answer.
     """
     tracer = tracer_now((result, inputs))
     if tracer == FX:
         return record_function("connect", functools.partial(connect, rule=rule), result, inputs)
     _check_result(result)
     if tracer is None:
-        _check_wanted(_named(inputs, "connect")[1], "connect")
+        _check_wanted(*_named(inputs, "connect"), "connect")
     return _connected(_normal(result), inputs, rule, "connect")
 
 
@@ -95,8 +96,8 @@ def connect_(leaf: Tensor, inputs: Any, rule: Callable[..., Any] | None = None) 
             "connect there, or call connect_ outside of compiled code",
         )
     _check_leaf(leaf)
-    _, values = _named(inputs, "connect_")
-    _check_wanted(values, "connect_")
+    names, values = _named(inputs, "connect_")
+    _check_wanted(names, values, "connect_")
     value, autocast = leaf.detach(), Autocast()
 
     def tied() -> Tensor:
@@ -115,7 +116,7 @@ def connect_(leaf: Tensor, inputs: Any, rule: Callable[..., Any] | None = None) 
 
 def _check_result(result: Any) -> None:
     tensors: list[Tensor] = []
-    flatten(result, is_differentiable, tensors)
+    spec = flatten(result, is_differentiable, tensors)
     if not tensors:
         fail(
             GraphError,
@@ -130,6 +131,7 @@ def _check_result(result: Any) -> None:
                 f"connect: 'result' must have been computed outside of autograd; {what(tensor)} {kind}. Compute it "
                 "from detached inputs, or edit the gradient that it has: edit_gradient",
             )
+    refuse_within("connect", "result", spec, "for them to have gradients", constants=True)
 
 
 def _normal(result: X) -> X:
@@ -169,9 +171,10 @@ def _named(inputs: Any, who: str) -> tuple[tuple[str, ...] | None, tuple[Any, ..
     )
 
 
-def _check_wanted(values: tuple[Any, ...], who: str) -> None:
+def _check_wanted(names: tuple[str, ...] | None, values: tuple[Any, ...], who: str) -> None:
     tensors: list[Tensor] = []
-    flatten(values, is_tensor, tensors)
+    spec = flatten(values if names is None else dict(zip(names, values, strict=True)), is_tensor, tensors)
+    refuse_within(who, "inputs", spec, "for gradients to reach them")
     if in_functorch() or in_forward_ad() or any([tensor.requires_grad for tensor in tensors]):
         return
     if torch.is_grad_enabled() or who == "connect_":

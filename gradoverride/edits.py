@@ -49,7 +49,8 @@ def edit_gradient(x: X, rule: Callable[..., Any]) -> X:
     Shapes, dtypes: a gradient has the shape and device of its tensor; a differing floating dtype is cast.
 
     The result is a view of `x`, so torch refuses to write into it in place: write into `.clone()`. Raises `GraphError`
-    if there is no floating or complex tensor in `x`, `RuleSignatureError` and `RuleResultError` for a wrong rule.
+    if there is no floating or complex tensor in `x`, or one that requires grad is within an object that is no tuple,
+    list, dict or dataclass; `RuleSignatureError` and `RuleResultError` for a wrong rule.
     """
     result: X = edit(x, rule)
     return result

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence, ValuesView
-from types import FunctionType, MethodType, ModuleType
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set, ValuesView
+from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -18,9 +18,14 @@ from gradoverride._core import scan
 from gradoverride._core.nodes import leaves_behind
 from gradoverride._core.private import evaluated_while_tracing, fail, note_while_tracing, take_noted
 from gradoverride._core.reach import SCALARS
+from gradoverride._core.structure import Constant, Node
 from gradoverride.errors import CapturedTensorError
 
-__all__ = ["captured_names", "foreign_leaf", "held_by", "refuse", "refuse_held"]
+__all__ = ["captured_names", "foreign_leaf", "held_by", "held_within", "refuse", "refuse_held"]
+
+
+def _requires_grad(tensor: Tensor) -> bool:
+    return tensor.requires_grad
 
 
 def foreign_leaf(results: list[Tensor], known: set[int], stops: set[Any]) -> Tensor | None:
@@ -82,11 +87,33 @@ def refuse_held(who: str, name: str) -> NoReturn:
 
 def held_by(name: str, value: Any) -> str | None:
     """Where in an argument, which has no tensors in its structure, one is that requires grad; or that none can see."""
-    if type(value) in SCALARS or isinstance(value, (nn.Module, type)):
-        return None
     if isinstance(value, Iterator):
         return f"what '{name}' gives"
-    return next((path for path, _ in _tensors(f"'{name}'", value, depth=4, objects=True, modules=False)), None)
+    return _first_in(name, value, _requires_grad)
+
+
+def _first_in(name: str, value: Any, counts: Callable[[Tensor], bool]) -> str | None:
+    if isinstance(value, (nn.Module, type)):
+        return None
+    found = _tensors(f"'{name}'", value, depth=4, objects=True, modules=False, counts=counts)
+    return next((path for path, _ in found), None)
+
+
+def held_within(name: str, spec: Any, counts: Callable[[Tensor], bool]) -> str | None:
+    """Where, beside the leaves of a value of this spec, an object is that holds a tensor that counts."""
+    if isinstance(spec, Constant):
+        return _first_in(name, spec.value, counts)
+    if not isinstance(spec, Node) or spec.bare:
+        return None
+    keys = range(len(spec.parts)) if spec.keys is None else spec.keys
+    attributes = spec.keys is not None and not issubclass(spec.kind, dict)
+    inner = [(f".{key}" if attributes else f"[{key!r}]", part) for key, part in zip(keys, spec.parts, strict=True)]
+    inner += [(f".{key}", Constant(value)) for key, value in (spec.more or {}).items()]
+    for step, part in inner:
+        held = held_within(f"{name}{step}", part, counts)
+        if held is not None:
+            return held
+    return None
 
 
 def captured_names(
@@ -136,34 +163,46 @@ def _names(fn: Any, helpers: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _tensors(
-    path: str, value: Any, depth: int, *, objects: bool = False, modules: bool = True
+    path: str,
+    value: Any,
+    depth: int,
+    *,
+    objects: bool = False,
+    modules: bool = True,
+    counts: Callable[[Tensor], bool] = _requires_grad,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors with a gradient in `value`, each with its path: in modules, and in attributes of `objects`."""
+    """The tensors that count in `value`, each with its path: in modules, and in attributes of `objects`."""
     inner: Iterable[tuple[str, Any]] = ()
     if isinstance(value, Tensor):
-        if value.requires_grad:
+        if counts(value):
             yield path, value
+    elif type(value) in SCALARS:
+        pass
     elif isinstance(value, nn.Module):
         if modules:
             inner = [(f".{name}", parameter) for name, parameter in value.named_parameters()]
     elif depth and isinstance(value, (list, tuple)):
         inner = [(f"[{index}]", part) for index, part in enumerate(value)]
-    elif depth and isinstance(value, dict):
+    elif depth and isinstance(value, (dict, MappingProxyType)):
         inner = [(f"[{key!r}]", part) for key, part in value.items()]
     elif depth and objects and not isinstance(value, (type, ModuleType, FunctionType)):
-        if isinstance(value, (set, frozenset, deque, ValuesView)):
+        if isinstance(value, (Set, deque, ValuesView)):
             inner = [(f"[{index}]", part) for index, part in enumerate(value)]
         elif isinstance(value, MethodType):
             inner = [(".__self__", value.__self__)]
         else:
             inner = [(f".{name}", part) for name, part in [*getattr(value, "__dict__", {}).items(), *_slots(value)]]
     for step, part in inner:
-        yield from _tensors(f"{path[:-1]}{step}'", part, depth - 1, objects=objects, modules=modules)
+        yield from _tensors(f"{path[:-1]}{step}'", part, depth - 1, objects=objects, modules=modules, counts=counts)
 
 
 def _slots(value: Any) -> Iterator[tuple[str, Any]]:
-    for cls in type(value).__mro__:
-        slots = cls.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if hasattr(value, name):
-                yield name, getattr(value, name)
+    for name in _names_of_slots(type(value)):
+        if hasattr(value, name):
+            yield name, getattr(value, name)
+
+
+@evaluated_while_tracing  # Dynamo knows no bases of builtins
+def _names_of_slots(cls: type) -> tuple[str, ...]:
+    slots = [base.__dict__.get("__slots__", ()) for base in cls.__mro__]
+    return tuple([name for some in slots for name in ((some,) if isinstance(some, str) else some)])

@@ -8,8 +8,6 @@ argument.
 from __future__ import annotations
 
 import inspect
-from collections import UserList, deque
-from collections.abc import Iterable, Iterator, Mapping, Set
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -18,9 +16,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradoverride._core.ambient import Autocast, autocast_while_tracing, under_traced
-from gradoverride._core.call import EAGER, TRACED, Call, is_differentiable, is_tensor
+from gradoverride._core.call import EAGER, TRACED, Call, is_differentiable
 from gradoverride._core.contract import Meta, read_answer, what
-from gradoverride._core.forward_pass import differentiate
+from gradoverride._core.forward_pass import differentiate, refuse_within
 from gradoverride._core.function import alias_function
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import (
@@ -38,7 +36,7 @@ from gradoverride._core.private import (
 from gradoverride._core.reading import Reading, Readings, holds_numbers, keep_plan, kept_plan, unbound
 from gradoverride._core.short_function import FLOATING
 from gradoverride._core.signature import Forward
-from gradoverride._core.structure import Constant, Node, flatten, unflatten
+from gradoverride._core.structure import flatten, unflatten
 from gradoverride._core.tracers import FX, exporting, record_function, tracer_now
 from gradoverride.errors import GraphError
 
@@ -91,13 +89,7 @@ def _general(plan: Plan, x: Any, rule: Any) -> Any:
             f"edit_gradient: 'x' must be a floating or complex tensor, or hold one, for its gradient to be edited; "
             f"got {what(x)}{f' of {x.dtype}' if isinstance(x, Tensor) else ''}",
         )
-    for value in _constants(spec):
-        if isinstance(value, (Mapping, Set, deque, UserList)) and any([is_tensor(part) for part in _parts(value)]):
-            fail(
-                GraphError,
-                "edit_gradient: 'x' must hold its tensors in tuples, lists, dicts and dataclasses, for their gradients "
-                f"to be edited; it has {what(value)} with a tensor in it. Turn that into one of these",
-            )
+    refuse_within("edit_gradient", "x", spec, "for their gradients to be edited")
     result = differentiate(plan, plan.layout(0, ()), None, (x,), rule)
     if in_functorch() or in_forward_ad():  # `requires_grad` does not tell
         return result
@@ -106,18 +98,6 @@ def _general(plan: Plan, x: Any, rule: Any) -> Any:
     # A constant beside what has a gradient stays one.
     kept = [new if old.requires_grad else old for old, new in zip(leaves, edited, strict=True)]
     return unflatten(spec, iter(kept))
-
-
-def _constants(spec: Any) -> Iterator[Any]:
-    if isinstance(spec, Constant):
-        yield spec.value
-    elif isinstance(spec, Node):
-        for part in spec.parts:
-            yield from _constants(part)
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, Mapping) else value
 
 
 # --- the Function for one tensor

@@ -41,9 +41,9 @@ from gradoverride._core.standin import Copied, stand_in, with_parameters, write_
 from gradoverride._core.structure import LEAF, Constant, alike, flatten, skeleton, unchanged, unflatten
 from gradoverride._core.tracers import FX, drops_rule, record_call, tracer_now
 from gradoverride._core.writes import Writes
-from gradoverride.errors import ForwardResultError, UnsupportedError
+from gradoverride.errors import ForwardResultError, GraphError, UnsupportedError
 
-__all__ = ["ForwardPass", "differentiate", "tie"]
+__all__ = ["ForwardPass", "differentiate", "refuse_within", "tie"]
 
 
 def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[Any], rule: Any = None) -> Any:
@@ -95,6 +95,27 @@ def _refuse_held(call: Call, values: Sequence[Any], result: Any) -> None:
             held = captured.held_by(name, value)
             if held is not None:
                 captured.refuse_held(call.plan.forward.who, held)
+
+
+def refuse_within(who: str, name: str, spec: Any, purpose: str, *, constants: bool = False) -> None:
+    """Raise the error for the argument `name` of this spec, if a tensor that wants a gradient is within an object in
+    it, where it would be left out. With `constants` one that may have a gradient is enough.
+    """
+    transformed = in_functorch() or in_forward_ad()
+    if not transformed and not torch.is_grad_enabled():
+        return
+
+    def wants_gradient(tensor: Tensor) -> bool:
+        return tensor.requires_grad or (transformed and _may_want_gradient(tensor))
+
+    held = captured.held_within(name, spec, is_differentiable if constants else wants_gradient)
+    if held is not None:
+        fail(
+            GraphError,
+            f"{who}: '{name}' must hold its tensors in tuples, lists, dicts and dataclasses, {purpose}; it has "
+            f"{held}{'' if constants else ', which requires grad,'} within an object of another kind. Turn that into "
+            f"one of these, or {'leave it out' if constants else 'detach() the tensor'}",
+        )
 
 
 def tie(plan: Plan, layout: Layout, values: Sequence[Any], result: Any, rule: Any) -> Any:

@@ -1,6 +1,8 @@
 """`connect`: a result that was computed outside of autograd gets a gradient."""
 
 import functools
+import types
+from collections import UserDict, deque
 
 import numpy
 import pytest
@@ -296,6 +298,36 @@ def test_inputs_that_need_no_gradient():
         go.connect(torch.ones(3), noise(3, grad=False))
     with pytest.raises(go.GraphError, match=r"'inputs' must hold a tensor that requires grad"):
         go.connect(torch.ones(3), {"a": noise(3, grad=False), "n": 3})
+
+
+HOLDERS = {
+    "namespace": (lambda t: types.SimpleNamespace(t=t), r"\.t"),
+    "deque": (lambda t: deque([t]), r"\[0\]"),
+    "set": (lambda t: {t}, r"\[0\]"),
+    "UserDict": (lambda t: UserDict(t=t), r"\.data\['t'\]"),
+    "object in a list": (lambda t: [types.SimpleNamespace(t=t)], r"\[0\]\.t"),
+}
+
+
+@pytest.mark.parametrize(("hold", "path"), HOLDERS.values(), ids=HOLDERS)
+def test_tensor_within_an_object_is_refused_by_its_name(hold, path):
+    x, other, leaf = noise(3), noise(3), noise(3)
+    value = x.detach() * 2
+    text = rf"connect: 'result' must hold its tensors in tuples.*; it has 'result\[1\]{path}' within .* leave it out"
+    with pytest.raises(go.GraphError, match=text):
+        go.connect((value, hold(value * 3)), x, lambda g: g[0])
+    text = r"{}: 'inputs' must hold its tensors in tuples.*; it has 'inputs\[{}\]{}', which requires grad, within"
+    with pytest.raises(go.GraphError, match=text.format("connect", "'o'", path)):
+        go.connect(value, {"x": x, "o": hold(other)}, lambda g, x: {"x": g})
+    with pytest.raises(go.GraphError, match=text.format("connect_", 1, path)):
+        go.connect_(leaf, (x, hold(other)), lambda g: (g, None))
+
+    # What wants no gradient stays where it is.
+    constant = other.detach()
+    y, _ = go.connect((value, hold(torch.arange(3))), {"x": x, "o": hold(constant)}, lambda g, x: {"x": g[0] * 5})
+    closely(grad(y.sum(), x), torch.full_like(x, 5))
+    with torch.no_grad():
+        go.connect((value, hold(value)), {"x": x, "o": hold(other)}, lambda g, x: {"x": g[0]})
 
 
 def test_inputs_of_a_wrong_kind():

@@ -3,10 +3,12 @@
 import functools
 import gc
 import pickle
+import types
 import weakref
 from collections import UserDict, UserList, deque
 from dataclasses import dataclass
 
+import numpy
 import pytest
 import torch
 import torch._dynamo.testing
@@ -629,6 +631,85 @@ def test_tensors_in_what_is_not_looked_into_are_refused(kind):
     with pytest.raises(go.GraphError, match=r"'x' must hold its tensors in tuples, lists, .*Turn that into one of"):
         go.edit_gradient((x, {"a": kind([x * 2])}), lambda g: g)
     go.edit_gradient((x, kind(["a", 2])), lambda g: g)
+
+
+class Cache:
+    def __init__(self, key):
+        self.key = key
+
+
+class Slotted:
+    __slots__ = ("key",)
+
+    def __init__(self, key):
+        self.key = key
+
+
+class Record(dict):
+    """A container, with an attribute besides."""
+
+
+def record(key):
+    made = Record()
+    made.key = key
+    return made
+
+
+HOLDERS = {
+    "object": (Cache, r"x\[1\]\.key"),
+    "slots": (Slotted, r"x\[1\]\.key"),
+    "namespace": (lambda key: types.SimpleNamespace(key=key), r"x\[1\]\.key"),
+    "object in an object": (lambda key: Cache([Cache(key)]), r"x\[1\]\.key\[0\]\.key"),
+    "object in a dict": (lambda key: {"cache": Cache(key)}, r"x\[1\]\['cache'\]\.key"),
+    "object in a dataclass": (lambda key: Pair(Cache(key), None), r"x\[1\]\.left\.key"),
+    "attribute of a dict": (record, r"x\[1\]\.key"),
+    "items of a dict": (lambda key: {"key": key}.items(), r"x\[1\]\[0\]\[1\]"),
+    "mapping proxy": (lambda key: types.MappingProxyType({"key": key}), r"x\[1\]\['key'\]"),
+}
+
+
+@pytest.mark.parametrize(("hold", "path"), HOLDERS.values(), ids=HOLDERS)
+def test_tensor_within_an_object_is_refused_by_its_name(hold, path):
+    x = noise(3)
+    text = rf"edit_gradient: 'x' must hold .*; it has '{path}', which requires grad.* or detach\(\) the tensor"
+    with pytest.raises(go.GraphError, match=text):
+        go.edit_gradient((x * 2, hold(x * 3)), lambda g: (g[0], None))
+    constant = hold(noise(3, grad=False))
+    h, _ = go.edit_gradient((x * 2, constant), lambda g: (g[0] * 5, None))
+    closely(grad(h.sum(), x), torch.full_like(x, 10))
+    with torch.no_grad():
+        go.edit_gradient((x * 2, hold(x)), lambda g: (g[0], None))
+
+
+def test_modules_and_objects_without_tensors_stay_beside_what_is_edited():
+    x = noise(3)
+    others = [nn.Linear(2, 2), Cache(3), Cache(nn.Linear(2, 2)), nn.Linear, Cache(3).__init__, noise, {1, 2}, numpy]
+    h, kept = go.edit_gradient((x * 2, others), lambda g: (g[0] * 5, None))
+    closely(grad(h.sum(), x), torch.full_like(x, 10))
+    assert all(one is other for one, other in zip(kept, others, strict=True))
+
+
+def test_tensor_within_an_object_is_refused_in_compiled_code_and_in_transforms():
+    def fn(x, hold=Cache):
+        return go.edit_gradient((x * 2, hold(x * 3)), lambda g: (g[0] * 5, None))[0].sum()
+
+    with pytest.raises(Exception, match=r"it has 'x\[1\]\.key', which requires grad"):
+        torch.compile(fn, backend="aot_eager", fullgraph=True)(noise(3))
+    with pytest.raises(go.GraphError, match=r"it has 'x\[1\]\.key', which requires grad"):
+        torch.func.grad(fn)(noise(3, grad=False))
+    with pytest.raises(go.GraphError, match=r"it has 'x\[1\]\.key', which requires grad"):
+        torch.func.jvp(fn, (noise(3, grad=False),), (noise(3, grad=False),))
+
+    def beside(x):
+        return fn(x, lambda key: Cache(constant))
+
+    constant = noise(3, grad=False)
+    closely(torch.func.grad(beside)(noise(3, grad=False)), torch.full((3,), 10.0, dtype=torch.float64))
+    for other in (Cache(3), types.SimpleNamespace(n=1, t=constant), Slotted("a"), {1, 2}, torch.Size([1]), slice(1)):
+        torch._dynamo.reset()
+        x = noise(3)
+        compiled = torch.compile(lambda x, o: fn(x, lambda key: o), backend="aot_eager", fullgraph=True)
+        closely(grad(compiled(x, other), x), torch.full_like(x, 10))
 
 
 HERE = r"\(.*test_edit_gradient\.py:\d+\)"
