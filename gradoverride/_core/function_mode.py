@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -62,10 +62,16 @@ class FunctionMode(TorchFunctionMode):
             of_name = tuple([key for key in keys if key.name == name])
             for function in spellings(name):
                 self.runs[function] = _run(function, of_name)
+        own = frozenset(value for value in vars(Tensor).values() if isinstance(value, FunctionType))
+        self.operators = tuple([(function, run) for function, run in self.runs.items() if function in own])
         self.bodies = reaching(names)  # what the code of these calls is to be seen too
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.operators and compiling():  # Dynamo does not find those that are Python code, as of `x**2`, in a dict
+            for operator, under_rules in self.operators:
+                if operator is func:
+                    return under_rules(*args, **kwargs)
         run = self.runs.get(func)
         if run is not None:
             return run(*args, **kwargs)

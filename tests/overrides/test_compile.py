@@ -1,5 +1,7 @@
 """Overrides before and after `torch.compile`, and undone. Contract, section 5."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -195,3 +197,31 @@ def test_a_weight_that_is_computed_is_no_parameter_to_ask_for(x):
             (go.CapturedTensorError, InternalTorchDynamoError), match="must get each tensor that wants a gradient"
         ):
             call(x)
+
+
+OPERATORS = {
+    "x**2": (torch.pow, lambda x: x**2),
+    "2**x": (torch.pow, lambda x: 2**x),
+    "x**=2": (torch.pow, lambda x: operator.ipow(x * 1, 2)),
+    "1 / x": (torch.div, lambda x: 1 / x),
+    "1 - x": (torch.sub, lambda x: 1 - x),
+    "x / 2": (torch.div, lambda x: x / 2),
+}
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator_in_compiled_code_has_the_rule_of_its_function(name, x):
+    target, function = OPERATORS[name]
+    x = x.detach().abs().requires_grad_()
+    expected = 10 * gradient(Calls(function), x)
+    with go.override(model := Calls(function), {target: lambda grad_output, vjp: vjp(grad_output * 10)}):
+        closely(gradient(compiled(model), x), expected)
