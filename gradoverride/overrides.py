@@ -19,7 +19,7 @@ from torch import nn
 
 from gradoverride._core import everywhere
 from gradoverride._core.class_patch import calls_on_class, check_class
-from gradoverride._core.functions import name_of_function
+from gradoverride._core.functions import name_of_function, signature_of
 from gradoverride._core.layers import FunctionLayer, Layer, next_order
 from gradoverride._core.overridden import (
     base_of,
@@ -200,7 +200,8 @@ def _resolved(target: Target, rule: Rule) -> Target:
         else:
             check_path(target.value, value, rule)
     if isinstance(target, Function):
-        function = Forward(target.value, name=target.name, method=False)
+        signature = signature_of(target.value, rule.asks)
+        function = Forward(target.value, name=target.name, method=False, signature=signature)
         rule.once((check_names, target.value), partial(check_names, function, rule))
     return target
 

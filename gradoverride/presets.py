@@ -120,11 +120,13 @@ attn_lrp = Registry("attn_lrp")
 """AttnLRP for transformers (Achtibat et al. 2024). Relevance is the input times its gradient: `rules/attention.py`.
 
 The activations of torch and of transformers, and classes whose names end with `RMSNorm`, are known. Another
-normalisation that is written out, with `torch.rsqrt`, is refused in the backward until its class has a rule:
+normalisation that is written out, with `torch.rsqrt`, `torch.reciprocal` or a power, and an activation that is, with
+`torch.erf`, are refused in the backward until their class has a rule:
 `go.presets.attn_lrp | {T5LayerNorm: rules.attn_identity}`. Where a model multiplies with a parameter itself, freeze it;
 `rules.attn_product` says why. Batch normalisation is linear in `eval()` alone. All functions of torch that are products
 of two results are known, but for `torch.addmm`, convolutions and `F.linear`, which are dense layers, and `torch.lerp`.
-All other functions have their gradient: right if they are linear in all the results together that they are given.
+`F.cosine_similarity` is refused. All other functions have their gradient: right if they are linear in all the results
+together that they are given.
 """
 
 
@@ -137,15 +139,38 @@ def _is_of_one_scale(name: str, module: Any) -> bool:
 def _refuse_by_hand(grad_output: Any) -> Any:
     fail(
         UnsupportedError,
-        "attn_lrp: a normalisation must be a layer that is known, F.layer_norm, F.group_norm, F.rms_norm or a class "
-        "'...RMSNorm', for its divisor to be a constant; one is written out by hand with torch.rsqrt. If it divides by "
-        "a root mean square, give its class a rule: attn_lrp | {TheClass: rules.attn_identity}",
+        "attn_lrp: a normalisation must be a layer that is known, F.layer_norm, F.group_norm, F.instance_norm, "
+        "F.rms_norm or a class '...RMSNorm', for its divisor to be a constant; one is written out by hand with "
+        "torch.rsqrt, torch.reciprocal or a native function of torch. If it divides by a root mean square, give its "
+        "class a rule: attn_lrp | {TheClass: rules.attn_identity}",
     )
 
 
-attn_lrp.register(*_ACTIVATIONS, *_ACTIVATION_FUNCTIONS, F.rms_norm, _is_of_one_scale, optional=True)(
-    rules.attn_identity
-)
+def _refuse_erf(grad_output: Any) -> Any:
+    fail(
+        UnsupportedError,
+        "attn_lrp: an activation must be one that is known, F.gelu or a class of transformers, for all its relevance "
+        "to pass; one is written out by hand with torch.erf. Give its class a rule, or its function by its path: "
+        "attn_lrp | {TheClass: rules.attn_identity}; if it is torch.erf alone, {torch.erf: rules.attn_identity}",
+    )
+
+
+def _refuse_cosine(grad_output: Any) -> Any:
+    fail(
+        UnsupportedError,
+        "attn_lrp: a similarity must be written as a product of what is divided by its norm, for the norms to be "
+        "constants; F.cosine_similarity is all in one. Write (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1)",
+    )
+
+
+def _shared_alike(grad_output: Any, input: Any, output: Any, vjp: Any) -> Any:
+    """Of a product of numbers of one result: each has its share, as in `attn_product`."""
+    return vjp(grad_output * (output.numel() / max(1, input.numel())))
+
+
+attn_lrp.register(*_ACTIVATIONS, *_ACTIVATION_FUNCTIONS, optional=True)(rules.attn_identity)
+attn_lrp.register(F.rms_norm, _is_of_one_scale, torch.square, optional=True)(rules.attn_identity)
+attn_lrp.register(torch.pow, torch.float_power, optional=True)(rules.attn_power)
 attn_lrp.register(
     *(torch.mul, torch.matmul, torch.bmm, torch.mm, torch.mv, torch.dot, torch.inner, torch.outer, torch.einsum),
     *(torch.tensordot, torch.linalg.multi_dot, torch.vdot, torch.linalg.vecdot, torch.kron, torch.cross),
@@ -155,9 +180,17 @@ attn_lrp.register(
 attn_lrp.register(torch.baddbmm, torch.addbmm, torch.addcmul, torch.addmv, torch.addr, optional=True)(
     rules.attn_sum_of_products
 )
+attn_lrp.register(torch.prod, optional=True)(_shared_alike)
 attn_lrp.register(F.bilinear, optional=True)(rules.attn_bilinear)
+attn_lrp.register(F.glu, optional=True)(rules.attn_glu)
 attn_lrp.register(F.scaled_dot_product_attention, optional=True)(rules.attn_attention)
 attn_lrp.register(F.layer_norm, optional=True)(rules.attn_layer_norm)
 attn_lrp.register(F.group_norm, optional=True)(rules.attn_group_norm)
+attn_lrp.register(F.instance_norm, optional=True)(rules.attn_instance_norm)
 attn_lrp.register(torch.div, optional=True)(rules.attn_quotient)
-attn_lrp.register(torch.rsqrt, optional=True)(_refuse_by_hand)
+attn_lrp.register(
+    *(torch.rsqrt, torch.reciprocal, torch.native_layer_norm, torch.native_group_norm, torch.instance_norm),
+    optional=True,
+)(_refuse_by_hand)
+attn_lrp.register(torch.erf, torch.erfc, torch.special.ndtr, optional=True)(_refuse_erf)
+attn_lrp.register(F.cosine_similarity, optional=True)(_refuse_cosine)

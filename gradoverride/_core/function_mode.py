@@ -21,7 +21,7 @@ from torch.compiler import is_dynamo_compiling as compiling
 from torch.overrides import TorchFunctionMode
 
 from gradoverride._core import everywhere
-from gradoverride._core.functions import every_spelling, opened, reaching, spellings, turned
+from gradoverride._core.functions import every_spelling, opened, reaching, signature_of, spellings, turned
 from gradoverride._core.layers import FunctionLayer, FunctionRule
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import dynamo_shows, fail, in_checkpoint_replay, is_compiled_graph, let_dynamo_show
@@ -127,9 +127,9 @@ def _run(function: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
     bare = function if other_way is None else other_way[0]
     outermost = bare
     for key in keys:
-        outermost = _under(key, outermost)
+        outermost = _under(key, outermost, function)
     several = len(keys) > 1
-    some = _step_by_step(bare, keys) if several else bare
+    some = _step_by_step(bare, keys, function) if several else bare
     internal = keys[0].name in _USED_BY_THE_ENGINE
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -157,7 +157,7 @@ def _run(function: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
     return lambda *args, **kwargs: run(*in_order(*args, **kwargs))
 
 
-def _step_by_step(bare: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
+def _step_by_step(bare: Any, keys: tuple[FunctionRule, ...], function: Any) -> Callable[..., Any]:
     """The same where some of the rules are quiet: each step looks whether it is."""
 
     def innermost(*args: Any, **kwargs: Any) -> Any:
@@ -170,19 +170,20 @@ def _step_by_step(bare: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., An
 
     step = functools.update_wrapper(innermost, bare, updated=())
     for key in keys:
-        step = functools.update_wrapper(_one_step(key, step), bare, updated=())
+        step = functools.update_wrapper(_one_step(key, step, function), bare, updated=())
     return step
 
 
-def _one_step(key: FunctionRule, beneath: Callable[..., Any]) -> Callable[..., Any]:
-    above = _under(key, beneath)
+def _one_step(key: FunctionRule, beneath: Callable[..., Any], function: Any) -> Callable[..., Any]:
+    above = _under(key, beneath, function)
     return lambda *args, **kwargs: (beneath if key in here.quiet else above)(*args, **kwargs)
 
 
-def _under(key: FunctionRule, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, a spelling of the function or what stands for it, under the rule of `key`."""
+def _under(key: FunctionRule, forward: Callable[..., Any], function: Any) -> Callable[..., Any]:
+    """`forward`, which is the spelling `function` or stands for it, under the rule of `key`."""
+    signature = signature_of(function, key.rule.asks)
     try:
-        plan = Plan(Forward(forward, name=key.name, method=False), key.rule)
+        plan = Plan(Forward(forward, name=key.name, method=False, signature=signature), key.rule)
     except RuleSignatureError as error:  # this spelling does not offer what another does
         return make_refusal(error)
     plan.marked = True

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "is_of_torch",
     "name_of_function",
     "reaching",
+    "signature_of",
     "spellings",
     "turned",
 ]
@@ -155,6 +157,12 @@ def turned(fn: Any) -> tuple[Callable[..., Any], Callable[..., tuple[Any, ...]]]
             return n, self
 
         return polygamma, of_polygamma
+    if fn is Tensor.__rpow__:
+
+        def power(input: Any, exponent: Any) -> Any:
+            return fn(exponent, input)
+
+        return power, lambda self, other: (other, self)
     if fn in _TURNED:
 
         def swapped(input: Any, other: Any) -> Any:
@@ -167,10 +175,31 @@ def turned(fn: Any) -> tuple[Callable[..., Any], Callable[..., tuple[Any, ...]]]
 
 _TURNED = frozenset(
     {
-        *(Tensor.__rsub__, Tensor.__rtruediv__, Tensor.__rpow__, Tensor.__rmatmul__),
+        *(Tensor.__rsub__, Tensor.__rtruediv__, Tensor.__rmatmul__),
         *(Tensor.__rfloordiv__, Tensor.__rmod__),
     }
 )
+
+
+def signature_of(function: Any, asked: Iterable[str]) -> inspect.Signature | None:
+    """What a builtin of torch takes, which has no signature to tell, if something of it is among the names `asked`."""
+    arguments = _TAKES.get(name_of_function(function) or "")
+    if arguments is None:
+        return None
+    try:
+        inspect.signature(function)
+    except ValueError:
+        found = inspect.signature(arguments)
+        return None if found.parameters.keys().isdisjoint({*asked} - {"input"}) else found
+    return None
+
+
+# Of those builtins alone whose rules in `presets` ask for more than the input.
+_TAKES: dict[str, Callable[..., None]] = {
+    "layer_norm": lambda input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True: None,
+    "group_norm": lambda input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True: None,
+    **dict.fromkeys(("pow", "float_power"), lambda input, exponent: None),
+}
 
 
 # --- functions of torch that are Python code and call others

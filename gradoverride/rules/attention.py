@@ -5,10 +5,11 @@ these rules is not the relevance R of a value, but R divided by the value: start
 the gradient with the input. All that is linear (dense layers, convolutions, sums, rotary embeddings, scalings) then
 needs no rule, for its gradient is LRP-epsilon with an epsilon of 0. For the rest:
 
-- Activations, and what is divided by a root mean square: R passes as it is. `attn_identity`.
-- A product of two results: half of R for each. `attn_product`, `attn_sum_of_products`, `attn_bilinear`, and
-  `attn_attention`, which is two products with a softmax between.
-- What something is divided by is a constant. `attn_layer_norm`, `attn_group_norm`, `attn_quotient`.
+- Activations, powers, and what is divided by a root mean square: R passes as it is. `attn_identity`, `attn_power`.
+- A product of two results: half of R for each. `attn_product`, `attn_sum_of_products`, `attn_bilinear`; `attn_glu`, of
+  which one factor is an activation; and `attn_attention`, which is two products with a softmax between.
+- What something is divided by is a constant. `attn_layer_norm`, `attn_group_norm`, `attn_instance_norm`,
+  `attn_quotient`.
 - Softmax s of x: `x (R - s sum(R))`, proposition 3.1. That is its gradient times x, so it has no rule. R is not
   conserved there.
 
@@ -38,9 +39,12 @@ from gradoverride.errors import UnsupportedError
 __all__ = [
     "attn_attention",
     "attn_bilinear",
+    "attn_glu",
     "attn_group_norm",
     "attn_identity",
+    "attn_instance_norm",
     "attn_layer_norm",
+    "attn_power",
     "attn_product",
     "attn_quotient",
     "attn_sum_of_products",
@@ -65,10 +69,35 @@ def attn_identity(grad_output: Tensor, input: Tensor, output: Any, needs: Any, p
     """
     if not isinstance(output, Tensor) or output.shape != input.shape:
         fail(UnsupportedError, "attn_identity is for what has one result for each input; it is in force on another")
-    found = grad_output * output / input.masked_fill(input == 0, torch.inf)
-    if needs.get(_VARIADIC):
-        return {_VARIADIC: (found,)}
-    return {next(name for name, wanted in needs.items() if wanted): found, **dict.fromkeys(params)}
+    return {_wanted(needs)[0]: _passed_on(grad_output, input, output), **dict.fromkeys(params)}
+
+
+def attn_power(grad_output: Tensor, input: Tensor, exponent: Any, output: Tensor, needs: Any) -> dict[str, Any]:
+    """Of a power, as `attn_identity`: `g y / x`, and 0 where x or the exponent is 0.
+
+    For `torch.pow`, `x**2`. A negative exponent is refused, for it divides by x, and an exponent that wants a gradient.
+
+    >>> import torch, gradoverride as go
+    >>> from gradoverride.rules import attn_power
+    >>> x = torch.tensor([2.0, -1.0], requires_grad=True)
+    >>> power = go.custom_backward(attn_power)(lambda input, exponent: input**exponent)
+    >>> torch.autograd.grad(power(x, 2).sum(), x)
+    (tensor([ 2., -1.]),)
+
+    Source: Achtibat et al. (2024), equation 9.
+    """
+    if needs["exponent"]:
+        fail(UnsupportedError, "attn_power: the exponent must be a constant; it is a result, which wants relevance")
+    if bool((exponent < 0).any()) if isinstance(exponent, Tensor) else exponent < 0:
+        fail(
+            UnsupportedError,
+            "attn_power: the exponent must not be negative, for what something is divided by is a constant; it is "
+            "negative. If it is in a normalisation by a root mean square that is written out by hand, give its class a "
+            "rule: {TheClass: rules.attn_identity}",
+        )
+    if output.shape != input.shape:
+        fail(UnsupportedError, "attn_power is for what has one result for each input; the exponent has another shape")
+    return {"input": _passed_on(grad_output, input, output) * (exponent != 0)}
 
 
 # --- products ---
@@ -140,6 +169,25 @@ def attn_bilinear(grad_output: Tensor, needs: Any, vjp: Any) -> Any:
     factors = ("input1", "input2", f"{_VARIADIC}[0]", f"{_VARIADIC}[1]")
     count = max(1, len([name for name in _wanted(needs) if name in factors]))
     return _weighted(grad_output, needs, vjp, lambda name: 1 / count if name in factors else 1)
+
+
+def attn_glu(grad_output: Tensor, input: Tensor, dim: int = -1) -> dict[str, Any]:
+    """Of a gated linear unit, the product of one half and the sigmoid of the other: half of R for each.
+
+    For `F.glu`, which `nn.GLU` calls.
+
+    >>> import torch, gradoverride as go, torch.nn.functional as F
+    >>> from gradoverride.rules import attn_glu
+    >>> x = torch.tensor([3.0, 1.0], requires_grad=True)
+    >>> y = go.custom_backward(attn_glu)(F.glu)(x)
+    >>> torch.allclose(x * torch.autograd.grad(y, x)[0], y / 2)
+    True
+
+    Source: Achtibat et al. (2024), proposition 3.2 and equation 9.
+    """
+    value, gate = input.chunk(2, dim)
+    factor, half = torch.sigmoid(gate), grad_output / 2
+    return {"input": torch.cat([half * factor, _passed_on(half * value, gate, factor)], dim)}
 
 
 def attn_attention(grad_output: Tensor, needs: Any, vjp: Any) -> Any:
@@ -214,6 +262,34 @@ def attn_group_norm(
     return {"input": found.view_as(input)}
 
 
+def attn_instance_norm(
+    grad_output: Tensor,
+    input: Tensor,
+    vjp: Any,
+    weight: Tensor | None = None,
+    use_input_stats: bool = True,
+    eps: float = 1e-5,
+) -> dict[str, Any]:
+    """The same of instance normalisation. For `F.instance_norm`, which `nn.InstanceNorm2d` and its like call.
+
+    With running statistics, which are constants, it is the gradient.
+
+    >>> import torch, gradoverride as go, torch.nn.functional as F
+    >>> from gradoverride.rules import attn_instance_norm
+    >>> x = torch.tensor([[[1.0, 2.0, 6.0]]], requires_grad=True)
+    >>> y = go.custom_backward(attn_instance_norm)(F.instance_norm)(x)
+    >>> torch.allclose((x * torch.autograd.grad(y[0, 0, 2], x)[0]).sum(), y[0, 0, 2])
+    True
+
+    Source: Achtibat et al. (2024), proposition 3.4.
+    """
+    if not use_input_stats:
+        return {"input": vjp.by_name(grad_output)["input"]}
+    grad = grad_output if weight is None else grad_output * weight.view(-1, *[1] * (input.dim() - 2))
+    dims = tuple(range(2, input.dim()))
+    return {"input": _centered(grad, dims) / _deviation(input, dims, eps)}
+
+
 def attn_quotient(grad_output: Tensor, needs: Any, vjp: Any) -> Any:
     """Of a quotient, the gradient of what is divided; what it is divided by is a constant: `g / b`, and none.
 
@@ -269,6 +345,11 @@ def _weighted(grad_output: Tensor, needs: Any, vjp: Any, weight: Callable[[str],
 
 def _times(grad: Tensor | None, factor: float | None) -> Tensor | None:
     return None if grad is None or factor is None else grad * factor
+
+
+def _passed_on(grad: Tensor, input: Tensor, output: Tensor) -> Tensor:
+    """The gradient by which relevance passes as it is from one result to its one input."""
+    return grad * output / input.masked_fill(input == 0, torch.inf)
 
 
 def _centered(grad: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -36,6 +36,61 @@ def test_activation_of_0_has_no_relevance():
     exactly(torch.autograd.grad(go.custom_backward(rules.attn_identity)(F.softplus)(x)[0], x)[0], torch.zeros_like(x))
 
 
+# Options of builtins of torch, which have no signature, by position.
+BY_POSITION = {
+    "softplus": lambda x: F.softplus(x, 2.0),
+    "softplus by name": lambda x: F.softplus(x, beta=2.0),
+    "softplus, all by name": lambda x: F.softplus(input=x, beta=2.0),
+    "softshrink": lambda x: F.softshrink(x, 0.3),
+    "hardshrink": lambda x: F.hardshrink(x, 0.3),
+    "celu": lambda x: torch.celu(x, 1.0),
+    "threshold": lambda x: torch.threshold(x, 0.1, 0.0),
+    "rms_norm": lambda x: torch.rms_norm(x, (20,), torch.arange(1.0, 21).double()),
+    "rrelu": lambda x: torch.rrelu(x, 0.1, 0.3, False),
+}
+
+
+@pytest.mark.parametrize("name", BY_POSITION)
+def test_builtin_with_options_passes_relevance_on_as_it_is(name):
+    x, function = noise(3, 20, grad=False), BY_POSITION[name]
+    r = torch.where(function(x) == 0, 0, noise(3, 20, grad=False))
+    closely(relevance(under_preset(lambda x: function(x) + (function(x) == 0)), x, r=r), r)
+
+
+POWERS = {
+    "x**2": lambda x: x**2,
+    "x**3.5": lambda x: x**3.5,
+    "pow": lambda x: torch.pow(x, 2),
+    "pow by name": lambda x: torch.pow(x, exponent=2),
+    "float_power": lambda x: torch.float_power(x, 2),
+    "constant tensor": lambda x: x ** torch.full((), 2.0),
+    "square": torch.square,
+    "x.square()": lambda x: x.square(),
+    "by hand": lambda x: x * x,
+}
+
+
+@pytest.mark.parametrize("name", POWERS)
+def test_power_passes_relevance_on_as_it_is(name):
+    x, r = noise(3, 4, grad=False).abs(), noise(3, 4, grad=False)
+    closely(relevance(under_preset(POWERS[name]), x, r=r), r)
+
+
+def test_power_of_0_and_of_constants():
+    x = noise(4)
+    exactly(torch.autograd.grad(under_preset(lambda x: x**0 + 0 * x)(x).sum(), x)[0], torch.zeros_like(x))
+    powers = 2 ** torch.arange(4.0).double()
+    exactly(torch.autograd.grad(under_preset(lambda x: 2 ** torch.arange(4) * x)(x).sum(), x)[0], powers)
+
+
+def test_power_whose_exponent_is_a_result_is_refused():
+    for function in (lambda x: 2**x, lambda x: torch.pow(2.0, x), lambda x: x**x):
+        with pytest.raises(go.UnsupportedError, match=r"attn_power: the exponent must be a constant; it is a result"):
+            relevance(under_preset(function), noise(3, grad=False).abs())
+    with pytest.raises(go.UnsupportedError, match=r"attn_power is for what has one result for each input"):
+        relevance(under_preset(lambda x: x ** torch.ones(2, 3)), noise(3, grad=False).abs())
+
+
 PRODUCTS = {
     "matmul": (torch.matmul, torch.matmul),
     "bmm": (torch.bmm, torch.matmul),
@@ -116,6 +171,27 @@ BILINEAR = {
     "bilinear by name": lambda a, b: F.bilinear(a, input2=b, weight=weights().requires_grad_()),
     "nn.Bilinear": lambda a, b: nn.Bilinear(3, 3, 1, bias=False).double()(a, b),
 }
+
+
+@pytest.mark.parametrize("dim", [0, -1])
+def test_gated_linear_unit_is_the_product_that_is_written_out(dim):
+    x = noise(4, 6, grad=False)
+
+    def written_out(x):
+        value, gate = x.chunk(2, dim)
+        return value * torch.sigmoid(gate)
+
+    r = torch.randn_like(written_out(x))
+    expected = relevance(under_preset(written_out), x, r=r)
+    closely(expected.sum(), r.sum())
+    for glu in (lambda x: F.glu(x, dim), lambda x: F.glu(x, dim=dim), nn.GLU(dim)):
+        closely(relevance(under_preset(glu), x, r=r), expected)
+
+
+@pytest.mark.parametrize("prod", [lambda x: x.prod(-1), lambda x: torch.prod(x, dim=-1), lambda x: x.T.prod(0)])
+def test_product_of_numbers_gives_the_same_share_to_each(prod):
+    x, r = noise(3, 4, grad=False), noise(3, grad=False)
+    closely(relevance(under_preset(prod), x, r=r), (r / 4)[:, None].expand(3, 4))
 
 
 def weights():
@@ -276,6 +352,50 @@ def test_group_norm_divides_by_a_constant():
     near(relevance(layer, x, r=r), expected)
 
 
+NORMS = {
+    "layer_norm": (
+        lambda x, w, b: F.layer_norm(x, (6,), w, b, 0.1),
+        lambda x, w, b: torch.layer_norm(x, (6,), w, b, 0.1),
+        lambda x, w, b: torch.layer_norm(x, (6,), weight=w, bias=b, eps=0.1),
+        lambda x, w, b: torch.layer_norm(x, (6,), w, b, 0.1, False),
+    ),
+    "group_norm": (
+        lambda x, w, b: F.group_norm(x, 2, w, b, 0.1),
+        lambda x, w, b: torch.group_norm(x, 2, w, b, 0.1),
+        lambda x, w, b: torch.group_norm(x, num_groups=2, weight=w, bias=b, eps=0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norm_has_one_relevance_in_all_spellings(name):
+    x, w, b, r = noise(4, 6, grad=False), *[noise(6, grad=False) for _ in range(2)], noise(4, 6, grad=False)
+    expected, *others = [relevance(under_preset(lambda x, f=f: f(x, w, b)), x, r=r) for f in NORMS[name]]
+    for found in others:
+        closely(found, expected)
+
+
+@pytest.mark.parametrize("kind", [nn.InstanceNorm1d, nn.InstanceNorm2d])
+def test_instance_norm_divides_by_a_constant(kind):
+    shape = (3, 4, 5) if kind is nn.InstanceNorm1d else (3, 4, 5, 2)
+    layer = kind(4, affine=True, track_running_stats=True).double().requires_grad_(False)
+    layer.weight.copy_(torch.randn(4))
+    layer.running_var.copy_(torch.rand(4) + 0.5)
+    x, r = noise(*shape, grad=False), noise(*shape, grad=False)
+    dims = tuple(range(2, x.dim()))
+
+    def with_constant(x):
+        deviation = (x.detach().var(dims, correction=0, keepdim=True) + layer.eps).sqrt()
+        weight, bias = [p.view(4, *[1] * len(dims)) for p in (layer.weight, layer.bias)]
+        return (x - x.mean(dims, keepdim=True)) / deviation * weight + bias
+
+    near(relevance(under_preset(layer), x, r=r), relevance(with_constant, x, r=r))
+    layer.eval()  # with running statistics it is linear
+    closely(relevance(under_preset(layer), x, r=r), relevance(layer, x, r=r))
+    plain = kind(4).double()
+    near(relevance(under_preset(plain), x).sum(), plain(x).sum())
+
+
 def test_layer_norm_of_half_precision_has_the_deviation_of_the_whole():
     x = (torch.randn(4, 64) + 100).bfloat16().requires_grad_()
     (found,) = torch.autograd.grad(under_preset(lambda x: F.layer_norm(x, (64,)))(x)[:, 0].sum(), x)
@@ -351,6 +471,54 @@ def test_norm_that_is_written_out_is_refused_until_its_class_is_named():
     r = noise(2, 6, grad=False)
     with go.override(model, go.presets.attn_lrp | {NormByHand: rules.attn_identity}):
         closely(relevance(model, x, r=r), r)
+
+
+def mean_square(x):
+    return x.pow(2).mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("norm", "text"),
+    [
+        (lambda x: x * mean_square(x) ** -0.5, r"attn_power: the exponent must not be negative.*TheClass"),
+        (lambda x: x * mean_square(x).pow(torch.tensor(-0.5)), r"attn_power: the exponent must not be negative"),
+        (lambda x: x * mean_square(x).sqrt().reciprocal(), r"written out by hand with torch.rsqrt, torch.reciprocal"),
+        (lambda x: torch.native_layer_norm(x, (6,), None, None, 1e-5)[0], r"attn_lrp: a normalisation must be"),
+        (lambda x: F.cosine_similarity(x[:2], x[2:], dim=-1), r"F.cosine_similarity is all in one. Write \(F.norm"),
+        (lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)), r"attn_lrp: an activation must be .*hand with torch.erf"),
+        (lambda x: x * torch.special.ndtr(x), r"attn_lrp: an activation must be .*hand with torch.erf"),
+    ],
+)
+def test_what_is_written_out_or_all_in_one_is_refused(norm, text):
+    with pytest.raises(go.UnsupportedError, match=text):
+        relevance(under_preset(norm), noise(4, 6, grad=False))
+
+
+def test_remedies_of_what_is_refused_keep_the_relevance():
+    class ByHand(nn.Module):
+        def forward(self, x):
+            return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+    x, r = noise(4, 6, grad=False), noise(4, 6, grad=False)
+    with go.override(model := nn.Sequential(ByHand()), go.presets.attn_lrp | {ByHand: rules.attn_identity}):
+        closely(relevance(model, x, r=r), r)
+    with go.override(model := Calls(torch.erf), go.presets.attn_lrp | {torch.erf: rules.attn_identity}):
+        closely(relevance(model, x, r=r), r)
+    cosine = under_preset(lambda x: (F.normalize(x[:2], dim=-1) * F.normalize(x[2:], dim=-1)).sum(-1))
+    closely(relevance(cosine, x).sum(), F.cosine_similarity(x[:2], x[2:], dim=-1).sum())
+
+
+def test_norms_and_powers_compiled_are_those_of_eager():
+    def function(x):
+        x = torch.layer_norm(x**2 + x, (6,), None, None, 0.1)
+        return F.glu(F.softplus(x, 2.0).square(), -1).prod(-1)
+
+    x = noise(4, 6)
+    torch.compiler.reset()
+    with go.override(model := Calls(function), go.presets.attn_lrp):
+        (expected,) = torch.autograd.grad(model(x).sum(), x)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        closely(torch.autograd.grad(compiled(x).sum(), x)[0], expected)
 
 
 def test_norm_of_a_model_is_known_by_its_name_and_its_weight_gets_no_gradient():
