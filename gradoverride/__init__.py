@@ -18,6 +18,7 @@ from gradoverride.errors import (
     GradOverrideError,
     GradOverrideWarning,
     GraphError,
+    MissingExtraError,
     NonFiniteGradientError,
     RuleOptionError,
     RuleResultError,
@@ -76,6 +77,7 @@ __all__ = [
     "NonFiniteGradientError",
     "ConvergenceError",
     "DrawingError",
+    "MissingExtraError",
     "GradOverrideWarning",
 ]
 

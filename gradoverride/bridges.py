@@ -15,7 +15,7 @@ from gradoverride._core.private import hidden_from_dynamo
 from gradoverride._core.residuals import save_for_backward
 from gradoverride._core.signature import Rule
 from gradoverride.decorators import custom_backward
-from gradoverride.errors import DecorationError, RuleSignatureError
+from gradoverride.errors import DecorationError, MissingExtraError, RuleSignatureError
 
 __all__ = ["bridge"]
 
@@ -51,9 +51,14 @@ def bridge(rule: Callable[..., Any], *, dtype: Any = None) -> Callable[[F], F]:
     and forward mode are refused (`UnsupportedError`), for the rule has no derivative.
 
     Raises `RuleSignatureError` and `RuleResultError` as `custom_backward` does, `DecorationError` for what is no
-    function or no dtype. Needs NumPy.
+    function or no dtype, `MissingExtraError` without NumPy.
     """
-    from gradoverride._core.arrays import ArrayRule, Kind  # NumPy is an extra
+    try:
+        from gradoverride._core.arrays import ArrayRule, Kind  # torch does not need NumPy
+    except ModuleNotFoundError as error:
+        if error.name != "numpy":
+            raise
+        raise MissingExtraError("bridge needs NumPy: pip install numpy") from error
 
     read = Rule(rule)
     for name in ("vjp", "params"):

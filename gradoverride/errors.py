@@ -22,6 +22,7 @@ __all__ = [
     "NonFiniteGradientError",
     "ConvergenceError",
     "DrawingError",
+    "MissingExtraError",
     "GradOverrideWarning",
 ]
 
@@ -72,6 +73,10 @@ class NonFiniteGradientError(GradOverrideError, FloatingPointError):
 
 class DrawingError(GradOverrideError, RuntimeError):
     """A picture of a graph cannot be drawn: graphviz is not there, or does not know how."""
+
+
+class MissingExtraError(GradOverrideError, ImportError):
+    """A package is needed that is not installed: one of the extras of this library, or NumPy."""
 
 
 class UnsupportedError(GradOverrideError, NotImplementedError):

@@ -17,7 +17,7 @@ from gradoverride._core.options import check, is_integer, is_number
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Rule, name_of
 from gradoverride._core.surrogate import StraightThrough, SurrogateRule
-from gradoverride.errors import ForwardResultError, RuleResultError, RuleSignatureError
+from gradoverride.errors import ForwardResultError, MissingExtraError, RuleResultError, RuleSignatureError
 from gradoverride.rules.steps import spike
 from gradoverride.surrogates import Surrogate
 
@@ -54,7 +54,7 @@ def plot_rule(
     It draws on `ax`, or on a new figure of matplotlib's pyplot. All is computed in float64.
 
     Raises `RuleSignatureError` for what is none of these, `ForwardResultError` and `RuleResultError` for a result that
-    cannot be drawn, `RuleOptionError` for an option out of range, `ImportError` without matplotlib.
+    cannot be drawn, `RuleOptionError` for an option out of range, `MissingExtraError` without matplotlib.
     """
     _check_options(low, high, points, primitive, ax)
     given: Any = rule_or_function
@@ -199,7 +199,7 @@ def _new_axes() -> Axes:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise ImportError('plot_rule needs matplotlib: pip install "gradoverride[plot]"') from error
+        raise MissingExtraError('plot_rule needs matplotlib: pip install "gradoverride[plot]"') from error
     return pyplot.subplots(figsize=(5, 3.2), layout="constrained")[1]
 
 

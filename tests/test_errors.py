@@ -30,6 +30,7 @@ TREE = {
     "RuleOptionError": ValueError,
     "NonFiniteGradientError": FloatingPointError,
     "TargetError": TypeError,
+    "MissingExtraError": ImportError,
 }
 
 

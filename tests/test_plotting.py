@@ -244,7 +244,7 @@ def test_without_matplotlib_it_says_how_to_get_it(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r'plot_rule needs matplotlib: pip install "gradoverride\[plot\]"'):
+    with pytest.raises(go.MissingExtraError, match=r'plot_rule needs matplotlib: pip install "gradoverride\[plot\]"'):
         go.plot_rule(rules.reverse())
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import debug_unwrap
 
 from gradoverride._core.private import in_functorch
-from gradoverride.errors import ConvergenceError, UnsupportedError
+from gradoverride.errors import ConvergenceError, MissingExtraError, UnsupportedError
 
 __all__ = ["DENSE_UP_TO", "SOLVERS", "solve"]
 
@@ -86,7 +86,7 @@ def _krylov(solver: str, apply: Apply, right: Tensor, tol: float, max_iter: int,
     try:
         scipy: Any = importlib.import_module("scipy.sparse.linalg")
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             f"{who} with solver='{solver}' needs SciPy: pip install \"gradoverride[solvers]\". Or use solver='dense'"
         ) from error
 

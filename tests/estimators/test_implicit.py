@@ -616,7 +616,7 @@ def test_batch_dims_that_do_not_fit_are_refused():
 
 def test_without_scipy_an_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
-    error = raised(ImportError, implicit_root(square_of, solver="gmres"), newton, positive(3))
+    error = raised(go.MissingExtraError, implicit_root(square_of, solver="gmres"), newton, positive(3))
     assert "with solver='gmres' needs SciPy: pip install \"gradoverride[solvers]\". Or use solver='dense'" in str(error)
     closely(
         grad(go.custom_backward(implicit_root(square_of))(newton)(a := positive(3)).sum(), a), 0.5 / a.detach().sqrt()

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import pickle
+import sys
 from typing import NamedTuple
 
 import numpy
@@ -570,3 +571,10 @@ def test_error_in_the_rule_says_which():
     with pytest.raises(KeyError) as error:
         go.bridge(broken)(lambda x: x)(noise(3)).sum().backward()
     assert "in the rule 'broken'" in error.value.__notes__[0]
+
+
+def test_without_numpy_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "gradoverride._core.arrays")
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(go.MissingExtraError, match="bridge needs NumPy: pip install numpy"):
+        go.bridge(cube_rule)
