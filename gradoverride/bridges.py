@@ -97,6 +97,7 @@ def _bridged(attach: Callable[[Any], Any], kind: Any, fn: Any) -> Any:
     functools.update_wrapper(forward, fn)
     if not hasattr(fn, "__name__"):
         forward.__name__ = type(fn).__name__
+    forward.__dict__["of_arrays"] = True
     signature = run.signature_of_ufunc()
     if signature is not None:
         forward.__dict__["__signature__"] = signature

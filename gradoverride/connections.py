@@ -178,10 +178,11 @@ def _check_wanted(names: tuple[str, ...] | None, values: tuple[Any, ...], who: s
     if in_functorch() or in_forward_ad() or any([tensor.requires_grad for tensor in tensors]):
         return
     if torch.is_grad_enabled() or who == "connect_":
+        given = values[0] if len(values) == 1 else values if names is None else dict(zip(names, values, strict=True))
         fail(
             GraphError,
             f"{who}: 'inputs' must hold a tensor that requires grad, for a gradient to reach it; got "
-            f"{what(values[0] if len(values) == 1 else values)} and none requires grad. Call requires_grad_(), or "
+            f"{what(given)} and none requires grad. Call requires_grad_(), or "
             "leave the connection out",
         )
 
@@ -257,7 +258,7 @@ def _readings(names: tuple[str, ...] | None, who: str) -> Readings:
     return Readings(
         Forward(
             _nothing,
-            name="connect",
+            name=who,
             place="",
             signature=inspect.Signature(parameters),
             reserved=("input", "output", "needs"),

@@ -37,7 +37,7 @@ from gradoverride._core.path_patch import check_names, check_path
 from gradoverride._core.paths import find
 from gradoverride._core.private import uncompiled
 from gradoverride._core.puts import Put, on_class, on_modules, on_path, on_thread
-from gradoverride._core.signature import Forward, Rule
+from gradoverride._core.signature import Forward, Rule, kind_of
 from gradoverride._core.targets import Class, Entry, Function, ImportPath, Match, Target, class_of, matches, modules_of
 from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
 from gradoverride.registries import Registry, as_registry, entries_of, read_target, registry
@@ -85,8 +85,8 @@ def override(model: Any, rules: Any = None, /) -> Override:
     if not isinstance(model, nn.Module):
         if rules is not None or not isinstance(model, (Registry, Mapping, str)):
             raise TargetError(
-                f"override: 'model' must be a module; got {_kind(model)}. Give the model first, then the rules; or the "
-                "rules alone, for the whole process"
+                f"override: 'model' must be a module; got {kind_of(model)}. Give the model first, then the rules; or "
+                "the rules alone, for the whole process"
             )
         return _override_everywhere(_read(model))
     return _override_in(model, registry if rules is None else _read(rules))
@@ -98,7 +98,9 @@ def _read(rules: Any) -> Registry:
 
         return published(rules)
     if not isinstance(rules, (Registry, Mapping)):
-        raise TargetError(f"override: 'rules' must be a Registry or a mapping of targets to rules; got {_kind(rules)}")
+        raise TargetError(
+            f"override: 'rules' must be a Registry or a mapping of targets to rules; got {kind_of(rules)}"
+        )
     return as_registry(rules)
 
 
@@ -265,7 +267,7 @@ def remove_overrides(model: nn.Module) -> None:
 
 def _check_model(who: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise TargetError(f"{who}: 'model' must be a module; got {_kind(model)}")
+        raise TargetError(f"{who}: 'model' must be a module; got {kind_of(model)}")
 
 
 def explain(model: nn.Module | None = None) -> Table:
@@ -433,7 +435,3 @@ def _cells(row: Row, tag: str) -> str:
 def _row(path: str, cls: str, layer: Layer | FunctionLayer, calls: int | None) -> Row:
     said = "compiled" if calls is None else str(calls)
     return Row(path or "(the model)", cls, layer.target, layer.rule.who, said)
-
-
-def _kind(value: Any) -> str:
-    return f"the class '{value.__name__}'" if isinstance(value, type) else f"a {type(value).__name__}"

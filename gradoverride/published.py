@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from gradoverride._core.signature import kind_of
 from gradoverride.errors import TargetError, TargetNotFoundError
 from gradoverride.registries import Registry, as_registry
 
@@ -74,7 +75,7 @@ def _loaded(entry: EntryPoint) -> Registry:
     if not isinstance(value, (Registry, Mapping)):
         raise TargetError(
             f"override: what {_package(entry)} publishes as '{entry.name}' must be a Registry or a mapping of targets "
-            f"to rules; '{entry.value}' is a {type(value).__name__}"
+            f"to rules; '{entry.value}' is {kind_of(value)}"
         )
     return as_registry(value)
 

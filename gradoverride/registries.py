@@ -15,7 +15,7 @@ from torch import nn
 
 from gradoverride._core.functions import is_of_torch, name_of_function
 from gradoverride._core.scan import location
-from gradoverride._core.signature import RESERVED, Rule, name_of, takes
+from gradoverride._core.signature import RESERVED, Rule, kind_of, name_of, takes
 from gradoverride._core.targets import Class, Entry, Function, Glob, ImportPath, Instance, Predicate, Target
 from gradoverride.errors import TargetError
 
@@ -47,13 +47,13 @@ class Registry:
     def __init__(self, name: str = "", rules: Registry | Mapping[Any, Callable[..., Any]] | None = None) -> None:
         if not isinstance(name, str):
             raise TargetError(
-                f"Registry: 'name' must be a string; got a {type(name).__name__}. Give the name first, then the rules: "
+                f"Registry: 'name' must be a string; got {kind_of(name)}. Give the name first, then the rules: "
                 "Registry('mine', {nn.ReLU: rule})"
             )
         if rules is not None and not isinstance(rules, (Registry, Mapping)):
             raise TargetError(
-                "Registry: 'rules' must be a Registry or a mapping of targets to rules, {nn.ReLU: rule}; got a "
-                f"{type(rules).__name__}"
+                "Registry: 'rules' must be a Registry or a mapping of targets to rules, {nn.ReLU: rule}; got "
+                f"{kind_of(rules)}"
             )
         self.name = name
         self._entries: list[Entry] = []
@@ -157,7 +157,7 @@ def read_target(value: Any) -> Target:
     several = ". Several targets of one rule: register(nn.ReLU, F.relu)(rule)" if isinstance(value, tuple) else ""
     raise TargetError(
         "a target is a module, a class of modules, a glob over dotted names, a predicate (name, module) -> bool, a "
-        f"function of torch or an import path 'package.module:attribute'; got a {type(value).__name__}{several}"
+        f"function of torch or an import path 'package.module:attribute'; got {kind_of(value)}{several}"
     )
 
 

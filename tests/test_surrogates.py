@@ -483,3 +483,14 @@ def test_a_surrogate_without_a_derivative_says_so():
 
     with pytest.raises(NotImplementedError, match=r"nothing must define `of\(self, grad, x\)`"):
         gradient(nothing(), noise(2))
+
+
+def test_error_in_a_surrogate_says_which():
+    def broken(x):
+        raise KeyError("inside")
+
+    with pytest.raises(KeyError) as error:
+        go.straight_through(torch.round, surrogate=broken)(torch.ones(3, requires_grad=True))
+    (note,) = error.value.__notes__
+    assert note.startswith("in the surrogate 'broken' (")
+    assert note.endswith("of 'round' (built in)")

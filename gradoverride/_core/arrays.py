@@ -32,13 +32,18 @@ class Kind:
 
     work: torch.dtype | None = None
 
-    def array(self, tensor: Tensor) -> numpy.ndarray[Any, Any]:
-        """A copy of `tensor` as an array."""
+    def array(self, tensor: Tensor, who: str) -> numpy.ndarray[Any, Any]:
+        """A copy of `tensor` as an array, for `who`."""
         if hasattr(tensor, "full_tensor"):
             raise UnsupportedError(
                 f"a bridge must be given plain tensors, to turn them into arrays; it got a DTensor of shape "
                 f"{shape_text(tensor.shape)}, of which this process has a part. Give it tensor.full_tensor(), or "
                 "tensor.to_local()"
+            )
+        if tensor.layout is not torch.strided:
+            raise UnsupportedError(
+                f"{who} must be given dense tensors by its bridge, to turn them into arrays; it got one of layout "
+                f"{tensor.layout} of shape {shape_text(tensor.shape)}. Give it tensor.to_dense()"
             )
         tensor = tensor.detach()
         dtype = tensor.dtype
@@ -100,7 +105,7 @@ class _Run:
         self.result: Any = None  # its structure
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        args, kwargs = unflatten(self.spec, iter([self.kind.array(tensor) for tensor in tensors]))
+        args, kwargs = unflatten(self.spec, iter([self.kind.array(tensor, self.who) for tensor in tensors]))
         result = self.fn(*args, **kwargs)
         arrays: list[Any] = []
         self.result = flatten(result, lambda value: is_array(value) or isinstance(value, (float, complex)), arrays)
@@ -181,6 +186,7 @@ class ArrayForward:
 class ArrayRule:
     """A rule of arrays as one of tensors. Its own derivative is not known, and is refused."""
 
+    of_arrays = True
     writes_nothing = True  # into the gradient that it is given: the rule gets copies
 
     def __init__(self, rule: Callable[..., Any], kind: Kind) -> None:

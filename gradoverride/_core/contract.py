@@ -132,7 +132,7 @@ def conform(plan: Plan, path: tuple[Any, ...], value: Any, meta: Meta) -> Tensor
         _refuse(
             plan,
             f"must return a floating gradient for '{name}', which is {meta.dtype}; it returned {value.dtype}. "
-            f"Convert it with .to({meta.dtype})",
+            f"Convert it with {_cast(plan, meta.dtype)}",
         )
     return value.to(meta.dtype)
 
@@ -146,6 +146,12 @@ def conform_output(plan: Plan, value: Any, meta: Meta) -> Tensor:
             f"of the result; it got {what(value)}. Hand over grad_output, or what is made of it",
         )
     return conform(plan, ("output",), value, meta)
+
+
+def _cast(plan: Plan, dtype: torch.dtype) -> str:
+    """How a rule casts what it returns."""
+    of_arrays = getattr(plan.rule.fn, "of_arrays", False)
+    return f".astype('{str(dtype).removeprefix('torch.')}')" if of_arrays else f".to({dtype})"
 
 
 class Meta:

@@ -106,7 +106,11 @@ def _general(plan: Plan, x: Any, rule: Any) -> Any:
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[None, Any]:
     rule, reading = ctx.rule
     if reading.scales and (not reading.holds or holds_numbers(rule)):
-        answer = rule(grad_output)
+        try:
+            answer = rule(grad_output)
+        except Exception as error:
+            reading.plan_for(rule).note(error)
+            raise
         if type(answer) is Tensor:
             return None, answer
     plain = reading.plain

@@ -298,10 +298,11 @@ class ForwardPass:
                 f"it returned {what(result)}",
             )
         if not tensors:
+            kind = "array of numbers" if self.plan.forward.of_arrays else "tensor"
             fail(
                 ForwardResultError,
-                f"{self.plan.forward.who} must return at least one tensor, for its rule {self.plan.rule.who} to get "
-                f"a gradient; it returned {what(result)}. Return the tensor that the rule is about",
+                f"{self.plan.forward.who} must return at least one {kind}, for its rule {self.plan.rule.who} to get "
+                f"a gradient; it returned {what(result)}. Return the {kind} that the rule is about",
             )
         if getattr(self.plan.rule.fn, "needs_floating", False):
             kind = f" of {result.dtype}" if isinstance(result, Tensor) else ""

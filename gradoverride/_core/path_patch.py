@@ -26,7 +26,7 @@ from gradoverride._core.paths import PENDING, parts_of
 from gradoverride._core.plan import Plan
 from gradoverride._core.record import records
 from gradoverride._core.residuals import save_for_backward
-from gradoverride._core.signature import Forward, Made, Rule, resolve
+from gradoverride._core.signature import Forward, Made, Rule, kind_of, resolve
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import GradOverrideWarning, TargetError
 
@@ -41,9 +41,9 @@ def check_path(path: str, value: Any, rule: Rule) -> None:
         return
     inner = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
     if isinstance(inner, type) or not callable(inner):
-        kind = f"the class '{inner.__name__}'" if isinstance(inner, type) else f"a {type(inner).__name__}"
         raise TargetError(
-            f"override of path '{path}': it must name a function, a method or a class of modules; it names {kind}"
+            f"override of path '{path}': it must name a function, a method or a class of modules; it names "
+            f"{kind_of(inner)}"
         )
     attribute = path.partition(":")[2]
     check_names(_forward(value, attribute, in_class="." in attribute), rule)

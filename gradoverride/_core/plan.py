@@ -33,7 +33,7 @@ from gradoverride._core.signature import RESERVED, Forward, Rule, resolve, unkno
 from gradoverride._core.tracers import EXPORT, recorded_as, warn
 from gradoverride.errors import ForwardResultError, GradOverrideWarning, RuleResultError, RuleSignatureError
 
-__all__ = ["Layout", "Plan"]
+__all__ = ["Layout", "Plan", "add_note"]
 
 
 class Layout:
@@ -308,10 +308,7 @@ class Plan:
                 ", where the grad of each parameter is None until it is assigned: autograd adds it to what was "
                 "accumulated before. Assign it (=) before anything is added to it (+=)"
             )
-        if hasattr(error, "add_note"):
-            error.add_note(note)
-        else:  # Python 3.10
-            error.__dict__["__notes__"] = [*getattr(error, "__notes__", []), note]
+        add_note(error, note)
 
     def refuse_written(self) -> NoReturn:
         """The rule wrote into the gradient itself."""
@@ -330,3 +327,11 @@ class Plan:
                 f"differentiable argument, for the gradient to pass straight through; it returned one of shape "
                 f"{shape_text(result)}. Give a surrogate with that result: straight_through(surrogate=...)",
             )
+
+
+def add_note(error: Exception, note: str) -> None:
+    """Let `error` say besides where it was."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:  # Python 3.10
+        error.__dict__["__notes__"] = [*getattr(error, "__notes__", []), note]

@@ -23,6 +23,7 @@ __all__ = [
     "Forward",
     "Made",
     "Rule",
+    "kind_of",
     "name_of",
     "passing",
     "resolve",
@@ -48,8 +49,8 @@ def name_of(fn: Any) -> str:
     while isinstance(fn, functools.partial):
         fn = fn.func
     name = getattr(fn, "__name__", None)
-    if name is None or name == type(fn).__name__:  # a scripted function may have that of its class
-        name = getattr(fn, "name", None)
+    if (name is None or name == type(fn).__name__) and type(fn).__module__.startswith("torch."):
+        name = getattr(fn, "name", None)  # a scripted function may have that of its class for its own
     return name if isinstance(name, str) else type(fn).__name__
 
 
@@ -79,7 +80,9 @@ class Forward:
         self.place = scan.location(fn) if place is None else place
         self.signature = signature or _signature(fn)
         self.receiver = receiver  # the object that a bound method is bound to
-        self.reserved = reserved  # those that it has something for
+        self.of_arrays = getattr(fn, "of_arrays", False)  # see `bridge`
+        none = ("vjp", "params") if self.of_arrays else ()
+        self.reserved = tuple([name for name in reserved if name not in none])  # those that it has something for
         self.lacks = lacks  # what to say of the others
         parameters = [] if self.signature is None else list(self.signature.parameters.values())
         self.named_so = bool(parameters) and parameters[0].name in _RECEIVERS
@@ -126,7 +129,9 @@ class Rule:
         straight_through: bool = False,
     ) -> None:
         if isinstance(fn, type) or not callable(fn):
-            raise RuleSignatureError(f"a rule is a function of the gradient, `rule(grad_output, ...)`; got {_kind(fn)}")
+            raise RuleSignatureError(
+                f"a rule is a function of the gradient, `rule(grad_output, ...)`; got {kind_of(fn)}"
+            )
         self.fn = fn
         self.number = next(_numbers)
         self.passes = "<locals>" in getattr(fn, "__qualname__", ""), self.number  # see `passing`
@@ -373,5 +378,11 @@ def _printable(name: str) -> str:
     return name if name.isidentifier() else "rule"
 
 
-def _kind(value: Any) -> str:
-    return f"the class '{value.__name__}'" if isinstance(value, type) else f"a {type(value).__name__}"
+def kind_of(value: Any) -> str:
+    """What a value of a wrong kind is, in messages."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class '{value.__name__}'"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradoverride._core import captured
 from gradoverride._core.call import is_differentiable
 from gradoverride._core.contract import shape_text, what
-from gradoverride._core.plan import Plan
+from gradoverride._core.plan import Plan, add_note
 from gradoverride._core.private import evaluated_while_tracing, fail, in_forward_ad, in_functorch, saves_plainly
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, Rule, name_of
@@ -74,7 +74,11 @@ class SurrogateRule:
         """Look at the surrogate once before any gradient is asked for: an error then says which call it was."""
         with torch.enable_grad():
             alias = input.detach().requires_grad_()
-            given = self.surrogate(alias)
+            try:
+                given = self.surrogate(alias)
+            except Exception as error:
+                add_note(error, f"in the {self.who}")
+                raise
         self._check_shape(given, result)
         self._check_differentiable(given)
         self._check_captured(given, alias)

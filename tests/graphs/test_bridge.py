@@ -555,7 +555,7 @@ def test_wrong_shape_pollutes_no_grad():
 
 
 def test_result_without_an_array():
-    with pytest.raises(go.ForwardResultError, match=r"must return at least one tensor.*it returned 'text', a str"):
+    with pytest.raises(go.ForwardResultError, match=r"must return at least one array.*it returned 'text', a str"):
         go.bridge(lambda g: g)(lambda x: "text")(noise(3))
 
 
@@ -578,3 +578,22 @@ def test_without_numpy_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "numpy", None)
     with pytest.raises(go.MissingExtraError, match="bridge needs NumPy: pip install numpy"):
         go.bridge(cube_rule)
+
+
+def test_messages_are_about_arrays():
+    x = noise(3)
+    with pytest.raises(
+        go.RuleSignatureError, match=r"offers 'x'; always there are 'input', 'output', 'needs', 'module'"
+    ):
+        go.bridge(lambda g, weigth: g)(lambda x: x)
+    with pytest.raises(go.RuleResultError, match=r"it returned torch.int64. Convert it with .astype\('float64'\)"):
+        go.bridge(lambda g: numpy.ones(3, int))(lambda x: x)(x).sum().backward()
+    text = r"must return at least one array of numbers, .*; it returned a ndarray. Return the array of numbers"
+    with pytest.raises(go.ForwardResultError, match=text):
+        go.bridge(lambda g: g)(lambda x: x.astype(object))(x)
+
+
+def test_sparse_tensor_is_refused():
+    text = r"'.*' \(.*\) must be given dense tensors .*; it got one of layout torch.sparse_coo of .*to_dense\(\)"
+    with pytest.raises(go.UnsupportedError, match=text):
+        go.bridge(lambda g: g)(lambda x: x)(torch.ones(3).to_sparse().requires_grad_())

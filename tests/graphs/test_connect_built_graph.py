@@ -522,3 +522,21 @@ def test_shared_graph_must_be_kept():
     x, loss = build()
     loss.backward(retain_graph=True)
     closely(x.grad, 3 * x.detach().exp() ** 3)
+
+
+def test_errors_say_connect_():
+    x, leaf = noise(3), noise(3)
+
+    def broken(g):
+        raise KeyError("inside")
+
+    go.connect_(leaf, x, broken)
+    with pytest.raises(KeyError) as error:
+        leaf.sum().backward()
+    assert error.value.__notes__[0].endswith("of 'connect_'")
+    with pytest.raises(
+        go.RuleSignatureError, match=r"asks for 'nope', which does not exist\. 'connect_' offers 'input'"
+    ):
+        go.connect_(leaf, x, lambda g, nope: g)
+    with pytest.raises(go.GraphError, match=r"connect_: 'inputs' must hold .*; got a dict with the keys \(none\)"):
+        go.connect_(leaf, {})

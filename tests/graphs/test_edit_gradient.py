@@ -3,6 +3,7 @@
 import functools
 import gc
 import pickle
+import re
 import types
 import weakref
 from collections import UserDict, UserList, deque
@@ -721,7 +722,7 @@ def test_unknown_name():
 
 
 def test_rule_is_looked_at_where_no_gradient_is_wanted():
-    with pytest.raises(go.RuleSignatureError, match="got a int"):
+    with pytest.raises(go.RuleSignatureError, match="got an int"):
         go.edit_gradient(noise(3, grad=False), 3)
 
 
@@ -776,6 +777,25 @@ def test_error_in_a_rule_says_which():
         go.edit_gradient(noise(3), broken).sum().backward()
     assert "in the rule 'broken'" in error.value.__notes__[0]
     assert "of 'edit_gradient'" in error.value.__notes__[0]
+
+
+def test_error_in_arithmetic_says_which():
+    with pytest.raises(ZeroDivisionError) as error:
+        go.edit_gradient(noise(3), lambda g: g * (1 / 0)).sum().backward()
+    (note,) = error.value.__notes__
+    assert re.fullmatch(rf"in the rule '<lambda>' {HERE} of 'edit_gradient'", note)
+
+
+def test_option_called_name_is_not_taken_for_the_name_of_the_rule():
+    x = noise(3)
+    with pytest.raises(go.NonFiniteGradientError) as error:
+        (go.edit_gradient(x, go.rules.check_finite("h")) / 0).sum().backward()
+    assert error.value.__notes__[0].startswith("in the rule 'check_finite' (")
+
+
+def test_rule_that_is_none_is_called_none():
+    with pytest.raises(go.RuleSignatureError, match="got None"):
+        go.edit_gradient(noise(3), None)
 
 
 def test_graph_error_is_a_value_error_and_pickles():

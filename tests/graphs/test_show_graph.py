@@ -243,8 +243,8 @@ def test_connection_is_a_dashed_edge_into_the_other_graph():
     drawing = go.show_graph(loss, named)
     assert [drawing.nodes[edge.start].name for edge in drawing.edges if edge.connected] == ["leaf"]
     assert edges(drawing)[-3:] == [
-        ("leaf", "connect", "(3,)"),
-        ("connect", "SinBackward0", "(3,)"),
+        ("leaf", "connect_", "(3,)"),
+        ("connect_", "SinBackward0", "(3,)"),
         ("SinBackward0", "x", "(3,)"),
     ]
     assert '-.->|"(3,)"|' in drawing.mermaid

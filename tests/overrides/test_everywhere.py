@@ -459,7 +459,7 @@ def test_what_names_modules_of_a_model_needs_one(target, text):
 
 
 def test_what_is_no_registry_is_an_error():
-    with pytest.raises(go.TargetError, match=r"'model' must be a module; got a int.*or the rules alone"):
+    with pytest.raises(go.TargetError, match=r"'model' must be a module; got an int.*or the rules alone"):
         go.override(3)
     with pytest.raises(go.TargetError, match="'model' must be a module; got a dict"):
         go.override({nn.ReLU: negated}, {nn.ReLU: negated})

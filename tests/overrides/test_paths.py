@@ -288,7 +288,7 @@ class TestWhatIsImportedLater:
         ("path", "text"),
         [
             (CUBE, r"asks for 'skale', which does not exist"),
-            ("thirdparty.functions:NUMBER", r"must name a function, a method or a class of modules; it names a int"),
+            ("thirdparty.functions:NUMBER", r"must name a function, a method or a class of modules; it names an int"),
         ],
     )
     def test_where_the_rule_does_not_fit_is_warned_of_and_imported(self, package, x, path, text):
@@ -390,7 +390,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("path", "text"),
         [
-            ("thirdparty.functions:NUMBER", "must name a function, a method or a class of modules; it names a int"),
+            ("thirdparty.functions:NUMBER", "must name a function, a method or a class of modules; it names an int"),
             ("thirdparty.functions:", "reads 'package.module:attribute'"),
             (":cube", "reads 'package.module:attribute'"),
             ("a b:cube", "reads 'package.module:attribute'"),

@@ -75,7 +75,7 @@ def test_a_registry_of_another_package_is_given_by_its_name(package, name):
     ("name", "error", "text"),
     [
         ("dubling", go.TargetNotFoundError, r"under the name 'dubling'.*'doubling'.*Did you mean 'doubling'\?"),
-        ("of_a_number", go.TargetError, r"'thirdparty_rules' publishes as 'of_a_number' must be a Registry.*is a int"),
+        ("of_a_number", go.TargetError, r"'thirdparty_rules' publishes as 'of_a_number' must be a Registry.*is an int"),
         ("of_nothing", go.TargetError, r"'of_nothing' of 'thirdparty_rules' must be at 'thirdparty_rules:nothing'"),
         ("guided_backprop", go.TargetError, r"one package alone must publish.*'gradoverride'"),
     ],

@@ -282,7 +282,7 @@ BAD_TARGETS = {
     "number": (
         3,
         r"a target is a module, a class of modules, a glob over dotted names, a predicate .*, a function of torch or "
-        "an import path 'package.module:attribute'; got a int",
+        "an import path 'package.module:attribute'; got an int",
     ),
     "several": ((nn.ReLU, F.relu), r"; got a tuple. Several targets of one rule: register\(nn.ReLU, F.relu\)\(rule\)"),
     "operator": (operator.mul, r"'mul' \(built in\) is an operator of Python. Give the function .*: torch.mul"),
@@ -316,7 +316,7 @@ def test_a_glob_for_a_model_without_parts_is_an_error_that_says_so():
         go.override(nn.ReLU(), {"*": guided})
 
 
-@pytest.mark.parametrize(("given", "text"), [(3, "a int"), (nn.ReLU, "the class 'ReLU'")])
+@pytest.mark.parametrize(("given", "text"), [(3, "an int"), (nn.ReLU, "the class 'ReLU'")])
 def test_what_is_told_of_and_cleared_must_be_a_module(given, text):
     with pytest.raises(go.TargetError, match=f"explain: 'model' must be a module; got {text}"):
         go.explain(given)
