@@ -71,12 +71,15 @@ def edit_gradient_(tensor_or_node: Tensor | Node, rule: Callable[..., Any]) -> G
     What comes back can be left or removed (`handle.remove()`), and is in force until then: for every backward pass,
     and for `torch.autograd.grad` with respect to the tensor itself. Of a leaf (a parameter) it is the gradient of each
     backward pass, before it is accumulated. Several edits of one tensor follow each other in the order in which they
-    were made.
+    were made; where its node has edits besides, all of the tensor's come at the place of the first of them.
 
     The rule of a tensor may ask for its value, as in `edit_gradient`; that of a leaf is the one that it has when the
-    pass runs. After a write in place the edit stays with what was before the write. The rule of a node is given the
-    gradient of the node's result; of one with several (a `chunk`) a tuple of them, zeros where there is none, and
-    returns a tuple. Rules run under the autocast state in which the edit was made.
+    pass runs. After a write in place the edit stays with what was before the write. The exception is a view: where it,
+    or what it is a view of, is written into, torch gives it another node, and an edit that was made before has no
+    effect on what is computed from it after. Make it after the write.
+
+    The rule of a node is given the gradient of the node's result; of one with several (a `chunk`) a tuple of them,
+    zeros where there is none, and returns a tuple. Rules run under the autocast state in which the edit was made.
 
     What compiled code has computed is one node: an edit of its result sees the gradient that comes from outside. Within
     such code it raises `UnsupportedError`.
@@ -135,6 +138,7 @@ _of_tensor = Readings(
         "edit_gradient before the graph is built",
     )
 )
+_of_node = Readings(Forward(lambda result: result, name="edit_gradient_", place=""))
 
 
 def _edit_tensor(tensor: Tensor, rule: Any) -> GradientEdit:
@@ -206,12 +210,13 @@ class _Value:
 
 
 def _edit_node(node: Node, rule: Any) -> GradientEdit:
-    reading = _of_tensor.of(rule)
-    if reading.sources:
+    asked = _of_tensor.of(rule).sources
+    if asked:
         raise RuleSignatureError(
-            f"rule {Rule(rule).who} asks for '{next(iter(reading.sources))}', and a node keeps no value of its result. "
+            f"rule {Rule(rule).who} asks for '{next(iter(asked))}', and a node keeps no value of its result. "
             "Give edit_gradient_ the tensor instead of the node"
         )
+    reading = _of_node.of(rule)
     _refuse_freed(node)
     metas = results_of(node)
     if metas is None:

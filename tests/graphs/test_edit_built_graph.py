@@ -116,6 +116,23 @@ def test_several_edits_follow_in_the_order_they_were_made():
     closely(grad(chain.result, chain.middle), (chain.grad_of_more_operations + 1) * 2)
 
 
+@pytest.mark.parametrize(("made", "run"), [("TNT", "TTN"), ("NTT", "NTT"), ("NTN", "NTN"), ("TNN", "TNN")])
+def test_edits_of_a_tensor_come_at_the_place_of_the_first_among_those_of_its_node(made, run):
+    chain, ran = Chain(), []
+
+    def noted(kind):
+        def rule(g):
+            ran.append(kind)
+            return g
+
+        return rule
+
+    for kind in made:
+        go.edit_gradient_(chain.middle if kind == "T" else chain.middle.grad_fn, noted(kind))
+    chain.result.backward()
+    assert "".join(ran) == run
+
+
 def test_none_stops_the_gradient():
     chain = Chain()
     go.edit_gradient_(chain.middle, lambda g: None)
@@ -377,6 +394,15 @@ def test_edit_stays_with_what_was_before_a_write_in_place():
     go.edit_gradient_(middle, lambda g: g.square())
     middle.mul_(3)
     closely(grad(middle.sum(), x), torch.full_like(x, 9))
+
+
+def test_view_is_edited_after_it_was_written_into():
+    x = noise(4)
+    base = x * 1
+    view = base[:2]
+    view.mul_(2)
+    go.edit_gradient_(view, lambda g: g * 10)
+    closely(grad(view.sum(), x), torch.tensor([20.0, 20, 0, 0]).double())
 
 
 def test_in_compiled_code_it_is_refused():
@@ -664,7 +690,7 @@ def test_wrong_count_of_a_node_with_several_results():
     x = noise(6)
     left, right = (x * 1).chunk(2)
     go.edit_gradient_(left.grad_fn, lambda g: g[0])
-    with pytest.raises(go.RuleResultError, match=r"mirrors the structure of 'x', \(\*, \*\)"):
+    with pytest.raises(go.RuleResultError, match=r"mirrors the structure of 'result', \(\*, \*\)"):
         grad((left * right).sum(), x)
 
 
