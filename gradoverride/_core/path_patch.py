@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from types import CellType, FrameType, FunctionType, ModuleType
+from collections.abc import Callable, Iterator, Sequence
+from types import CellType, ClassMethodDescriptorType, FrameType, FunctionType, ModuleType
 from typing import Any
 
+from torch.autograd import Function
 from torch.compiler import is_dynamo_compiling as compiling
 
 from gradoverride._core import everywhere, scan
 from gradoverride._core.function_mode import count, here, note_unrecorded
 from gradoverride._core.imports import resolve_path
-from gradoverride._core.layers import FunctionLayer
+from gradoverride._core.layers import FunctionLayer, FunctionRule
 from gradoverride._core.paths import PENDING, parts_of
 from gradoverride._core.plan import Plan
+from gradoverride._core.private import fail
 from gradoverride._core.record import records
 from gradoverride._core.residuals import save_for_backward
 from gradoverride._core.signature import Forward, Made, Rule, kind_of, resolve
 from gradoverride._core.wrapper import make_wrapper
-from gradoverride.errors import GradOverrideWarning, TargetError
+from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
 
 __all__ = ["check_names", "check_path", "put_on_path", "take_off_path"]
 
@@ -39,7 +42,7 @@ def check_path(path: str, value: Any, rule: Rule) -> None:
     """Raise what is in the way of an override of the function `value`, before anything is changed."""
     if value is PENDING:
         return
-    inner = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    inner = _within(value)
     if isinstance(inner, type) or not callable(inner):
         raise TargetError(
             f"override of path '{path}': it must name a function, a method or a class of modules; it names "
@@ -89,14 +92,15 @@ class _Replacement:
         parent, name, standing = resolve_path(sys.modules[module_name], self.attribute)
         self.parent = parent
         self.original: Any = inherited.original if inherited else everywhere.without_inert(standing)
-        self.kind = type(self.original) if isinstance(self.original, (staticmethod, classmethod)) else None
-        self.function = self.original.__func__ if self.kind is not None else self.original
+        self.kind = _kind(self.original)
+        self.function = _within(self.original)
         self.in_class = isinstance(parent, type)
         self.places: list[tuple[Any, str, bool]] = [(parent, name, name in vars(parent))]
         for value in [self.original] if standing is self.original else [self.original, standing]:
             self.places += [place for place in _named_so(value) if place[:2] != (parent, name)]
         if standing is self.original:
             self._warn_of_others()
+        self.backward = _Backward(path, parent) if name == "apply" and _is_of_autograd(parent) else None
 
         run = self.function
 
@@ -125,6 +129,8 @@ class _Replacement:
         for layer, scoped in layers:
             run = self._step(layer, scoped, run)
         self.run_from_now_on(run)
+        if self.backward is not None:
+            self.backward.refuse([None if not scoped else layer.key for layer, scoped in layers])
         self._tell()
 
     def _tell(self) -> None:
@@ -159,6 +165,8 @@ class _Replacement:
                 setattr(place, attribute, original)
             else:
                 delattr(place, attribute)
+        if self.backward is not None:
+            self.backward.take_out()
         self._tell()
 
     def _warn_of_others(self) -> None:
@@ -173,10 +181,75 @@ class _Replacement:
             )
 
 
+def _is_of_autograd(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Function) and isinstance(_backward_of(value), staticmethod)
+
+
+def _backward_of(function: Any) -> Any:
+    return inspect.getattr_static(function, "backward", None)
+
+
+class _Backward:
+    """The backward of a Function whose `apply` has rules. Dynamo knows what `apply` is and passes ours by, and traces
+    the backward: which says so there.
+    """
+
+    def __init__(self, path: str, function: Any) -> None:
+        self.function = function
+        self.own = "backward" in vars(function)
+        self.original = _backward_of(function)
+        run = self.original.__func__
+        keys: Sequence[FunctionRule | None] = ()
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if compiling() and any([key is None or key in here.active for key in keys]):
+                fail(
+                    UnsupportedError,
+                    f"override of path '{path}': the 'apply' of an autograd.Function must be called uncompiled to be "
+                    "overridden, for torch.compile knows what it is and passes the rule by. Give the path of a "
+                    "function that calls it, or leave that uncompiled",
+                )
+            return run(ctx, *grads)
+
+        def refuse(found: Sequence[FunctionRule | None]) -> None:
+            nonlocal keys  # Dynamo may see no object of ours here
+            keys = found
+
+        self.refuse = refuse
+        self.stand_in = staticmethod(functools.update_wrapper(backward, run, updated=()))
+        function.backward = self.stand_in
+
+    def take_out(self) -> None:
+        if vars(self.function).get("backward") is not self.stand_in:
+            return  # somebody has put another one there
+        if self.own:
+            self.function.backward = self.original
+        else:
+            del self.function.backward
+
+
 def _forward(original: Any, attribute: str, *, in_class: bool, fn: Any = None) -> Forward:
     """A function as its rule sees it. In a class it is a method, if it is not static."""
-    inner = original.__func__ if isinstance(original, (staticmethod, classmethod)) else original
-    return Forward(fn or inner, name=attribute, method=in_class and not isinstance(original, staticmethod))
+    return Forward(fn or _within(original), name=attribute, method=in_class and not isinstance(original, staticmethod))
+
+
+def _kind(value: Any) -> type | None:
+    """Of what stands in a class and is no method of its instances: `staticmethod` or `classmethod`."""
+    if isinstance(value, ClassMethodDescriptorType):
+        return classmethod
+    return type(value) if isinstance(value, (staticmethod, classmethod)) else None
+
+
+def _within(value: Any) -> Any:
+    """The function in a static or class method; for one in C, as `apply` of a Function may be, one that calls it."""
+    if isinstance(value, ClassMethodDescriptorType):
+
+        def of_class(cls: Any, /, *args: Any, **kwargs: Any) -> Any:
+            return value(cls, *args, **kwargs)
+
+        of_class.__name__ = of_class.__qualname__ = value.__name__
+        return of_class
+    return value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
 
 
 def _named_so(value: Any) -> Iterator[tuple[Any, str, bool]]:

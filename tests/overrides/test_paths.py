@@ -49,6 +49,22 @@ SOURCE = {
             def forward(self, x):
                 return 2 * super().forward(x)
 
+        class Spike(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, shift=0.0):
+                return (x > shift).to(x)
+
+            @staticmethod
+            def backward(ctx, grad_output):
+                return grad_output, None
+
+        def spike(x):
+            return Spike.apply(x, 0.5)
+
+        class Spiking(nn.Module):
+            def forward(self, x):
+                return spike(x)
+
         NUMBER = 3
     """,
     "users": """
@@ -214,6 +230,59 @@ class TestMethod:
             exactly(gradient(functions.Block().step, x), plain)
             closely(gradient(functions.Derived().step, x), 2 * plain)
         assert "step" not in vars(functions.Derived)
+
+
+class TestApplyOfAFunction:
+    """A surrogate gradient in somebody's package, which is named by its `apply`."""
+
+    SPIKE = "thirdparty.functions:Spike.apply"
+
+    @pytest.mark.parametrize("scoped", [False, True], ids=["process", "model"])
+    def test_has_the_rule(self, functions, x, scoped):
+        model = functions.Spiking()
+        plain = gradient(model, x)
+        before = dict(vars(functions.Spike))
+        rules = {self.SPIKE: tripled_first}
+        with go.override(model, rules) if scoped else go.override(rules) as plan:
+            closely(gradient(model, x), 3 * plain)
+            assert [row.calls for row in plan.table] == ["1"]
+        assert dict(vars(functions.Spike)) == before
+        exactly(gradient(model, x), plain)
+
+    def test_has_an_entry_for_each_of_its_arguments(self, functions, x):
+        with go.override({self.SPIKE: lambda grad_output: (5 * grad_output, None)}):
+            exactly(gradient(functions.spike, x), 5 * gradient(lambda x: x.view_as(x), x))
+
+    def test_of_a_derived_function_alone(self, functions, x):
+        class Derived(functions.Spike):
+            pass
+
+        functions.Derived = Derived
+        with go.override({"thirdparty.functions:Derived.apply": tripled_first}):
+            closely(gradient(Derived.apply, x), 3 * gradient(functions.Spike.apply, x))
+
+    @pytest.mark.parametrize("scoped", [False, True], ids=["process", "model"])
+    def test_is_refused_in_compiled_code_for_dynamo_passes_it_by(self, functions, x, scoped):
+        model = functions.Spiking()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        plain = gradient(compiled, x)
+        rules = {self.SPIKE: tripled_first}
+        with go.override(model, rules) if scoped else go.override(rules):
+            with pytest.raises(go.UnsupportedError, match=r"'thirdparty.functions:Spike.apply'.*must be called uncomp"):
+                compiled(x)
+            gradient(model, x)
+        closely(gradient(compiled, x), plain)
+
+    def test_other_models_may_be_compiled_meanwhile(self, functions, x):
+        model, other = functions.Spiking(), torch.compile(functions.spike, backend="aot_eager", fullgraph=True)
+        with go.override(model, {self.SPIKE: tripled_first}):
+            closely(gradient(other, x), gradient(functions.spike, x))
+            gradient(model, x)
+
+
+def tripled_first(grad_output, vjp):
+    found = vjp(grad_output)
+    return (3 * found[0], None) if isinstance(found, tuple) else 3 * found
 
 
 class TestClass:
