@@ -36,7 +36,7 @@ from gradoverride._core.overridden import (
 from gradoverride._core.path_patch import check_names, check_path
 from gradoverride._core.paths import find
 from gradoverride._core.private import uncompiled
-from gradoverride._core.puts import Put, on_class, on_modules, on_path, on_thread
+from gradoverride._core.puts import Put, on_class, on_modules, on_none, on_path, on_thread
 from gradoverride._core.signature import Forward, Rule, kind_of
 from gradoverride._core.targets import Class, Entry, Function, ImportPath, Match, Target, class_of, matches, modules_of
 from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
@@ -136,12 +136,15 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
         name = str(target.name)
         nth = max([sum([_is_same(layer, name, rule) for layer in functions]) for functions in before], default=0)
         layer = FunctionLayer(name, rule, "", names_of[target], order, nth)
-        for names, lists in calling.values():
-            if names is None or name in names:
-                for added in lists:
-                    added.append(layer)
+        in_torch = isinstance(target, ImportPath) and name.startswith("torch.")
+        takers = [lists for names, lists in calling.values() if names is None or name in names or in_torch]
+        for lists in takers:
+            for added in lists:
+                added.append(layer)
         if isinstance(target, ImportPath):
             puts.append(partial(on_path, target.value, layer, scoped=True))
+        elif not takers:
+            puts.append(partial(on_none, model, layer))
     if called or everywhere.functions:
         for module, added in placed.values():
             check_order(module, added)

@@ -27,6 +27,7 @@ __all__ = [
     "calls_that_are",
     "every_spelling",
     "is_of_torch",
+    "may_call",
     "name_of_function",
     "reaching",
     "signature_of",
@@ -76,13 +77,33 @@ def every_spelling() -> Iterator[Any]:
 @functools.cache
 def _known() -> dict[str, dict[Any, None]]:
     found: dict[str, dict[Any, None]] = {}
+    for name, value, _ in _listed():
+        found.setdefault(name, {}).setdefault(value, None)
+    return found
+
+
+@functools.cache
+def _words() -> dict[str, frozenset[str]]:
+    """By name of a function, what code says to call it: the names that torch has it under, its own, operators."""
+    found: dict[str, set[str]] = {}
+    for name, value, attribute in _listed():
+        found.setdefault(name, set()).update((attribute, value.__name__))
+    for operator, name in _DUNDERS.items():
+        found.setdefault(name, set()).add(operator)
+    return {name: frozenset(words) for name, words in found.items()}
+
+
+@functools.cache
+def _listed() -> list[tuple[str, Any, str]]:
+    """Where torch has functions: the name of each as a target, the function, and what it is called there."""
+    found: list[tuple[str, Any, str]] = []
     for space in (F, torch, Tensor, torch.special, torch.linalg, torch.fft):
         for attribute in dir(space):
             value = getattr(space, attribute)
             if callable(value) and not isinstance(value, type):
                 name = name_of_function(value)
                 if name is not None:
-                    found.setdefault(name, {}).setdefault(value, None)
+                    found.append((name, value, attribute))
     return found
 
 
@@ -208,8 +229,7 @@ _TAKES: dict[str, Callable[..., None]] = {
 @functools.lru_cache(maxsize=256)
 def reaching(names: frozenset[str]) -> dict[Any, Callable[..., Any]]:
     """Functions of torch in Python from which one of these functions may be called, opened: `opened`."""
-    wanted = {spelling.__name__ for name in names for spelling in _known().get(name, {})}
-    wanted.update(operator for operator, name in _DUNDERS.items() if name in names)
+    wanted = frozenset[str]().union(*[_words().get(name, ()) for name in names])
     return {
         function: opened(function)
         for function, mentioned in _mentioned().items()
@@ -226,7 +246,7 @@ def _mentioned() -> dict[FunctionType, set[str]]:
     def within(function: FunctionType, seen: set[FunctionType]) -> set[str]:
         seen.add(function)
         if function not in own:
-            own[function] = {*function.__code__.co_names, *_operators_in(function.__code__)}
+            own[function] = _names_in(function.__code__)
         found = set(own[function])
         for name in function.__code__.co_names:
             helper = function.__globals__.get(name)
@@ -234,7 +254,23 @@ def _mentioned() -> dict[FunctionType, set[str]]:
                 found |= within(helper, seen)
         return found
 
-    return {function: within(function, set()) for function in functions}
+    found = {function: within(function, set()) for function in functions}
+    by_name: dict[str, set[str]] = {}
+    for function, mentioned in found.items():
+        by_name.setdefault(function.__name__, set()).update(mentioned)
+    for mentioned in found.values():
+        ahead = [*mentioned]
+        while ahead:  # one may call another
+            further = by_name.get(ahead.pop(), set()) - mentioned
+            mentioned |= further
+            ahead += further
+    return found
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """The names and operators in this code and in what is nested in it."""
+    nested = [_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return {*code.co_names, *_operators_in(code)}.union(*nested)
 
 
 _OPERATORS = {
@@ -250,8 +286,59 @@ _OPERATORS = {
 
 
 def _operators_in(code: CodeType) -> set[str]:
-    signs = {step.argrepr.rstrip("=") for step in dis.get_instructions(code) if step.opname == "BINARY_OP"}
-    return {f"__{name}__" for sign, name in _OPERATORS.items() if sign in signs}
+    steps = list(dis.get_instructions(code))
+    signs = {step.argrepr.rstrip("=") for step in steps if step.opname == "BINARY_OP"}
+    negative = ["__neg__"] if any([step.opname == "UNARY_NEGATIVE" for step in steps]) else []
+    return {*negative, *[f"__{name}__" for sign, name in _OPERATORS.items() if sign in signs]}
+
+
+def may_call(cls: Any) -> frozenset[str] | None:
+    """The functions of torch that modules of this class may call, by name. None: any.
+
+    It is known of those of `torch.nn` alone, by the names in their code and in that of the functions in Python that
+    they call. More names than it calls do no harm.
+    """
+    return _may_call(cls, bare_forward(cls))
+
+
+@functools.lru_cache(maxsize=1024)
+def _may_call(cls: type, forward: Any) -> frozenset[str] | None:
+    if not cls.__module__.startswith("torch.nn.modules."):
+        return None
+    known = _mentioned()
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    mentioned: set[str] = set()
+    seen: set[Any] = set()
+    ahead = [forward]
+    while ahead:
+        function = ahead.pop()
+        if function in seen:
+            continue
+        seen.add(function)
+        if not isinstance(function, FunctionType) or not _is_of(function, "torch"):
+            return None
+        names = _names_in(function.__code__)
+        mentioned |= names
+        methods = [vars(base)[name] for name in names for base in bases if name in vars(base)]
+        ahead += [method.fget if isinstance(method, property) else method for method in methods]
+        for _, _, value in (*named(function, function.__code__), *of_modules(function, function.__code__)):
+            if isinstance(value, type) and issubclass(value, torch.autograd.Function):
+                return None
+            if isinstance(value, FunctionType) and value not in known and not _is_of(value, *_CALLING_NONE):
+                ahead.append(value)
+    for function, within in known.items():
+        if function.__name__ in mentioned:
+            mentioned = mentioned | within
+    return frozenset(name for name, words in _words().items() if words & mentioned)
+
+
+def _is_of(function: FunctionType, *packages: str) -> bool:
+    """Whether it was written in one of these: `functools.wraps` copies where it says that it is."""
+    module = f"{function.__globals__.get('__name__')}."
+    return any([module.startswith(f"{package}.") for package in packages])
+
+
+_CALLING_NONE = ("torch.jit", "torch._jit_internal", "torch.overrides", "torch.compiler", "warnings")
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from gradoverride._core import everywhere
 from gradoverride._core.chain import forward_of, links
-from gradoverride._core.functions import calls_that_are, is_of_torch
+from gradoverride._core.functions import may_call
 from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.overridden_class import base_of_class, overridden
 from gradoverride._core.plan import Plan
@@ -120,7 +120,7 @@ def functions_called(module: nn.Module) -> frozenset[str] | None:
     base = base_of(module)
     if everywhere.no_method(base):
         return frozenset()
-    return calls_that_are(base) if is_of_torch(base) and not module._modules else None
+    return None if module._modules else may_call(base)
 
 
 def _who(module: nn.Module, path: str) -> str:

@@ -19,7 +19,7 @@ from gradoverride._core.targets import Class, class_of
 from gradoverride._core.thread_mode import put_on_thread, take_off_thread
 from gradoverride.errors import GradOverrideWarning
 
-__all__ = ["Put", "on_class", "on_modules", "on_path", "on_thread"]
+__all__ = ["Put", "on_class", "on_modules", "on_none", "on_path", "on_thread"]
 
 
 class Put(NamedTuple):
@@ -50,6 +50,11 @@ def on_modules(model: nn.Module, placed: Sequence[tuple[nn.Module, Sequence[Laye
         else _put_on(module, layer, take_off)
         for layer, module in on.items()
     ]
+
+
+def on_none(model: nn.Module, layer: FunctionLayer) -> list[Put]:
+    """A rule for a function that no module of the model can call: to be told of, and warned of as never called."""
+    return [_of_functions(layer, class_of(model).__name__, lambda: None)]
 
 
 def _of_functions(layer: FunctionLayer, cls: str, take_off: Callable[[], None]) -> Put:

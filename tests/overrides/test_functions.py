@@ -378,6 +378,101 @@ class TestWhatTorchCallsItself:
             assert plan.table[0].calls == "1"
 
 
+def scaled(grad_output, vjp):
+    """Three times the gradient, whatever arguments the function takes."""
+    return threefold(vjp(grad_output))
+
+
+def threefold(found):
+    if isinstance(found, (tuple, list)):
+        return type(found)([threefold(part) for part in found])
+    return None if found is None else 3 * found
+
+
+class Tripled(torch.autograd.Function):
+    """The identity with a threefold gradient, to be put around a call by hand."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return 3 * grad_output
+
+
+around = Tripled.apply
+# By module of torch: a function that it calls, and the module written by hand with a threefold gradient around that.
+CALLED_WITHIN = {
+    "RNNCell": (
+        lambda: nn.RNNCell(3, 3),
+        torch.rnn_tanh_cell,
+        lambda m, x: around(torch.tanh(F.linear(x, m.weight_ih, m.bias_ih) + m.bias_hh)),
+    ),
+    "GRUCell": (lambda: nn.GRUCell(3, 3), torch.gru_cell, lambda m, x: around(m(x))),
+    "LSTM": (lambda: nn.LSTM(3, 3), torch.lstm, lambda m, x: around(m(x)[0])),
+    "GRU": (lambda: nn.GRU(3, 3), torch.gru, lambda m, x: around(m(x)[0])),
+    "RNN": (lambda: nn.RNN(3, 3), torch.rnn_tanh, lambda m, x: around(m(x)[0])),
+    "Tanhshrink": (nn.Tanhshrink, torch.tanh, lambda m, x: x - around(torch.tanh(x))),
+    "Softsign": (nn.Softsign, torch.abs, lambda m, x: x / (1 + around(x.abs()))),
+    "Softmin": (lambda: nn.Softmin(dim=-1), torch.neg, lambda m, x: torch.softmax(around(-x), -1)),
+    "LPPool1d": (
+        lambda: nn.LPPool1d(2, 2),
+        F.avg_pool1d,
+        lambda m, x: (2 * around(x.pow(2).unfold(1, 2, 2).mean(-1))).sqrt(),
+    ),
+}
+
+
+class TestModulesOfTorchThatAreCalledDirectly:
+    """Each has the rule for what its code calls, as it has within a parent."""
+
+    @pytest.mark.parametrize("name", CALLED_WITHIN)
+    def test_have_the_rules_for_what_they_call(self, name, x):
+        make, target, by_hand = CALLED_WITHIN[name]
+        model = make().double()
+
+        def run(x):
+            result = model(x)
+            return result[0] if isinstance(result, tuple) else result
+
+        expected = gradient(lambda x: by_hand(model, x), x)
+        with go.override(model, {target: scaled}) as plan:
+            closely(gradient(run, x), expected)
+        assert [row.calls for row in plan.table] == ["1"]
+        with go.override(nn.ModuleList([model]), {target: scaled}):
+            closely(gradient(run, x), expected)
+
+    def test_have_them_in_a_loss_too(self, x):
+        target = noise(5, 3, grad=False)
+        variance = noise(5, 3).detach().exp().requires_grad_()
+        by_hand = (0.5 * (around(variance.log()) + (x - target) ** 2 / variance)).mean()
+        (expected,) = torch.autograd.grad(by_hand, variance)
+        loss = nn.GaussianNLLLoss()
+        with go.override(loss, {torch.log: tripled}):
+            closely(torch.autograd.grad(loss(x, target, variance), variance)[0], expected)
+
+    def test_have_those_of_an_import_path_in_torch(self):
+        model, x = nn.Conv2d(2, 2, 3).double(), noise(1, 2, 5, 5)
+        expected = 3 * gradient(model, x)
+        with go.override(model, {"torch.nn.modules.conv:Conv2d._conv_forward": scaled}):
+            closely(gradient(model, x), expected)
+
+    def test_are_left_alone_where_they_do_not_call_it(self):
+        model = nn.ModuleList([nn.Linear(3, 3), nn.ReLU(), nn.BatchNorm1d(3), nn.Conv1d(3, 3, 1), nn.LSTM(3, 3)])
+        classes = [type(part) for part in model]
+        with pytest.warns(go.GradOverrideWarning, match="never ran"), go.override(model, {F.gelu: tripled}):
+            assert [type(part) for part in model] == classes
+
+
+@pytest.mark.parametrize("call", [torch.norm, torch.Tensor.norm], ids=["torch.norm", "Tensor.norm"])
+def test_what_functions_of_torch_call_that_call_others_has_its_rule(call, x):
+    model = Calls(lambda model, x: call(x, dim=-1))
+    expected = gradient(lambda x: around(x.pow(2).sum(-1).sqrt()), x)
+    with go.override(model, {torch.linalg.vector_norm: scaled}):
+        closely(gradient(model, x), expected)
+
+
 class TestOrder:
     """Overrides nest: the later one is outside, whichever has the function and whichever the module."""
 
@@ -906,6 +1001,28 @@ class TestErrors:
             go.override(model, {torch.tanh: guided}),
         ):
             gradient(model, x)
+
+    @pytest.mark.parametrize("kind", ["a leaf of torch", "a list of them"])
+    def test_a_rule_that_no_module_can_call_is_told_too(self, kind, x):
+        part = nn.Linear(3, 3).double()
+        model = part if kind == "a leaf of torch" else nn.ModuleList([part])
+        with (
+            pytest.warns(
+                go.GradOverrideWarning, match=r"rule 'guided' .* of the function 'relu' never ran.*it was not"
+            ),
+            go.override(model, {F.relu: guided}) as plan,
+        ):
+            assert [(row.cls, row.target, row.calls) for row in plan.table] == [
+                (type(model).__name__, "function 'relu'", "0")
+            ]
+            exactly(gradient(part, x), gradient(copy.deepcopy(part), x))
+        assert type(part) is nn.Linear
+
+    def test_of_one_that_may_go_without_a_call_nobody_is_told(self):
+        rules = go.Registry("some")
+        rules.register(F.relu, optional=True)(guided)
+        with go.override(nn.Linear(3, 3), rules) as plan:
+            assert len(plan.table) == 1
 
 
 def test_out_is_left_to_torch(x):
