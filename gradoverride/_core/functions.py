@@ -233,8 +233,14 @@ def reaching(names: frozenset[str]) -> dict[Any, Callable[..., Any]]:
     return {
         function: opened(function)
         for function, mentioned in _mentioned().items()
-        if wanted & mentioned and name_of_function(function) not in names
+        if wanted and (wanted & mentioned or _calls_what_it_is_given(function))
+        if name_of_function(function) not in names
     }
+
+
+def _calls_what_it_is_given(function: FunctionType) -> bool:
+    """Whether it takes a function, from which any may be called: `F.triplet_margin_with_distance_loss`."""
+    return any(["Callable" in str(kind) for kind in function.__annotations__.values()])
 
 
 @functools.cache
@@ -328,6 +334,8 @@ def _may_call(cls: type, forward: Any) -> frozenset[str] | None:
                 ahead.append(value)
     for function, within in known.items():
         if function.__name__ in mentioned:
+            if _calls_what_it_is_given(function):
+                return None
             mentioned = mentioned | within
     return frozenset(name for name, words in _words().items() if words & mentioned)
 
