@@ -1,8 +1,8 @@
 """Rules for functions of torch without a model: a mode that stands in a thread until they go.
 
 torch has its modes per thread, and nobody can enter one in another thread. So the thread that asked has it, and what it
-hands to others meanwhile: each thread that it starts, each task that it gives to an executor. Of threads that ran
-before, a warning tells.
+hands to others meanwhile: each thread that it starts, each task that it gives to an executor or a pool of threads. Of
+threads that ran before, a warning tells.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
@@ -194,21 +194,46 @@ def _submitting(original: Callable[..., Any]) -> Any:
     return submit
 
 
-_PLACES = ((threading.Thread, "start", _starting), (ThreadPoolExecutor, "submit", _submitting))
+def _handing(original: Callable[..., Any]) -> Any:
+    """`ThreadPool.map`, and the other ways in which a pool is given a function for its threads."""
+
+    @functools.wraps(original)
+    def hand(self: Any, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        standing = _standing_here()
+        if standing is not None and not isinstance(func, _Inherited):
+            func = _Inherited(func, standing)
+        return original(self, func, *args, **kwargs)
+
+    return hand
+
+
+def _places() -> Iterator[tuple[type, str, Callable[..., Any]]]:
+    from multiprocessing.pool import ThreadPool  # nobody may need it otherwise
+
+    yield threading.Thread, "start", _starting
+    yield ThreadPoolExecutor, "submit", _submitting
+    for name in ("apply", "apply_async", "imap", "imap_unordered", "map", "map_async", "starmap", "starmap_async"):
+        yield ThreadPool, name, _handing
+
+
 # What is in these places while rules stand. Where others have wrapped it, it stays, and does nothing.
-_ours: list[tuple[type, str, Any]] = []
+_ours: list[tuple[type, str, Any, bool]] = []
 
 
 def _see_starts() -> None:
     if not _ours:
-        for owner, name, wrap in _PLACES:
+        for owner, name, wrap in _places():
             ours = wrap(getattr(owner, name))
-            _ours.append((owner, name, ours))
+            _ours.append((owner, name, ours, name in vars(owner)))
             setattr(owner, name, ours)
 
 
 def _see_no_starts() -> None:
     while _ours:
-        owner, name, ours = _ours.pop()
-        if getattr(owner, name) is ours:
+        owner, name, ours, own = _ours.pop()
+        if getattr(owner, name) is not ours:
+            continue
+        if own:
             setattr(owner, name, ours.__wrapped__)
+        else:  # a pool of threads has it of one of processes
+            delattr(owner, name)

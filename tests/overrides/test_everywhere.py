@@ -8,6 +8,7 @@ import queue
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
@@ -328,6 +329,16 @@ def in_thread(work):
     return found[0]
 
 
+HANDED = {
+    "map": lambda pool, run, x: pool.map(run, [x, x]),
+    "imap": lambda pool, run, x: list(pool.imap(run, [x, x])),
+    "imap_unordered": lambda pool, run, x: list(pool.imap_unordered(run, [x, x])),
+    "starmap_async": lambda pool, run, x: pool.starmap_async(run, [(x,), (x,)]).get(60),
+    "apply": lambda pool, run, x: [pool.apply(run, (x,)), pool.apply(func=run, args=(x,))],
+    "apply_async": lambda pool, run, x: [pool.apply_async(run, (x,)).get(60)],
+}
+
+
 class TestThreads:
     """torch has its modes per thread."""
 
@@ -383,6 +394,23 @@ class TestThreads:
             with pytest.raises(ZeroDivisionError):
                 failing.result()
             exactly(run(), plain)
+
+    @pytest.mark.parametrize("way", HANDED)
+    def test_what_a_pool_of_threads_is_given_has_the_rules_of_whoever_gives_it(self, x, way):
+        def run(x):
+            return gradient(F.relu, x)
+
+        plain, before = run(x), dict(vars(ThreadPool))
+        with ThreadPool(2) as pool:
+            assert HANDED[way](pool, run, x)
+            with go.override({F.relu: doubled}) as plan:
+                found = HANDED[way](pool, run, x)
+                assert plan.table[0].calls == str(len(found))
+            for one in found:
+                closely(one, 2 * plain)
+            for one in HANDED[way](pool, run, x):
+                exactly(one, plain)
+        assert dict(vars(ThreadPool)) == before
 
     def test_a_task_that_goes_on_loses_the_rule_when_it_goes(self, x):
         plain, may_go_on = gradient(F.relu, x), threading.Event()
