@@ -157,16 +157,19 @@ def _override_everywhere(rules: Registry) -> Override:
     order = next_order()
     puts: list[Callable[[], list[Put]]] = []
     entries = _entries(rules, owner)
+    classes: dict[type, tuple[Class, Rule]] = {}  # a later entry wins
     for entry in entries:
         for target in entry.targets:
             if isinstance(target, Class):
                 check_class(target, entry.rule)
-                puts.append(partial(on_class, target, Layer(entry.rule, EVERYWHERE, _named(target), order)))
+                classes[target.value] = target, entry.rule
             elif not isinstance(target, (Function, ImportPath)):
                 raise TargetError(
                     f"override of {owner}: a target must be a class, a function of torch or an import path; the "
                     f"{target.kind} {target} names modules of a model. Give the model first"
                 )
+    for of_class, rule in classes.values():
+        puts.append(partial(on_class, of_class, Layer(rule, EVERYWHERE, _named(of_class), order)))
     for target, rule in _called(entries):
         name = str(target.name)
         nth = 1 + max([layer.key.nth for layer in everywhere.functions if _is_same(layer, name, rule)], default=0)
@@ -390,11 +393,13 @@ class Override:
         idle: dict[Rule, Layer | FunctionLayer] = {}
         ran = set()
         awaited = {put.layer.rule: put.layer for put in puts if put.awaits()}
-        for put in reversed(puts):
-            if put.calls() == 0:
-                idle[put.layer.rule] = put.layer
-            else:
+        called = [put.calls() != 0 for put in puts]
+        lost = everywhere.farther_than([put.layer for put, was in zip(puts, called, strict=True) if was])
+        for put, was in reversed(list(zip(puts, called, strict=True))):
+            if was:
                 ran.add(put.layer.rule)
+            elif put.layer not in lost:
+                idle[put.layer.rule] = put.layer
         for put in reversed(puts):
             put.take_off()
         never = [layer for rule, layer in idle.items() if rule not in ran and rule not in self._optional]

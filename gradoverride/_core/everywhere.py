@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Collection
 from types import FunctionType
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "bare_forward",
     "classes",
     "derived_from",
+    "farther_than",
     "forget_compiled",
     "functions",
     "inert",
@@ -77,6 +79,18 @@ def layers_on(cls: Any) -> list[Layer]:
         if distance is not None and distance <= best.get(layer.order, (distance, layer))[0]:
             best[layer.order] = distance, layer
     return [best[order][1] for order in sorted(best)]
+
+
+def farther_than(called: Collection[Layer | FunctionLayer]) -> list[Layer]:
+    """The layers on classes of whose modules some were called under one that is nearer: of these, in one override."""
+    nearer = [(target, layer) for target, layer in classes if layer in called]
+    return [
+        layer
+        for target, layer in classes
+        if any(
+            [one.order == layer.order and issubclass(of.value, target.value) for of, one in nearer if one is not layer]
+        )
+    ]
 
 
 def forget_compiled() -> None:

@@ -101,6 +101,29 @@ class TestClass:
             closely(gradient(Own(), x), 2 * plain)
             closely(gradient(Twice(), x), 3 * 2 * plain)
 
+    def test_of_two_rules_for_one_class_the_later_wins_and_the_other_is_not_missed(self, x):
+        plain = gradient(nn.ReLU(), x)
+        with go.override(go.Registry("others", {nn.ReLU: tripled}) | {nn.ReLU: doubled}) as plan:
+            closely(gradient(nn.ReLU(), x), 2 * plain)
+            assert [(row.cls, row.rule.partition(" ")[0], row.calls) for row in plan.table] == [
+                ("ReLU", "'doubled'", "1")
+            ]
+
+    def test_a_rule_for_a_base_whose_modules_all_have_a_nearer_one_is_not_missed(self, x):
+        plain = gradient(Own(), x)
+        with go.override({nn.ReLU: tripled, Own: doubled}):
+            closely(gradient(Own(), x), 2 * plain)
+
+    def test_one_whose_modules_are_not_called_is(self, x):
+        handle = go.override({nn.ReLU: doubled, Own: negated})
+        gradient(nn.ReLU(), x)
+        with pytest.warns(go.GradOverrideWarning, match=r"'negated' .* of the class 'Own' never ran"):
+            handle.remove()
+        handle = go.override({nn.ReLU: doubled, Own: negated})
+        with pytest.warns(go.GradOverrideWarning, match="never ran") as seen:
+            handle.remove()
+        assert len(seen) == 2
+
     def test_a_derived_class_alone(self, x):
         plain = gradient(nn.ReLU(), x)
         with go.override({Own: doubled}):
