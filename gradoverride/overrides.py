@@ -33,7 +33,7 @@ from gradoverride._core.overridden import (
     layers_of,
     take_off,
 )
-from gradoverride._core.path_patch import check_names, check_path
+from gradoverride._core.path_patch import check_names, check_path, layers_on_paths
 from gradoverride._core.paths import find
 from gradoverride._core.private import uncompiled
 from gradoverride._core.puts import Put, on_class, on_modules, on_none, on_path, on_thread
@@ -299,7 +299,7 @@ def explain(model: nn.Module | None = None) -> Table:
     else:
         for target, layer in everywhere.classes:
             rows.append(_row(EVERYWHERE, target.value.__name__, layer, calls_on_class(layer)))
-    for function in everywhere.functions:
+    for function in (*everywhere.functions, *layers_on_paths()):
         rows.append(_row(EVERYWHERE, "", function, function.known_calls))
     return Table(rows)
 

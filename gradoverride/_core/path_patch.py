@@ -33,7 +33,7 @@ from gradoverride._core.signature import Forward, Made, Rule, kind_of, resolve
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
 
-__all__ = ["check_names", "check_path", "put_on_path", "take_off_path"]
+__all__ = ["check_names", "check_path", "layers_on_paths", "put_on_path", "take_off_path"]
 
 _lock = threading.RLock()
 
@@ -311,6 +311,12 @@ def _is_ours(holder: Any) -> bool:
 
 
 _replacements: list[_Replacement] = []
+
+
+def layers_on_paths() -> list[FunctionLayer]:
+    """The rules in force on what paths name, of the whole process, an inner one before an outer one."""
+    found = [layer for one in _replacements for layer, scoped in one.layers if not scoped]
+    return sorted(dict.fromkeys(found), key=lambda layer: layer.order)
 
 
 def put_on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> None:

@@ -132,6 +132,21 @@ class TestFunctionThatIsThere:
             ]
         exactly(gradient(functions.cube, x), plain)
 
+    def test_is_told_in_a_model_and_without_one(self, functions, x):
+        model = functions.Block()
+        with go.override({CUBE: doubled, "thirdparty.functions:Block.step": guided}) as plan:
+            gradient(model, x)
+            assert go.explain() == plan.table
+            assert go.explain(model) == plan.table
+            with go.override(model, {CUBE: tripled}):
+                gradient(model, x)
+                assert [(row.path, row.cls, row.calls) for row in go.explain(model)] == [
+                    ("(the model)", "Block", "1"),
+                    *[("(everywhere)", "", "2")] * 2,
+                ]
+                assert go.explain() == plan.table
+        assert str(go.explain()) == "nothing is overridden"
+
     def test_under_the_names_that_others_have_imported_it_by(self, users, functions, x):
         plain = gradient(users.uses, x)
         before = functions.cube
