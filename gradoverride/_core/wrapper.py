@@ -104,7 +104,8 @@ def make_refusal(error: RuleSignatureError) -> Callable[..., Any]:
 def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
     signature = plan.forward.signature
     if signature is None:
-        return "def wrapper(*args, **kwargs):\n    return _go_general(None, (), args, kwargs)\n"
+        head = ["def wrapper(*args, **kwargs):", *_without_graph(plan, "None")]
+        return "\n".join([*head, "    return _go_general(None, (), args, kwargs)\n"])
     parameters = list(signature.parameters.values())
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -128,12 +129,10 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
         if not plan.forward.named_so:
             of_function = f"not _go_isinstance({receiver}, _go_Module)"
         head += [f"    if {of_function}:", f"        return _go_as_function({', '.join(passed)})"]
-    if not plan.hands_over:
-        head += [
-            f"    if not _go_grad_enabled() and not _go_in_functorch() and not {IN_FORWARD_AD}:",
-            *([] if plan.on_unrecorded is None else [f"        if not _go_compiling(): _go_unrecorded({receiver})"]),
-            f"        return _go_fn({', '.join(passed)})",
-        ]
+    if plan.hands_over:
+        head += _without_graph(plan, receiver)
+    else:
+        head += _without_graph(plan, receiver, f"        return _go_fn({', '.join(passed)})")
     if plan.forward.as_given:
         return "\n".join([*head, f"    return _go_general({receiver}, _go_args, _go_kwargs)\n"])
     if star or rest:
@@ -165,6 +164,13 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
     head += [f"    {line}" for line in compiled]
     head.append(f"    if {' or '.join(others)}:\n        {otherwise}")
     return "\n".join([*head, *path.body(arguments, receiver)]) + "\n"
+
+
+def _without_graph(plan: Plan, receiver: str, *then: str) -> list[str]:
+    """What is done where no graph is recorded."""
+    note = [] if plan.on_unrecorded is None else [f"        if not _go_compiling(): _go_unrecorded({receiver})"]
+    asked = f"    if not _go_grad_enabled() and not _go_in_functorch() and not {IN_FORWARD_AD}:"
+    return [asked, *note, *then] if note or then else []
 
 
 def _declared(parameters: list[inspect.Parameter], names: dict[str, Any]) -> str:

@@ -61,6 +61,41 @@ def test_override_left_before_the_block_is_run_again_warns_of_its_rule(kind, ove
         in_checkpoint(model)(x)
 
 
+@pytest.mark.parametrize("target", [F.gelu, torch.tanh, F.softplus, torch.Tensor.exp])
+def test_so_does_one_of_a_function_that_has_no_signature(target, overriding, x):
+    class Model(nn.Module):
+        def forward(self, x):
+            return target(x)
+
+    handle = overriding(model := Model(), {target: doubled})
+    result = in_checkpoint(model)(x)
+    with pytest.warns(go.GradOverrideWarning, match="no longer in force, and a reentrant checkpoint"):
+        handle.remove()
+    with warnings.catch_warnings(), overriding(model, {target: doubled}):
+        warnings.simplefilter("error")
+        result = in_checkpoint(model)(x)
+        result.sum().backward()
+    plain = x.detach().requires_grad_()
+    closely(x.grad, 2 * torch.autograd.grad(target(plain).sum(), plain)[0])
+
+
+def handing_over(x):
+    return go.save_for_backward(x * 1, factor=torch.full_like(x, 5))
+
+
+def test_so_does_one_of_a_path_whose_function_hands_something_over(overriding, x):
+    class Model(nn.Module):
+        def forward(self, x):
+            return handing_over(x)
+
+    handle = overriding(
+        model := Model(), {f"{__name__}:handing_over": lambda grad_output, factor: grad_output * factor}
+    )
+    in_checkpoint(model)(x)
+    with pytest.warns(go.GradOverrideWarning, match="no longer in force, and a reentrant checkpoint"):
+        handle.remove()
+
+
 @pytest.mark.parametrize("kind", RULES)
 def test_override_left_after_backward_is_right_and_says_nothing(kind, overriding, x):
     model = model_for(kind)
