@@ -89,8 +89,9 @@ def _refuse_held(call: Call, values: Sequence[Any], result: Any) -> None:
     Not of one in a closure or global: that has its own gradient by torch, as where nothing is decorated.
     """
     results: list[Tensor] = []
-    flatten(result, is_differentiable, results)
-    if any([tensor.requires_grad for tensor in results]):
+    spec = flatten(result, is_differentiable, results)
+    wanting = any([tensor.requires_grad for tensor in results])
+    if wanting or (_may_hold(spec) and captured.held_by("", result) is not None):
         for name, value in zip(call.names, values, strict=True):
             held = captured.held_by(name, value)
             if held is not None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling as compiling
+from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode
 
 from gradoverride._core import everywhere
@@ -68,6 +69,9 @@ class FunctionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if types and not compiling() and not all([issubclass(one, (Tensor, Proxy)) for one in types]):
+            with self:
+                return _by_what_is_given(func, types, args, kwargs)
         if self.operators and compiling():  # Dynamo does not find those that are Python code, as of `x**2`, in a dict
             for operator, under_rules in self.operators:
                 if operator is func:
@@ -87,6 +91,16 @@ class FunctionMode(TorchFunctionMode):
             if getattr(Tensor, name, None) is func:  # Dynamo knows the methods of a tensor, not what is behind some
                 return getattr(args[0], name)(*args[1:], **kwargs)
         return func(*args, **kwargs)
+
+
+def _by_what_is_given(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """A call with objects of other classes than tensors, as these do it: what they call has the rules."""
+    for cls in types:
+        result = cls.__torch_function__(func, types, args, kwargs)
+        if result is not NotImplemented:
+            return result
+    name, kinds = getattr(func, "__name__", func), ", ".join([f"'{cls.__name__}'" for cls in types])
+    raise TypeError(f"no implementation of '{name}' found for arguments of these classes: {kinds}")
 
 
 def _runs_backward(func: Any, types: Any) -> bool:

@@ -804,6 +804,69 @@ class TestOneRulePerCall:
             closely(gradient(model, x), factor * plain)
 
 
+class Named:
+    """A tensor within an object that torch hands its functions to."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.cos:
+            return NotImplemented
+        return Named(func(*[one.tensor if isinstance(one, Named) else one for one in args], **(kwargs or {})))
+
+
+class Only(nn.Module):
+    """Nothing but a call of this function with what it is given."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class TestObjectsThatTorchHandsItsFunctionsTo:
+    @pytest.mark.parametrize("where", ["model", "process"])
+    @pytest.mark.parametrize("function", [F.relu, torch.sigmoid, F.softsign])
+    def test_what_they_call_has_the_rule(self, where, function, x):
+        model = Only(function)
+        rules = {function: doubled}
+        expected = 2 * gradient(function, x)
+        with go.override(model, rules) if where == "model" else go.override(rules) as plan:
+            closely(gradient(lambda x: model(Named(x)).tensor, x), expected)
+            assert [row.calls for row in plan.table] == ["1"]
+
+    def test_within_functions_of_torch_too(self, x):
+        model = Only(F.softsign)
+        expected = gradient(lambda x: x / (1 + around(x.abs())), x)
+        with go.override(model, {torch.abs: tripled}):
+            closely(gradient(lambda x: model(Named(x)).tensor, x), expected)
+
+    def test_where_none_of_them_knows_it_is_an_error_as_ever(self, x):
+        model = Only(torch.cos)
+        handle = go.override(model, {torch.cos: doubled})
+        with pytest.raises(TypeError, match=r"no implementation of 'cos' found for .* 'Named'"):
+            model(Named(x))
+        with pytest.warns(go.GradOverrideWarning, match="never ran"):
+            handle.remove()
+
+    @pytest.mark.parametrize("whole", [False, True], ids=["model", "process"])
+    def test_a_rule_for_a_module_that_gets_one_is_refused(self, whole, x):
+        model = nn.Sequential(nn.ReLU())
+        rules = {nn.ReLU: doubled}
+        with go.override(rules) if whole else go.override(model, rules):
+            with pytest.raises(
+                go.CapturedTensorError, match=r"'ReLU' .* must get each tensor .* got 'input.tensor'.*pass|drop"
+            ):
+                model(Named(x))
+            assert model(Named(x.detach())).tensor.grad_fn is None
+            with torch.no_grad():
+                assert model(Named(x)).tensor.grad_fn is None
+
+
 class TestScope:
     def test_other_models_are_as_ever(self, x):
         model, other = relus("F.relu"), relus("F.relu")
