@@ -6,9 +6,10 @@ import copy
 import functools
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import BuiltinFunctionType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import torch
 from torch import nn
@@ -152,7 +153,7 @@ def read_target(value: Any) -> Target:
         if not issubclass(value, nn.Module):
             raise TargetError(f"a class as a target must be one of modules; got the class '{value.__name__}'")
         return Class(value)
-    if callable(value):
+    if callable(value) and get_origin(value) is None:  # list[int] can be called too
         return _read_function(value)
     several = ". Several targets of one rule: register(nn.ReLU, F.relu)(rule)" if isinstance(value, tuple) else ""
     raise TargetError(
@@ -192,7 +193,15 @@ def _what_else(value: Any, own: bool) -> str:
     name = name_of(value)
     if getattr(operator, name, None) is value and hasattr(torch, name):
         return f"an operator of Python. Give the function of torch that it is for tensors: torch.{name}"
-    return f"a function of one's own. Give its import path: 'package.module:{name}'"
+    if str(getattr(value, "__module__", "")).partition(".")[0] in sys.stdlib_module_names:
+        return "one of Python's own, through which no gradient goes. Give the function of torch that the model calls"
+    path = "" if name == "<lambda>" else f"import path: 'package.module:{name}'"
+    try:
+        taken = ", ".join(inspect.signature(value).parameters)
+    except (ValueError, TypeError):  # of C
+        return f"a function of one's own. Give its {path}"
+    itself = f"; to override the function itself, give its {path}" if path else ""
+    return f"a function of one's own that takes ({taken}). A predicate takes (name, module){itself}"
 
 
 def _names_of_a_rule(value: Any) -> str:

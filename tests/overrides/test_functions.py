@@ -1022,9 +1022,25 @@ class Relu(nn.Module):
 
 
 class TestErrors:
-    def test_of_an_unknown_function(self):
-        with pytest.raises(go.TargetError, match=r"'sin' \(built in\) is a function of one's own.*'package.module:s"):
-            go.override(mlp(), {math.sin: guided})
+    @pytest.mark.parametrize("target", [math.sin, isinstance, print, len])
+    def test_of_a_function_of_python(self, target):
+        text = rf"'{target.__name__}' \(built in\) is one of Python's own, .* Give the function of torch that the model"
+        with pytest.raises(go.TargetError, match=text):
+            go.override(mlp(), {target: guided})
+
+    @pytest.mark.parametrize(
+        ("target", "taken"),
+        [(lambda name: True, "name"), (lambda: True, ""), (lambda name, module, depth: True, "name, module, depth")],
+        ids=["one", "none", "three"],
+    )
+    def test_of_a_predicate_of_another_number_of_parameters(self, target, taken):
+        text = rf"'<lambda>' \(.*test_functions.py:\d+\) is .* takes \({taken}\)\. A predicate takes \(name, module\)$"
+        with pytest.raises(go.TargetError, match=text):
+            go.override(mlp(), {target: guided})
+
+    def test_of_a_generic_type(self):
+        with pytest.raises(go.TargetError, match=r"a target is a module, .*; got a GenericAlias$"):
+            go.override(mlp(), {list[int]: guided})
 
     def test_of_a_function_that_no_override_sees(self):
         with pytest.raises(go.TargetError, match=r"'manual_seed' .* is one of torch that no override can see"):
@@ -1046,7 +1062,8 @@ class TestErrors:
         def own(x):
             return x
 
-        with pytest.raises(go.TargetError, match=r"'own' \(.*test_functions.py:\d+\) is a function of one's own"):
+        text = r"'own' \(.*test_functions.py:\d+\) is a function of one's own .* import path: 'package.module:own'"
+        with pytest.raises(go.TargetError, match=text):
             go.override(mlp(), {own: guided})
 
     def test_of_a_rule_whose_names_do_not_fit(self):
