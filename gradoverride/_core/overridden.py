@@ -16,7 +16,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from gradoverride._core import everywhere
 from gradoverride._core.chain import forward_of, links
-from gradoverride._core.functions import may_call
+from gradoverride._core.functions import calls_that_are, may_call
 from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.overridden_class import base_of_class, overridden
 from gradoverride._core.plan import Plan
