@@ -54,7 +54,7 @@ def on_modules(model: nn.Module, placed: Sequence[tuple[nn.Module, Sequence[Laye
 
 def on_none(model: nn.Module, layer: FunctionLayer) -> list[Put]:
     """A rule for a function that no module of the model can call: to be told of, and warned of as never called."""
-    return [_of_functions(layer, class_of(model).__name__, lambda: None)]
+    return [_of_functions(layer, class_of(model).__name__, lambda: None)._replace(calls=lambda: 0)]
 
 
 def _of_functions(layer: FunctionLayer, cls: str, take_off: Callable[[], None]) -> Put:

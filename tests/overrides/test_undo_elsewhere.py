@@ -28,6 +28,7 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 
 import gradoverride as go
+from gradoverride._core import path_patch
 from overrides.models import gradient
 
 SOURCE = {
@@ -833,6 +834,8 @@ class TestWhatIsImportedLater:
         go.override({CUBE: times(2)})
         gc.collect()
         closely(gradient(functions().cube, x), 2 * gradient(lambda x: x**3, x))
+        for layer in path_patch.layers_on_paths():  # nobody else can
+            path_patch.take_off_path(layer)
 
     def test_name_that_is_not_there_is_not_told_of_when_the_override_has_gone(self):
         quietly(go.override({"elsewhere.functions:cub": times(2)}))
