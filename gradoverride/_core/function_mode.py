@@ -23,9 +23,17 @@ from torch.overrides import TorchFunctionMode
 
 from gradoverride._core import everywhere
 from gradoverride._core.functions import every_spelling, opened, reaching, signature_of, spellings, turned
+from gradoverride._core.higher_order import run_under
 from gradoverride._core.layers import FunctionLayer, FunctionRule
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import dynamo_shows, fail, in_checkpoint_replay, is_compiled_graph, let_dynamo_show
+from gradoverride._core.private import (
+    HigherOrderOperator,
+    dynamo_shows,
+    fail,
+    in_checkpoint_replay,
+    is_compiled_graph,
+    let_dynamo_show,
+)
 from gradoverride._core.signature import Forward, passing
 from gradoverride._core.wrapper import make_refusal, make_wrapper
 from gradoverride.errors import RuleSignatureError, UnsupportedError
@@ -38,8 +46,10 @@ class _Here(threading.local):
 
     def __init__(self) -> None:
         # Of the instance from the start: Dynamo guards whether it has them, and the first traced call would give them.
-        self.active: tuple[FunctionRule, ...] = ()  # entered by the modules around
-        self.quiet: tuple[FunctionRule, ...] = ()  # of these, not to be applied here
+        # By their marks: in the body of a higher-order operator Dynamo lets what is noted be changed and put back if it
+        # is a constant.
+        self.active: tuple[str, ...] = ()  # entered by the modules around
+        self.quiet: tuple[str, ...] = ()  # of these, not to be applied here
         self.layers: tuple[FunctionLayer, ...] = ()  # whose calls are counted
 
 
@@ -83,6 +93,8 @@ class FunctionMode(TorchFunctionMode):
         if body is not None:
             with self:
                 return body(*args, **kwargs)
+        if isinstance(func, HigherOrderOperator):
+            return run_under(self, func, args, kwargs)
         if self.runs and _runs_backward(func, types) and not compiling():
             with _InBackward(self):
                 return opened(func)(*args, **kwargs)
@@ -145,12 +157,13 @@ def _run(function: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
     several = len(keys) > 1
     some = _step_by_step(bare, keys, function) if several else bare
     internal = keys[0].name in _USED_BY_THE_ENGINE
+    marks = _marks_of(keys)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("out") is not None:  # which torch refuses where a gradient is wanted
             return bare(*args, **kwargs)
         before = here.quiet
-        now = [key for key in keys if key not in before]
+        now = [key for key in keys if key.mark not in before]
         if not now:
             return bare(*args, **kwargs)
         if not compiling():
@@ -159,7 +172,7 @@ def _run(function: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
             count(now)
         if several and len(now) < len(keys):
             return some(*args, **kwargs)
-        here.quiet = (*before, *keys)
+        here.quiet = (*before, *marks)
         try:
             return outermost(*args, **kwargs)
         finally:
@@ -173,10 +186,11 @@ def _run(function: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
 
 def _step_by_step(bare: Any, keys: tuple[FunctionRule, ...], function: Any) -> Callable[..., Any]:
     """The same where some of the rules are quiet: each step looks whether it is."""
+    marks = _marks_of(keys)
 
     def innermost(*args: Any, **kwargs: Any) -> Any:
         before = here.quiet
-        here.quiet = (*before, *keys)
+        here.quiet = (*before, *marks)
         try:
             return bare(*args, **kwargs)
         finally:
@@ -190,7 +204,12 @@ def _step_by_step(bare: Any, keys: tuple[FunctionRule, ...], function: Any) -> C
 
 def _one_step(key: FunctionRule, beneath: Callable[..., Any], function: Any) -> Callable[..., Any]:
     above = _under(key, beneath, function)
-    return lambda *args, **kwargs: (beneath if key in here.quiet else above)(*args, **kwargs)
+    mark = key.mark
+    return lambda *args, **kwargs: (beneath if mark in here.quiet else above)(*args, **kwargs)
+
+
+def _marks_of(keys: tuple[FunctionRule, ...]) -> tuple[str, ...]:
+    return tuple([key.mark for key in keys])
 
 
 def _under(key: FunctionRule, forward: Callable[..., Any], function: Any) -> Callable[..., Any]:
@@ -249,13 +268,13 @@ def count(keys: list[FunctionRule]) -> None:
 
 def scoped(forward: Callable[..., Any], keys: tuple[FunctionRule, ...], layers_of: Any) -> Callable[..., Any]:
     """The forward of a module, with these rules in force for what is called in it."""
-    mode = mode_of(keys)
+    mode, marks = mode_of(keys), _marks_of(keys)
 
     def scope(self: Any, *args: Any, **kwargs: Any) -> Any:
         active, layers = here.active, here.layers
-        if all([key in active for key in keys]):
+        if all([mark in active for mark in marks]):
             return forward(self, *args, **kwargs)
-        here.active = (*active, *keys)
+        here.active = (*active, *marks)
         if not compiling():
             here.layers = tuple(dict.fromkeys((*layers, *layers_of(self))))
         try:
@@ -281,10 +300,11 @@ _NOT_SHOWN = (
 
 def quieted(forward: Callable[..., Any], keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
     """The forward of a module that has a rule for what is one call of a function: that has no other rule then."""
+    marks = _marks_of(keys)
 
     def quiet(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = here.quiet
-        here.quiet = (*before, *keys)
+        here.quiet = (*before, *marks)
         try:
             return forward(self, *args, **kwargs)
         finally:

@@ -19,6 +19,7 @@ __all__ = ["FunctionLayer", "FunctionRule", "Layer", "Order", "next_order"]
 Order = tuple[int, ...]
 
 _orders = itertools.count()
+_marks = itertools.count()
 _process = uuid.uuid4().hex
 _others: dict[str, Order] = {}  # by process that something was pickled in: when it was first heard of
 
@@ -65,9 +66,10 @@ def _layer_again(rule: Callable[..., Any], path: str, target: str, process: str,
 class FunctionRule:
     """A rule for a function of a name. The same for each time that an override is entered: so is the compiled code."""
 
-    __slots__ = ("name", "nth", "rule", "traced")
+    __slots__ = ("mark", "name", "nth", "rule", "traced")
 
     def __init__(self, name: str, rule: Rule, nth: int) -> None:
+        self.mark = f"{name} {next(_marks)}"  # what is noted of it while it is in force: of constants Dynamo knows more
         self.name = name
         self.rule = rule
         self.nth = nth  # which of several that are the same and in force together

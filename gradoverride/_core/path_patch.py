@@ -61,7 +61,7 @@ def _in_models(layer: FunctionLayer, above: Callable[..., Any], beneath: Callabl
     key = layer.key
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        if key not in here.active:
+        if key.mark not in here.active:
             return beneath(*args, **kwargs)
         if not compiling():
             count([key])

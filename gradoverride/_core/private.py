@@ -66,6 +66,7 @@ __all__ = [
     "take_off_stack",
     "in_reentrant_checkpoint",
     "in_checkpoint_replay",
+    "HigherOrderOperator",
     # transforms of torch.func, forward mode
     "in_functorch",
     "dual_levels",
@@ -413,6 +414,11 @@ def in_checkpoint_replay() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+# The class of `torch.cond` and what else runs functions that it is given. Without it nothing is such an operator, and
+# no rules for functions are in force in what these run.
+HigherOrderOperator: Any = getattr(torch._ops, "HigherOrderOperator", ())
 
 
 # --- transforms of torch.func, forward mode ---

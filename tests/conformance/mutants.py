@@ -176,8 +176,11 @@ MUTANTS = [
     Mutant(
         "what a thread has is not there from the start: Dynamo guards it",
         "_core/function_mode.py",
-        "        self.active: tuple[FunctionRule, ...] = ()  # entered by the modules around\n"
-        "        self.quiet: tuple[FunctionRule, ...] = ()  # of these, not to be applied here\n"
+        "        # By their marks: in the body of a higher-order operator Dynamo lets what is noted be changed and put "
+        "back if it\n"
+        "        # is a constant.\n"
+        "        self.active: tuple[str, ...] = ()  # entered by the modules around\n"
+        "        self.quiet: tuple[str, ...] = ()  # of these, not to be applied here\n"
         "        self.layers: tuple[FunctionLayer, ...] = ()  # whose calls are counted\n",
         "        pass\n\n    active = quiet = layers = ()\n",
         "compile: (aot_eager|inside a compiled parent|override after .*|graph break .*) / override by function",

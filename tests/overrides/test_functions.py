@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from oracles import closely, exactly, noise
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._higher_order_ops.map import map as map_over
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
+from torch.nn.attention.flex_attention import flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +29,7 @@ from overrides.models import GuidedByHand, doubled, gradient, guided, mlp, negat
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning",  # Dynamo's own doing, for any Function
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # the same, in `torch.cond` in eager mode
 )
 
 
@@ -1171,3 +1176,93 @@ def test_a_function_that_the_library_uses_itself_has_the_rule_only_where_it_is_c
     with go.override(model, {torch.Tensor.detach: lambda grad_output: grad_output, nn.ReLU: doubled}) as plan:
         closely(gradient(lambda x: model(x * 1), x), 8 * gradient(F.relu, x))
         assert [row.calls for row in plan.table if "detach" in row.target] == ["1"]
+
+
+REGION = torch.compiler.nested_compile_region(lambda x: F.relu(x))
+
+
+class Parts(nn.Module):
+    """A model that calls relu itself, and in what it hands to an operator."""
+
+    def __init__(self, call, part=None):
+        super().__init__()
+        self.call = call
+        self.part = nn.Sequential(Relu()) if part is None else part
+
+    def forward(self, x):
+        return self.call(self, F.relu(x) + x)
+
+
+OPERATORS = {
+    "checkpoint": lambda model, x: checkpoint(model.part, x, use_reentrant=False),
+    "a checkpoint in another": lambda model, x: checkpoint(
+        lambda y: checkpoint(model.part, y, use_reentrant=False), x, use_reentrant=False
+    ),
+    "cond": lambda model, x: torch.cond(x.sum() > -1e9, lambda y: F.relu(y), lambda y: y * 3, (x,)),
+    "cond of modules": lambda model, x: torch.cond(x.sum() > -1e9, model.part, model.part, (x,)),
+    "cond in another": lambda model, x: torch.cond(
+        x.sum() > -1e9,
+        lambda y: torch.cond(y.sum() < -1e9, lambda z: z * 3, lambda z: F.relu(z), (y,)),
+        lambda y: y * 3,
+        (x,),
+    ),
+    "scan": lambda model, x: scan(lambda carry, y: (carry.clone(), F.relu(y)), x[0], x)[1],
+    "map": lambda model, x: map_over(lambda y: F.relu(y), x),
+    "while_loop": lambda model, x: while_loop(
+        lambda n, y: n < 1, lambda n, y: (n + 1, F.relu(y)), (torch.zeros((), dtype=torch.int64), x)
+    )[1],
+    "a region compiled once": lambda model, x: REGION(x) + 0 * REGION(2 * x),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_what_an_operator_of_torch_runs_has_the_rule(name, whole, compiled, x):
+    model = Parts(OPERATORS[name])
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    value = x.detach()
+    inner = value.relu() + value
+    expected = 3 * (inner > 0) * (3 * (value > 0).double() + 1)
+    with go.override({F.relu: tripled}) if whole else go.override(model, {F.relu: tripled}):
+        closely(gradient(run, x, weights=1.0), expected)
+    closely(gradient(run, x, weights=1.0), (inner > 0) * ((value > 0).double() + 1))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["checkpoint", "cond of modules"])
+def test_a_module_in_an_operator_of_torch_has_its_own_rule_and_not_that_of_its_function(name, compiled, x):
+    model = Parts(OPERATORS[name], nn.Sequential(nn.ReLU()))
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    value = x.detach()
+    with go.override(model, {F.relu: tripled, nn.ReLU: negated}):
+        closely(gradient(run, x, weights=1.0), -1 * (3 * (value > 0).double() + 1))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rules_of_several_overrides_are_in_force_in_an_operator_of_torch(compiled, x):
+    model = Parts(OPERATORS["cond of modules"])
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    value = x.detach()
+    inner = value.relu() + value
+    with go.override({F.relu: tripled}), go.override(model, {F.relu: doubled}):
+        closely(gradient(run, x, weights=1.0), 6 * (inner > 0) * (6 * (value > 0).double() + 1))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_operator_that_calls_no_function_with_a_rule_goes_on(compiled, x):
+    def both(model, x):
+        scores = flex_attention(x.expand(1, 1, 5, 3), x.expand(1, 1, 5, 3), x.expand(1, 1, 5, 3), _scaled)
+        return torch.cond(x.sum() > -1e9, lambda y: y.sin(), lambda y: y * 3, (x,)) + scores[0, 0]
+
+    model = Parts(both)
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    with torch.no_grad():
+        plain = model(x)
+        with go.override(model, {F.relu: tripled}):
+            closely(run(x), plain)
+
+
+def _scaled(score, *_):
+    return score * 2
