@@ -202,7 +202,7 @@ class _Backward:
         keys: Sequence[FunctionRule | None] = ()
 
         def backward(ctx: Any, *grads: Any) -> Any:
-            if compiling() and any([key is None or key in here.active for key in keys]):
+            if compiling() and any([key is None or key.mark in here.active for key in keys]):
                 fail(
                     UnsupportedError,
                     f"override of path '{path}': the 'apply' of an autograd.Function must be called uncompiled to be "

@@ -63,6 +63,7 @@ __all__ = [
     # autocast, modes, checkpoints
     "any_autocast",
     "in_modes",
+    "put_under_stack",
     "take_off_stack",
     "in_reentrant_checkpoint",
     "in_checkpoint_replay",
@@ -365,6 +366,26 @@ any_autocast: Callable[[], bool] = getattr(
 
 # True where torch may show operations to modes: what torch.export and make_fx trace with is one.
 in_modes: Callable[[], Any] = getattr(torch._C, "_len_torch_dispatch_stack", get_proxy_mode)
+
+
+def put_under_stack(mode: Any) -> None:
+    """Enter a mode of functions beneath all others, which are left by taking off whatever is on top.
+
+    The device of `torch.set_default_device` is lowest of all: torch wants it there to take it off. Without these names
+    the mode is entered above the others, which must then not be left before it is.
+    """
+    stack, pop, push = _modes
+    if stack is None or pop is None or push is None:
+        mode.__enter__()
+        return
+    lowest = getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
+    above = []
+    for other in reversed(stack()):
+        if other is lowest:
+            break
+        above.append(pop())
+    for other in (*above, mode)[::-1]:
+        push(other)
 
 
 def take_off_stack(mode: Any) -> bool:

@@ -22,7 +22,7 @@ from gradoverride._core import everywhere
 from gradoverride._core.class_patch import refresh
 from gradoverride._core.function_mode import FunctionMode
 from gradoverride._core.layers import FunctionLayer
-from gradoverride._core.private import take_off_stack
+from gradoverride._core.private import put_under_stack, take_off_stack
 from gradoverride.errors import GradOverrideWarning
 
 __all__ = ["put_on_thread", "take_off_thread"]
@@ -63,7 +63,7 @@ class _Standing:
     def _enter_or_leave(self) -> None:
         if self.layers and not self.entered:
             take_off_stack(self.mode)  # torch has put it back, where it was running when it was taken off
-            self.mode.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
+            put_under_stack(self.mode)
             self.entered = True
         elif not self.layers and self.entered:
             self.entered = not take_off_stack(self.mode)

@@ -37,6 +37,11 @@ def x():
     return noise(5, 3)
 
 
+class Listening(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
 class Own(nn.ReLU):
     """Has no forward of its own."""
 
@@ -322,10 +327,6 @@ class TestFunction:
         closely(gradient(compiled, x), plain)
 
     def test_removed_beneath_the_mode_of_another(self, x):
-        class Listening(TorchFunctionMode):
-            def __torch_function__(self, func, types, args=(), kwargs=None):
-                return func(*args, **(kwargs or {}))
-
         plain = gradient(F.relu, x)
         handle = go.override({F.relu: doubled})
         with Listening() as listening:
@@ -333,6 +334,37 @@ class TestFunction:
             handle.remove()
             assert torch.overrides._get_current_function_mode_stack() == [listening]
             exactly(gradient(F.relu, x), plain)
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize("block", [torch.device("meta"), Listening()])
+    def test_put_on_within_the_block_of_another_mode_it_stays(self, x, block, compiled):
+        relu = torch.compile(F.relu, backend="aot_eager") if compiled else F.relu
+        plain = gradient(relu, x)
+        with block:
+            handle = go.override({F.relu: doubled})
+            closely(gradient(relu, x, weights=3.0), 6 * (x > 0).double())
+        assert torch.empty(1).device.type == "cpu"
+        closely(gradient(relu, x), 2 * plain)
+        with block:
+            handle.remove()
+            closely(gradient(relu, x, weights=3.0), 3 * (x > 0).double())
+        exactly(gradient(relu, x), plain)
+
+    def test_a_default_device_comes_and_goes_while_it_stands(self, x):
+        plain = gradient(F.relu, x)
+        try:
+            with go.override({F.relu: doubled}):
+                torch.set_default_device("meta")
+                closely(gradient(F.relu, x, weights=3.0), 6 * (x > 0).double())
+                torch.set_default_device(None)
+                closely(gradient(F.relu, x), 2 * plain)
+            torch.set_default_device("meta")
+            with go.override({F.relu: doubled}):
+                assert torch.empty(1).device.type == "meta"
+                torch.set_default_device(None)
+                closely(gradient(F.relu, x), 2 * plain)
+        finally:
+            torch.set_default_device(None)
 
     def test_backward_within_runs_the_rule_as_it_is_written(self, x):
         def calls_it(grad_output, input):
