@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -36,7 +37,7 @@ from gradoverride._core.overridden import (
 from gradoverride._core.path_patch import check_names, check_path, layers_on_paths
 from gradoverride._core.paths import find
 from gradoverride._core.private import uncompiled
-from gradoverride._core.puts import Put, on_class, on_modules, on_none, on_path, on_thread
+from gradoverride._core.puts import Put, on_class, on_copies, on_modules, on_none, on_path, on_thread
 from gradoverride._core.signature import Forward, Rule, kind_of
 from gradoverride._core.targets import Class, Entry, Function, ImportPath, Match, Target, class_of, matches, modules_of
 from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
@@ -149,7 +150,7 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
         for module, added in placed.values():
             check_order(module, added)
     puts.insert(0, partial(on_modules, model, [one for one in placed.values() if one[1]]))
-    return Override(owner, puts, _optional(entries))
+    return Override(owner, puts, _optional(entries), model)
 
 
 def _override_everywhere(rules: Registry) -> Override:
@@ -305,13 +306,22 @@ def explain(model: nn.Module | None = None) -> Table:
 
 
 class Override:
-    """Rules in force: a context manager, a handle with `remove()`, and a table of what is overridden."""
+    """Rules in force: a context manager, a handle with `remove()`, and a table of what is overridden.
+
+    A module may keep the handle of its own override: in a copy or a pickle it is the handle of the copy's rules.
+    """
 
     def __init__(
-        self, owner: str, puts: Sequence[Callable[[], list[Put]]], optional: frozenset[Rule] = frozenset()
+        self,
+        owner: str,
+        puts: Sequence[Callable[[], list[Put]]],
+        optional: frozenset[Rule] = frozenset(),
+        model: nn.Module | None = None,
     ) -> None:
         self._owner = owner
         self._optional = optional
+        self._model = None if model is None else weakref.ref(model)
+        self._of_copy: Layer | FunctionLayer | None = None
         self._lock = threading.Lock()
         self._puts: list[Put] = []
         self._rows: list[Row] = []
@@ -323,9 +333,39 @@ class Override:
             self._take_off()
             raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._find()
+        if self._puts and self._model is None:
+            raise UnsupportedError(
+                f"override of {self._owner}: a handle that is copied or pickled must be of a model, whose copy has "
+                "rules of its own; this one is of the whole process. Keep it outside of what is copied"
+            )
+        model = self._model() if self._puts and self._model is not None else None
+        # A layer says, wherever it comes, which those of the same override are.
+        layer = None if model is None else self._puts[0].layer
+        return {"owner": self._owner, "rows": list(self.table), "model": model, "layer": layer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state["model"]
+        self._owner, self._rows, self._optional = state["owner"], state["rows"], frozenset()
+        self._model = None if model is None else weakref.ref(model)
+        self._of_copy = state["layer"]
+        self._lock = threading.Lock()
+        self._puts = []
+        self._is_over = "has been removed" if model is None else "is a copy"
+
+    def _find(self) -> None:
+        """Find the rules that the copy of a model has taken along, once it is whole: it may be unpickled after this."""
+        layer, self._of_copy = self._of_copy, None
+        model = None if layer is None or self._model is None else self._model()
+        if layer is not None and model is not None:
+            self._puts = on_copies(model, layer.order)
+            self._optional = frozenset({put.layer.rule for put in self._puts})  # a copy need not be called
+
     @property
     def table(self) -> Table:
         """What is overridden, and how often it has been called; after the removal what it was then."""
+        self._find()
         rows = {put.layer: _row(put.layer.path, put.cls, put.layer, put.calls()) for put in self._puts}
         return Table(list(rows.values()) or self._rows)
 
@@ -385,6 +425,7 @@ class Override:
 
     def _take_off(self) -> tuple[list[Layer | FunctionLayer], list[Layer | FunctionLayer]]:
         """Take the rules off, and give those that never ran, and those that are to run again, each with one place."""
+        self._find()
         with self._lock:
             if not self._puts:
                 return [], []

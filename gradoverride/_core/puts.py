@@ -12,14 +12,14 @@ from torch import nn
 
 from gradoverride._core import overridden
 from gradoverride._core.class_patch import calls_on_class, put_on_class, take_off_class
-from gradoverride._core.layers import FunctionLayer, Layer
+from gradoverride._core.layers import FunctionLayer, Layer, Order
 from gradoverride._core.path_patch import check_path, put_on_path, take_off_path
 from gradoverride._core.paths import PENDING, find, when_imported
-from gradoverride._core.targets import Class, class_of
+from gradoverride._core.targets import Class, class_of, modules_of
 from gradoverride._core.thread_mode import put_on_thread, take_off_thread
 from gradoverride.errors import GradOverrideWarning
 
-__all__ = ["Put", "on_class", "on_modules", "on_none", "on_path", "on_thread"]
+__all__ = ["Put", "on_class", "on_copies", "on_modules", "on_none", "on_path", "on_thread"]
 
 
 class Put(NamedTuple):
@@ -32,18 +32,35 @@ class Put(NamedTuple):
     awaits: Callable[[], bool]  # whether a reentrant checkpoint is to run it again
 
 
-def on_modules(model: nn.Module, placed: Sequence[tuple[nn.Module, Sequence[Layer | FunctionLayer]]]) -> list[Put]:
+Placed = Sequence[tuple[nn.Module, Sequence[Layer | FunctionLayer]]]
+
+
+def on_modules(model: nn.Module, placed: Placed) -> list[Put]:
     """Rules for modules of a model, and for functions as far as these modules call them: all of an override at once."""
-    on: dict[Layer | FunctionLayer, nn.Module] = {}
     take_off = _taking_off(placed)
     try:
         for module, layers in placed:
             overridden.put_on(module, layers)
-            for layer in layers:
-                on.setdefault(layer, module)
     except BaseException:
         take_off()
         raise
+    return _puts_on(model, placed, take_off)
+
+
+def on_copies(model: nn.Module, order: Order) -> list[Put]:
+    """What the modules of a copy have taken along of the override that has this place."""
+    placed: list[tuple[nn.Module, Sequence[Layer | FunctionLayer]]] = []
+    for module in modules_of(model).values():
+        layers: list[Layer | FunctionLayer] = [*overridden.layers_of(module), *overridden.functions_of(module)]
+        placed.append((module, [layer for layer in layers if layer.order == order]))
+    return _puts_on(model, placed, _taking_off(placed))
+
+
+def _puts_on(model: nn.Module, placed: Placed, take_off: Callable[[], None]) -> list[Put]:
+    on: dict[Layer | FunctionLayer, nn.Module] = {}
+    for module, layers in placed:
+        for layer in layers:
+            on.setdefault(layer, module)
     return [
         _of_functions(layer, class_of(model).__name__, take_off)
         if isinstance(layer, FunctionLayer)
@@ -77,7 +94,7 @@ def _calls_on(reference: weakref.ref[nn.Module], layer: Layer) -> int | None:
     return None if module is None else overridden.calls_under(module, layer)
 
 
-def _taking_off(placed: Sequence[tuple[nn.Module, Sequence[Layer | FunctionLayer]]]) -> Callable[[], None]:
+def _taking_off(placed: Placed) -> Callable[[], None]:
     """What takes off all of them, the last first. A second time it does nothing."""
     remaining = [(weakref.ref(module), layers) for module, layers in placed]
 

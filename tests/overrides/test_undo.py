@@ -860,3 +860,77 @@ def test_what_wraps_a_rule_is_a_rule_of_its_own(model, x):
         exactly(thrice, gradient(model, x))
     assert not torch.equal(once, thrice)
     exactly(grad_under(guided), once)
+
+
+class KeepsItsHandle(nn.Module):
+    """A module that has overridden a part of itself, or takes it back."""
+
+    def __init__(self, rules):
+        super().__init__()
+        self.net = mlp()
+        self.handle = go.override(self.net, rules)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("rules", [RULES, {F.relu: guided}, {F.relu: guided, "2": doubled}], ids=["1", "2", "3"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded])
+def test_copy_of_a_module_that_keeps_its_handle_has_one_for_its_own_rules(copied, rules, x):
+    module = KeepsItsHandle(rules)
+    expected, plain = gradient(module, x), gradient(mlp(), x)
+    other = copied(module)
+    assert [row[:4] for row in other.handle.table] == [row[:4] for row in module.handle.table]
+    closely(gradient(other, x), expected)
+    other.handle.remove()
+    exactly(gradient(other, x), plain)
+    assert type(other.net[1]) is nn.ReLU
+    assert str(go.explain(other)) == "nothing is overridden"
+    closely(gradient(module, x), expected)
+    third = copied(module)
+    module.handle.remove()
+    exactly(gradient(module, x), plain)
+    closely(gradient(third, x), expected)
+    copied(third).handle.remove()
+    closely(gradient(third, x), expected)
+    third.handle.remove()
+    exactly(gradient(third, x), plain)
+
+
+def test_handle_in_a_copy_removes_its_own_override_alone(x):
+    module = KeepsItsHandle({nn.ReLU: guided})
+    by_one = gradient(module, x)
+    with go.override(module, {"net": doubled}):
+        closely(gradient(module, x), 2 * by_one)
+        other = copy.deepcopy(module)
+    closely(gradient(other, x), 2 * by_one)
+    other.handle.remove()
+    closely(gradient(other, x), 2 * gradient(mlp(), x))
+    module.handle.remove()
+
+
+def test_handle_in_a_copy_made_after_the_removal_has_nothing_to_remove(x):
+    module = KeepsItsHandle({nn.ReLU: guided})
+    gradient(module, x)
+    module.handle.remove()
+    other = copy.deepcopy(module)
+    assert [row.calls for row in other.handle.table] == ["1", "1"]
+    other.handle.remove()
+    exactly(gradient(other, x), gradient(mlp(), x))
+
+
+def test_handle_in_a_copy_cannot_be_entered():
+    module = KeepsItsHandle({nn.ReLU: guided})
+    other = copy.deepcopy(module)
+    with pytest.raises(go.UnsupportedError, match=r"and once; it is a copy, .*Call go\.override\("), other.handle:
+        pytest.fail("entered")
+    with pytest.warns(go.GradOverrideWarning, match="never ran"):
+        module.handle.remove()
+
+
+def test_handle_of_the_whole_process_is_not_copied(x):
+    module = nn.Sequential(nn.ReLU())
+    with go.override({nn.ReLU: doubled}) as module.handle:
+        gradient(module, x)
+        with pytest.raises(go.UnsupportedError, match=r"must be of a model.*of the whole process. Keep it outside of"):
+            copy.deepcopy(module)
