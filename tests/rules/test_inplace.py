@@ -642,3 +642,25 @@ def test_in_place_module_under_a_rule_of_output_and_vjp(target):
     with go.override(model, {target: lambda grad_output, output, vjp: vjp(grad_output) * (output > 1)}):
         model(x * 1).sum().backward()
     closely(x.grad, (x.detach() > 1).double())
+
+
+def test_second_derivative_through_the_output_of_an_in_place_forward_is_that_of_the_rule_as_elsewhere():
+    class ByHand(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(result := x * 3)
+            return result
+
+        @staticmethod
+        def backward(ctx, grad):
+            (result,) = ctx.saved_tensors
+            return 3 * grad * result
+
+    rule = go.custom_backward(lambda grad_output, output, vjp: vjp(grad_output) * output)
+    x = float64(-1.0, 0.5, 2.0)
+    found = []
+    for forward in (ByHand.apply, rule(lambda x: x * 3), rule(lambda x: x.mul_(3))):
+        (first,) = torch.autograd.grad(forward(x * 1).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.sum(), x)[0])
+    closely(found[1], found[0])
+    closely(found[2], found[0])
