@@ -203,6 +203,10 @@ class ForwardPass:
         elif mode == TRACED:
             call.graph = TracedGraph(sources)
             aliases = call.graph.start(plan.forward_may_write)
+            for index in call.holders:  # copies perhaps: not in a container without a gradient, which it may change
+                if call.specs[index] is not LEAF and not call.wants(index):
+                    start = call.ends[index - 1] if index else 0
+                    aliases[start : call.ends[index]] = self.leaves[start : call.ends[index]]
         else:
             constants = [index for index, leaf in enumerate(self.leaves) if not _may_want_gradient(leaf)]
             call.graph = Replay(call, self.module, self.receiver, constants)
@@ -247,6 +251,9 @@ class ForwardPass:
             unflatten(spec, given) if index in call.holders else value
             for index, (spec, value) in enumerate(zip(call.specs, self.values, strict=True))
         ]
+        for index in call.holders:
+            if self._meets_own(index, aliases):  # a container is the caller's then, who may have it written into
+                arguments[index] = self.values[index]
         inner = receiver
         copied: list[Copied] = []
         if call.aliased and module is not None:
@@ -275,19 +282,32 @@ class ForwardPass:
         known = {name for param in self.call.params for name in param.names}.union(self.call.frozen, buffers)
         return any([source == "deferred" and name not in known for name, source in plan.sources.items()])
 
+    def _meets_own(self, index: int, aliases: Sequence[Tensor]) -> bool:
+        """Whether the forward meets the tensors of this argument themselves, for none of them has a gradient."""
+        places = range(self.call.ends[index - 1] if index else 0, self.call.ends[index])
+        return all([aliases[place] is self.leaves[place] for place in places])
+
     def _refuse_changed(self, arguments: Sequence[Any], aliases: Sequence[Tensor]) -> None:
-        """A container of tensors was given to the forward as a copy, with aliases: what it put there would be lost."""
+        """A container of tensors with a gradient was given as a copy, with aliases: what was put there would be lost.
+
+        In another one, which was given as it is, the rule would not find what the forward met.
+        """
         call = self.call
         for index in call.holders:
-            if call.specs[index] is LEAF:
+            spec, name, own = call.specs[index], call.names[index], self._meets_own(index, aliases)
+            if spec is LEAF or (own and not self.writes.asked_as(name)):
                 continue
             given = aliases[call.ends[index - 1] if index else 0 : call.ends[index]]
-            if not unchanged(call.specs[index], iter(given), arguments[index]):
-                fail(
-                    ForwardResultError,
-                    f"{self.plan.forward.who} must leave the container '{call.names[index]}' as it is, for it holds "
-                    "tensors that the rule answers for; it changed what is in it. Return what is new instead",
-                )
+            if unchanged(spec, iter(given), arguments[index]):
+                continue
+            if own:
+                self.writes.refuse_asked(name)
+            fail(
+                ForwardResultError,
+                f"{self.plan.forward.who} must leave the container '{name}' as it is, for it holds tensors that the "
+                "rule answers for; it changed what is in it. Return what is new instead, or detach() those tensors, if "
+                "none of them is to have a gradient",
+            )
 
     def _without_gradient(self, result: Any) -> Any:
         tensors: list[Tensor] = []

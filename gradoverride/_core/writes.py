@@ -72,10 +72,16 @@ class Writes:
                     f"the rule has a gradient for what it became; it returned something else. Return '{name}', or "
                     "work on a copy",
                 )
-            if self._asks_for(name):
-                self._refuse_overwritten(self._argument(name), name)
-            if self.plan.sources.get("input") == "reserved" and index < call.ends[call.holders[0]]:
-                self._refuse_overwritten("input", name)
+            self.refuse_asked(name)
+            own = aliases[index] is leaves[index]
+            if own and index in call.alias_of and call.mode == TRACED and call.graph is not None:
+                fail(
+                    ForwardResultError,
+                    f"{self.plan.forward.who} writes into a tensor within its argument '{name}' in place and returns "
+                    "it, which compiled code does not take where a rule needs the graph of the forward ('vjp', or "
+                    "parameters that it leaves to autograd). Pass that tensor as an argument of its own, or put a new "
+                    f"one into '{name}'",
+                )
         for index in changed:
             if index >= len(aliases):
                 name = self.besides[index - len(aliases)][0]
@@ -95,6 +101,19 @@ class Writes:
     def _asks_for(self, name: str) -> bool:
         """Whether the rule asks for this argument."""
         return self.plan.sources.get(self._argument(name)) == "argument"
+
+    def asked_as(self, name: str) -> str | None:
+        """The name under which the rule asks for this argument, which holds leaves."""
+        if self._asks_for(name):
+            return self._argument(name)
+        is_input = self.plan.sources.get("input") == "reserved" and name == self.call.names[self.call.holders[0]]
+        return "input" if is_input else None
+
+    def refuse_asked(self, name: str) -> None:
+        """The forward has written into this argument: an error if the rule asks for it."""
+        asked = self.asked_as(name)
+        if asked is not None:
+            self._refuse_overwritten(asked, name)
 
     def _argument(self, name: str) -> str:
         """The name under which a rule asks for this value: those of `*args` and `**kwargs` have one for all."""

@@ -221,8 +221,89 @@ def test_forward_that_changes_a_container_of_tensors_that_want_a_gradient_is_ref
         xs.append(2 * xs[0])
         return xs[0] + xs[1]
 
-    with pytest.raises(go.ForwardResultError, match=r"grows.*'xs'"):
+    with pytest.raises(go.ForwardResultError, match=r"grows.*'xs'.*Return what is new instead, or detach\(\)"):
         go.custom_backward(lambda grad_output: [7 * grad_output])(grows)([float64(1.0)])
+
+
+def keeps_a_state(x, state):
+    state["v"] = state["v"] * 0.5 + x.detach()
+    return x * state["v"]
+
+
+def keeps_a_state_in_place(x, state):
+    state["v"].mul_(0.5).add_(x.detach())
+    return x * state["v"]
+
+
+def takes_out_the_name(x, batch):
+    name = batch.pop("name", "none")
+    return x * batch["mask"] * len(name)
+
+
+def counts_in_a_record(x, record):
+    record.right += 1
+    return x * record.left * record.right
+
+
+def appends_to_a_cache(x, cache):
+    cache.append(x.detach())
+    return x * sum(cache)
+
+
+STATES = {
+    keeps_a_state: lambda t: {"v": t, "more": [t + 1]},
+    keeps_a_state_in_place: lambda t: {"v": t.clone()},
+    takes_out_the_name: lambda t: {"name": "image", "mask": t},
+    counts_in_a_record: lambda t: Record(t, 5),
+    appends_to_a_cache: lambda t: [t],
+}
+
+
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("rule", [lambda g: {"x": 7 * g}, lambda g, vjp: {"x": 7 * vjp.by_name(g)["x"]}])
+@pytest.mark.parametrize("forward", STATES, ids=lambda forward: forward.__name__)
+def test_container_of_tensors_without_a_gradient_may_be_changed_by_the_forward(forward, rule, compiling):
+    decorated = go.custom_backward(rule)(forward)
+    if compiling:
+        torch.compiler.reset()
+        decorated = torch.compile(decorated, backend="aot_eager", fullgraph=True)
+    factor = noise(3, grad=False)
+    ours, bare = STATES[forward](factor), STATES[forward](factor)
+    kept = ours
+    for _ in range(2):
+        a = noise(3)
+        b = a.detach().clone().requires_grad_()
+        result, expected = decorated(a, ours), forward(b, bare)
+        result.sum().backward()
+        expected.sum().backward()
+        closely(result, expected)
+        closely(a.grad, 7 * b.grad if "vjp" in rule.__code__.co_varnames else torch.full_like(b, 7.0))
+        assert ours is kept
+        assert str(ours) == str(bare)
+
+
+@pytest.mark.parametrize("rule", [lambda g, state: {"x": 7 * g}, lambda g, input: {"state": None}])
+@pytest.mark.parametrize("forward", [keeps_a_state, keeps_a_state_in_place])
+def test_rule_that_asks_for_a_container_which_the_forward_changes_is_an_error(forward, rule):
+    asked = rule.__code__.co_varnames[1]
+    changes = forward if asked == "state" else lambda state, x: forward(x, state)
+    given = (noise(3), {"v": noise(3, grad=False)})
+    message = (
+        rf"test_arguments_results.py:\d+\) overwrites its argument 'state' .*asks for '{asked}'.*save_for_backward"
+    )
+    with pytest.raises(go.ForwardResultError, match=message):
+        go.custom_backward(rule)(changes)(*(given if asked == "state" else reversed(given)))
+
+
+def test_compiled_forward_that_returns_what_it_wrote_into_within_a_container_has_eager_gradients_or_is_refused():
+    def doubles(x, state):
+        state["v"].mul_(2.0)
+        return x * state["v"], state["v"]
+
+    decorated = go.custom_backward(lambda g, vjp: {"x": vjp.by_name(g)["x"]})(doubles)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"(?s)doubles.*within its argument 'state'.*Pass that tensor as an argument"):
+        torch.compile(decorated, backend="aot_eager", fullgraph=True)(noise(3), {"v": noise(3, grad=False)})
 
 
 @pytest.mark.parametrize("build", [lambda t: Record(t, 5), lambda t: Pair(t, 5)], ids=["dataclass", "namedtuple"])
