@@ -36,6 +36,8 @@ def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str,
     names, specs = call.names, call.specs
     if call.single is not None and not (isinstance(answer, (tuple, list)) and not _is_sequence(specs[call.single])):
         return _entry(call, call.single, answer), {}
+    if answer is None and not call.holders:  # an embedding: there is no gradient but those of parameters
+        return [], {}
     if not isinstance(answer, (tuple, list)):
         alone = call.passed_alone
         if alone is not None:

@@ -716,3 +716,40 @@ def test_backward_under_a_mode_that_operations_are_shown_to(create_graph):
             pytest.skip("other modes are not known without a private name of torch")
         closely(gradients(), expected)
     assert shown.kinds <= {torch.Tensor, nn.Parameter}
+
+
+@go.custom_backward
+class Embedding(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, index):
+        return self.weight[index]
+
+    def backward(self, grad_output, index):
+        self.weight.grad = 7 * torch.zeros_like(self.weight).index_add(0, index, grad_output)
+
+
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
+def test_backward_of_a_layer_without_a_differentiable_argument_may_return_nothing(compiling):
+    layer, index, grad_output = Embedding(noise(5, 3, grad=False)), torch.tensor([0, 1, 1]), noise(3, 3, grad=False)
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiling else layer
+    run(index).backward(grad_output)
+    expected = noise(5, 3)
+    nn.functional.embedding(index, expected).backward(7 * grad_output)
+    closely(layer.weight.grad, expected.grad)
+
+
+def test_rule_that_answers_for_parameters_alone_must_still_answer_for_each():
+    class Lookup(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(noise(5, 3))
+
+        @go.custom_backward(lambda grad_output, weight: None)
+        def forward(self, index):
+            return self.weight[index]
+
+    with pytest.raises(go.RuleResultError, match=r"asks for the parameter 'weight' and must answer for its gradient"):
+        Lookup()(torch.tensor([0, 1])).sum().backward()
