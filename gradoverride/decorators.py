@@ -22,6 +22,7 @@ from gradoverride._core.plan import Plan
 from gradoverride._core.private import hidden_from_dynamo, uncompiled
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, Rule, name_of
+from gradoverride._core.standin import around
 from gradoverride._core.surrogate import StraightThrough, SurrogateRule, is_learnable, pass_through
 from gradoverride._core.surrogate_class import Learnable, Surrogate, has_tensors
 from gradoverride._core.wrapper import make_refusal, make_wrapper
@@ -223,20 +224,34 @@ def _forward_of(target: Any) -> Forward:
     if function is not None and bound_to is not None:
         return Forward(function, receiver=bound_to, signature=Forward(target).signature, name=Forward(function).name)
     if isinstance(target, nn.Module):
-        called = Forward(target.forward)
+        original = uncompiled(target)  # whose names the parameters have
+        called = Forward(original.forward)
         return Forward(
-            type(target).__call__,
-            receiver=target,
+            type(target).__call__ if original is target else _compiled_call(target, original),
+            receiver=original,
             signature=called.signature,
             as_given=called.as_given,
-            name=_class_name(target),
-            place=location(getattr(type(target), "forward", None)),
+            name=_class_name(original),
+            place=location(getattr(type(original), "forward", None)),
         )
     return Forward(target)
 
 
+def _compiled_call(compiled: nn.Module, original: nn.Module) -> Callable[..., Any]:
+    """The call of `compiled`, made of `original`, with the module that stands for that as its first argument."""
+
+    def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # which would meet the original in two ways
+            return module(*args, **kwargs)
+        if module is original:
+            return compiled(*args, **kwargs)
+        return around(compiled, module)(*args, **kwargs)  # a stand-in: what was compiled has the original's parameters
+
+    return call
+
+
 def _class_name(module: nn.Module) -> str:
-    """The user's name for the class of a module, scripted or compiled ones included."""
+    """The user's name for the class of a module, scripted ones included."""
     name = getattr(module, "original_name", None) if isinstance(module, torch.jit.ScriptModule) else None
     return name or type(uncompiled(module)).__name__
 

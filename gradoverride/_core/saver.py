@@ -52,7 +52,7 @@ class Saver:
                 self._ask(name, self.inputs[call.n_leaves + own[name]])
             elif module is not None and name in call.frozen:
                 self._ask(name, call.frozen[name])
-            elif module is not None and module._buffers.get(name) is not None:
+            elif module is not None and name in module._buffers and module._buffers[name] is not None:
                 self._ask(name, module._buffers[name])
             elif source == "reserved":
                 if name == "input":
@@ -61,7 +61,7 @@ class Saver:
                     slots = [self.slot(~k) for k in range(len(self.outs))]
                     call.asked.append(Asked(name, call.result, slots))
             elif plan.rule.asks.get(name) or (plan.jvp is not None and plan.jvp.asks.get(name)):
-                more = [*residuals, *own, *call.frozen, *(module._buffers if module is not None else ())]
+                more = [*residuals, *own, *call.frozen, *(module._buffers.keys() if module is not None else ())]
                 fail(RuleSignatureError, plan.unknown_name(name, *[key for key in more if "." not in key]))
         call.given = {asked.name for asked in call.asked}
         call.module_slots = {}

@@ -20,7 +20,7 @@ from gradoverride._core.private import COMPILED_CALL, FORMER_PARAMETERS, ORIGINA
 from gradoverride._core.snapshot import Snapshot
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["Copied", "stand_in", "with_parameters", "write_back"]
+__all__ = ["Copied", "around", "stand_in", "with_parameters", "write_back"]
 
 _NONE: Mapping[str, Snapshot] = {}
 
@@ -121,6 +121,13 @@ def _move_methods(module: nn.Module, clone: nn.Module, state: dict[str, Any]) ->
         elif isinstance(value, functools.partial) and any(argument is module for argument in value.args):
             given = [clone if argument is module else argument for argument in value.args]
             state[name] = functools.partial(value.func, *given, **value.keywords)
+
+
+def around(compiled: nn.Module, module: nn.Module) -> nn.Module:
+    """`compiled`, what `torch.compile` gave, with its hooks, around `module`, which is then called uncompiled."""
+    clone = stand_in(compiled, {})
+    clone.__dict__["forward"] = clone._modules[ORIGINAL] = module
+    return clone
 
 
 def _refuse_script(module: nn.Module, prefix: str) -> NoReturn:

@@ -886,6 +886,63 @@ def test_scripted_module_has_the_rule_and_its_own_gradients():
     closely(dict(scripted.named_parameters())["weight"].grad, plain.weight.grad)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("made", [torch.jit.script, lambda plain: torch.jit.trace(plain, noise(2, 3, grad=False))])
+def test_rule_of_a_scripted_module_may_ask_for_vjp(made):
+    plain, x = nn.Linear(3, 3, dtype=torch.float64), noise(2, 3)
+    scripted = made(copy.deepcopy(plain))
+    go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))(scripted)(x).sum().backward()
+    y = x.detach().clone().requires_grad_()
+    plain(y).sum().backward()
+    closely(x.grad, 3 * y.grad)
+    closely(dict(scripted.named_parameters())["weight"].grad, plain.weight.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_name_that_a_scripted_module_does_not_have_is_an_error_that_lists_those_it_has():
+    scripted = torch.jit.script(nn.BatchNorm1d(3, dtype=torch.float64))
+    with pytest.raises(go.RuleSignatureError, match=r"'running_meen'.*'running_var'.*Did you mean 'running_mean'\?"):
+        go.custom_backward(lambda grad_output, running_meen: grad_output)(scripted)(noise(2, 3))
+
+
+RULES_OF_A_LINEAR = {
+    "by name": (
+        lambda g, input, weight, bias: {"input": 2 * g @ weight, "weight": 3 * g.T @ input, "bias": None},
+        2,
+        3,
+    ),
+    "params": (lambda g, params, vjp: {name: 7 * grad for name, grad in vjp.by_name(g).items()}, 7, 7),
+    "module": (lambda g, module: 5 * g @ module.weight, 5, 1),
+    "left to autograd": (lambda g, vjp: 3 * vjp(g), 3, 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+@pytest.mark.parametrize("within", [False, True], ids=["called as it is", "compiled again"])
+@pytest.mark.parametrize("rule", RULES_OF_A_LINEAR)
+def test_rule_of_a_compiled_module_knows_the_parameters_by_the_names_that_they_have_in_it(rule, within):
+    plain, x = nn.Linear(3, 3, dtype=torch.float64), noise(2, 3)
+    module = copy.deepcopy(plain)
+    rule, of_input, of_weight = RULES_OF_A_LINEAR[rule]
+    torch.compiler.reset()
+    ruled = go.custom_backward(rule)(torch.compile(module, backend="aot_eager"))
+    (torch.compile(ruled, backend="aot_eager") if within else ruled)(x).sum().backward()
+    y = x.detach().clone().requires_grad_()
+    plain(y).sum().backward()
+    closely(x.grad, of_input * y.grad)
+    closely(module.weight.grad, of_weight * plain.weight.grad)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+def test_hooks_of_a_compiled_module_run_once_for_each_call_whatever_the_rule_asks_for():
+    compiled = torch.compile(nn.Linear(3, 3, dtype=torch.float64), backend="aot_eager")
+    calls = []
+    compiled.register_forward_hook(lambda module, args, result: calls.append("hook"))
+    for rule in (lambda g, vjp: vjp(g), lambda g, params, vjp: vjp.by_name(g)):
+        go.custom_backward(rule)(compiled)(noise(2, 3)).sum().backward()
+    assert calls == ["hook", "hook"]
+
+
 # --- parts that have more than the attributes of a module ---
 
 
