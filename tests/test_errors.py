@@ -596,3 +596,53 @@ def test_frozen_or_detached_tensor_in_a_closure_is_no_error():
     x = noise(3)
     go.custom_backward(lambda grad_output: grad_output * 7)(lambda x: x * frozen * live.detach())(x).sum().backward()
     exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+
+
+# --- methods of objects that are no modules ---
+
+
+class Plain:
+    factor = 3.0
+
+    @go.custom_backward(lambda grad_output, module: grad_output * module.factor)
+    def scaled(self, x):
+        return x * self.factor
+
+    @go.custom_backward(lambda grad_output, module=None: grad_output * (7 if module is None else 1))
+    def without(self, x):
+        return x * self.factor
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_rule_that_asks_for_the_module_of_an_object_that_is_none_is_refused_at_the_call(compiled):
+    run = torch.compile(Plain().scaled, backend="aot_eager") if compiled else Plain().scaled
+    message = (
+        rf"(?s)rule '<lambda>' {HERE} asks for 'module', and '\w+' {HERE} must be a method of an nn.Module for that; "
+        r"it is one of the class 'Plain', which is none\. Hand over what the rule needs.*save_for_backward"
+    )
+    with pytest.raises(Exception, match=message):
+        run(noise(3))
+
+
+def test_rule_that_may_do_without_a_module_does():
+    x = noise(3)
+    Plain().without(x).sum().backward()
+    exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("base", [nn.Module, object])
+def test_rule_that_asks_for_self_is_told_to_ask_for_the_module(base):
+    def takes_self(self, x):
+        return x
+
+    def made():
+        rule = go.custom_backward(lambda grad_output, self: grad_output)
+        return type("Made", (base,), {"forward": rule(takes_self)})().forward(noise(3))
+
+    with pytest.raises(go.RuleSignatureError, match=r"'self', which does not exist.*For 'self' ask for 'module'"):
+        made()
+
+
+def test_what_came_instead_of_a_rule_has_its_article():
+    with pytest.raises(go.RuleSignatureError, match=r"got an int$"):
+        go.custom_backward(3)

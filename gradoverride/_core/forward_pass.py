@@ -11,7 +11,7 @@ was computed elsewhere.) The inputs of the Function are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from gradoverride._core.standin import Copied, stand_in, with_parameters, write_
 from gradoverride._core.structure import LEAF, Constant, alike, flatten, skeleton, unchanged, unflatten
 from gradoverride._core.tracers import FX, drops_rule, record_call, tracer_now
 from gradoverride._core.writes import Writes
-from gradoverride.errors import ForwardResultError, GraphError, UnsupportedError
+from gradoverride.errors import ForwardResultError, GraphError, RuleSignatureError, UnsupportedError
 
 __all__ = ["ForwardPass", "differentiate", "refuse_within", "tie"]
 
@@ -65,8 +65,11 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
     module = receiver if isinstance(receiver, nn.Module) else None
     if module is not None:
         call.find_params(module)
-    elif plan.takes_receiver and plan.asks_params:
-        raise unknown_name(plan.rule, plan.forward, "params", ())
+    else:
+        if plan.takes_receiver and plan.asks_params:
+            raise unknown_name(plan.rule, plan.forward, "params", ())
+        if plan.takes_receiver and plan.sources.get("module") == "reserved" and plan.rule.asks["module"]:
+            _refuse_no_module(plan, receiver)
     wanted = mode == TRANSFORMED or any(leaf.requires_grad for leaf in leaves) or bool(call.params)
     if not wanted or not (leaves or call.params):
         result = plan.undecorated(layout, receiver, values)
@@ -74,6 +77,16 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
             _refuse_held(call, values, result)
         return result
     return ForwardPass(call, module, receiver, leaves, values).run()
+
+
+def _refuse_no_module(plan: Plan, receiver: Any) -> NoReturn:
+    cls = receiver if isinstance(receiver, type) else type(receiver)
+    fail(
+        RuleSignatureError,
+        f"rule {plan.rule.who} asks for 'module', and {plan.forward.who} must be a method of an nn.Module for that; it "
+        f"is one of the class '{cls.__name__}', which is none. Hand over what the rule needs of the object: "
+        "return save_for_backward(result, name=value), and ask for 'name'",
+    )
 
 
 def _may_hold(spec: Any) -> bool:
@@ -312,21 +325,22 @@ class ForwardPass:
     def _without_gradient(self, result: Any) -> Any:
         tensors: list[Tensor] = []
         flatten(result, is_tensor, tensors)
+        kind = f" of {result.dtype}" if isinstance(result, Tensor) else ""
+        remedy = ". Convert it: .to(torch.get_default_dtype())" if kind else ""
         if self.plan.straight_through:
             fail(
                 ForwardResultError,
                 f"{self.plan.forward.who} must return a floating tensor for a gradient to pass straight through it; "
-                f"it returned {what(result)}",
+                f"it returned {what(result)}{kind}{remedy}",
             )
         if not tensors:
-            kind = "array of numbers" if self.plan.forward.of_arrays else "tensor"
+            one = "array of numbers" if self.plan.forward.of_arrays else "tensor"
             fail(
                 ForwardResultError,
-                f"{self.plan.forward.who} must return at least one {kind}, for its rule {self.plan.rule.who} to get "
-                f"a gradient; it returned {what(result)}. Return the {kind} that the rule is about",
+                f"{self.plan.forward.who} must return at least one {one}, for its rule {self.plan.rule.who} to get "
+                f"a gradient; it returned {what(result)}. Return the {one} that the rule is about",
             )
         if getattr(self.plan.rule.fn, "needs_floating", False):
-            kind = f" of {result.dtype}" if isinstance(result, Tensor) else ""
             fail(
                 ForwardResultError,
                 f"{self.plan.forward.who} must return a floating tensor, for its rule {self.plan.rule.who} to give it "

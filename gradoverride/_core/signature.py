@@ -85,6 +85,7 @@ class Forward:
         self.reserved = tuple([name for name in reserved if name not in none])  # those that it has something for
         self.lacks = lacks  # what to say of the others
         parameters = [] if self.signature is None else list(self.signature.parameters.values())
+        self.receiver_name = parameters[0].name if parameters else ""  # if it is a method
         self.named_so = bool(parameters) and parameters[0].name in _RECEIVERS
         self.read_so = self.named_so or (bool(parameters) and parameters[0].kind in _POSITIONAL and self._is_in_class)
         self.takes_self = receiver is None and bool(parameters) and (self.read_so if method is None else method)
@@ -276,6 +277,11 @@ def unknown_name(rule: Rule, forward: Forward, name: str, more: Iterable[str]) -
     known = [*offered, *always]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
+    if forward.is_method and name in (forward.receiver_name, "self"):
+        hint = (
+            f" For '{name}' ask for 'module', which is the module as it was in that forward; of an object of another "
+            "class hand over what the rule needs, by save_for_backward"
+        )
     if forward.parameters is None:
         own = f"{forward.who} has no signature and offers no names of its own"
     else:

@@ -334,6 +334,15 @@ def test_identity_of_a_container_passes_to_a_container_of_its_structure_and_no_o
         go.straight_through(lambda pair: pair[0].sign(), surrogate=torch.tanh)(pair)
 
 
+def test_result_that_is_no_floating_tensor_is_an_error_that_says_how_to_convert_it():
+    def positive(x):
+        return x > 0
+
+    message = r"'positive' \(.*\) must return a floating tensor .* of shape \(3,\) of torch.bool. Convert it: .to"
+    with pytest.raises(go.ForwardResultError, match=message):
+        go.straight_through(positive)(noise(3))
+
+
 def test_method_of_a_module_that_is_given_no_floating_tensor_is_an_error():
     class Look(nn.Embedding):
         @go.straight_through
