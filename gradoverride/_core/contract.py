@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradoverride._core.private import evaluated_while_tracing, fail
-from gradoverride._core.structure import LEAF, Node, describe, has_leaf, holds_value
+from gradoverride._core.structure import LEAF, Node, describe, has_leaf, holds_value, leaves_out_none
 from gradoverride.errors import RuleResultError
 
 if TYPE_CHECKING:
@@ -277,8 +277,9 @@ def _parts(call: Call, path: tuple[Any, ...], spec: Node, entry: Any) -> Iterabl
         if isinstance(entry, (tuple, list)) and len(entry) == len(spec.parts):
             return zip(range(len(entry)), spec.parts, entry, strict=True)
     elif isinstance(entry, dict):
-        if set(entry) == set(spec.keys):
-            return zip(spec.keys, spec.parts, [entry[key] for key in spec.keys], strict=True)
+        may_lack = isinstance(entry, spec.kind) and leaves_out_none(spec.kind)
+        if set(entry) == set(spec.keys) or (may_lack and set(spec.keys).issuperset(entry)):
+            return zip(spec.keys, spec.parts, [entry.get(key) for key in spec.keys], strict=True)
     elif isinstance(entry, spec.kind):
         return zip(spec.keys, spec.parts, [getattr(entry, key) for key in spec.keys], strict=True)
     _refuse(
@@ -329,7 +330,7 @@ def what(value: Any) -> str:
         kind = type(value).__name__
         return f"{_a(kind)} of {len(value)} ({inside})" if len(value) else f"an empty {kind}"
     if isinstance(value, dict):
-        return f"a {type(value).__name__} with the keys {', '.join(map(repr, value)) or '(none)'}"
+        return f"{_a(type(value).__name__)} with the keys {', '.join(map(repr, value)) or '(none)'}"
     if isinstance(value, (int, float, complex, str, bool)):
         return f"{value!r}, {_a(type(value).__name__)}"
     return _a(type(value).__name__)

@@ -126,7 +126,7 @@ def _made(spec: Node, kind: Any, parts: list[Any]) -> Any:
         return OrderedDict(zip(keys, parts, strict=True))
     if kind is defaultdict:
         return defaultdict(more.get("default_factory"), zip(keys, parts, strict=True))
-    from_items = issubclass(kind, dict) and dataclasses.is_dataclass(kind)  # a `ModelOutput`, which has both
+    from_items = leaves_out_none(kind)  # a `ModelOutput`, which has keys and fields
     if from_items:
         made = kind(**dict(zip(keys, parts, strict=True)))
     elif issubclass(kind, tuple):
@@ -178,12 +178,26 @@ def alike(one: Any, other: Any) -> bool:
         return one is other
     if not isinstance(one, Node) or not isinstance(other, Node):
         return not has_leaf(one) and not has_leaf(other)
+    if one.kind is not other.kind:
+        return False
+    if one.keys != other.keys and leaves_out_none(one.kind):
+        one, other = _of_leaves(one), _of_leaves(other)
     return (
-        one.kind is other.kind
-        and one.keys == other.keys
+        one.keys == other.keys
         and len(one.parts) == len(other.parts)
         and all(alike(a, b) for a, b in zip(one.parts, other.parts, strict=True))
     )
+
+
+def leaves_out_none(kind: type) -> bool:
+    """Whether objects of this type have no key for what is None: a `ModelOutput`."""
+    return issubclass(kind, dict) and dataclasses.is_dataclass(kind)
+
+
+def _of_leaves(node: Node) -> Node:
+    """The same without the parts that hold no leaf."""
+    kept = [(key, part) for key, part in zip(node.keys or (), node.parts, strict=True) if has_leaf(part)]
+    return Node(node.kind, tuple([key for key, _ in kept]), [part for _, part in kept])
 
 
 def in_order_of(spec: Any, value: Any) -> Any:

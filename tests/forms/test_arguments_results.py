@@ -660,6 +660,46 @@ def test_container_of_a_type_of_its_own_as_an_argument_has_autograds_gradient_by
     closely((a.grad, b.grad), (b.detach() ** 2, 2 * a.detach() * b.detach()))
 
 
+def causal_output(**parts):
+    return pytest.importorskip("transformers").modeling_outputs.CausalLMOutput(**parts)
+
+
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
+def test_model_output_with_a_part_that_is_no_tensor_has_autograds_gradient_by_vjp(compiling):
+    make = pytest.importorskip("transformers").modeling_outputs.CausalLMOutput
+
+    @go.custom_backward(lambda grad_output, vjp: vjp(grad_output))
+    def read(given):
+        return given.logits * 3
+
+    @go.custom_backward(lambda grad_output, vjp: vjp(make(logits=7 * grad_output.logits)))
+    def written(x):
+        return make(loss=1.0, logits=x * 2)
+
+    def tripled(x):
+        return written(read(make(loss=1, logits=x)))
+
+    x = noise(3)
+    result = (torch.compile(tripled, backend="aot_eager", fullgraph=True) if compiling else tripled)(x)
+    assert result.loss == 1.0
+    result.logits.sum().backward()
+    closely(x.grad, torch.full((3,), 7 * 2 * 3.0, dtype=torch.float64))
+
+
+def test_gradient_of_a_model_output_may_leave_out_a_part_but_name_no_other():
+    def read(given):
+        return given.logits * 3
+
+    x = noise(3)
+    given = causal_output(loss=noise(1), logits=x)
+    go.custom_backward(lambda g: {"given": causal_output(logits=7 * g)})(read)(given).sum().backward()
+    closely(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+    assert given.loss.grad is None
+    wrong = go.custom_backward(lambda g: {"given": causal_output(logits=g, attentions=g)})(read)
+    with pytest.raises(go.RuleResultError, match=r"mirrors the structure of 'given'.*a CausalLMOutput with the keys"):
+        wrong(given).sum().backward()
+
+
 def test_model_output_keeps_its_access_by_name_index_and_key():
     @go.custom_backward(lambda grad_output: 7 * grad_output.last_hidden_state)
     def encode(x):
