@@ -12,6 +12,7 @@ import functools
 import threading
 from abc import ABC, ABCMeta
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling as compiling
 from torch.fx import GraphModule
 
-from gradoverride._core import everywhere
+from gradoverride._core import everywhere, scan
 from gradoverride._core.functions import calls_that_are
 from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.record import ModuleTally, Record
@@ -120,8 +121,36 @@ def _overridden(base: Any) -> Any:
     body.update({fn.__name__: fn for fn in (__deepcopy__, __copy__) if hasattr(base, fn.__name__)})
     if issubclass(base, GraphModule):
         body["recompile"] = recompile
-    cls = _derived(base, body)
+    cls = _derived(_between(base, body), body)
     return cls
+
+
+def _between(base: Any, body: dict[str, Any]) -> Any:
+    """What a class with this body is to be derived from, for `super(self.__class__, self)` to mean what it did.
+
+    In a method of `base` that is the class after it, and would be `base` itself, without end, in one derived from it.
+    So one more stands between, which passes on to what is after `base`. What is added to the body hides it from others.
+    """
+    passed_on = {}
+    for name in scan.supers_of_own_class(base) & vars(base).keys():
+        after = next((vars(cls)[name] for cls in base.__mro__[1:] if name in vars(cls)), None)
+        if isinstance(after, FunctionType) and isinstance(vars(base)[name], FunctionType):
+            passed_on[name] = _to_super(base, name)
+            body.setdefault(name, _to_base(base, name))
+    if not passed_on:
+        return base
+    return _derived(base, {"__module__": base.__module__, "__qualname__": base.__qualname__, BASE: base, **passed_on})
+
+
+def _to_super(base: Any, name: str) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: getattr(super(base, self), name)(*args, **kwargs)
+
+
+def _to_base(base: Any, name: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(base, name)(self, *args, **kwargs)
+
+    return functools.update_wrapper(method, getattr(base, name), updated=())
 
 
 class _Quiet:

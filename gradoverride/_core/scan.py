@@ -32,6 +32,7 @@ __all__ = [
     "python_function",
     "reachable",
     "strings",
+    "supers_of_own_class",
     "writes",
     "writes_nothing",
 ]
@@ -162,6 +163,34 @@ def strings(fn: Any) -> frozenset[str]:
             elif isinstance(constant, tuple):
                 found.update(part for part in constant if isinstance(part, str))
     return frozenset(found)
+
+
+def supers_of_own_class(cls: type) -> set[str]:
+    """The names in the methods of `cls` that ask for `super(self.__class__, self)`: what they may call of it."""
+    found: set[str] = set()
+    for owner in cls.__mro__:
+        for name, value in vars(owner).items():
+            function = None if name in ("__init__", "__new__") else python_function(_unwrapped(value))
+            for code in () if function is None else _codes(function.__code__):
+                if "super" in code.co_names and _asks_for_own_class(code):
+                    found.update(code.co_names)
+    return found
+
+
+def _unwrapped(value: Any) -> Any:
+    return inspect.unwrap(value) if isinstance(value, FunctionType) else None
+
+
+def _asks_for_own_class(code: CodeType) -> bool:
+    """Whether `super(self.__class__, ...)` or `super(type(self), ...)` is in it."""
+    left_out = ("CACHE", "PRECALL", "PUSH_NULL", "EXTENDED_ARG")
+    steps = [step for step in dis.get_instructions(code) if step.opname not in left_out]
+    for step, first, second in zip(steps, steps[1:], steps[2:], strict=False):
+        if step.opname == "LOAD_GLOBAL" and step.argval == "super":
+            of_type = first.opname == "LOAD_GLOBAL" and first.argval == "type"
+            if of_type or (second.opname in _ATTRIBUTES and second.argval == "__class__"):
+                return True
+    return False
 
 
 def writes(fn: Any, but: str = "") -> bool:

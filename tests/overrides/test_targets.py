@@ -543,3 +543,57 @@ def test_class_without_a_method_that_is_derived_from_an_overridden_one_is_warned
 
         exactly(gradient(Derived(), x), plain)
         exactly(gradient(Own(), x), 2 * plain)
+
+
+# --- a forward that asks for its super by the class of the module ---
+
+
+class ByItsClass(nn.Linear):
+    """The idiom of Python 2, which is right in the class of the module itself alone."""
+
+    def forward(self, x):
+        return super(self.__class__, self).forward(x) * 2
+
+    def train(self, mode=True):
+        self.was = super(type(self), self).train(mode).training
+        return self
+
+    def extra_repr(self):
+        above = super(self.__class__, self)
+        return f"twice, {above.extra_repr()}"
+
+
+def tripled_whole(grad_output, vjp):
+    found = vjp(grad_output)
+    if isinstance(found, tuple):  # of a function
+        return tuple(None if grad is None else 3 * grad for grad in found)
+    return 3 * found
+
+
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("target", [nn.Linear, ByItsClass, F.linear, F.relu])
+def test_module_that_asks_for_its_super_by_its_own_class_is_what_it_was(target, compiling):
+    model = nn.Sequential(ByItsClass(3, 3, dtype=torch.float64), nn.ReLU())
+    bare = copy.deepcopy(model)
+    x, y = noise(2, 3), noise(2, 3)
+    y.data.copy_(x)
+    with go.override(model, {target: tripled_whole}):
+        torch.compiler.reset()
+        result = (torch.compile(model, backend="aot_eager", fullgraph=True) if compiling else model)(x)
+        closely(copy.deepcopy(model)(x), result)
+        assert repr(model) == repr(bare)
+        assert model.eval()[0].was is False
+    assert type(model[0]) is ByItsClass
+    result.sum().backward()
+    bare(y).sum().backward()
+    closely(result, bare(y))
+    closely(x.grad, 3 * y.grad)
+
+
+def test_module_that_asks_for_its_super_by_its_own_class_has_the_rule_for_its_parameters():
+    module, x = ByItsClass(3, 3, dtype=torch.float64), noise(2, 3)
+    bare = copy.deepcopy(module)
+    with go.override(module, {nn.Linear: lambda grad, params, vjp: {n: 5 * g for n, g in vjp.by_name(grad).items()}}):
+        module(x).sum().backward()
+    bare(x.detach()).sum().backward()
+    closely(module.weight.grad, 5 * bare.weight.grad)
