@@ -31,6 +31,7 @@ from gradoverride._core.private import (
     dynamo_shows,
     fail,
     in_checkpoint_replay,
+    in_reentrant_checkpoint,
     is_compiled_graph,
     let_dynamo_show,
 )
@@ -236,9 +237,27 @@ def _traced(key: FunctionRule) -> None:
 
 def note_unrecorded(key: FunctionRule, _: Any = None) -> None:
     """A call under this rule records no graph."""
+    if any([layer.key is key for layer in here.layers]) and in_reentrant_checkpoint(
+        unless=functools.partial(_enters, key)
+    ):
+        raise UnsupportedError(
+            f"override of function '{key.name}': the rule {key.rule.who} must be in force when a reentrant checkpoint "
+            "runs its block again; this call is in a block that is no module of the model, a function or a method, "
+            "and is run again outside of the modules that have the rule. Make the block a module and checkpoint that, "
+            "or override without a model, for the whole process: go.override({...})"
+        )
     for layer in (*here.layers, *everywhere.functions):
         if layer.key is key:
             layer.tally.note_unrecorded()
+
+
+def _enters(key: FunctionRule, frame: FrameType) -> bool:
+    """Whether this is the call of a module that has this rule in force, as it will have when it is called again.
+
+    Not by its code alone: what Dynamo makes of it, where its graph breaks, is of a similar name.
+    """
+    own = frame.f_globals.get("__name__") == __name__ and "scope" in frame.f_code.co_name
+    return own and key in frame.f_locals.get("keys", (key,))
 
 
 _USED_BY_THE_ENGINE = frozenset({"clone", "copy", "detach", "view_as", "zeros_like", "ones_like", "as_subclass"})

@@ -410,16 +410,18 @@ _modes = [
 ]
 
 
-def in_reentrant_checkpoint() -> bool:
-    """Whether a reentrant checkpoint runs its block now, under no_grad, to run it again in the backward pass.
+def in_reentrant_checkpoint(unless: Callable[[FrameType], bool] | None = None) -> bool:
+    """Whether a reentrant checkpoint runs its block now, under no_grad, to run it again in the backward pass; `unless`
+    that is said of a frame within the block.
 
     torch says so nowhere: it is read from the frames.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
+        if unless is not None and unless(frame):
+            return False
         if frame.f_code is _REENTRANT:
-            given = frame.f_locals["args"]
-            return any(isinstance(one, torch.Tensor) and one.requires_grad for one in given)
+            return bool(frame.f_locals["ctx"].next_functions)  # of its node: none where no gradient is wanted
         frame = frame.f_back
     return False
 

@@ -205,3 +205,81 @@ def test_what_a_rule_calls_in_a_backward_pass_is_not_under_the_rules_of_the_whol
         (second,) = torch.autograd.grad(first.sum(), ones)
     closely(first, x.detach())
     closely(second, 2 * x.detach())
+
+
+class Within(nn.Module):
+    """A forward that has a part of itself run again: a method or a closure, or a module."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.linear, self.block = how, nn.Linear(3, 3), Relu()
+        self.double()
+
+    def inner(self, x):
+        return halved(torch.tanh(F.relu(self.linear(x)) * 4))
+
+    def forward(self, x, reentrant=True):
+        if reentrant is None:
+            return self.inner(x) if "block" not in self.how else torch.tanh(self.block(x))
+        run = {
+            "method": self.inner,
+            "closure": lambda x: self.inner(x * 1),
+            "block": self.block,
+            "closure of the block": lambda x: self.block(x),
+        }[self.how]
+        result = checkpoint(run, x, use_reentrant=reentrant)
+        return torch.tanh(result) if "block" in self.how else result
+
+
+WITHIN = {**RULES, "builtin function": {torch.tanh: lambda grad_output, vjp: 2 * vjp(grad_output)}}
+del WITHIN["class"]
+
+
+@pytest.mark.parametrize("how", ["method", "closure"])
+@pytest.mark.parametrize("kind", WITHIN)
+def test_reentrant_block_that_is_no_module_is_refused_under_rules_for_functions_of_a_model(kind, how, x):
+    model = Within(how)
+    rule = next(iter(WITHIN[kind].values()))
+    name = "halved" if kind == "path" else "tanh" if "builtin" in kind else "relu"
+    place = rf"test_checkpoints\.py:{rule.__code__.co_firstlineno}"
+    text = (
+        rf"override of function '.*{name}': the rule '<lambda>' \(.*{place}\) must be in force.*Make the block a module"
+    )
+    with go.override(model, WITHIN[kind]), pytest.raises(go.UnsupportedError, match=text):
+        model(x)
+
+
+@pytest.mark.parametrize("how", ["method", "closure"])
+@pytest.mark.parametrize("kind", WITHIN)
+def test_the_same_without_a_gradient_is_not(kind, how, x):
+    model = Within(how)
+    with go.override(model, WITHIN[kind]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, that nothing is to be run again
+        closely(model(x.detach()), model(x.detach(), None).detach())
+        with torch.no_grad():
+            closely(model(x), model(x, None))
+
+
+@pytest.mark.parametrize("how", ["block", "closure of the block"])
+@pytest.mark.parametrize("kind", WITHIN)
+def test_reentrant_block_that_is_a_module_is_run_again_under_rules_for_functions_of_a_model(kind, how, x):
+    model, given = Within(how), x.detach().clone().requires_grad_()
+    with go.override(model, WITHIN[kind]):
+        model(given, None).sum().backward()
+        model(x).sum().backward()
+    closely(x.grad, given.grad)
+
+
+@pytest.mark.parametrize("how", ["method", "closure"])
+def test_reentrant_block_that_is_no_module_is_run_again_under_rules_of_the_whole_process(how, x):
+    model, given = Within(how), x.detach().clone().requires_grad_()
+    with go.override(WITHIN["builtin function"]):
+        model(given, None).sum().backward()
+        model(x).sum().backward()
+    closely(x.grad, given.grad)
+
+
+def test_override_of_a_function_without_a_signature_left_before_the_block_is_run_again_warns_too(x):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+    with pytest.warns(go.GradOverrideWarning, match="no longer in force"), go.override(WITHIN["builtin function"]):
+        in_checkpoint(model)(x)
