@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradoverride._core.private import in_modes, versions_while_tracing
+from gradoverride._core.private import in_functorch, in_modes, versions_while_tracing
 from gradoverride._core.snapshot import Snapshot
 from gradoverride._core.stale import Stale
 from gradoverride._core.standin import Copied, stand_in, write_back
@@ -44,12 +44,16 @@ class Collector:
             # are shown to (those of compiled autograd, of FLOP counters) do not know ours.
             if traced or type(tensor) not in (Tensor, nn.Parameter) or in_modes():
                 self.params[name] = tensor.detach()
+                if traced or not in_functorch():
+                    self.params[name].requires_grad_()
                 if not traced and torch.is_grad_enabled() and tensor.requires_grad:  # for second derivatives
                     self.params[name] = tensor.view_as(tensor)
                     self.params[name].retain_grad()  # or torch warns of a look at its `grad`
                 self.params[name].grad = self.before[name] = torch.zeros_like(tensor)
-            else:
+            elif torch.is_grad_enabled() or in_functorch():
                 self.params[name] = tensor.view_as(tensor).as_subclass(_Collected)
+            else:  # a leaf, or `backward` could not ask for the gradient of what it computes from it
+                self.params[name] = tensor.detach().as_subclass(_Collected).requires_grad_()
         self.versions = self._versions()
         # A frozen parameter is assigned to as well, and has no gradient to be collected.
         tensors = {**buffers, **{name: _alias(tensor) for name, tensor in frozen.items()}}
@@ -71,22 +75,32 @@ class Collector:
     def _was_assigned(self, name: str, param: Tensor) -> bool:
         if name in self.before:
             return param.grad is not self.before[name]
-        return "collected" in param.__dict__
+        return "collected" in param.__dict__ or param.grad is not None
 
 
 class _Collected(Tensor):
-    """A parameter on the stand-in of a `backward`: what is assigned to its `grad` is collected, and nothing else."""
+    """A parameter on the stand-in of a `backward`: what is assigned to its `grad` is collected, and nothing else.
+
+    And what a backward within the `backward` accumulates there, as recomputation does: torch's own `grad` has it.
+    """
 
     # As for nn.Parameter: operations on it are those of Tensor, and give plain tensors.
     __torch_function__ = nn.Parameter.__torch_function__
 
     @property
     def grad(self) -> Any:
-        return self.__dict__.get("collected")
+        accumulated = _OWN_GRAD.__get__(self) if self.is_leaf else None
+        given = self.__dict__.get("collected")
+        return given if accumulated is None else accumulated if given is None else given + accumulated
 
     @grad.setter
     def grad(self, value: Any) -> None:
         self.__dict__["collected"] = value
+        if self.is_leaf:
+            _OWN_GRAD.__set__(self, None)
+
+
+_OWN_GRAD: Any = Tensor.grad
 
 
 def _alias(tensor: Tensor) -> Tensor:

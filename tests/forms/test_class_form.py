@@ -602,6 +602,76 @@ def test_what_is_added_to_no_grad_is_an_error_with_a_note():
     assert note.endswith("Assign it (=) before anything is added to it (+=)")
 
 
+class Recomputed(nn.Module):
+    """As a reversible or implicit layer: its backward computes again what its forward did, and differentiates that."""
+
+    def __init__(self, pull):
+        super().__init__()
+        self.inner = nn.Linear(3, 3, dtype=torch.float64)
+        self.pull = pull
+
+    def forward(self, x):
+        return x + torch.tanh(self.inner(x))
+
+    def backward(self, grad_output, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return self.pull(self, x, Recomputed.forward.__wrapped__(self, x), grad_output)
+
+
+def pull_by_grad(self, x, result, grad_output):
+    parameters = list(self.inner.parameters())
+    grads = torch.autograd.grad(result, [x, *parameters], grad_output)
+    for parameter, grad in zip(parameters, grads[1:], strict=True):
+        parameter.grad = grad
+    return grads[0]
+
+
+def pull_by_backward(self, x, result, grad_output):
+    result.backward(grad_output)
+    return x.grad
+
+
+def pull_twice(self, x, result, grad_output):
+    self.inner.weight.grad = torch.ones_like(self.inner.weight)
+    result.backward(grad_output)
+    self.inner.weight.grad -= 1
+    return x.grad
+
+
+Recomputed = go.custom_backward(Recomputed)
+
+
+@pytest.mark.parametrize("run", [run_plainly, run_under_a_mode])
+@pytest.mark.parametrize("pull", [pull_by_grad, pull_by_backward, pull_twice])
+def test_backward_may_compute_the_forward_again_and_differentiate_that(pull, run):
+    module, x = Recomputed(pull), noise(2, 3)
+    plain, y = copy.deepcopy(module.inner), x.detach().clone().requires_grad_()
+    for _ in range(2):
+        run(module, x)
+        (y + torch.tanh(plain(y))).sum().backward()
+    closely(x.grad, y.grad)
+    for ours, theirs in zip(module.inner.parameters(), plain.parameters(), strict=True):
+        closely(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("run", [run_plainly, run_under_a_mode, run_compiled])
+def test_parameter_says_in_backward_whether_it_wants_a_gradient(run):
+    def backward(self, grad_output, x):
+        if self.weight.requires_grad:
+            self.weight.grad = 3 * grad_output * x
+        if self.shift.requires_grad:
+            self.shift.grad = grad_output
+        return grad_output * self.weight
+
+    layer, x = affine(backward), float64(3.0, 4.0)
+    layer.shift.requires_grad_(False)
+    run(layer, x)
+    exactly(layer.weight.grad, float64(9.0, 12.0, grad=False))
+    exactly(x.grad, layer.weight.detach())
+    assert layer.shift.grad is None
+
+
 def test_gradients_of_submodules_are_assigned_where_they_are():
     @go.custom_backward
     class Outer(nn.Module):
