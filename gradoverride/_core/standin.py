@@ -16,7 +16,15 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from gradoverride._core.private import COMPILED_CALL, FORMER_PARAMETERS, ORIGINAL, RNN_WEIGHTS, fail, uncompiled
+from gradoverride._core.private import (
+    COMPILED_CALL,
+    FORMER_PARAMETERS,
+    ORIGINAL,
+    RNN_WEIGHTS,
+    evaluated_while_tracing,
+    fail,
+    uncompiled,
+)
 from gradoverride._core.snapshot import Snapshot
 from gradoverride.errors import UnsupportedError
 
@@ -57,6 +65,33 @@ def _computed(name: str) -> Callable[[Any], Any]:
     return lambda self: self.parametrizations[name]()
 
 
+@evaluated_while_tracing
+def _traced(cls: Any) -> Any:
+    """`cls`, unless it assigns in its own way, as `_Assigning`."""
+    plain = cls.__setattr__ is nn.Module.__setattr__ and cls.register_buffer is nn.Module.register_buffer
+    return _assigning(cls) if plain else cls
+
+
+@functools.cache
+def _assigning(cls: Any) -> Any:
+    return type(cls.__name__, (_Assigning, cls), {"__module__": cls.__module__})
+
+
+class _Assigning:
+    """Assigns a buffer where it is kept: what `nn.Module` does then Dynamo cannot trace for a stand-in."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        """No class of the user's is told: this is none of its subclasses."""
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        if name in self._buffers and (value is None or torch.is_tensor(value)) and not isinstance(value, nn.Parameter):
+            self._buffers[name] = value
+        else:
+            nn.Module.__setattr__(self, name, value)
+
+
 def stand_in(
     module: nn.Module,
     tensors: Mapping[str, Tensor],
@@ -78,8 +113,11 @@ def stand_in(
     state.pop(COMPILED_CALL, None)
     table = state["_modules"].get("parametrizations")
     given = () if table is None else tuple(name for name in table._modules if prefix + name in tensors)
-    own: Any = type(module)
-    cls = own if not given or torch.compiler.is_dynamo_compiling() else _without_cache(own, given)
+    cls: Any = type(module)
+    if torch.compiler.is_dynamo_compiling():
+        cls = _traced(cls) if buffers else cls
+    elif given:
+        cls = _without_cache(cls, given)
     clone: nn.Module = object.__new__(cls)
     parameters = state["_parameters"]
     swapped = {name: tensors.get(prefix + name, value) for name, value in parameters.items()}

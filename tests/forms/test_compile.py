@@ -353,6 +353,47 @@ def test_batch_norm_below_a_compiled_vjp_counts_once():
     closely(layer.weight.grad, plain.weight.grad)
 
 
+class Traced(nn.Module):
+    """Assigns buffers, as code does that does not write into them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(float64(2.0, 2.0, 2.0))
+        self.register_buffer("trace", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x):
+        self.trace = self.trace * 0.5 + x.detach()
+        self.count += 1
+        return x * self.weight
+
+    def backward(self, grad_output, x):
+        self.weight.grad = 5 * grad_output * x
+        return 7 * grad_output
+
+
+class TracedByRule(Traced):
+    forward = go.custom_backward(lambda grad_output, x, weight: {"x": grad_output, "weight": None})(Traced.forward)
+
+
+class TracedByClass(Traced):
+    forward, backward = Traced.forward, Traced.backward
+
+
+@pytest.mark.parametrize("cls", [TracedByRule, go.custom_backward(TracedByClass)])
+def test_buffers_that_a_compiled_method_assigns_are_those_of_eager(cls, x):
+    eager = cls()
+    compiled = copy.deepcopy(eager)
+    fast = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        eager(x).sum().backward()
+        fast(x).sum().backward()
+    assert compiled.count.item() == 2
+    exactly(compiled.trace, eager.trace)
+    exactly(compiled.weight.grad, eager.weight.grad)
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+
+
 def test_same_tensor_twice_gets_both_gradients(x):
     product = go.custom_backward(lambda grad_output, a, b: (2 * grad_output * b, 3 * grad_output * a))(
         lambda a, b: a * b
