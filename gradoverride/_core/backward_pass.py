@@ -187,6 +187,7 @@ class Backward:
             {param.name: (param.names, self.saved[call.module_slots[param.name]]) for param in call.params},
             traced=self.traced,
             changes=call.training_then(),
+            attributes=self.plan.attribute_names_in_backward(type(call.module)) if self.traced else (),
         )
 
     def _collected(self, collector: Collector) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradoverride._core.aliases import carry_data, copy_attributes, places_of, share_attributes
 from gradoverride._core.private import in_functorch, in_modes, versions_while_tracing
 from gradoverride._core.snapshot import Snapshot
 from gradoverride._core.stale import Stale
@@ -33,12 +34,14 @@ class Collector:
         *,
         traced: bool,
         changes: Mapping[str, Snapshot],
+        attributes: Sequence[str],
     ) -> None:
         self.params: dict[str, Tensor] = {}
         # The `grad` of each that is a plain alias. If it is another tensor, or was written into, it was assigned.
         self.before: dict[str, Tensor] = {}
         self.traced = torch.compiler.is_dynamo_compiling()  # the backward alone: compiled autograd
         traced = traced or self.traced
+        self.tensors = [tensor for _, tensor in params.values()]
         for name, (_, tensor) in params.items():
             # Dynamo knows no properties on tensors, a DTensor is no other subclass besides, and modes that operations
             # are shown to (those of compiled autograd, of FLOP counters) do not know ours.
@@ -54,7 +57,17 @@ class Collector:
                 self.params[name] = tensor.view_as(tensor).as_subclass(_Collected)
             else:  # a leaf, or `backward` could not ask for the gradient of what it computes from it
                 self.params[name] = tensor.detach().as_subclass(_Collected).requires_grad_()
+            if isinstance(self.params[name], _Collected):
+                self.params[name].__dict__ = tensor.__dict__
         self.versions = self._versions()
+        self.places: list[int] = []
+        if not traced:
+            share_attributes([*self.params.values()], self.tensors)
+            self.places = [] if in_functorch() else places_of(self.tensors)
+        elif attributes:
+            live = dict(module.named_parameters())
+            known = [name for name in self.params if name in live]
+            copy_attributes([live[name] for name in known], [self.params[name] for name in known], attributes)
         # A frozen parameter is assigned to as well, and has no gradient to be collected.
         tensors = {**buffers, **{name: _alias(tensor) for name, tensor in frozen.items()}}
         for name, (names, _) in params.items():
@@ -65,6 +78,8 @@ class Collector:
     def collected(self) -> dict[str, Any]:
         """By name, the gradients that were assigned. Plain attributes that were are given to the module."""
         write_back(self.copied)
+        if self.places:
+            carry_data([*self.params.values()], self.tensors, self.places)
         written = dict(zip(self.before, map(operator.ne, self.versions, self._versions()), strict=True))
         return {n: param.grad for n, param in self.params.items() if written.get(n) or self._was_assigned(n, param)}
 
@@ -75,7 +90,7 @@ class Collector:
     def _was_assigned(self, name: str, param: Tensor) -> bool:
         if name in self.before:
             return param.grad is not self.before[name]
-        return "collected" in param.__dict__ or param.grad is not None
+        return hasattr(param, "collected") or param.grad is not None
 
 
 class _Collected(Tensor):
@@ -84,18 +99,20 @@ class _Collected(Tensor):
     And what a backward within the `backward` accumulates there, as recomputation does: torch's own `grad` has it.
     """
 
+    __slots__ = ("collected",)  # its other attributes are those of the parameter
+
     # As for nn.Parameter: operations on it are those of Tensor, and give plain tensors.
     __torch_function__ = nn.Parameter.__torch_function__
 
     @property
     def grad(self) -> Any:
         accumulated = _OWN_GRAD.__get__(self) if self.is_leaf else None
-        given = self.__dict__.get("collected")
+        given = getattr(self, "collected", None)
         return given if accumulated is None else accumulated if given is None else given + accumulated
 
     @grad.setter
     def grad(self, value: Any) -> None:
-        self.__dict__["collected"] = value
+        self.collected = value
         if self.is_leaf:
             _OWN_GRAD.__set__(self, None)
 
@@ -104,4 +121,9 @@ _OWN_GRAD: Any = Tensor.grad
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    return tensor if isinstance(tensor, Stale) else tensor.detach()
+    if isinstance(tensor, Stale):
+        return tensor
+    alias = tensor.detach()
+    if not torch.compiler.is_dynamo_compiling():
+        share_attributes((alias,), (tensor,))
+    return alias

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradoverride._core.aliases import has_other_data
 from gradoverride._core.call import EAGER
 from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.kept_graph import KeptGraph, shares_versions
@@ -138,6 +139,7 @@ class ShortPath:
             "_go_dual_levels": dual_levels,
             "_go_general": lambda receiver, *values: differentiate(self.plan, self.layout, receiver, values),
             "_go_getrefcount": sys.getrefcount,
+            "_go_has_other_data": has_other_data,
             "_go_in_functorch": in_functorch,
             "_go_fx_tracer": fx_tracer,
             "_go_is_jit_tracing": is_jit_tracing,
@@ -224,11 +226,12 @@ class ShortPath:
             ]
             before = f"[{', '.join(map(_version, tensors))}]"
         unusual = self.function.unusual(list(map(_alias, tensors)), "_go_result")
-        unusual += ["_go_result.requires_grad", "_go_result.is_inference()", *written]
+        unusual += ["_go_result.requires_grad", "_go_result.is_inference()", *written, *self._other_data(tensors)]
         found = f"({', '.join(arguments)},), [{', '.join(map(_alias, tensors))}], _go_result"
         return [
             # An alias has a version counter of its own, which shows writes in place.
             *(f"    {alias}" for alias in aliases),
+            *self._shared_attributes(tensors),
             f"    _go_result = {self._call_on_aliases(arguments)}",
             f"    if {' or '.join(unusual)}:",
             f"        return _go_finish(None, {found}, None, {before})",
@@ -259,11 +262,13 @@ class ShortPath:
         found = f"({', '.join(arguments)},), [{aliases}]"
         if self.reach is None:
             unusual += ["_go_result.is_inference()", "_go_graph.stray(_go_result)"]
+        unusual += self._other_data(tensors)
         boxed = ["_go_result.detach()", "_go_graph", "_go_graph.end((_go_result,))", *self._others(arguments)]
         guard = ["    _go_graph.guard(_go_plan.forward.who)"] if self.reach is None else []
         return [
             f"    _go_graph = _go_kept_graph(({', '.join(tensors)},), {shares})",
             f"    {aliases}, = _go_graph.start()",
+            *self._shared_attributes(tensors),
             *before,
             f"    _go_result = {self._call_on_aliases(arguments)}",
             f"    if {' or '.join(unusual)}:",
@@ -300,6 +305,17 @@ class ShortPath:
         if not params:
             unfit.append(f"not ({' or '.join(map(_wants, tensors))})")
         return [*lines, f"    if {' or '.join(unfit)}:", general, *self._direct_body(arguments, receiver, params)]
+
+    def _shared_attributes(self, tensors: Sequence[str]) -> list[str]:
+        if not self.plan.uses_attributes:
+            return []
+        return [f"    {_alias(name)}.__dict__ = {name}.__dict__" for name in tensors]
+
+    def _other_data(self, tensors: Sequence[str]) -> list[str]:
+        """What is true where the forward has given an alias other data."""
+        if not self.plan.may_give_data:
+            return []
+        return [f"{_alias(name)} is not {name} and _go_has_other_data({_alias(name)}, {name})" for name in tensors]
 
     def _call_on_aliases(self, arguments: Sequence[str]) -> str:
         names = [_alias(name) if place in self.places else name for place, name in enumerate(arguments)]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import debug_unwrap
 
 from gradoverride._core import captured
+from gradoverride._core.aliases import carry_data, copy_attributes, places_of, share_attributes
 from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Call, is_differentiable, is_tensor, is_tracked
 from gradoverride._core.contract import Meta, what
 from gradoverride._core.function import TOKEN, fresh, trackable
@@ -199,6 +200,7 @@ class ForwardPass:
         self.on_leaves = on_leaves
         self.writes = Writes(call, leaves, before)
         self.buffer_versions: dict[str, int | None] = {}
+        self.places: list[int] | None = None  # of the aliases, before an eager forward
 
     def run(self) -> Any:
         """The forward on aliases, and its result tied to the rule."""
@@ -226,13 +228,25 @@ class ForwardPass:
             aliases = [self._alias(tensor) for tensor in sources]
         if plan.asks_module and self.module is not None and mode != TRACED:
             self.buffer_versions = {name: version_of(value) for name, value in self.module.named_buffers()}
+        named = plan.attribute_names_of(type(self.receiver)) if mode == TRACED else ()
+        if mode != TRACED:
+            share_attributes(aliases, sources)
+        elif named:
+            copy_attributes(sources, aliases, named)
+        if mode == EAGER:
+            self.places = places_of(aliases)
         self.writes.watch(aliases, self.values, shares)
         result, residuals = self._forward(aliases)
+        if named:
+            copy_attributes(aliases, sources, named)
         return self.finish(aliases, result, residuals)
 
     def finish(self, aliases: list[Tensor], result: Any, residuals: dict[str, Any]) -> Any:
         """The forward has run on `aliases` and gave `result`: look at it, and tie it to the rule."""
         call, leaves = self.call, self.leaves
+        if self.mode == EAGER and not self.on_leaves:
+            sources = [*leaves, *[param.tensor for param in call.aliased]]
+            carry_data(aliases, sources, places_of(sources) if self.places is None else self.places)
         outs: list[Tensor] = []
         call.result = flatten(result, is_differentiable, outs)
         if not outs:

@@ -26,7 +26,7 @@ from gradoverride._core.private import (
     fast_apply,
     made_at_import,
 )
-from gradoverride._core.reach import Reach, calls_unseen
+from gradoverride._core.reach import Reach, attribute_names, calls_unseen
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.rule_code import RuleCode, is_known_method
 from gradoverride._core.signature import RESERVED, Forward, Rule, resolve, unknown_name
@@ -104,6 +104,11 @@ class Plan:
         # Modules of torch have one forward for both, and `self.inplace` says which it is.
         self.inplace_tells = writes and "inplace" in attributes and not scan.writes(self.fn, but="inplace")
         self.forward_may_write = not scan.writes_nothing(self.fn, is_known_method)
+        # What it may do with aliases: to attributes that not every tensor has, and to their data.
+        self.attribute_names = attribute_names(self.fn, method=self.takes_receiver)
+        self.uses_attributes = self.reach is None or bool(self.attribute_names)
+        tells = self.reach is not None and not any(scan.mentions(self.fn, name) for name in ("data", "set_"))
+        self.may_give_data = self.forward_may_write and not tells
         self.rule_code = code = RuleCode.of(rule)
         # Calls read these here: each further dot is time, and a guard where Dynamo traces it.
         self.rule_writes = code.writes
@@ -210,6 +215,16 @@ class Plan:
         name = f"layout_{[*self._layouts].index((extra, keywords, given))}"
         setattr(self, name, layout)
         return name
+
+    @evaluated_while_tracing
+    def attribute_names_of(self, cls: Any) -> tuple[str, ...]:
+        """`attribute_names`, and those in the methods of the receiver's class that the forward calls."""
+        return attribute_names(self.fn, method=True, cls=cls) if self.takes_receiver else self.attribute_names
+
+    @evaluated_while_tracing
+    def attribute_names_in_backward(self, cls: Any) -> tuple[str, ...]:
+        """The same of the `backward` of a class."""
+        return attribute_names(self.rule.fn, method=True, cls=cls)
 
     def invoke(self, layout: Layout, receiver: Any, values: Sequence[Any]) -> Any:
         """The undecorated forward on these values."""

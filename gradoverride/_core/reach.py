@@ -7,6 +7,7 @@ that requires grad. The code is read once; what its names stand for is looked at
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from gradoverride._core import scan
 
-__all__ = ["SCALARS", "Reach", "calls_unseen", "of_modules"]
+__all__ = ["SCALARS", "Reach", "attribute_names", "calls_unseen", "of_modules"]
 
 SCALARS = frozenset({int, float, bool, complex, str, type(None), torch.dtype, torch.device})
 """Types of values that are no tensor and hold none."""
@@ -88,9 +89,49 @@ def calls_unseen(fn: Any) -> bool:
         found = [*scan.named(function, code), *of_modules(function, code)]
         if not all(_is_known_attribute(name, found) for name in _method_names(code)):
             return True
-        if any(_is_unseen(value) for _, _, value in found if value not in functions):
+        if any(_is_unseen(value) and value not in functions for _, _, value in found):
             return True
     return False
+
+
+def attribute_names(fn: Any, *, method: bool, cls: Any = None) -> tuple[str, ...]:
+    """The attributes that not every tensor has and that `fn` may read or set on one, as far as code shows it.
+
+    Of a `method` of `cls` those in the methods and properties that it names besides.
+    """
+    found: set[str] = set()
+    seen: set[FunctionType] = set()
+    waiting = [scan.python_function(fn)]
+    while waiting:
+        root = waiting.pop()
+        for function, code in scan.reachable(root, seen):
+            known = [*scan.named(function, code), *of_modules(function, code)]
+            receiver = code.co_varnames[0] if method and function is root and code.co_varnames else None
+            names = _attributes_but_of(receiver, code)
+            if _BY_NAME.intersection(code.co_names):
+                names |= {text for text in code.co_consts if isinstance(text, str) and text.isidentifier()}
+            found |= {name for name in names if not _is_known_attribute(name, known)}
+            if cls is not None:
+                own = [inspect.getattr_static(cls, name, None) for name in code.co_names]
+                own = [one.fget if isinstance(one, property) else one for one in own]
+                waiting += [one for one in own if isinstance(one, FunctionType) and not _is_of_library(one.__module__)]
+    return tuple(sorted(found))
+
+
+def _attributes_but_of(receiver: str | None, code: CodeType) -> set[str]:
+    """The attributes in `code` that are no called methods, but those of its `self`."""
+    found = set()
+    loaded = None
+    for step in scan.instructions(code):
+        reads = step.opname in ("LOAD_ATTR", "STORE_ATTR", "DELETE_ATTR") and "NULL" not in step.argrepr
+        if reads and (receiver is None or loaded != receiver):
+            found.add(step.argval)
+        loaded = step.argval if "FAST" in step.opname else None
+        loaded = loaded[-1] if isinstance(loaded, tuple) else loaded
+    return found
+
+
+_BY_NAME = frozenset({"delattr", "getattr", "hasattr", "setattr"})
 
 
 def _is_unseen(value: Any) -> bool:

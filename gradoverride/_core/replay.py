@@ -57,15 +57,19 @@ class Replay:
         self.params = [param.names for param in call.params]
         # By argument, its structure, and by tensor in it whether it is one of the leaves.
         self.arguments: list[tuple[Any, list[bool]]] = []
+        leaves: list[Tensor] = []
         others: list[Tensor] = []
         for value in values:
             tensors: list[Tensor] = []
             spec = flatten(value, is_tensor, tensors)
             self.arguments.append((spec, [is_differentiable(tensor) for tensor in tensors]))
+            leaves += [tensor for tensor in tensors if is_differentiable(tensor)]
             others += [tensor for tensor in tensors if not is_differentiable(tensor)]
         others += [*self.buffers.values(), *call.frozen.values()]
         self.copied, self.frozen = list(self.buffers), list(call.frozen)
         self.buffers = {}  # torch is to save them
+        # The tensors that come back may be others.
+        self.attributes = [tensor.__dict__ for tensor in (*leaves, *[param.tensor for param in call.params])]
         return others
 
     def pull(self, tensors: Sequence[Tensor], grads: Sequence[Tensor], which: Sequence[int]) -> list[Tensor]:
@@ -106,7 +110,11 @@ class Replay:
             leaf.clone() if plan.forward_may_write or index in self.constants else leaf
             for index, leaf in enumerate(leaves)
         ]
-        swapped = {name: tensor for names in self.params for tensor in (next(given),) for name in names}
+        params = [next(given) for _ in self.params]
+        for tensor, attributes in zip([*leaves, *params], self.attributes, strict=True):
+            if type(tensor) is Tensor:
+                tensor.__dict__ = attributes
+        swapped = {name: tensor for names, tensor in zip(self.params, params, strict=True) for name in names}
         arguments = []
         rest = iter(leaves)
         for spec, kinds in self.arguments:

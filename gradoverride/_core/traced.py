@@ -34,6 +34,7 @@ class TracedPath:
         # Other calls take the general path.
         writes = plan.forward_may_write and not plan.inplace_tells
         self.exists = not plan.asks_vjp and not writes and not self.function.constants
+        self.exists = self.exists and (plan.takes_receiver or not plan.attribute_names)  # there it runs on aliases
 
     def define(self, names: dict[str, Any]) -> None:
         """Put what the code refers to among the names of the wrapper, which has `_go_general` already."""

@@ -672,6 +672,34 @@ def test_parameter_says_in_backward_whether_it_wants_a_gradient(run):
     assert layer.shift.grad is None
 
 
+@pytest.mark.parametrize("run", [run_plainly, run_under_a_mode, run_compiled])
+def test_attributes_that_parameters_bear_are_there_in_backward(run):
+    def backward(self, grad_output, x):
+        self.weight.grad = grad_output * x * getattr(self.weight, "slower", 1.0)
+        self.shift.grad = grad_output * getattr(self.shift, "slower", 1.0)
+        return grad_output * self.weight
+
+    layer = affine(backward)
+    layer.weight.slower = 0.5
+    run(layer, float64(3.0, 4.0))
+    exactly(layer.weight.grad, float64(1.5, 2.0, grad=False))
+    exactly(layer.shift.grad, float64(1.0, 1.0, grad=False))
+
+
+def test_backward_may_put_attributes_on_parameters_and_give_them_data():
+    def backward(self, grad_output, x):
+        self.weight.grad, self.shift.grad = grad_output * x, None
+        self.weight.seen = grad_output
+        self.weight.data = self.weight.data.clamp(-1, 1)
+        return grad_output
+
+    layer = affine(backward)
+    run_plainly(layer, float64(3.0, 4.0))
+    exactly(layer.weight.seen, float64(1.0, 1.0, grad=False))
+    exactly(layer.weight.detach(), float64(1.0, 1.0, grad=False))
+    exactly(layer.weight.grad, float64(3.0, 4.0, grad=False))
+
+
 def test_gradients_of_submodules_are_assigned_where_they_are():
     @go.custom_backward
     class Outer(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import closely, exactly, float64, noise
+from oracles import closely, exactly, float64, noise, right_or_refused
 from torch import nn
 from torch.func import functional_call
 
@@ -1083,3 +1083,124 @@ def test_override_of_a_module_with_slots_is_right():
     with go.override(module, {module: lambda grad_output, vjp, params: vjp.by_name(grad_output)}):
         module(x).sum().backward()
     closely((x.grad, module.weight.grad), (float64(6.0, 6.0, grad=False), float64(3.0, 6.0, grad=False)))
+
+
+# What Python code puts on a tensor, and gives it as `data`
+
+
+def answer(grad_output, x, weight):
+    return {"x": grad_output * weight, "weight": grad_output * x}
+
+
+WEIGHT_RULES = {
+    "asks": answer,
+    "left to autograd": lambda grad_output: {"x": grad_output},
+    "vjp": lambda grad_output, vjp: vjp.by_name(grad_output),
+}
+
+
+class Marked(nn.Module):
+    """A weight with attributes of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(float64(3.2, 0.5, -2.2))
+        self.weight.bits = 2
+
+    def rounded(self):
+        return self.weight.round() if getattr(self.weight, "bits", 32) < 32 else self.weight
+
+
+def read_attribute(self, x):
+    return x * self.weight * self.weight.bits
+
+
+def read_attribute_elsewhere(self, x):
+    return x * self.rounded()
+
+
+def set_attribute(self, x):
+    if not hasattr(self.weight, "original"):
+        self.weight.original = self.weight.detach().clone()
+    return x * self.weight.original.sign()
+
+
+def read_attribute_of_argument(self, x):
+    return torch.round(x / x.step) * x.step if hasattr(x, "step") else torch.round(x) * self.weight
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rule", WEIGHT_RULES.values(), ids=WEIGHT_RULES)
+@pytest.mark.parametrize(
+    "forward", [read_attribute, read_attribute_elsewhere, set_attribute, read_attribute_of_argument]
+)
+def test_attributes_that_tensors_bear_are_there_in_the_forward(forward, rule, compiled):
+    plain = type("Plain", (Marked,), {"forward": forward})()
+    ruled = type("Ruled", (Marked,), {"forward": go.custom_backward(rule)(forward)})()
+    torch.compiler.reset()
+    run = torch.compile(ruled, backend="aot_eager", fullgraph=True) if compiled else ruled
+    for step in (0.25, None):
+        x = float64(0.3, 0.7, 1.1)
+        if step is not None:
+            x.step = step
+        exactly(run(x).detach(), plain(x).detach())
+    assert hasattr(ruled.weight, "original") == hasattr(plain.weight, "original")
+
+
+def test_attributes_that_tensors_bear_are_there_where_torch_func_has_the_forward_run_again():
+    ruled = type("Ruled", (Marked,), {"forward": go.custom_backward(WEIGHT_RULES["vjp"])(read_attribute)})()
+    exactly(torch.func.grad(lambda x: ruled(x).sum())(float64(1.0, 1.0, 1.0)).detach(), 2 * ruled.weight.detach())
+
+
+def give_data(self, x):
+    self.weight.data = self.weight.data.clamp(-1, 1)
+    return x * self.weight
+
+
+def give_data_elsewhere(self, x):
+    if self.training:
+        clip(self)
+    return x * self.weight
+
+
+def clip(module):
+    module.weight.data = module.weight.data.clamp(-1, 1)
+
+
+def give_data_of_another_layout(self, x):
+    self.weight.data = self.weight.data[::2]
+    return x[::2] * self.weight
+
+
+@pytest.mark.parametrize("rule", WEIGHT_RULES.values(), ids=WEIGHT_RULES)
+@pytest.mark.parametrize("forward", [give_data, give_data_elsewhere, give_data_of_another_layout])
+def test_data_that_a_forward_gives_to_a_parameter_stay(forward, rule):
+    plain = type("Plain", (Marked,), {"forward": forward})()
+    ruled = type("Ruled", (Marked,), {"forward": go.custom_backward(rule)(forward)})()
+    kept = ruled.weight
+    exactly(ruled(float64(1.0, 2.0, 3.0)).detach(), plain(float64(1.0, 2.0, 3.0)).detach())
+    exactly(ruled.weight.detach(), plain.weight.detach())
+    assert ruled.weight is kept
+
+
+@pytest.mark.parametrize("rule", WEIGHT_RULES.values(), ids=WEIGHT_RULES)
+def test_data_that_a_compiled_forward_gives_to_a_parameter_stay_or_are_refused(rule):
+    torch.compiler.reset()
+    ruled = type("Ruled", (Marked,), {"forward": go.custom_backward(rule)(give_data)})()
+
+    def run():
+        torch.compile(ruled, backend="aot_eager", fullgraph=True)(float64(1.0, 1.0, 1.0))
+        return ruled.weight.detach()
+
+    right_or_refused(run, float64(1.0, 0.5, -1.0, grad=False), "mutate tensor data")
+
+
+@pytest.mark.parametrize("rule", [lambda grad_output: grad_output, lambda grad_output, vjp: vjp(grad_output)])
+def test_data_that_a_forward_gives_to_its_argument_stay(rule):
+    def double(x):
+        x.data = 2 * x.data
+        return 3 * x
+
+    x = float64(1.0, 2.0)
+    exactly(go.custom_backward(rule)(double)(x).detach(), float64(6.0, 12.0, grad=False))
+    exactly(x.detach(), float64(2.0, 4.0, grad=False))

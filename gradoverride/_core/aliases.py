@@ -1,0 +1,59 @@
+"""What an alias has in common with its tensor besides the values: what Python code puts on it, and gives it as `data`.
+
+A forward runs on aliases. The attributes that it finds there (a step size, a learning rate) are those of the tensor,
+also those that it sets; and where it has given an alias other `data`, the tensor gets that too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["carry_data", "copy_attributes", "has_other_data", "places_of", "share_attributes"]
+
+
+def share_attributes(aliases: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Have each alias bear the attributes of its tensor. (What a class of tensors keeps in its own ones is left.)"""
+    for alias, tensor in zip(aliases, tensors, strict=True):
+        if alias is not tensor and type(alias) is Tensor:
+            alias.__dict__ = tensor.__dict__
+
+
+def copy_attributes(sources: Sequence[Tensor], targets: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Give each target the attributes with these names that its source has: Dynamo knows no others."""
+    for source, target in zip(sources, targets, strict=True):
+        if source is not target:
+            for name in names:
+                if hasattr(source, name):
+                    setattr(target, name, getattr(source, name))
+
+
+def places_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Where the data of eager tensors are. 0 where there are none, or not at one place."""
+    return [tensor.data_ptr() if type(tensor) in _PLAIN and tensor.layout is torch.strided else 0 for tensor in tensors]
+
+
+def carry_data(aliases: Sequence[Tensor], tensors: Sequence[Tensor], before: Sequence[int]) -> None:
+    """Give each tensor the `data` that its alias was given since both were at the place `before`."""
+    for alias, tensor, place in zip(aliases, tensors, before, strict=True):
+        if alias is not tensor and place and _has_other_data(alias, tensor, place):
+            tensor.data = alias.data
+
+
+def has_other_data(alias: Tensor, tensor: Tensor) -> bool:
+    """Whether an alias no longer lies where its tensor does."""
+    (place,) = places_of((tensor,))
+    return place != 0 and _has_other_data(alias, tensor, place)
+
+
+def _has_other_data(alias: Tensor, tensor: Tensor, place: int) -> bool:
+    now = alias.data_ptr()
+    if now != place:
+        return now != 0  # or it was freed, as FSDP does
+    # The tensor may have been moved meanwhile, which is no doing of the forward's.
+    return (alias.shape != tensor.shape or alias.stride() != tensor.stride()) and tensor.data_ptr() == place
+
+
+_PLAIN = (Tensor, nn.Parameter)
