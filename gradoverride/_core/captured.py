@@ -89,13 +89,13 @@ def held_by(name: str, value: Any) -> str | None:
     """Where in an argument, which has no tensors in its structure, one is that requires grad; or that none can see."""
     if isinstance(value, Iterator):
         return f"what '{name}' gives"
-    return _first_in(name, value, _requires_grad)
+    return _first_in(name, value, _requires_grad, modules=isinstance(value, nn.Module))
 
 
-def _first_in(name: str, value: Any, counts: Callable[[Tensor], bool]) -> str | None:
-    if isinstance(value, (nn.Module, type)):
+def _first_in(name: str, value: Any, counts: Callable[[Tensor], bool], modules: bool = False) -> str | None:
+    if type(value) in SCALARS or isinstance(value, type) or (isinstance(value, nn.Module) and not modules):
         return None
-    found = _tensors(f"'{name}'", value, depth=4, objects=True, modules=False, counts=counts)
+    found = _tensors(f"'{name}'", value, depth=4, objects=True, modules=modules, counts=counts)
     return next((path for path, _ in found), None)
 
 
@@ -129,7 +129,9 @@ def captured_names(
         found += _tensors(f"'{name}'", value, depth=3, objects=True)
     for name, value in _names(fn, objects):
         found += _tensors(f"'{name}'", value, depth=2, objects=objects)
-    for name, value in getattr(receiver, "__dict__", {}).items():
+    if receiver is None and scan.python_function(fn) is not fn and not isinstance(fn, functools.partial):
+        receiver = getattr(fn, "__self__", fn)  # a bound method, or an object that is called
+    for name, value in _attributes(receiver):
         if name not in ("_parameters", "_buffers", "_modules"):  # these are reached through self, as they should be
             found += _tensors(f"'self.{name}'", value, depth=2, objects=objects)
     if leaf is None:
@@ -140,6 +142,15 @@ def captured_names(
     inner = [(name, tensor.grad_fn) for name, tensor in found if not tensor.is_leaf]
     leading = [name for name, node in inner if any(start is leaf for start in leaves_behind([node]))]
     return list(dict.fromkeys(exact or leading))
+
+
+def _attributes(receiver: Any) -> Iterator[tuple[str, Any]]:
+    """What an object has, and its classes."""
+    yield from getattr(receiver, "__dict__", {}).items()
+    yield from _slots(receiver)
+    for cls in type(receiver).__mro__:
+        if cls.__module__.partition(".")[0] not in ("builtins", "torch"):
+            yield from ((name, value) for name, value in vars(cls).items() if isinstance(value, (Tensor, list, dict)))
 
 
 def _names(fn: Any, helpers: bool) -> Iterator[tuple[str, Any]]:
@@ -156,6 +167,7 @@ def _names(fn: Any, helpers: bool) -> Iterator[tuple[str, Any]]:
     known = [(function, function.__code__)] if not helpers else scan.reachable(function)
     for function, code in known:
         yield from ((name, value) for _, name, value in scan.named(function, code))
+        yield from ((f"{function.__name__}.{name}", value) for name, value in vars(function).items())
         if helpers:
             names = function.__code__.co_varnames[: function.__code__.co_argcount]
             yield from zip(reversed(names), reversed(function.__defaults__ or ()), strict=False)

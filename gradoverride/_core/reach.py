@@ -54,6 +54,8 @@ class Reach:
             if not all(_is_known_attribute(key, found) for key in _attribute_names(code) - (attributes or frozenset())):
                 return None
             for where, key, value in found:
+                if value is function:  # whose attributes it may read; a tensor may come to be one at any time
+                    return None
                 if value is not scan.NOTHING and type(value) not in SCALARS and not _is_free_of_tensors(value, own):
                     return None
                 names.append((where, key, value))

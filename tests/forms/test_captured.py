@@ -281,6 +281,15 @@ def test_tensor_within_an_object_is_an_error_in_compiled_code_and_in_transforms(
         torch.func.grad(outer)(float64(1.0, grad=False))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_parameter_of_a_module_that_is_an_argument_is_an_error_that_names_it(grad):
+    forward = go.custom_backward(lambda grad_output: {"x": grad_output * 7})(lambda net, x: net(x))
+    with pytest.raises(go.CapturedTensorError, match=r"'net\.weight', which requires grad"):
+        forward(nn.Linear(1, 1, bias=False, dtype=torch.float64), float64(1.0, grad=grad))
+    frozen = nn.Linear(1, 1, dtype=torch.float64).requires_grad_(False)
+    assert forward(frozen, float64(1.0, grad=grad)).requires_grad is grad
+
+
 def test_object_that_holds_no_tensor_with_a_gradient_is_no_error():
     weight = float64(3.0)
     forward = go.custom_backward(lambda grad_output: grad_output)(lambda x, batch: x * weight * batch.x)
@@ -326,7 +335,41 @@ def helped(x, factor=float64(5.0)):  # noqa: B008 - a default is what is tested
     return x * factor
 
 
+def with_attribute(x):
+    return (x - with_attribute.mean) * 2
+
+
+class Called:
+    def __init__(self):
+        self.weight = float64(2.0)
+
+    def __call__(self, x):
+        return x * self.weight
+
+
+class OfClass:
+    weight = float64(2.0)
+
+    @go.custom_backward(lambda grad_output: grad_output)
+    def forward(self, x):
+        return x * self.weight
+
+
+class InSlots:
+    __slots__ = ("weight",)
+
+    def __init__(self):
+        self.weight = float64(2.0)
+
+    @go.custom_backward(lambda grad_output: grad_output)
+    def forward(self, x):
+        return x * self.weight
+
+
 CAPTURED_BY = {
+    "object that is called": (Called, "'self.weight'"),
+    "attribute of the class": (lambda: OfClass().forward, "'self.weight'"),
+    "slot": (lambda: InSlots().forward, "'self.weight'"),
     "buffer": (lambda: Named().by_buffer, "'self.scale'"),
     "attribute of an attribute": (lambda: Named().by_setting, "'self.settings.x'"),
     "method bound to the module": (lambda: Named().by_bound_method, r"'self.bound.__self__.weight'"),
@@ -340,9 +383,22 @@ CAPTURED_BY = {
 def test_captured_tensor_is_named_where_it_is_and_no_other(kind):
     make, name = CAPTURED_BY[kind]
     forward = make()
-    if not isinstance(getattr(forward, "__self__", None), nn.Module):
+    if not isinstance(getattr(forward, "__self__", None), (nn.Module, OfClass, InSlots)):
         forward = go.custom_backward(lambda grad_output: {"x": grad_output})(forward)
     with pytest.raises(go.CapturedTensorError, match=rf"reached {name}, which requires grad"):
+        forward(float64(1.0))
+
+
+@pytest.mark.parametrize("sooner", [False, True])
+def test_tensor_on_the_function_itself_is_named_though_every_tensor_has_that_name(sooner):
+    vars(with_attribute).clear()
+    if sooner:
+        with_attribute.mean = float64(0.0)
+    forward = go.custom_backward(lambda grad_output: grad_output)(with_attribute)
+    with_attribute.mean = 1.0
+    forward(float64(1.0))
+    with_attribute.mean = float64(0.0)
+    with pytest.raises(go.CapturedTensorError, match=r"reached 'with_attribute\.mean', which requires grad"):
         forward(float64(1.0))
 
 
