@@ -107,8 +107,8 @@ class Plan:
         # What it may do with aliases: to attributes that not every tensor has, and to their data.
         self.attribute_names = attribute_names(self.fn, method=self.takes_receiver)
         self.uses_attributes = self.reach is None or bool(self.attribute_names)
-        tells = self.reach is not None and not any(scan.mentions(self.fn, name) for name in ("data", "set_"))
-        self.may_give_data = self.forward_may_write and not tells
+        # As its code shows it: what gives data to an argument elsewhere is not worth a look at each short call.
+        self.may_give_data = any(scan.mentions(self.fn, name) for name in ("data", "set_"))
         self.rule_code = code = RuleCode.of(rule)
         # Calls read these here: each further dot is time, and a guard where Dynamo traces it.
         self.rule_writes = code.writes
