@@ -83,6 +83,8 @@ def _overridden(base: Any) -> Any:
     def __copy__(self: Any) -> Any:
         return _given(self, base.__copy__(self), "__copy__", lambda state: state)
 
+    # Dynamo keeps what it has compiled by the code object, and of the ninth class that shares one it gives up.
+    forward.__code__ = forward.__code__.replace()
     functools.update_wrapper(forward, base.forward, updated=())
     everywhere.derived_from[forward] = base
 

@@ -146,6 +146,27 @@ def test_twelve_equal_blocks_compile_once(rule, x):
     assert counter.frame_count == 1
 
 
+OF_CLASSES = {
+    "module": lambda module: go.override(module, {module: negated}),
+    "class": lambda module: go.override({type(module): negated}),
+    "function": lambda module: go.override(module, {torch.relu: negated}),
+}
+
+
+@pytest.mark.parametrize("override", OF_CLASSES.values(), ids=OF_CLASSES)
+def test_a_dozen_classes_that_are_overridden_and_compiled_each_compile(override):
+    for scale in range(12):
+
+        class Scaled(nn.Module):
+            def forward(self, x, scale=scale):
+                return torch.relu(x) * scale
+
+        module, x = Scaled(), torch.ones(2, requires_grad=True)
+        with override(module):
+            expected = gradient(module, x)
+            closely(gradient(compiled(module), x), expected)
+
+
 def test_nested_overrides_compile_to_what_they_are_in_eager(x):
     model = mlp()
     with go.override(model, {nn.ReLU: guided}), go.override(model, {"1": doubled, "3": doubled}):
