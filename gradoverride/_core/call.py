@@ -23,6 +23,7 @@ from gradoverride._core.forward_mode import transpose
 from gradoverride._core.function import fresh
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import fail, in_forward_ad, version_of
+from gradoverride._core.scan import class_normalizes
 from gradoverride._core.snapshot import Snapshot
 from gradoverride._core.stale import Stale
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten
@@ -177,6 +178,8 @@ class Call:
     def keep_module(self, module: nn.Module, before: Mapping[str, int | None]) -> None:
         """Keep what the rule is to be shown of the module besides its trainable parameters: buffers, frozen ones.
 
+        Buffers are shown as the forward left them.
+
         `before`: the versions of the buffers before the forward. Those that it wrote into will be written into again
         by the next one, so a copy is kept.
         """
@@ -187,6 +190,12 @@ class Call:
         for name, buffer in self.buffers.items():
             if before.get(name, version_of(buffer)) != version_of(buffer):
                 self.buffers[name] = buffer.detach().clone()
+        for prefix, part in module.named_modules():
+            kind: Any = type(part)
+            if class_normalizes(kind):  # torch does not count what it writes
+                for name in [f"{prefix}.{name}" if prefix else name for name in part._buffers]:
+                    if name in self.buffers:  # a tied one has one name
+                        self.buffers[name] = self.buffers[name].detach().clone()
         self.then = {name: version_of(tensor) for name, tensor in {**self.frozen, **self.buffers}.items()}
         self.training = training_of(module)
 

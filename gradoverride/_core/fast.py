@@ -46,6 +46,7 @@ def is_plain(plan: Plan) -> bool:
         and all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in forward.parameters)
         and (not plan.takes_receiver or _is_plain_method(plan))
         and not plan.hands_over
+        and not plan.keeps_given
         and not plan.class_form
         and can_call_directly()
         and all(

@@ -201,6 +201,7 @@ class ForwardPass:
         self.writes = Writes(call, leaves, before)
         self.buffer_versions: dict[str, int | None] = {}
         self.places: list[int] | None = None  # of the aliases, before an eager forward
+        self.as_given: dict[int, Tensor] = {}  # copies of leaves that the forward may write into uncounted
 
     def run(self) -> Any:
         """The forward on aliases, and its result tied to the rule."""
@@ -235,6 +236,10 @@ class ForwardPass:
             copy_attributes(sources, aliases, named)
         if mode == EAGER:
             self.places = places_of(aliases)
+        if plan.keeps_given:
+            for index, leaf in enumerate(self.leaves):
+                if not (_may_want_gradient(leaf) if mode == TRANSFORMED else leaf.requires_grad):
+                    self.as_given[index] = leaf.clone()
         self.writes.watch(aliases, self.values, shares)
         result, residuals = self._forward(aliases)
         if named:
@@ -432,6 +437,9 @@ class ForwardPass:
         call, mode, leaves = self.call, self.mode, self.leaves
         call.specs = [skeleton(spec) for spec in call.specs]
         inputs: list[Tensor] = [*leaves, *[param.tensor for param in call.params]]
+        for index, copy in self.as_given.items():
+            if index not in call.alias_of:
+                inputs[index] = copy
         if isinstance(call.graph, Replay):
             for index in call.copies:  # it is needed as it was, and is about to be written into
                 inputs[index] = leaves[index].clone()

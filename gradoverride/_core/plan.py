@@ -109,6 +109,8 @@ class Plan:
         self.uses_attributes = self.reach is None or bool(self.attribute_names)
         # As its code shows it: what gives data to an argument elsewhere is not worth a look at each short call.
         self.may_give_data = any(scan.mentions(self.fn, name) for name in ("data", "set_"))
+        # Whether arguments that the rule asks for are to be kept as they were given: torch counts no write of these.
+        self.keeps_given = scan.normalizes(self.fn) and "argument" in self.sources.values()
         self.rule_code = code = RuleCode.of(rule)
         # Calls read these here: each further dot is time, and a guard where Dynamo traces it.
         self.rule_writes = code.writes

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradoverride._core import scan
 from gradoverride._core.call import TRACED, TRANSFORMED, Asked, Call, is_differentiable, is_tensor
 from gradoverride._core.function import trackable
 from gradoverride._core.private import fail
@@ -53,7 +54,10 @@ class Saver:
             elif module is not None and name in call.frozen:
                 self._ask(name, call.frozen[name])
             elif module is not None and name in module._buffers and module._buffers[name] is not None:
-                self._ask(name, module._buffers[name])
+                buffer: Any = module._buffers[name]
+                kind: Any = type(module)
+                written = call.mode != TRACED and scan.class_normalizes(kind)  # and torch does not count it
+                self._ask(name, buffer.detach().clone() if written else buffer)
             elif source == "reserved":
                 if name == "input":
                     self._ask(name, values[call.holders[0]] if call.holders else None)

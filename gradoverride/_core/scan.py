@@ -20,6 +20,7 @@ __all__ = [
     "NOTHING",
     "called_once",
     "calls",
+    "class_normalizes",
     "content",
     "global_names",
     "instructions",
@@ -29,6 +30,7 @@ __all__ = [
     "location",
     "mentions",
     "named",
+    "normalizes",
     "python_function",
     "reachable",
     "strings",
@@ -120,6 +122,22 @@ def instructions(code: CodeType) -> Iterator[dis.Instruction]:
 def mentions(fn: Any, name: str) -> bool:
     """Whether the code of `fn` has this name (of a global, an attribute, a method)."""
     return any(name in code.co_names for _, code in reachable(fn))
+
+
+def normalizes(fn: Any) -> bool:
+    """Whether the code of `fn` may update running statistics, a write that torch does not count."""
+    return any(_NORMS.intersection(code.co_names) for _, code in reachable(fn))
+
+
+_NORMS = frozenset({"batch_norm", "instance_norm"})
+
+
+@functools.cache
+def class_normalizes(cls: Any) -> bool:
+    """The same of the methods of a class of modules."""
+    bases = [base for base in cls.__mro__ if base.__module__ != "torch.nn.modules.module"]
+    methods = [value for base in bases for value in vars(base).values() if isinstance(value, FunctionType)]
+    return any(map(normalizes, methods))
 
 
 def calls(fn: Any, target: Callable[..., Any]) -> bool:

@@ -755,6 +755,38 @@ def test_buffer_that_each_forward_writes_into_is_shown_as_that_forward_left_it()
     closely(second.grad, second.detach().mean(0).expand(5, 2))
 
 
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda grad_output, module: grad_output / module.running_var,
+        lambda grad_output, running_var: grad_output / running_var,
+    ],
+    ids=["module", "name"],
+)
+def test_running_statistics_are_shown_as_that_forward_left_them(rule, how):
+    norm = nn.BatchNorm1d(2, dtype=torch.float64)
+    run = norm if how == "eager" else torch.compile(norm, backend="aot_eager", fullgraph=True)
+    first, second = noise(5, 2), noise(5, 2)
+    with go.override(norm, {norm: rule}):
+        result = run(first)
+        left = norm.running_var.clone()
+        run(second)
+    result.sum().backward()
+    closely(first.grad, (1 / left).expand(5, 2))
+
+
+def test_running_statistics_that_are_arguments_are_shown_as_they_were_given():
+    @go.custom_backward(lambda grad_output, x, mean: {"x": grad_output * mean})
+    def normalized(x, mean, var):
+        return nn.functional.batch_norm(x, mean, var, training=True)
+
+    x, mean, var = noise(5, 2), torch.full((2,), 3.0, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    normalized(x, mean, var).sum().backward()
+    closely(x.grad, float64(3.0, 3.0, grad=False).expand(5, 2))
+    closely(mean, 2.7 + 0.1 * x.detach().mean(0))  # torch's momentum
+
+
 def test_module_and_its_parts_are_in_training_if_they_were_in_that_forward():
     seen = []
 
