@@ -15,6 +15,8 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from torch import nn
+
 from gradoverride._core import scan
 from gradoverride.errors import RuleSignatureError
 
@@ -141,9 +143,10 @@ class Rule:
         self.jvp: Rule | None = None  # the user's own forward mode
         self.on_first_call: Callable[[Any, Any], None] | None = None  # with its first argument and result
         self.name = name or name_of(fn)
-        self.place = place or scan.location(fn)
+        read = fn.forward if isinstance(fn, nn.Module) else fn  # a module takes what its forward takes
+        self.place = place or scan.location(read)
         self.asks: dict[str, bool] = {}  # name -> whether it must exist
-        signature = _signature(fn)
+        signature = _signature(read)
         if signature is None:
             return  # a builtin such as torch.neg: a rule of the gradient alone
         parameters = list(signature.parameters.values())[1 if method else 0 :]

@@ -1103,3 +1103,21 @@ def test_forward_that_is_evaluated_again_leaves_the_buffers_of_the_module_as_the
     y.sum().backward()
     exactly(module.norm.num_batches_tracked, counted)
     exactly(module.norm.running_mean, mean)
+
+
+class FiveTimes(nn.Module):
+    """A rule with a place for state of its own."""
+
+    def forward(self, grad_output, x):
+        return 5 * grad_output * x
+
+
+def test_module_as_a_rule_asks_for_what_its_forward_asks_for():
+    x = float64(2.0, 3.0)
+    go.custom_backward(FiveTimes())(lambda x: x**2)(x).sum().backward()
+    closely(x.grad, float64(10.0, 15.0, grad=False))
+
+
+def test_module_as_a_rule_is_named_by_the_place_of_its_forward():
+    with pytest.raises(go.RuleSignatureError, match=r"^rule 'FiveTimes' \(.*test_names\.py:\d+\) asks for 'x'"):
+        go.custom_backward(FiveTimes())(lambda y: y**2)
