@@ -24,7 +24,7 @@ from gradoverride._core.kept_graph import KeptGraph, TracedGraph, is_hooked
 from gradoverride._core.private import fail, out_of_left_transforms, pull
 from gradoverride._core.stale import Stale
 from gradoverride._core.standin import stand_in
-from gradoverride._core.structure import LEAF, alike, flatten, in_order_of, unflatten
+from gradoverride._core.structure import LEAF, alike, describe, flatten, in_order_of, unflatten
 from gradoverride._core.vjp import Vjp
 from gradoverride.errors import RuleResultError, UnsupportedError
 
@@ -358,7 +358,7 @@ class Backward:
             fail(
                 RuleResultError,
                 f"vjp in the rule {self.plan.rule.who} of {self.plan.forward.who} takes a gradient in the structure "
-                f"of the forward's result, with {call.n_outs} tensors; it got {what(value)}. "
+                f"of the forward's result, {describe(call.result)} with a tensor for each *; it got {what(value)}. "
                 "Hand over grad_output, or what is made of it part by part",
             )
         return [conform_output(self.plan, tensor, meta) for tensor, meta in zip(found, call.out_metas, strict=True)]

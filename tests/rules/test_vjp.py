@@ -1,6 +1,7 @@
 """`vjp` in a rule: the gradient as it would be without the rule, in any form and to any order."""
 
 import copy
+from collections import namedtuple
 
 import pytest
 import torch
@@ -1124,3 +1125,11 @@ def test_forward_without_a_gradient_of_its_own_gives_zeros():
     x = noise(3)
     decorate(lambda grad_output, vjp: vjp(grad_output) + 7, torch.detach)(x).sum().backward()
     exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+
+
+def test_gradient_of_another_structure_is_refused_with_the_one_that_is_wanted():
+    pair = namedtuple("pair", "one other")
+    forward = go.custom_backward(lambda grad_output, vjp: vjp(tuple(grad_output)))(lambda x: pair(x * 2, x * 3))
+    result = forward(float64(1.0, 2.0))
+    with pytest.raises(go.RuleResultError, match=r"result, pair\(\*, \*\) with a .* it got a tuple of 2 "):
+        sum(result).sum().backward()
