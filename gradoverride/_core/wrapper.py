@@ -84,9 +84,10 @@ def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> Function
     if isinstance(original, torch.jit.ScriptFunction):  # in which `inspect` finds none
         wrapper.__dict__["__signature__"] = plan.forward.signature
     # torch.jit.script asks for what it is to compile instead.
-    wrapper.__dict__["__prepare_scriptable__"] = functools.partial(
+    refusal = functools.partial(
         refuse_script, plan.forward.who, plan.rule.who, "script the undecorated function, its __wrapped__"
     )
+    wrapper.__prepare_scriptable__ = refusal  # type: ignore[attr-defined]  # Dynamo knows no write into `__dict__`
     plan.wrapper = wrapper
     return wrapper
 

@@ -1206,3 +1206,14 @@ def test_errors_of_compiled_calls_are_of_the_kind_that_eager_ones_are(kind, full
         torch.compile(function, backend="aot_eager", fullgraph=fullgraph)(x)
     assert type(caught.value).__name__ == error.__name__
     assert isinstance(caught.value, go.GradOverrideError)
+
+
+@pytest.mark.parametrize("decorator", [go.straight_through, go.custom_backward(lambda grad_output: grad_output * 3)])
+def test_function_that_is_decorated_in_compiled_code_breaks_the_graph(decorator):
+    def forward(x):
+        return decorator(torch.round)(x)
+
+    x, by_hand = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    forward(by_hand).sum().backward()
+    torch.compile(forward, backend="aot_eager")(x).sum().backward()
+    closely(x.grad, by_hand.grad)
