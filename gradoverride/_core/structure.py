@@ -55,10 +55,20 @@ class Constant:
         self.value = value
 
 
+try:
+    import numpy
+
+    _ARRAYS: tuple[type, ...] = (numpy.ndarray,)
+except ImportError:
+    _ARRAYS = ()
+
+
 def is_container(value: Any) -> bool:
     """Whether `flatten` looks inside. A shape is a value: no `torch.Size` holds anything but numbers."""
     if isinstance(value, (tuple, list, dict)):
         return not isinstance(value, torch.Size)
+    if type(value) in _ARRAYS:  # of which Dynamo knows no attributes
+        return False
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 

@@ -71,7 +71,8 @@ class TracedPath:
         # torch's own code, traced with every Function, has these builtins guarded already.
         isinstance_, getattr_ = [f"_go_{name}" if name in arguments else name for name in ("isinstance", "getattr")]
         unfit = [f"not _go_traced_fits({receiver}.__class__)"]
-        unfit += [f"not _go_is_tensor({name})" for name in tensors]
+        # An array passes `torch.is_tensor` while it is traced.
+        unfit += [f"not {isinstance_}({name}, _go_Tensor)" for name in tensors]
         unfit += [f"not {name}.is_floating_point()" for name in tensors]
         unfit += [f"not {isinstance_}({name}, _go_Scalar)" for name in others]
         if plan.straight_through and len(tensors) > 1:  # for the first alone

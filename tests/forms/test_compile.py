@@ -9,6 +9,7 @@ import dataclasses
 import operator
 import typing
 
+import numpy
 import pytest
 import torch
 from oracles import closely, exactly, float64, noise, right_or_refused
@@ -1217,3 +1218,12 @@ def test_function_that_is_decorated_in_compiled_code_breaks_the_graph(decorator)
     forward(by_hand).sum().backward()
     torch.compile(forward, backend="aot_eager")(x).sum().backward()
     closely(x.grad, by_hand.grad)
+
+
+def test_array_as_an_argument_of_a_compiled_function():
+    tripled = go.custom_backward(lambda grad_output: grad_output * 3)(lambda x, array: x * torch.from_numpy(array))
+    x, array = torch.ones(2, dtype=torch.float64, requires_grad=True), numpy.array([5.0, 7.0])
+    run = torch.compile(lambda x, array: tripled(x, array), backend="aot_eager", fullgraph=True)
+    result = run(x, array)
+    result.sum().backward()
+    assert (result.tolist(), x.grad.tolist()) == ([5.0, 7.0], [3.0, 3.0])
