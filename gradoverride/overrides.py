@@ -21,7 +21,7 @@ from torch import nn
 from gradoverride._core import everywhere
 from gradoverride._core.class_patch import calls_on_class, check_class
 from gradoverride._core.functions import name_of_function, signature_of
-from gradoverride._core.layers import FunctionLayer, Layer, next_order
+from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, next_order
 from gradoverride._core.overridden import (
     base_of,
     calls_under,
@@ -37,7 +37,7 @@ from gradoverride._core.overridden import (
 from gradoverride._core.path_patch import check_names, check_path, layers_on_paths
 from gradoverride._core.paths import find
 from gradoverride._core.private import uncompiled
-from gradoverride._core.puts import Put, on_class, on_copies, on_modules, on_none, on_path, on_thread
+from gradoverride._core.puts import ModulePut, Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
 from gradoverride._core.signature import Forward, Rule, kind_of
 from gradoverride._core.targets import Class, Entry, Function, ImportPath, Match, Target, class_of, matches, modules_of
 from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
@@ -123,7 +123,7 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
     }
     for match in found:
         placed[id(match.module)][1].append(Layer(match.rule, match.path, names_of[match.target], order))
-    puts: list[Callable[[], list[Put]]] = []
+    puts: list[Callable[[], Puts]] = []
     called = _called(entries)
     if called:
         _check_calls(model, modules)
@@ -156,7 +156,7 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
 def _override_everywhere(rules: Registry) -> Override:
     owner = "the whole process"
     order = next_order()
-    puts: list[Callable[[], list[Put]]] = []
+    puts: list[Callable[[], Puts]] = []
     entries = _entries(rules, owner)
     classes: dict[type, tuple[Class, Rule]] = {}  # a later entry wins
     for entry in entries:
@@ -170,7 +170,7 @@ def _override_everywhere(rules: Registry) -> Override:
                     f"{target.kind} {target} names modules of a model. Give the model first"
                 )
     for of_class, rule in classes.values():
-        puts.append(partial(on_class, of_class, Layer(rule, EVERYWHERE, _named(of_class), order)))
+        puts.append(partial(on_class, of_class, ClassLayer(rule, EVERYWHERE, _named(of_class), order)))
     for target, rule in _called(entries):
         name = str(target.name)
         nth = 1 + max([layer.key.nth for layer in everywhere.functions if _is_same(layer, name, rule)], default=0)
@@ -314,7 +314,7 @@ class Override:
     def __init__(
         self,
         owner: str,
-        puts: Sequence[Callable[[], list[Put]]],
+        puts: Sequence[Callable[[], Puts]],
         optional: frozenset[Rule] = frozenset(),
         model: nn.Module | None = None,
     ) -> None:
@@ -323,7 +323,7 @@ class Override:
         self._model = None if model is None else weakref.ref(model)
         self._of_copy: Layer | FunctionLayer | None = None
         self._lock = threading.Lock()
-        self._puts: list[Put] = []
+        self._puts: list[Put | ModulePut] = []
         self._rows: list[Row] = []
         self._is_over = ""  # why it cannot be entered
         try:
@@ -359,7 +359,7 @@ class Override:
         layer, self._of_copy = self._of_copy, None
         model = None if layer is None or self._model is None else self._model()
         if layer is not None and model is not None:
-            self._puts = on_copies(model, layer.order)
+            self._puts = list(on_copies(model, layer.order))
             self._optional = frozenset({put.layer.rule for put in self._puts})  # a copy need not be called
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gradoverride._core import everywhere
 from gradoverride._core.function_mode import quieted, scoped
-from gradoverride._core.layers import FunctionLayer, FunctionRule, Layer, Order
+from gradoverride._core.layers import ClassLayer, FunctionLayer, FunctionRule, Layer, Order
 from gradoverride._core.plan import Plan
 from gradoverride._core.signature import Forward, Rule, passing
 from gradoverride._core.targets import RECORD
@@ -29,7 +29,9 @@ class Links(NamedTuple):
     rules: tuple[Rule, ...]  # the last one outermost
     scope: tuple[FunctionRule, ...]  # for what the forward calls
     quiet: tuple[FunctionRule, ...]  # not for what it calls: it has another rule for that
-    counted: tuple[Layer | FunctionLayer, ...]  # whose rules are among `rules`, and that are not of this module alone
+    counted: tuple[
+        ClassLayer | FunctionLayer, ...
+    ]  # whose rules are among `rules`, and that are not of this module alone
 
 
 def links(
@@ -48,11 +50,12 @@ def links(
     """
     if not functions and not everywhere.classes and not everywhere.functions:
         return Links(tuple([layer.rule for layer in layers]), (), (), ())
-    own = sorted((*layers, *everywhere.layers_on(base)), key=_order)
+    of_class = everywhere.layers_on(base)
+    own = sorted((*layers, *of_class), key=_order)
     within = sorted((*functions, *everywhere.functions), key=_order)
     steps: list[tuple[Order, Rule]] = [(layer.order, layer.rule) for layer in own]
     quiet: list[FunctionRule] = []
-    counted: list[Layer | FunctionLayer] = [layer for layer in own if layer not in layers]
+    counted: list[ClassLayer | FunctionLayer] = sorted(of_class, key=_order)
     for layer in within if own else ():
         if layer.key.name not in called:
             continue

@@ -22,7 +22,7 @@ from torch.jit import ScriptModule
 from gradoverride._core import everywhere
 from gradoverride._core.chain import Chain, chain_of, links
 from gradoverride._core.functions import calls_that_are
-from gradoverride._core.layers import Layer
+from gradoverride._core.layers import ClassLayer
 from gradoverride._core.record import records
 from gradoverride._core.targets import BASE, RECORD, Class, class_of
 from gradoverride.errors import GradOverrideWarning, UnsupportedError
@@ -117,7 +117,7 @@ def _instances(cls: tuple[type, ...]) -> Iterator[nn.Module]:
             yield value
 
 
-def put_on_class(target: Class, layer: Layer) -> None:
+def put_on_class(target: Class, layer: ClassLayer) -> None:
     """Put a rule on all modules of a class, those that there are and those to come."""
     with _lock:
         everywhere.classes.append((target, layer))
@@ -128,7 +128,7 @@ def put_on_class(target: Class, layer: Layer) -> None:
             raise
 
 
-def take_off_class(layer: Layer) -> None:
+def take_off_class(layer: ClassLayer) -> None:
     """Take it off again."""
     with _lock:
         left = [pair for pair in everywhere.classes if pair[1] is not layer]
@@ -137,7 +137,7 @@ def take_off_class(layer: Layer) -> None:
             refresh()
 
 
-def calls_on_class(layer: Layer) -> int | None:
+def calls_on_class(layer: ClassLayer) -> int | None:
     """How often modules were called under a layer on their class. None if that is not known: compiled code."""
     traced = any(
         chain.traced and layer in patch.counted[cls]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gradoverride._core.layers import FunctionLayer, Layer, Order
+from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, Order
 from gradoverride._core.targets import Class
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "without_inert",
 ]
 
-classes: list[tuple[Class, Layer]] = []
+classes: list[tuple[Class, ClassLayer]] = []
 functions: list[FunctionLayer] = []
 originals: dict[Any, Any] = {}  # by forward that was put on a class: the one that it replaced
 derived_from: dict[Any, Any] = {}  # by forward of a class of overridden modules: the class that it is derived from
@@ -71,9 +71,9 @@ def without_inert(value: Any) -> Any:
     return value if original is None or type(original) is not type(value) else without_inert(original)
 
 
-def layers_on(cls: Any) -> list[Layer]:
+def layers_on(cls: Any) -> list[ClassLayer]:
     """The layers in force on modules of this class: of each override the one whose target is nearest."""
-    best: dict[Order, tuple[int, Layer]] = {}
+    best: dict[Order, tuple[int, ClassLayer]] = {}
     for target, layer in classes:
         distance = target.distance_of(cls)
         if distance is not None and distance <= best.get(layer.order, (distance, layer))[0]:

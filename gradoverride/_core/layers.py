@@ -14,7 +14,7 @@ from typing import Any
 from gradoverride._core.signature import Rule
 from gradoverride._core.tally import Tally
 
-__all__ = ["FunctionLayer", "FunctionRule", "Layer", "Order", "next_order"]
+__all__ = ["ClassLayer", "FunctionLayer", "FunctionRule", "Layer", "Order", "next_order"]
 
 Order = tuple[int, ...]
 
@@ -39,17 +39,16 @@ def _order_again(process: str, order: Order) -> Order:
 
 
 class Layer:
-    """One rule on a module or a class of modules."""
+    """One rule on a module."""
 
-    __slots__ = ("order", "path", "rule", "since", "tally", "target")
+    __slots__ = ("order", "path", "rule", "since", "target")
 
     def __init__(self, rule: Rule, path: str, target: str, order: Order) -> None:
         self.rule = rule
         self.path = path
         self.target = target
         self.order = order
-        self.since = 0  # on a module: how many calls that had had
-        self.tally = Tally()  # on a class: of all its modules
+        self.since = 0  # how many calls the module had had
 
     def again(self) -> Layer:
         """The same for a copy of the module, with a count of its own."""
@@ -57,6 +56,16 @@ class Layer:
 
     def __reduce__(self) -> Any:
         return _layer_again, (self.rule.fn, self.path, self.target, _process, self.order)
+
+
+class ClassLayer(Layer):
+    """One rule on all modules of a class."""
+
+    __slots__ = ("tally",)
+
+    def __init__(self, rule: Rule, path: str, target: str, order: Order) -> None:
+        super().__init__(rule, path, target, order)
+        self.tally = Tally()
 
 
 def _layer_again(rule: Callable[..., Any], path: str, target: str, process: str, order: Order) -> Layer:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from gradoverride._core import overridden
 from gradoverride._core.class_patch import calls_on_class, put_on_class, take_off_class
-from gradoverride._core.layers import FunctionLayer, Layer, Order
+from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, Order
 from gradoverride._core.path_patch import check_path, put_on_path, take_off_path
 from gradoverride._core.paths import PENDING, find, when_imported
 from gradoverride._core.targets import Class, class_of, modules_of
 from gradoverride._core.thread_mode import put_on_thread, take_off_thread
 from gradoverride.errors import GradOverrideWarning
 
-__all__ = ["Put", "on_class", "on_copies", "on_modules", "on_none", "on_path", "on_thread"]
+__all__ = ["ModulePut", "Put", "Puts", "on_class", "on_copies", "on_modules", "on_none", "on_path", "on_thread"]
 
 
 class Put(NamedTuple):
@@ -32,10 +31,28 @@ class Put(NamedTuple):
     awaits: Callable[[], bool]  # whether a reentrant checkpoint is to run it again
 
 
+class ModulePut(NamedTuple):
+    """The same of a layer on a module."""
+
+    layer: Layer
+    cls: str
+    module: weakref.ref[nn.Module]
+    take_off: Callable[[], None]
+
+    def calls(self) -> int | None:
+        module = self.module()
+        return None if module is None else overridden.calls_under(module, self.layer)
+
+    def awaits(self) -> bool:
+        module = self.module()
+        return module is not None and overridden.awaits_replay(module)
+
+
+Puts = Sequence[Put | ModulePut]
 Placed = Sequence[tuple[nn.Module, Sequence[Layer | FunctionLayer]]]
 
 
-def on_modules(model: nn.Module, placed: Placed) -> list[Put]:
+def on_modules(model: nn.Module, placed: Placed) -> Puts:
     """Rules for modules of a model, and for functions as far as these modules call them: all of an override at once."""
     take_off = _taking_off(placed)
     try:
@@ -47,7 +64,7 @@ def on_modules(model: nn.Module, placed: Placed) -> list[Put]:
     return _puts_on(model, placed, take_off)
 
 
-def on_copies(model: nn.Module, order: Order) -> list[Put]:
+def on_copies(model: nn.Module, order: Order) -> Puts:
     """What the modules of a copy have taken along of the override that has this place."""
     placed: list[tuple[nn.Module, Sequence[Layer | FunctionLayer]]] = []
     for module in modules_of(model).values():
@@ -56,7 +73,7 @@ def on_copies(model: nn.Module, order: Order) -> list[Put]:
     return _puts_on(model, placed, _taking_off(placed))
 
 
-def _puts_on(model: nn.Module, placed: Placed, take_off: Callable[[], None]) -> list[Put]:
+def _puts_on(model: nn.Module, placed: Placed, take_off: Callable[[], None]) -> Puts:
     on: dict[Layer | FunctionLayer, nn.Module] = {}
     for module, layers in placed:
         for layer in layers:
@@ -64,34 +81,18 @@ def _puts_on(model: nn.Module, placed: Placed, take_off: Callable[[], None]) -> 
     return [
         _of_functions(layer, class_of(model).__name__, take_off)
         if isinstance(layer, FunctionLayer)
-        else _put_on(module, layer, take_off)
+        else ModulePut(layer, class_of(module).__name__, weakref.ref(module), take_off)
         for layer, module in on.items()
     ]
 
 
-def on_none(model: nn.Module, layer: FunctionLayer) -> list[Put]:
+def on_none(model: nn.Module, layer: FunctionLayer) -> Puts:
     """A rule for a function that no module of the model can call: to be told of, and warned of as never called."""
     return [_of_functions(layer, class_of(model).__name__, lambda: None)._replace(calls=lambda: 0)]
 
 
 def _of_functions(layer: FunctionLayer, cls: str, take_off: Callable[[], None]) -> Put:
     return Put(layer, cls, lambda: layer.known_calls, take_off, lambda: layer.tally.awaits_replay)
-
-
-def _put_on(module: nn.Module, layer: Layer, take_off: Callable[[], None]) -> Put:
-    reference = weakref.ref(module)
-    cls = class_of(module).__name__
-    return Put(layer, cls, partial(_calls_on, reference, layer), take_off, partial(_awaits, reference))
-
-
-def _awaits(reference: weakref.ref[nn.Module]) -> bool:
-    module = reference()
-    return module is not None and overridden.awaits_replay(module)
-
-
-def _calls_on(reference: weakref.ref[nn.Module], layer: Layer) -> int | None:
-    module = reference()
-    return None if module is None else overridden.calls_under(module, layer)
 
 
 def _taking_off(placed: Placed) -> Callable[[], None]:
@@ -108,22 +109,22 @@ def _taking_off(placed: Placed) -> Callable[[], None]:
     return take_off
 
 
-def on_class(target: Class, layer: Layer) -> list[Put]:
+def on_class(target: Class, layer: ClassLayer) -> Puts:
     """A rule for all modules of a class."""
     put_on_class(target, layer)
     name, tally = target.value.__name__, layer.tally
     return [Put(layer, name, lambda: calls_on_class(layer), lambda: take_off_class(layer), lambda: tally.awaits_replay)]
 
 
-def on_thread(layer: FunctionLayer) -> list[Put]:
+def on_thread(layer: FunctionLayer) -> Puts:
     """A rule for a function of torch in this thread."""
     put_on_thread(layer)
     return [_of_functions(layer, "", lambda: take_off_thread(layer))]
 
 
-def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> list[Put]:
+def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
     """A rule for what a path names, now or when it is imported; if `scoped`, in modules that have the layer too."""
-    puts: list[Put] = []
+    puts: list[Put | ModulePut] = []
     call_off: Callable[[], None] | None = None
 
     def put(value: Any) -> None:
@@ -136,7 +137,7 @@ def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> list[Put]:
                     stacklevel=2,
                 )
                 return
-            of_class = Layer(layer.rule, layer.path, layer.target, layer.order)
+            of_class = ClassLayer(layer.rule, layer.path, layer.target, layer.order)
             puts.extend(on_class(Class(value), of_class))
         else:
             put_on_path(path, layer, scoped=scoped)
