@@ -256,7 +256,12 @@ class clip_norm:
 
     def __call__(self, grad_output: X) -> X:
         """The gradient that goes on."""
-        return _divided(grad_output, self.dim, lambda norm: (norm / self.max_norm).clamp(min=1))
+
+        def clipped(grad: Tensor, scaled: Tensor, norm: Tensor, scale: Tensor) -> Tensor:
+            short = norm * scale <= self.max_norm
+            return torch.where(short, grad, scaled / (norm / self.max_norm).masked_fill(short, 1))
+
+        return _by_norm(grad_output, self.dim, clipped)
 
 
 @dataclass(frozen=True)
@@ -286,19 +291,46 @@ class normalize:
 
     def __call__(self, grad_output: X) -> X:
         """The gradient that goes on."""
-        return _divided(grad_output, self.dim, lambda norm: norm.masked_fill(norm == 0, math.inf))
+        return _by_norm(
+            grad_output, self.dim, lambda _, scaled, norm, __: scaled / norm.masked_fill(norm == 0, math.inf)
+        )
 
 
-def _divided(grad_output: X, dim: Any, by: Callable[[Tensor], Tensor]) -> X:
-    """Each gradient divided by what `by` makes of its norm."""
+def _by_norm(grad_output: X, dim: Any, edit: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> X:
+    """`edit(grad, grad / scale, norm of that, scale)` of each gradient. The scale is 1 wherever squares have room."""
     spec, leaves = gradients_in(grad_output)
-    norms = [torch.linalg.vector_norm(wide(leaf), dim=dim, keepdim=dim is not None) for leaf in leaves]
-    if dim is None and len(leaves) > 1:
+    edited = list(leaves)
+    places = [place for place, leaf in enumerate(leaves) if leaf.numel()]  # of none there is no largest value
+    grads = [wide(leaves[place]) for place in places]
+    scales = _scales(grads, dim)
+    scaled = [grad / scale for grad, scale in zip(grads, scales, strict=True)]
+    norms = [torch.linalg.vector_norm(grad, dim=dim, keepdim=dim is not None) for grad in scaled]
+    if dim is None and len(norms) > 1:
         whole = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         norms = [whole.to(norm) for norm in norms]
-    edited = [(wide(leaf) / by(norm)).to(leaf.dtype) for leaf, norm in zip(leaves, norms, strict=True)]
+    for place, *parts in zip(places, grads, scaled, norms, scales, strict=True):
+        edited[place] = edit(*parts).to(leaves[place].dtype)
     result: X = unflatten(spec, iter(edited))
     return result
+
+
+def _scales(grads: list[Tensor], dim: Any) -> list[Tensor]:
+    """What each is to be divided by before it is squared: 1, or its largest value where the square of that would not be
+    finite, or have too few digits. Without `dim` one for all.
+    """
+    sizes = [torch.linalg.vector_norm(grad.detach(), math.inf, dim=dim, keepdim=dim is not None) for grad in grads]
+    limits = [torch.finfo(size.dtype) for size in sizes]
+    if dim is None and len(sizes) > 1:
+        whole = torch.stack([size.to(sizes[0].device) for size in sizes]).amax()
+        narrow = min(limits, key=lambda limit: limit.max)
+        return [_scale(whole, narrow).to(size).clamp(min=lim.tiny) for size, lim in zip(sizes, limits, strict=True)]
+    return [_scale(size, limit).clamp(min=limit.tiny) for size, limit in zip(sizes, limits, strict=True)]
+
+
+def _scale(size: Tensor, limit: torch.finfo) -> Tensor:
+    low, high = math.sqrt(limit.tiny / limit.eps), math.sqrt(limit.max) * 1e-5  # room for a sum of 10^10 squares
+    apart = (size < low) | ((size > high) & (size < math.inf))
+    return torch.where(apart, size, 1)
 
 
 # --- rounded, and with noise ---

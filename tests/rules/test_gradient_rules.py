@@ -193,6 +193,53 @@ class TestNorms:
         assert edited(rules.clip_norm(1.0), torch.tensor([NAN, 1.0])).isnan().all()
         assert edited(rules.clip_norm(1.0), torch.tensor([INF, 1.0])).isnan().any()
 
+    @pytest.mark.parametrize("size", [0.0, 1e-44, 1e-30, 1e-22, 1e-17, 1e-14, 1.0, 1e15, 1e19, 1e30, 6e37])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+    def test_squares_that_have_no_room_do_no_harm(self, dtype, size):
+        g = (torch.tensor([[3.0, 4.0], [4.0, -3.0]], dtype=torch.float64) * size).to(dtype)
+        wide = g.to(torch.complex128 if dtype.is_complex else torch.float64)
+
+        def near(found, expected):
+            torch.testing.assert_close(
+                found, expected.to(dtype), rtol=1e-2 if dtype is torch.bfloat16 else 1e-6, atol=0
+            )
+
+        whole, rows = wide.abs().square().sum().sqrt(), wide.abs().square().sum(1, keepdim=True).sqrt()
+        near(edited(rules.normalize(), g), wide / whole if whole else wide)
+        near(edited(rules.normalize(1), g), wide / rows if whole else wide)
+        near(torch.func.vmap(rules.normalize())(g), wide / rows if whole else wide)
+        for limit in (1e-3, 1.0, 1e20):
+            near(edited(rules.clip_norm(limit), g), wide / (whole / limit).clamp(min=1))
+            near(edited(rules.clip_norm(limit, 1), g), wide / (rows / limit).clamp(min=1))
+            near(rules.clip_norm(limit)([g[0], (g[1],)])[1][0], wide[1] / (whole / limit).clamp(min=1))
+            near(torch.func.vmap(rules.clip_norm(limit))(g), wide / (rows / limit).clamp(min=1))
+
+    def test_squares_have_room_beside_a_wider_dtype(self):
+        g = [torch.tensor([3e30, 0.0]), torch.tensor([4e30], dtype=torch.float64), torch.ones(0)]
+        one, two, three = rules.clip_norm(1.0)(g)
+        closely(one, torch.tensor([0.6, 0.0]))
+        torch.testing.assert_close(two, torch.tensor([0.8], dtype=torch.float64), rtol=1e-6, atol=0)
+        assert three.shape == (0,)
+        directions = rules.normalize()([torch.zeros(2), torch.tensor([1e-200], dtype=torch.float64)])
+        exactly(directions, [torch.zeros(2), torch.ones(1, dtype=torch.float64)])
+
+    def test_what_is_long_and_ordinary_stays_to_the_last_bit(self):
+        g = noise(1000, grad=False, dtype=torch.float32)
+        exactly(edited(rules.clip_norm(0.3), g), g / (torch.linalg.vector_norm(g) / 0.3))
+
+    def test_of_no_values(self):
+        for dim in (None, 0, 1):
+            assert edited(rules.clip_norm(1.0, dim), torch.ones(0, 3)).shape == (0, 3)
+            assert edited(rules.normalize(dim), torch.ones(0, 3)).shape == (0, 3)
+
+    def test_squares_that_have_no_room_do_no_harm_compiled(self):
+        def both(g):
+            one, (two,) = rules.clip_norm(1.0)((g, [g * 0]))
+            return one, two, rules.normalize(0)(g * 1e-35)
+
+        found = torch.compile(both, backend="aot_eager", fullgraph=True)(torch.tensor([3e30, 4e30]))
+        closely(found, (torch.tensor([0.6, 0.8]), torch.zeros(2), torch.tensor([0.6, 0.8])))
+
     def test_of_complex_gradients(self):
         g = torch.tensor([3 + 0j, 4j], dtype=torch.complex128)
         closely(edited(rules.clip_norm(1.0), g), g / 5)
