@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ __all__ = [
     "is_number",
     "printed",
     "refuse",
+    "shown",
 ]
 
 
@@ -32,8 +34,7 @@ def check(rule: str, option: str, value: Any, fits: bool, required: str) -> None
 
 def refuse(rule: str, option: str, value: Any, required: str) -> NoReturn:
     """Raise `RuleOptionError` for a value that does not fit."""
-    shown = what(value) if isinstance(value, Tensor) else repr(value)
-    fail(RuleOptionError, f"{rule}: '{option}' must be {required}; got {shown}")
+    fail(RuleOptionError, f"{rule}: '{option}' must be {required}; got {shown(value)}")
 
 
 def check_dim(rule: str, dim: Any) -> None:
@@ -72,6 +73,18 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def shown(value: Any) -> str:
+    """An option as it was written, if it is short; else what it is. Never what a tensor or a module prints."""
+    parts = value if isinstance(value, (tuple, list)) else [value]
+    return repr(value) if len(parts) <= 4 and all([isinstance(part, _WRITTEN) for part in parts]) else what(value)
+
+
+_WRITTEN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout)
+
+
 def printed(value: Any) -> str:
-    """A function by its name, anything else as it prints itself."""
-    return getattr(value, "__name__", None) or repr(value)
+    """A function by its name, a module by that of its class, anything else as it prints itself."""
+    name = getattr(value, "__name__", None) or (type(value).__name__ if isinstance(value, torch.nn.Module) else None)
+    if isinstance(value, functools.partial):  # prints what it holds
+        name = f"partial({printed(value.func)})"
+    return name or repr(value)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradoverride._core.contract import shape_text, what
-from gradoverride._core.options import is_number
+from gradoverride._core.options import is_number, shown
 from gradoverride._core.private import fail, in_functorch
 from gradoverride.errors import CapturedTensorError, RuleOptionError, SurrogateError, UnsupportedError
 
@@ -159,7 +159,7 @@ def _everywhere(fits: Any) -> bool:
 
 def _shown(value: Any) -> str:
     if not isinstance(value, Tensor):
-        return repr(value)
+        return shown(value)
     return repr(value.tolist()) if value.dim() == 0 and _known(value) else what(value)
 
 

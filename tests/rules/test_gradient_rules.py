@@ -651,7 +651,7 @@ class TestCompiled:
     )
     def test_what_has_a_state_is_made_outside(self, make, name):
         run = self.compiled(lambda x: go.edit_gradient(x * 1, make()).sum())
-        with pytest.raises(Exception, match=f"{name}: it must be made outside of the code that is compiled"):
+        with pytest.raises(go.UnsupportedError, match=f"{name}: it must be made outside of the code that is compiled"):
             run(torch.ones(2, requires_grad=True)).backward()
 
 
@@ -745,3 +745,34 @@ def test_options_out_of_range_are_errors_at_once(make, text):
     with pytest.raises(go.RuleOptionError) as error:
         make()
     assert str(error.value) == text
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda: rules.scale(torch.ones(2)), "a tensor of shape (2,)"),
+        (lambda: rules.scale(nn.Linear(2, 2)), "a Linear"),
+        (lambda: rules.mask([torch.ones(2)]), "a list of 1 (a tensor of shape (2,))"),
+        (
+            lambda: rules.normalize((0, 1, 2, 3, 4, 5.0)),
+            "a tuple of 6 (0, an int, 1, an int, 2, an int, 3, an int, ...)",
+        ),
+        (lambda: go.surrogates.atan(nn.Linear(2, 2)), "a Linear"),
+        (lambda: rules.fake_quantize(torch.ones(2), nn.Linear(2, 2)), "a Linear"),
+        (
+            lambda: rules.lrp_z_box(torch.ones(9), torch.zeros(9)),
+            "a tuple of 2 (a tuple of 9 (1.0, a float, 1.0, a float, 1.0, a float, 1.0, a float, ...), "
+            "a tuple of 9 (0.0, a float, 0.0, a float, 0.0, a float, 0.0, a float, ...))",
+        ),
+    ],
+)
+def test_an_option_that_does_not_fit_is_named_in_few_words(make, got):
+    with pytest.raises(go.RuleOptionError) as error:
+        make()
+    assert str(error.value).endswith(f"; got {got}")
+
+
+def test_an_observed_module_is_called_by_its_class():
+    assert repr(rules.observe(nn.Linear(2, 2))) == "observe(Linear)"
+    assert repr(rules.observe(functools.partial(torch.add, torch.ones(2)))) == "observe(partial(add))"
+    assert repr(rules.chain(rules.observe(nn.Linear(2, 2)), rules.stop)) == "chain(observe(Linear), stop)"
