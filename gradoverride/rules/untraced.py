@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradoverride._core.private import evaluated_while_tracing
+from gradoverride._core.private import as_dynamo_hands_on, evaluated_while_tracing
 from gradoverride.errors import UnsupportedError
 from gradoverride.rules.each import Each
 
@@ -63,9 +63,8 @@ _keys = itertools.count()
 @evaluated_while_tracing
 def _keep(rule: Any, *more: str) -> int:
     if not all([hasattr(rule, option.name) for option in fields(rule)]):  # Dynamo has not run what makes it
-        raise UnsupportedError(
-            f"{type(rule).__name__}: it must be made outside of the code that is compiled; it was made within"
-        )
+        text = f"{type(rule).__name__}: it must be made outside of the code that is compiled; it was made within"
+        raise as_dynamo_hands_on(UnsupportedError(text))
     key = next(_keys)  # another one at each place, or two calls on one gradient would be taken for the same
     _kept[key] = (rule, *more)
     return key
