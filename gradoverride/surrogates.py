@@ -17,7 +17,8 @@ tensor([0., 1., 1.], grad_fn=<heavisideBackward>)
 - `surrogate.primitive(x)` is s, for plots and for tests: autograd of it gives the same gradient. It is None for a
   surrogate that has none.
 - Input and gradient must have one shape, else `SurrogateError`; complex ones are an `UnsupportedError`.
-- The result has the shape and dtype of the two. Where x is inf or nan, and g is finite, it is
+- The result has the shape and dtype of the two; of half precision it is computed in float32. Where x is inf or nan, and
+  g is finite, it is
 
   |             | -inf      | inf | nan       |
   |-------------|-----------|-----|-----------|
@@ -204,6 +205,8 @@ class rectangle(Surrogate):
     """
 
     width: Option = 1.0
+
+    right_in_half = True
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
         found: Tensor = _aten.hardtanh_backward(grad, x, -self.width / 2, self.width / 2)  # without the ends
@@ -421,6 +424,8 @@ class leaky(Surrogate):
 
     slope: Option = 0.1
 
+    right_in_half = True
+
     def __post_init__(self) -> None:
         check_not_negative(self, "slope")
 
@@ -453,6 +458,8 @@ class clipped(Surrogate):
 
     lo: Option = -1.0
     hi: Option = 1.0
+
+    right_in_half = True
 
     def __post_init__(self) -> None:
         check_interval(self, "lo", "hi")

@@ -494,3 +494,40 @@ def test_error_in_a_surrogate_says_which():
     (note,) = error.value.__notes__
     assert note.startswith("in the surrogate 'broken' (")
     assert note.endswith("of 'round' (built in)")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "surrogate",
+    [
+        surrogates.sigmoid(),
+        surrogates.atan(),
+        surrogates.fast_sigmoid(),
+        surrogates.superspike(),
+        surrogates.swish_sign(),
+        surrogates.gaussian(),
+    ],
+    ids=repr,
+)
+def test_half_precision_loses_digits_of_the_result_alone(surrogate, dtype):
+    x = torch.tensor([-100.0, -11.0, -3.0, -2.0, -1.5, -0.3, 0.1, 0.5, 1.0, 1.5, 2.0, 2.5, 11.0, 100.0]).to(dtype)
+    g = torch.full_like(x, 1024.0)
+    expected = surrogate(g.double(), x.double())
+    rtol = 4 * torch.finfo(dtype).eps
+    found = surrogate(g, x)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=2e-3)  # 1 - s rounded in float32, times g
+
+
+def test_half_precision_with_an_option_that_is_a_tensor_loses_digits_of_the_result_alone():
+    x = torch.tensor([-2.0, -1.5, 1.5, 2.0], dtype=torch.bfloat16, requires_grad=True)
+    expected = surrogates.sigmoid()(torch.full((4,), 1024.0, dtype=torch.float64), x.detach().double())
+    for k in (torch.tensor(4.0), nn.Parameter(torch.tensor(4.0, dtype=torch.bfloat16))):
+        fire = go.straight_through(torch.sign, surrogate=surrogates.sigmoid(k))
+        y = fire(x)
+        assert y.dtype is torch.bfloat16
+        (found,) = torch.autograd.grad(y, x, torch.full_like(y, 1024.0))
+        torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0)
+    found = surrogates.sigmoid(torch.tensor(4.0))(torch.full_like(x, 1024.0), x.detach())
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0)

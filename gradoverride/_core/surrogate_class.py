@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.options import is_number, shown
+from gradoverride._core.precision import wide
 from gradoverride._core.private import fail, in_functorch
 from gradoverride.errors import CapturedTensorError, RuleOptionError, SurrogateError, UnsupportedError
 
 __all__ = ["Learnable", "Option", "Surrogate", "check_interval", "check_not_negative", "check_positive", "has_tensors"]
 
 Option = float | Tensor
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Surrogate:
     primitive: ClassVar[Callable[..., Tensor] | None] = None
     writes_nothing: ClassVar[bool] = True  # into the gradient: so it is given the gradient itself, no copy
     takes_tensors: ClassVar[bool] = True  # in a `bridge` too
+    right_in_half: ClassVar[bool] = False  # whether `of` needs no more digits and no more room: else it gets float32
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -41,6 +45,8 @@ class Surrogate:
             _refuse(self, grad_output, input)
         if has_tensors(self):
             return _by_primitive(self, grad_output, input)
+        if input.dtype in _HALF and not self.right_in_half:
+            return self.of(wide(grad_output), wide(input)).to(torch.promote_types(grad_output.dtype, input.dtype))
         return self.of(grad_output, input)
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
@@ -78,7 +84,8 @@ class Learnable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The primitive at x."""
-        return self.now().primitive(x)  # type: ignore[misc]  # it has one
+        value: Tensor = self.now().primitive(wide(x))  # type: ignore[misc]  # it has one
+        return value.to(x.dtype) if x.dtype in _HALF else value
 
     def now(self) -> Surrogate:
         """The surrogate with the tensors that this module has now."""
@@ -107,8 +114,8 @@ def _by_primitive(surrogate: Surrogate, grad: Tensor, x: Tensor) -> Tensor:
             )
     if surrogate.primitive is None:
         return surrogate.of(grad, x)
-    found: Tensor = torch.func.vjp(surrogate.primitive, x)[1](grad)[0]
-    return found
+    found: Tensor = torch.func.vjp(surrogate.primitive, wide(x))[1](wide(grad))[0]
+    return found.to(torch.promote_types(grad.dtype, x.dtype))
 
 
 # --- errors ---
