@@ -234,12 +234,16 @@ def passing(rules: Sequence[Rule]) -> Rule:
 _passes = operator.attrgetter("passes")
 
 
-def signature_asking(asks: Mapping[str, bool]) -> inspect.Signature:
-    """That of a rule that asks for these names, and must have those for which this is True."""
+def signature_asking(asks: Mapping[str, bool], *, by_name: bool = False) -> inspect.Signature:
+    """That of a rule that asks for these names, and must have those for which this is True. `by_name`: its gradient may
+    be given by name, unless that is the name of an argument.
+    """
     first = "grad_output"
     while first in asks:  # an argument of the forward may be called so
         first = f"_{first}"
-    parameters = [inspect.Parameter(first, inspect.Parameter.POSITIONAL_ONLY)]
+    by_name = by_name and first == "grad_output"
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if by_name else inspect.Parameter.POSITIONAL_ONLY
+    parameters = [inspect.Parameter(first, kind)]
     for name, required in asks.items():
         default = inspect.Parameter.empty if required else None
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))

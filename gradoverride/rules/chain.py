@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ class chain:
         own = self.__dict__  # it is frozen
         own["rules"] = rules
         own["links"] = tuple([(rule.fn, tuple(rule.asks), _may_write(rule.fn)) for rule in read])
-        own["__signature__"] = signature_asking(_asked_by(read))  # what the library asks for on its behalf
+        own["__signature__"] = signature_asking(
+            _asked_by(read), by_name=True
+        )  # what the library asks for on its behalf
         own["__name__"] = repr(self)  # how errors call it
 
     @property
@@ -68,15 +71,23 @@ class chain:
             raise AttributeError("bound_to")
         return lambda forward: chain(*[rule.bound_to(forward) if hasattr(rule, "bound_to") else rule for rule in rules])
 
-    def __call__(self, grad_output: Any, /, **values: Any) -> Any:
+    def __call__(self, grad_output: Any = Parameter.empty, /, **values: Any) -> Any:
         """What the last rule returns."""
-        grad = grad_output
+        grad = self._by_name(values) if grad_output is Parameter.empty else grad_output
         for rule, names, may_write in self.links:
             if grad is None:
                 return None
             handed = each(torch.clone, grad) if may_write else grad  # an earlier link may have shown it to others
             grad = rule(handed, **{name: values[name] for name in names if name in values})
         return grad
+
+    def _by_name(self, values: dict[str, Any]) -> Any:
+        """The gradient that is given as `grad_output=`, which may be the name of an argument of the forward too."""
+        taken = any(["grad_output" in names for _, names, _ in self.links])
+        if taken or "grad_output" not in values:
+            why = ", by position, for a link asks for an argument called 'grad_output'" if taken else ""
+            raise TypeError(f"{self!r}: it must be given a gradient{why}; it was given none")
+        return values["grad_output"]
 
     def __repr__(self) -> str:
         return f"chain({', '.join(map(printed, self.rules))})"

@@ -83,9 +83,9 @@ def test_its_signature_is_the_union():
         return grad_output
 
     rule = chain(first, functools.partial(second, vjp=None), torch.neg)
-    assert str(inspect.signature(rule)) == "(grad_output, /, *, x, eps, lo=None)"
-    assert str(inspect.signature(chain(rule, second))) == "(grad_output, /, *, x, eps, lo=None, vjp)"
-    assert str(inspect.signature(chain(second, first))) == "(grad_output, /, *, eps, vjp, x, lo=None)"
+    assert str(inspect.signature(rule)) == "(grad_output, *, x, eps, lo=None)"
+    assert str(inspect.signature(chain(rule, second))) == "(grad_output, *, x, eps, lo=None, vjp)"
+    assert str(inspect.signature(chain(second, first))) == "(grad_output, *, eps, vjp, x, lo=None)"
 
 
 def test_it_is_called_as_a_function():
@@ -367,6 +367,20 @@ def test_a_link_may_ask_for_an_argument_that_has_the_name_of_the_gradient():
         gradient(go.custom_backward(rule)(lambda grad_output: grad_output.sin()), x, g=torch.ones_like(x))[0],
         2 * x.cos(),
     )
+
+
+def test_it_takes_the_gradient_by_name_unless_a_link_asks_for_that_name():
+    g, rule = torch.ones(2), chain(rules.scale(2.0), lambda g, x: g * x)
+    exactly(rule(grad_output=g, x=3.0), torch.full((2,), 6.0))
+    run = torch.compile(lambda g: rule(grad_output=g, x=3.0) + rule(g, x=1.0), backend="eager", fullgraph=True)
+    exactly(run(g), torch.full((2,), 8.0))
+    with pytest.raises(TypeError, match=r"it must be given a gradient; it was given none"):
+        rule(x=3.0)
+    taken = chain(rules.scale(2.0), lambda g, grad_output: g * grad_output)
+    with pytest.raises(TypeError, match=r"by position, for a link asks for an argument called 'grad_output'"):
+        taken(grad_output=g)
+    exactly(taken(g, grad_output=3.0), torch.full((2,), 6.0))
+    assert str(inspect.signature(taken)) == "(_grad_output, /, *, grad_output)"
 
 
 def test_over_a_structure():
