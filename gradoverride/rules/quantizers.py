@@ -19,6 +19,7 @@ Alike in all of them:
 - Values are rounded to the nearest, halves to even, and are those of the levels to the last bit of the dtype.
 - Scales, steps and bounds are numbers, or tensors that broadcast to the shape of x: one for each channel of a weight
   (results, inputs) has the shape (results, 1). What learns them must keep them larger than 0.
+- The result has the dtype of x, whatever that of its scale is.
 - nan stays nan. Where there are bounds, inf is clipped to them, and the gradient of x is 0 beyond; each says what it is
   at the ends.
 - Options out of range are a `RuleOptionError`.
@@ -113,8 +114,8 @@ def _fake_quantize_backward(
     grad_output: Tensor, x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int
 ) -> Tensor:
     level = (x / scale).round_().add_(zero_point)
-    grad_x: Tensor = _aten.hardtanh_backward(grad_output, level, quant_min - 0.5, quant_max + 0.5)
-    return grad_x
+    grad_x: Tensor = _aten.hardtanh_backward(grad_output.to(level.dtype), level, quant_min - 0.5, quant_max + 0.5)
+    return grad_x.to(x.dtype)
 
 
 @writes_nothing
@@ -133,7 +134,7 @@ def _fake_quantize(x: Tensor, scale: float, zero_point: int, quant_min: int, qua
 @custom_backward(_fake_quantize_by_tensors_backward)
 def _fake_quantize_by_tensors(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     level = F.hardtanh_((x / scale).round_().add_(zero_point), quant_min, quant_max)
-    return level.sub_(zero_point).mul_(scale)
+    return level.sub_(zero_point).mul_(scale).to(x.dtype)
 
 
 # --- a step that is learnt ---
@@ -181,15 +182,16 @@ def _lsq_backward(
     grad_output: Tensor, x: Tensor, step: Tensor, low: int, high: int, grad_scale: float
 ) -> tuple[Tensor, Tensor]:
     scaled = F.hardtanh_(x / step, low, high)
+    grad_output = grad_output.to(scaled.dtype)
     grad_x: Tensor = _aten.hardtanh_backward(grad_output, scaled, low, high)
     # Where x is clipped, grad_x is 0, and `round(scaled)` is -Qn or Qp.
     grad_step = grad_output * scaled.round() - grad_x * scaled
-    return grad_x, grad_step.sum_to_size(step.shape) * grad_scale
+    return grad_x.to(x.dtype), (grad_step.sum_to_size(step.shape) * grad_scale).to(step.dtype)
 
 
 @custom_backward(_lsq_backward)
 def _lsq(x: Tensor, step: Tensor, low: int, high: int, grad_scale: float) -> Tensor:
-    return F.hardtanh_(x / step, low, high).round_().mul_(step)
+    return F.hardtanh_(x / step, low, high).round_().mul_(step).to(x.dtype)
 
 
 def lsq_step(x: Tensor, bits: int, *, signed: bool = True, dim: int | tuple[int, ...] | None = None) -> Tensor:
@@ -248,15 +250,16 @@ def pact(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
 @writes_nothing
 def _pact_backward(grad_output: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     ratio = x / alpha
+    grad_output = grad_output.to(ratio.dtype)
     grad_x: Tensor = _aten.hardtanh_backward(grad_output, ratio, 0, 1)
     below_one = 1 - torch.finfo(ratio.dtype).eps / 2  # the next number
     above: Tensor = _aten.threshold_backward(grad_output, ratio, below_one)  # g where it is larger, else 0
-    return grad_x, above.sum_to_size(alpha.shape)
+    return grad_x.to(x.dtype), above.sum_to_size(alpha.shape).to(alpha.dtype)
 
 
 @custom_backward(_pact_backward)
 def _pact(x: Tensor, alpha: Tensor, top: int) -> Tensor:
-    return F.hardtanh_(x / alpha, 0, 1).mul_(top).round_().div_(top).mul_(alpha)
+    return F.hardtanh_(x / alpha, 0, 1).mul_(top).round_().div_(top).mul_(alpha).to(x.dtype)
 
 
 # --- without anything to be learnt or given ---
@@ -288,6 +291,8 @@ def dorefa_weight(w: Tensor, bits: int) -> Tensor:
     if bits == 1:
         return _signs_of_mean_size(w)
     bounded = torch.tanh(w)
+    if w.numel() == 0:  # which has no largest value
+        return bounded
     largest = bounded.abs().max().clamp(min=torch.finfo(w.dtype).tiny)  # of zeros 0 / 0 is to be 0
     return 2 * _to_levels(bounded / (2 * largest) + 0.5, 2**bits - 1) - 1
 

@@ -548,3 +548,37 @@ def test_an_error_keeps_its_text_where_it_is_compiled():
     run = torch.compile(lambda x, step: rules.lsq(x, step, 2), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match=r"lsq: 'step' must broadcast to the shape of x, \(3, 4\); it has shape \(3,\)"):
         run(X, torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(), (3, 1)])
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        lambda x, s: rules.fake_quantize(x, s.detach(), 1, -2, 3),
+        lambda x, s: rules.lsq(x, s, 2),
+        lambda x, s: rules.pact(x, s, 2),
+    ],
+    ids=["fake_quantize", "lsq", "pact"],
+)
+def test_the_result_has_the_dtype_of_x_whatever_that_of_its_scale_is(quantizer, shape, dtype):
+    x = torch.tensor([[-3.0, 0.25, 1.0, 9.0]] * 3)
+    for own in (torch.float32, torch.bfloat16, torch.float64):
+        low, wide = [x.to(kind, copy=True).requires_grad_() for kind in (dtype, torch.float64)]
+        scale, exact = [torch.full(shape, 0.5, dtype=kind, requires_grad=True) for kind in (own, torch.float64)]
+        y, expected = quantizer(low, scale), quantizer(wide, exact)
+        assert y.dtype is dtype
+        exactly(y, expected.to(dtype))
+        y.sum().backward()
+        expected.sum().backward()
+        exactly(low.grad, wide.grad.to(dtype))
+        if exact.grad is not None:
+            torch.testing.assert_close(scale.grad, exact.grad.to(own), rtol=2e-2, atol=0)
+
+
+def test_weights_without_values_are_quantized_to_none():
+    for bits in (1, 2):
+        w = torch.ones(0, 3, requires_grad=True)
+        y = rules.dorefa_weight(w, bits)
+        y.sum().backward()
+        assert y.shape == w.grad.shape == (0, 3)
