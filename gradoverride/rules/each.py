@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from gradoverride._core.call import is_differentiable
@@ -13,7 +14,7 @@ from gradoverride._core.private import fail
 from gradoverride._core.structure import flatten, is_container, unflatten
 from gradoverride.errors import RuleResultError
 
-__all__ = ["Each", "each", "gradients_in"]
+__all__ = ["Each", "each", "gradients_in", "of_values"]
 
 X = TypeVar("X")
 
@@ -25,6 +26,16 @@ def each(edit: Callable[[Tensor], Tensor], grad_output: X) -> X:
     spec, leaves = gradients_in(grad_output)
     edited: X = unflatten(spec, iter([edit(leaf) for leaf in leaves]))
     return edited
+
+
+def of_values(edit: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
+    """`edit` of a gradient, or of the values of one that is sparse: for an edit value by value that leaves 0 alone."""
+    if not grad.is_sparse:
+        return edit(grad)
+    grad = grad.coalesce()  # in which each place occurs once
+    return torch.sparse_coo_tensor(
+        grad.indices(), edit(grad.values()), grad.shape, check_invariants=False, is_coalesced=True
+    )
 
 
 def gradients_in(grad_output: Any) -> tuple[Any, list[Tensor]]:

@@ -40,7 +40,7 @@ from gradoverride._core.private import fail
 from gradoverride._core.signature import writes_nothing
 from gradoverride._core.structure import unflatten
 from gradoverride.errors import RuleResultError, UnsupportedError
-from gradoverride.rules.each import Each, each, gradients_in
+from gradoverride.rules.each import Each, each, gradients_in, of_values
 from gradoverride.rules.untraced import Drawing
 
 __all__ = [
@@ -221,7 +221,7 @@ class clip_value(Each):
         check("clip_value", "limit", self.limit, fits, "a number larger than 0")
 
     def of(self, grad: Tensor) -> Tensor:
-        return grad.clamp(-self.limit, self.limit)
+        return of_values(lambda values: values.clamp(-self.limit, self.limit), grad)
 
 
 @dataclass(frozen=True)
@@ -299,6 +299,8 @@ class normalize:
 def _by_norm(grad_output: X, dim: Any, edit: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> X:
     """`edit(grad, grad / scale, norm of that, scale)` of each gradient. The scale is 1 wherever squares have room."""
     spec, leaves = gradients_in(grad_output)
+    if any([leaf.is_sparse for leaf in leaves]):
+        return _by_norm_of_values(grad_output, dim, edit)
     edited = list(leaves)
     places = [place for place, leaf in enumerate(leaves) if leaf.numel()]  # of none there is no largest value
     grads = [wide(leaves[place]) for place in places]
@@ -311,6 +313,22 @@ def _by_norm(grad_output: X, dim: Any, edit: Callable[[Tensor, Tensor, Tensor, T
     for place, *parts in zip(places, grads, scaled, norms, scales, strict=True):
         edited[place] = edit(*parts).to(leaves[place].dtype)
     result: X = unflatten(spec, iter(edited))
+    return result
+
+
+def _by_norm_of_values(grad_output: X, dim: Any, edit: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> X:
+    """The same, where some gradients are sparse."""
+    if dim is not None:
+        fail(
+            UnsupportedError,
+            "clip_norm and normalize: a gradient over 'dim' must not be sparse, as that of nn.Embedding(sparse=True) "
+            "is. Leave 'dim' out, or make it dense before (`lambda g: g.to_dense()` in a chain)",
+        )
+    spec, leaves = gradients_in(grad_output)
+    sparse = [leaf.coalesce() if leaf.is_sparse else None for leaf in leaves]
+    values = [leaf if of is None else of.values() for leaf, of in zip(leaves, sparse, strict=True)]
+    edited = iter(_by_norm(values, None, edit))
+    result: X = unflatten(spec, iter([of_values(lambda _: next(edited), leaf) for leaf in leaves]))
     return result
 
 

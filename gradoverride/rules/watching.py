@@ -22,7 +22,7 @@ from torch.func import debug_unwrap
 from gradoverride._core.options import check, printed
 from gradoverride._core.structure import LEAF, Node, unflatten
 from gradoverride.errors import NonFiniteGradientError
-from gradoverride.rules.each import gradients_in
+from gradoverride.rules.each import gradients_in, of_values
 from gradoverride.rules.untraced import Untraced, untraced
 
 __all__ = ["scrub", "check_finite", "observe"]
@@ -52,6 +52,9 @@ class scrub(Untraced):
         return sum(int(count) for count in self._counts.values())
 
     def untraced(self, grad: Tensor) -> Tensor:
+        return of_values(self._scrubbed, grad)
+
+    def _scrubbed(self, grad: Tensor) -> Tensor:
         wrong = grad.isfinite().logical_not()
         # Plain numbers, which outlive the transforms (`vmap`, `grad`) around this.
         found = debug_unwrap(debug_unwrap(wrong).sum())

@@ -776,3 +776,37 @@ def test_an_observed_module_is_called_by_its_class():
     assert repr(rules.observe(nn.Linear(2, 2))) == "observe(Linear)"
     assert repr(rules.observe(functools.partial(torch.add, torch.ones(2)))) == "observe(partial(add))"
     assert repr(rules.chain(rules.observe(nn.Linear(2, 2)), rules.stop)) == "chain(observe(Linear), stop)"
+
+
+class TestSparseGradients:
+    def by(self, rule, sparse):
+        embedding = nn.Embedding(10, 4, sparse=sparse, dtype=torch.float64)
+        with torch.no_grad():
+            embedding.weight.copy_(torch.arange(40.0).view(10, 4))
+        handle = go.edit_gradient_(embedding.weight, rule)
+        g = torch.arange(12.0, dtype=torch.float64).view(3, 4) - 4
+        g[0, 0] = 1e30 if not isinstance(rule, rules.scrub) else NAN
+        embedding(torch.tensor([1, 2, 2])).backward(g)
+        handle.remove()
+        return embedding.weight.grad
+
+    @pytest.mark.parametrize(
+        "make",
+        [lambda: rules.clip_norm(1.0), rules.normalize, lambda: rules.clip_value(3.0), rules.scrub],
+        ids=["clip_norm", "normalize", "clip_value", "scrub"],
+    )
+    def test_are_edited_as_dense_ones_are(self, make):
+        found = self.by(make(), sparse=True)
+        assert found.is_sparse
+        closely(found.to_dense(), self.by(make(), sparse=False))
+
+    def test_are_measured_beside_dense_ones(self):
+        sparse = torch.sparse_coo_tensor([[1, 1]], [1.0, 2.0], (3,), check_invariants=True)
+        one, two = rules.clip_norm(1.0)([sparse, torch.tensor([4.0])])
+        closely(one.to_dense(), torch.tensor([0.0, 0.6, 0.0]))
+        closely(two, torch.tensor([0.8]))
+
+    @pytest.mark.parametrize("rule", [rules.clip_norm(1.0, dim=1), rules.normalize(0)])
+    def test_over_a_dimension_are_an_error(self, rule):
+        with pytest.raises(go.UnsupportedError, match=r"a gradient over 'dim' must not be sparse.*Leave 'dim' out"):
+            self.by(rule, sparse=True)
