@@ -200,7 +200,8 @@ class ForwardPass:
         self.on_leaves = on_leaves
         self.writes = Writes(call, leaves, before)
         self.buffer_versions: dict[str, int | None] = {}
-        self.places: list[int] | None = None  # of the aliases, before an eager forward
+        self.may_give_data = call.plan.may_give_data or call.plan.reach is None
+        self.places: list[int] | None = None  # of the aliases, before an eager forward that may give them other data
         self.as_given: dict[int, Tensor] = {}  # copies of leaves that the forward may write into uncounted
 
     def run(self) -> Any:
@@ -230,11 +231,11 @@ class ForwardPass:
         if plan.asks_module and self.module is not None and mode != TRACED:
             self.buffer_versions = {name: version_of(value) for name, value in self.module.named_buffers()}
         named = plan.attribute_names_of(type(self.receiver)) if mode == TRACED else ()
-        if mode != TRACED:
+        if mode != TRACED and plan.uses_attributes:
             share_attributes(aliases, sources)
         elif named:
             copy_attributes(sources, aliases, named)
-        if mode == EAGER:
+        if mode == EAGER and self.may_give_data:
             self.places = places_of(aliases)
         if plan.keeps_given:
             for index, leaf in enumerate(self.leaves):
@@ -249,7 +250,7 @@ class ForwardPass:
     def finish(self, aliases: list[Tensor], result: Any, residuals: dict[str, Any]) -> Any:
         """The forward has run on `aliases` and gave `result`: look at it, and tie it to the rule."""
         call, leaves = self.call, self.leaves
-        if self.mode == EAGER and not self.on_leaves:
+        if self.may_give_data and self.mode == EAGER and not self.on_leaves:
             sources = [*leaves, *[param.tensor for param in call.aliased]]
             carry_data(aliases, sources, places_of(sources) if self.places is None else self.places)
         outs: list[Tensor] = []
@@ -284,7 +285,8 @@ class ForwardPass:
             for index, (spec, value) in enumerate(zip(call.specs, self.values, strict=True))
         ]
         for index in call.holders:
-            if self._meets_own(index, aliases):  # a container is the caller's then, who may have it written into
+            # A container is the caller's then, who may have it written into.
+            if call.specs[index] is not LEAF and self._meets_own(index, aliases):
                 arguments[index] = self.values[index]
         inner = receiver
         copied: list[Copied] = []
@@ -326,8 +328,11 @@ class ForwardPass:
         """
         call = self.call
         for index in call.holders:
-            spec, name, own = call.specs[index], call.names[index], self._meets_own(index, aliases)
-            if spec is LEAF or (own and not self.writes.asked_as(name)):
+            spec, name = call.specs[index], call.names[index]
+            if spec is LEAF:
+                continue
+            own = self._meets_own(index, aliases)
+            if own and not self.writes.asked_as(name):
                 continue
             given = aliases[call.ends[index - 1] if index else 0 : call.ends[index]]
             if unchanged(spec, iter(given), arguments[index]):
