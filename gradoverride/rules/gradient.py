@@ -6,8 +6,10 @@ Alike in all of them:
 - Nothing is kept for them from the forward.
 - Of a structure of gradients (a tuple, a list, a dict, ...) each tensor is taken by itself. `clip_norm` and
   `normalize` without `dim` are the exception: they measure all tensors together.
-- The gradient keeps its shape, its device and, but for `cast`, its dtype. nan and inf stay what they are, but for
-  `stop`, `sign` and a mask of True and False.
+- The gradient keeps its shape, its device and, but for `cast`, its dtype.
+- nan stays nan and inf does not become finite, but for `stop`, `sign`, a mask of True and False, and `clip_value`,
+  which takes inf to its limit. Where values are measured together (`clip_norm`, `normalize`, `centralize`,
+  `quantize`), nan reaches all of them; inf becomes nan, and the others 0, inf or nan. `scrub` puts 0 in their place.
 - Options out of range are a `RuleOptionError` when the rule is made.
 - Forward mode needs rules that are linear in the gradient: `reverse`, `scale`, `stop`, `mask` and `centralize` are. The
   others are refused there: `clip_value`, `clip_norm`, `normalize`, `sign`, `add_noise`, `quantize`, and `cast` to fewer
@@ -469,11 +471,12 @@ class quantize(Drawing):
             return grad
         largest = 2 ** (self.bits - 1) - 1
         values = wide(grad)
-        step = values.abs().amax(() if self.dim is None else self.dim, keepdim=True) / largest
-        steps = values / step.masked_fill(step == 0, 1)
+        # By the largest value itself, not by the step, which is rounded: so it is k steps to the last bit.
+        top = values.abs().amax(() if self.dim is None else self.dim, keepdim=True)
+        steps = values / top.masked_fill(top == 0, 1) * largest
         if self.stochastic:
             up = torch.rand(values.shape, dtype=values.dtype, device=values.device, generator=self.generator)
             steps = (steps + up).floor()
         else:
             steps = steps.round()
-        return (steps.clamp(-largest, largest) * step).to(grad.dtype)
+        return (steps.clamp(-largest, largest) / largest * top).to(grad.dtype)

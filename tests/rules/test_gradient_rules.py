@@ -311,6 +311,14 @@ class TestQuantize:
         g = torch.ones(100_000, dtype=torch.float32)
         exactly(edited(rules.quantize(16), g), g)
 
+    @pytest.mark.parametrize("stochastic", [False, True])
+    @pytest.mark.parametrize("bits", range(2, 17))
+    def test_the_largest_value_stays_to_the_last_bit(self, bits, stochastic):
+        g = noise(300, 5, grad=False, dtype=torch.float32)
+        found = edited(rules.quantize(bits, 1, stochastic), g)
+        largest = g.abs().argmax(1, keepdim=True)
+        exactly(found.gather(1, largest), g.gather(1, largest))
+
     def test_of_zeros_and_of_nothing(self):
         exactly(edited(rules.quantize(8), torch.zeros(3)), torch.zeros(3))
         exactly(edited(rules.quantize(8), torch.zeros(0, 2)), torch.zeros(0, 2))
