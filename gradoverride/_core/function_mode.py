@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, FunctionType
+from types import BuiltinFunctionType, FrameType, FunctionType, MethodDescriptorType, WrapperDescriptorType
 from typing import Any
 
 import torch
@@ -80,10 +80,13 @@ class FunctionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if types and not compiling() and not all([issubclass(one, (Tensor, Proxy)) for one in types]):
-            with self:
-                return _by_what_is_given(func, types, args, kwargs)
-        if self.operators and compiling():  # Dynamo does not find those that are Python code, as of `x**2`, in a dict
+        eager = not compiling()
+        if eager:
+            for one in types:
+                if one is not Tensor and not issubclass(one, (Tensor, Proxy)):
+                    with self:
+                        return _by_what_is_given(func, types, args, kwargs)
+        else:  # Dynamo does not find those that are Python code, as of `x**2`, in a dict
             for operator, under_rules in self.operators:
                 if operator is func:
                     return under_rules(*args, **kwargs)
@@ -94,12 +97,13 @@ class FunctionMode(TorchFunctionMode):
         if body is not None:
             with self:
                 return body(*args, **kwargs)
-        if isinstance(func, HigherOrderOperator):
+        if not (eager and type(func) in _FUNCTIONS) and isinstance(func, HigherOrderOperator):
             return run_under(self, func, args, kwargs)
-        if self.runs and _runs_backward(func, types) and not compiling():
-            with _InBackward(self):
-                return opened(func)(*args, **kwargs)
-        if compiling():
+        if eager:
+            if func in _RUNNING_BACKWARDS and self.runs and _are_plain(types):
+                with _InBackward(self):
+                    return opened(func)(*args, **kwargs)
+        else:
             name = getattr(func, "__name__", "")
             if getattr(Tensor, name, None) is func:  # Dynamo knows the methods of a tensor, not what is behind some
                 return getattr(args[0], name)(*args[1:], **kwargs)
@@ -116,12 +120,14 @@ def _by_what_is_given(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     raise TypeError(f"no implementation of '{name}' found for arguments of these classes: {kinds}")
 
 
-def _runs_backward(func: Any, types: Any) -> bool:
-    """Whether this is a backward pass, which is none of a subclass of tensors that has its own way."""
-    return func in _RUNNING_BACKWARDS and all([one in (Tensor, nn.Parameter) for one in types])
+# What is one of these is no operator. To ask torch's class of these is slow: it is an abstract one.
+_FUNCTIONS = frozenset({FunctionType, BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType})
+_RUNNING_BACKWARDS = frozenset({Tensor.backward, torch.autograd.backward, torch.autograd.grad})
 
 
-_RUNNING_BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+def _are_plain(types: Any) -> bool:
+    """Whether none of these is a subclass of tensors, which may have a backward pass of its own."""
+    return all([one in (Tensor, nn.Parameter) for one in types])
 
 
 class _InBackward(TorchFunctionMode):
@@ -135,7 +141,7 @@ class _InBackward(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _runs_backward(func, types):
+        if func in _RUNNING_BACKWARDS and _are_plain(types):
             with self:
                 return opened(func)(*args, **kwargs)
         if (func in self.mode.runs or func in self.mode.bodies) and in_checkpoint_replay():
