@@ -19,7 +19,8 @@ from gradoverride._core.ambient import Autocast
 from gradoverride._core.call import is_differentiable, is_tensor
 from gradoverride._core.connection import Connection
 from gradoverride._core.contract import shape_text, what
-from gradoverride._core.forward_pass import refuse_within, tie
+from gradoverride._core.forward_pass import tie
+from gradoverride._core.held import refuse_within
 from gradoverride._core.private import evaluated_while_tracing, fail, in_forward_ad, in_functorch
 from gradoverride._core.reading import Readings, keep_plan, kept_plan, unbound
 from gradoverride._core.signature import RESERVED, Forward

@@ -29,7 +29,19 @@ from gradoverride._core.stale import Stale
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
-__all__ = ["EAGER", "TRACED", "TRANSFORMED", "Asked", "Call", "Param", "is_differentiable", "is_tensor", "is_tracked"]
+__all__ = [
+    "EAGER",
+    "TRACED",
+    "TRANSFORMED",
+    "Asked",
+    "Call",
+    "Param",
+    "is_differentiable",
+    "is_tensor",
+    "is_tracked",
+    "may_want_gradient",
+    "requires_grad_anywhere",
+]
 
 EAGER, TRACED, TRANSFORMED = "eager", "traced", "transformed"
 
@@ -47,6 +59,21 @@ def is_tracked(tensor: Tensor) -> bool:
     if in_forward_ad() and forward_ad.unpack_dual(tensor).tangent is not None:
         return True
     return debug_unwrap(tensor, recurse=False) is not tensor
+
+
+def may_want_gradient(tensor: Tensor) -> bool:
+    """Whether a transform may want a gradient for it, forward mode too, where `requires_grad` does not tell."""
+    return requires_grad_anywhere(tensor) or (in_forward_ad() and is_tracked(tensor))
+
+
+def requires_grad_anywhere(tensor: Tensor) -> bool:
+    """Whether the tensor, or one that a transform has wrapped in it, requires grad."""
+    while not tensor.requires_grad:
+        inner = debug_unwrap(tensor, recurse=False)
+        if inner is tensor:
+            return False
+        tensor = inner
+    return True
 
 
 def training_of(module: nn.Module) -> dict[str, bool]:

@@ -18,13 +18,12 @@ from gradoverride._core import scan
 from gradoverride._core.nodes import leaves_behind
 from gradoverride._core.private import evaluated_while_tracing, fail, note_while_tracing, take_noted
 from gradoverride._core.reach import SCALARS
-from gradoverride._core.structure import Constant, Node
 from gradoverride.errors import CapturedTensorError
 
-__all__ = ["captured_names", "foreign_leaf", "held_by", "held_within", "refuse", "refuse_held"]
+__all__ = ["captured_names", "foreign_leaf", "refuse", "requires_grad", "tensors_in"]
 
 
-def _requires_grad(tensor: Tensor) -> bool:
+def requires_grad(tensor: Tensor) -> bool:
     return tensor.requires_grad
 
 
@@ -75,47 +74,6 @@ def refuse(who: str, names: str, leaf: Tensor | None = None) -> NoReturn:
     )
 
 
-def refuse_held(who: str, name: str) -> NoReturn:
-    """Raise the error for an argument that is an object and holds a tensor as `name`."""
-    fail(
-        CapturedTensorError,
-        f"{who} must get each tensor that wants a gradient as an argument, or in a tuple, list, dict or dataclass; it "
-        f"got {name}, which requires grad, within an object that gradoverride does not look into, and the rule would "
-        "be dropped. Pass the tensor itself, or detach() it",
-    )
-
-
-def held_by(name: str, value: Any) -> str | None:
-    """Where in an argument, which has no tensors in its structure, one is that requires grad; or that none can see."""
-    if isinstance(value, Iterator):
-        return f"what '{name}' gives"
-    return _first_in(name, value, _requires_grad, modules=isinstance(value, nn.Module))
-
-
-def _first_in(name: str, value: Any, counts: Callable[[Tensor], bool], modules: bool = False) -> str | None:
-    if type(value) in SCALARS or isinstance(value, type) or (isinstance(value, nn.Module) and not modules):
-        return None
-    found = _tensors(f"'{name}'", value, depth=4, objects=True, modules=modules, counts=counts)
-    return next((path for path, _ in found), None)
-
-
-def held_within(name: str, spec: Any, counts: Callable[[Tensor], bool]) -> str | None:
-    """Where, beside the leaves of a value of this spec, an object is that holds a tensor that counts."""
-    if isinstance(spec, Constant):
-        return _first_in(name, spec.value, counts)
-    if not isinstance(spec, Node) or spec.bare:
-        return None
-    keys = range(len(spec.parts)) if spec.keys is None else spec.keys
-    attributes = spec.keys is not None and not issubclass(spec.kind, dict)
-    inner = [(f".{key}" if attributes else f"[{key!r}]", part) for key, part in zip(keys, spec.parts, strict=True)]
-    inner += [(f".{key}", Constant(value)) for key, value in (spec.more or {}).items()]
-    for step, part in inner:
-        held = held_within(f"{name}{step}", part, counts)
-        if held is not None:
-            return held
-    return None
-
-
 def captured_names(
     fn: Any, leaf: Tensor | None = None, receiver: Any = None, arguments: Iterable[tuple[str, Any]] = ()
 ) -> list[str]:
@@ -126,14 +84,14 @@ def captured_names(
     found: list[tuple[str, Tensor]] = []
     objects = leaf is not None
     for name, value in arguments:
-        found += _tensors(f"'{name}'", value, depth=3, objects=True)
+        found += tensors_in(f"'{name}'", value, depth=3, objects=True)
     for name, value in _names(fn, objects):
-        found += _tensors(f"'{name}'", value, depth=2, objects=objects)
+        found += tensors_in(f"'{name}'", value, depth=2, objects=objects)
     if receiver is None and scan.python_function(fn) is not fn and not isinstance(fn, functools.partial):
         receiver = getattr(fn, "__self__", fn)  # a bound method, or an object that is called
     for name, value in _attributes(receiver):
         if name not in ("_parameters", "_buffers", "_modules"):  # these are reached through self, as they should be
-            found += _tensors(f"'self.{name}'", value, depth=2, objects=objects)
+            found += tensors_in(f"'self.{name}'", value, depth=2, objects=objects)
     if leaf is None:
         return [name for name, _ in found]
     if isinstance(receiver, nn.Module):
@@ -174,14 +132,14 @@ def _names(fn: Any, helpers: bool) -> Iterator[tuple[str, Any]]:
             yield from (function.__kwdefaults__ or {}).items()
 
 
-def _tensors(
+def tensors_in(
     path: str,
     value: Any,
     depth: int,
     *,
     objects: bool = False,
     modules: bool = True,
-    counts: Callable[[Tensor], bool] = _requires_grad,
+    counts: Callable[[Tensor], bool] = requires_grad,
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors that count in `value`, each with its path: in modules, and in attributes of `objects`."""
     inner: Iterable[tuple[str, Any]] = ()
@@ -205,7 +163,7 @@ def _tensors(
         else:
             inner = [(f".{name}", part) for name, part in [*getattr(value, "__dict__", {}).items(), *_slots(value)]]
     for step, part in inner:
-        yield from _tensors(f"{path[:-1]}{step}'", part, depth - 1, objects=objects, modules=modules, counts=counts)
+        yield from tensors_in(f"{path[:-1]}{step}'", part, depth - 1, objects=objects, modules=modules, counts=counts)
 
 
 def _slots(value: Any) -> Iterator[tuple[str, Any]]:

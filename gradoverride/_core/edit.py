@@ -18,8 +18,9 @@ from torch.nn import Parameter
 from gradoverride._core.ambient import Autocast, autocast_while_tracing, under_traced
 from gradoverride._core.call import EAGER, TRACED, Call, is_differentiable
 from gradoverride._core.contract import Meta, read_answer, what
-from gradoverride._core.forward_pass import differentiate, refuse_within
+from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.function import alias_function
+from gradoverride._core.held import refuse_within
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import (
     any_autocast,

@@ -15,13 +15,22 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.func import debug_unwrap
 
 from gradoverride._core import captured
 from gradoverride._core.aliases import carry_data, copy_attributes, places_of, share_attributes
-from gradoverride._core.call import EAGER, TRACED, TRANSFORMED, Call, is_differentiable, is_tensor, is_tracked
+from gradoverride._core.call import (
+    EAGER,
+    TRACED,
+    TRANSFORMED,
+    Call,
+    is_differentiable,
+    is_tensor,
+    may_want_gradient,
+    requires_grad_anywhere,
+)
 from gradoverride._core.contract import Meta, what
 from gradoverride._core.function import TOKEN, fresh, trackable
+from gradoverride._core.held import refuse_held
 from gradoverride._core.kept_graph import KeptGraph, TracedGraph, distinct, outer_of, shares_versions
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import (
@@ -33,18 +42,17 @@ from gradoverride._core.private import (
     keep_own_frames_whole,
     version_of,
 )
-from gradoverride._core.reach import SCALARS
 from gradoverride._core.replay import Replay
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.saver import Saver
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import Copied, stand_in, with_parameters, write_back
-from gradoverride._core.structure import LEAF, Constant, alike, flatten, skeleton, unchanged, unflatten
+from gradoverride._core.structure import LEAF, alike, flatten, skeleton, unchanged, unflatten
 from gradoverride._core.tracers import FX, drops_rule, record_call, tracer_now
 from gradoverride._core.writes import Writes
-from gradoverride.errors import ForwardResultError, GraphError, RuleSignatureError, UnsupportedError
+from gradoverride.errors import ForwardResultError, RuleSignatureError, UnsupportedError
 
-__all__ = ["ForwardPass", "differentiate", "refuse_within", "tie"]
+__all__ = ["ForwardPass", "differentiate", "tie"]
 
 
 def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[Any], rule: Any = None) -> Any:
@@ -74,8 +82,7 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
     wanted = mode == TRANSFORMED or any(leaf.requires_grad for leaf in leaves) or bool(call.params)
     if not wanted or not (leaves or call.params):
         result = plan.undecorated(layout, receiver, values)
-        if any([_may_hold(spec) for spec in call.specs]):
-            _refuse_held(call, values, result)
+        refuse_held(call, values, result)
         return result
     return ForwardPass(call, module, receiver, leaves, values).run()
 
@@ -88,49 +95,6 @@ def _refuse_no_module(plan: Plan, receiver: Any) -> NoReturn:
         f"is one of the class '{cls.__name__}', which is none. Hand over what the rule needs of the object: "
         "return save_for_backward(result, name=value), and ask for 'name'",
     )
-
-
-def _may_hold(spec: Any) -> bool:
-    """Whether an argument of this structure has a value in it that may hold tensors itself."""
-    if isinstance(spec, Constant):
-        return type(spec.value) not in SCALARS
-    return spec is not LEAF and not spec.bare and any([_may_hold(part) for part in spec.parts])
-
-
-def _refuse_held(call: Call, values: Sequence[Any], result: Any) -> None:
-    """No argument wants a gradient, but the result has one: of a tensor within an object, where it was not looked for.
-
-    Not of one in a closure or global: that has its own gradient by torch, as where nothing is decorated.
-    """
-    results: list[Tensor] = []
-    spec = flatten(result, is_differentiable, results)
-    wanting = any([tensor.requires_grad for tensor in results])
-    if wanting or (_may_hold(spec) and captured.held_by("", result) is not None):
-        for name, value in zip(call.names, values, strict=True):
-            held = captured.held_by(name, value)
-            if held is not None:
-                captured.refuse_held(call.plan.forward.who, held)
-
-
-def refuse_within(who: str, name: str, spec: Any, purpose: str, *, constants: bool = False) -> None:
-    """Raise the error for the argument `name` of this spec, if a tensor that wants a gradient is within an object in
-    it, where it would be left out. With `constants` one that may have a gradient is enough.
-    """
-    transformed = in_functorch() or in_forward_ad()
-    if not transformed and not torch.is_grad_enabled():
-        return
-
-    def wants_gradient(tensor: Tensor) -> bool:
-        return tensor.requires_grad or (transformed and _may_want_gradient(tensor))
-
-    held = captured.held_within(name, spec, is_differentiable if constants else wants_gradient)
-    if held is not None:
-        fail(
-            GraphError,
-            f"{who}: '{name}' must hold its tensors in tuples, lists, dicts and dataclasses, {purpose}; it has "
-            f"{held}{'' if constants else ', which requires grad,'} within an object of another kind. Turn that into "
-            f"one of these, or {'leave it out' if constants else 'detach() the tensor'}",
-        )
 
 
 def tie(plan: Plan, layout: Layout, values: Sequence[Any], result: Any, rule: Any) -> Any:
@@ -225,7 +189,7 @@ class ForwardPass:
                     start = call.ends[index - 1] if index else 0
                     aliases[start : call.ends[index]] = self.leaves[start : call.ends[index]]
         else:
-            constants = [index for index, leaf in enumerate(self.leaves) if not _may_want_gradient(leaf)]
+            constants = [index for index, leaf in enumerate(self.leaves) if not may_want_gradient(leaf)]
             call.graph = Replay(call, self.module, self.receiver, constants)
             aliases = [self._alias(tensor) for tensor in sources]
         if plan.asks_module and self.module is not None and mode != TRACED:
@@ -239,7 +203,7 @@ class ForwardPass:
             self.places = places_of(aliases)
         if plan.keeps_given:
             for index, leaf in enumerate(self.leaves):
-                if not (_may_want_gradient(leaf) if mode == TRANSFORMED else leaf.requires_grad):
+                if not (may_want_gradient(leaf) if mode == TRANSFORMED else leaf.requires_grad):
                     self.as_given[index] = leaf.clone()
         self.writes.watch(aliases, self.values, shares)
         result, residuals = self._forward(aliases)
@@ -411,7 +375,7 @@ class ForwardPass:
     def _refuse_captured(self, outs: list[Tensor], aliases: list[Tensor]) -> None:
         call, forward = self.call, self.plan.forward
         if self.mode == TRANSFORMED:
-            tracked = [out for out in outs if _requires_grad_anywhere(out)]
+            tracked = [out for out in outs if requires_grad_anywhere(out)]
         else:
             tracked = [out for out in outs if out.requires_grad]
         if not tracked:
@@ -508,18 +472,3 @@ class ForwardPass:
         for param in call.params:
             param.tensor = None
         return result
-
-
-def _may_want_gradient(tensor: Tensor) -> bool:
-    """Whether a transform may want a gradient for it, forward mode too, where `requires_grad` does not tell."""
-    return _requires_grad_anywhere(tensor) or (in_forward_ad() and is_tracked(tensor))
-
-
-def _requires_grad_anywhere(tensor: Tensor) -> bool:
-    """Whether the tensor, or one that a transform has wrapped in it, requires grad."""
-    while not tensor.requires_grad:
-        inner = debug_unwrap(tensor, recurse=False)
-        if inner is tensor:
-            return False
-        tensor = inner
-    return True

@@ -1,0 +1,104 @@
+"""Tensors within objects that are not looked into (a cache, a namespace), where a rule would not reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from gradoverride._core.call import Call, is_differentiable, may_want_gradient
+from gradoverride._core.captured import requires_grad, tensors_in
+from gradoverride._core.private import fail, in_forward_ad, in_functorch
+from gradoverride._core.reach import SCALARS
+from gradoverride._core.structure import LEAF, Constant, Node, flatten
+from gradoverride.errors import CapturedTensorError, GraphError
+
+__all__ = ["refuse_held", "refuse_within"]
+
+
+def refuse_held(call: Call, values: Sequence[Any], result: Any) -> None:
+    """No argument wants a gradient, but the result has one: of a tensor within an object, where it was not looked for.
+
+    Not of one in a closure or global: that has its own gradient by torch, as where nothing is decorated.
+    """
+    if not any([_may_hold(spec) for spec in call.specs]):
+        return
+    results: list[Tensor] = []
+    spec = flatten(result, is_differentiable, results)
+    wanting = any([tensor.requires_grad for tensor in results])
+    if wanting or (_may_hold(spec) and _held_by("", result) is not None):
+        for name, value in zip(call.names, values, strict=True):
+            held = _held_by(name, value)
+            if held is not None:
+                _refuse(call.plan.forward.who, held)
+
+
+def _refuse(who: str, name: str) -> NoReturn:
+    """Raise the error for an argument that is an object and holds a tensor as `name`."""
+    fail(
+        CapturedTensorError,
+        f"{who} must get each tensor that wants a gradient as an argument, or in a tuple, list, dict or dataclass; it "
+        f"got {name}, which requires grad, within an object that gradoverride does not look into, and the rule would "
+        "be dropped. Pass the tensor itself, or detach() it",
+    )
+
+
+def refuse_within(who: str, name: str, spec: Any, purpose: str, *, constants: bool = False) -> None:
+    """Raise the error for the argument `name` of this spec, if a tensor that wants a gradient is within an object in
+    it, where it would be left out. With `constants` one that may have a gradient is enough.
+    """
+    transformed = in_functorch() or in_forward_ad()
+    if not transformed and not torch.is_grad_enabled():
+        return
+
+    def wants_gradient(tensor: Tensor) -> bool:
+        return tensor.requires_grad or (transformed and may_want_gradient(tensor))
+
+    held = _held_within(name, spec, is_differentiable if constants else wants_gradient)
+    if held is not None:
+        fail(
+            GraphError,
+            f"{who}: '{name}' must hold its tensors in tuples, lists, dicts and dataclasses, {purpose}; it has "
+            f"{held}{'' if constants else ', which requires grad,'} within an object of another kind. Turn that into "
+            f"one of these, or {'leave it out' if constants else 'detach() the tensor'}",
+        )
+
+
+def _may_hold(spec: Any) -> bool:
+    """Whether an argument of this structure has a value in it that may hold tensors itself."""
+    if isinstance(spec, Constant):
+        return type(spec.value) not in SCALARS
+    return spec is not LEAF and not spec.bare and any([_may_hold(part) for part in spec.parts])
+
+
+def _held_by(name: str, value: Any) -> str | None:
+    """Where in an argument, which has no tensors in its structure, one is that requires grad; or that none can see."""
+    if isinstance(value, Iterator):
+        return f"what '{name}' gives"
+    return _first_in(name, value, requires_grad, modules=isinstance(value, nn.Module))
+
+
+def _first_in(name: str, value: Any, counts: Callable[[Tensor], bool], modules: bool = False) -> str | None:
+    if type(value) in SCALARS or isinstance(value, type) or (isinstance(value, nn.Module) and not modules):
+        return None
+    found = tensors_in(f"'{name}'", value, depth=4, objects=True, modules=modules, counts=counts)
+    return next((path for path, _ in found), None)
+
+
+def _held_within(name: str, spec: Any, counts: Callable[[Tensor], bool]) -> str | None:
+    """Where, beside the leaves of a value of this spec, an object is that holds a tensor that counts."""
+    if isinstance(spec, Constant):
+        return _first_in(name, spec.value, counts)
+    if not isinstance(spec, Node) or spec.bare:
+        return None
+    keys = range(len(spec.parts)) if spec.keys is None else spec.keys
+    attributes = spec.keys is not None and not issubclass(spec.kind, dict)
+    inner = [(f".{key}" if attributes else f"[{key!r}]", part) for key, part in zip(keys, spec.parts, strict=True)]
+    inner += [(f".{key}", Constant(value)) for key, value in (spec.more or {}).items()]
+    for step, part in inner:
+        held = _held_within(f"{name}{step}", part, counts)
+        if held is not None:
+            return held
+    return None
