@@ -11,7 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["carry_data", "copy_attributes", "has_other_data", "places_of", "share_attributes"]
+__all__ = ["alias_of", "carry_data", "copy_attributes", "has_other_data", "places_of", "share_attributes"]
+
+
+def alias_of(tensor: Tensor, copied: bool) -> Tensor:
+    """One for a forward that is traced or transformed; with values of its own, where it may write into it."""
+    return tensor.detach().clone() if copied else tensor.detach()
 
 
 def share_attributes(aliases: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:

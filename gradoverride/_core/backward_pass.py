@@ -20,7 +20,7 @@ from gradoverride._core.ambient import under_traced
 from gradoverride._core.collector import Collector
 from gradoverride._core.contract import conform_output, read_answer, read_params, what
 from gradoverride._core.function import tied
-from gradoverride._core.kept_graph import KeptGraph, TracedGraph, is_hooked
+from gradoverride._core.kept_graph import KeptGraph, is_hooked
 from gradoverride._core.private import fail, out_of_left_transforms, pull
 from gradoverride._core.stale import Stale
 from gradoverride._core.standin import stand_in
@@ -313,20 +313,9 @@ class Backward:
     def _pull(
         self, grads: Sequence[Tensor], which: Sequence[int], natural: Sequence[Param] = (), *, last: bool = False
     ) -> Gradients:
-        """The gradients of leaves and aliased parameters, then of natural ones, by the kept graph."""
-        call, saved = self.call, self.saved
-        which = list(which)
-        if isinstance(call.graph, KeptGraph):
-            padded = [*grads, *[None] * call.n_residuals]
-            return call.graph.pull(
-                saved[len(call.saved)], padded, which, self._edges(natural), last and not call.n_residuals
-            )
-        if isinstance(call.graph, TracedGraph):
-            aliases = [saved[slot] for slot in call.alias_slots]
-            results = [saved[slot] for slot in call.out_slots]
-            return list(call.graph.pull(aliases, results, grads, which))
-        tensors = [saved[slot] for slot in call.replay_slots]
-        return list(call.graph.pull(tensors, grads, which))
+        """The gradients of leaves and aliased parameters, then of natural ones, as they would be without the rule."""
+        last = last and not self.call.n_residuals
+        return self.call.graph.pull(self.saved, grads, list(which), self._edges(natural), last)
 
     def _through_residuals(
         self, residual_grads: Gradients, leaf_grads: Gradients, param_grads: Gradients
@@ -337,7 +326,7 @@ class Backward:
             self._refuse_residuals()
         which = list(range(call.n_leaves + len(call.aliased)))
         padded = [*[None] * call.n_outs, *residual_grads]
-        found = call.graph.pull(self.saved[len(call.saved)], padded, which, self._edges(call.natural))
+        found = call.graph.pull(self.saved, padded, which, self._edges(call.natural))
         total = [_sum(old, new) for old, new in zip([*leaf_grads, *param_grads], found, strict=True)]
         return total[: call.n_leaves], total[call.n_leaves :]
 

@@ -157,7 +157,7 @@ class Call:
     n_residuals: int  # floating residuals are outputs of the Function besides
     first_out: int  # where the results stand among its inputs
     # For the rule:
-    graph: Any  # behind `vjp`: a kept graph, or one of its kin
+    graph: Any  # behind `vjp` (`inner_graph.py`)
     token: Tensor | None  # what keeps it, on its way into the saved tensors
     transposed: bool  # whether forward mode has been through this call
     module: nn.Module | None
@@ -170,9 +170,6 @@ class Call:
     # Where values are among the saved tensors:
     given: set[str]  # names in `asked`, which take precedence over reserved ones
     module_slots: dict[str, int]
-    alias_slots: list[int]
-    out_slots: list[int]
-    replay_slots: list[int]
 
     __slots__ = tuple(__annotations__)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradoverride._core import captured
-from gradoverride._core.aliases import carry_data, copy_attributes, places_of, share_attributes
+from gradoverride._core.aliases import alias_of, carry_data, copy_attributes, places_of, share_attributes
 from gradoverride._core.call import (
     EAGER,
     TRACED,
@@ -31,7 +31,8 @@ from gradoverride._core.call import (
 from gradoverride._core.contract import Meta, what
 from gradoverride._core.function import TOKEN, fresh, trackable
 from gradoverride._core.held import refuse_held
-from gradoverride._core.kept_graph import KeptGraph, TracedGraph, distinct, outer_of, shares_versions
+from gradoverride._core.inner_graph import inner_graph
+from gradoverride._core.kept_graph import outer_of
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import (
     counted_once,
@@ -42,12 +43,12 @@ from gradoverride._core.private import (
     keep_own_frames_whole,
     version_of,
 )
-from gradoverride._core.replay import Replay
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.saver import Saver
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import Copied, stand_in, with_parameters, write_back
 from gradoverride._core.structure import LEAF, alike, flatten, skeleton, unchanged, unflatten
+from gradoverride._core.traced_graph import distinct
 from gradoverride._core.tracers import FX, drops_rule, record_call, tracer_now
 from gradoverride._core.writes import Writes
 from gradoverride.errors import ForwardResultError, RuleSignatureError, UnsupportedError
@@ -171,26 +172,11 @@ class ForwardPass:
     def run(self) -> Any:
         """The forward on aliases, and its result tied to the rule."""
         call, plan, mode = self.call, self.plan, self.mode
-        keeps = plan.asks_vjp or not all([param.asked for param in call.aliased])
         sources = [*self.leaves, *[param.tensor for param in call.aliased]]
-        shares = False
-        if not keeps:
-            aliases = [self._alias(tensor) for tensor in sources]
-        elif mode == EAGER:
-            natural: list[Any] = [param.tensor for param in call.natural]
-            shares = shares_versions(plan.forward_may_write)
-            call.graph = KeptGraph(sources, shares, natural) if call.params else KeptGraph.alone(sources, shares)
+        if plan.asks_vjp or not all([param.asked for param in call.aliased]):
+            call.graph = inner_graph(call, self.module, self.receiver, sources)
             aliases = call.graph.start()
-        elif mode == TRACED:
-            call.graph = TracedGraph(sources)
-            aliases = call.graph.start(plan.forward_may_write)
-            for index in call.holders:  # copies perhaps: not in a container without a gradient, which it may change
-                if call.specs[index] is not LEAF and not call.wants(index):
-                    start = call.ends[index - 1] if index else 0
-                    aliases[start : call.ends[index]] = self.leaves[start : call.ends[index]]
         else:
-            constants = [index for index, leaf in enumerate(self.leaves) if not may_want_gradient(leaf)]
-            call.graph = Replay(call, self.module, self.receiver, constants)
             aliases = [self._alias(tensor) for tensor in sources]
         if plan.asks_module and self.module is not None and mode != TRACED:
             self.buffer_versions = {name: version_of(value) for name, value in self.module.named_buffers()}
@@ -205,7 +191,7 @@ class ForwardPass:
             for index, leaf in enumerate(self.leaves):
                 if not (may_want_gradient(leaf) if mode == TRANSFORMED else leaf.requires_grad):
                     self.as_given[index] = leaf.clone()
-        self.writes.watch(aliases, self.values, shares)
+        self.writes.watch(aliases, self.values)
         result, residuals = self._forward(aliases)
         if named:
             copy_attributes(aliases, sources, named)
@@ -239,7 +225,7 @@ class ForwardPass:
             return tensor.data if tensor.requires_grad else tensor
         if self.mode == TRACED and not tensor.requires_grad:
             return tensor
-        return tensor.detach().clone() if self.plan.forward_may_write else tensor.detach()
+        return alias_of(tensor, self.plan.forward_may_write)
 
     def _forward(self, aliases: list[Tensor]) -> tuple[Any, dict[str, Any]]:
         call, plan, module, receiver = self.call, self.plan, self.module, self.receiver
@@ -380,9 +366,8 @@ class ForwardPass:
             tracked = [out for out in outs if out.requires_grad]
         if not tracked:
             return
-        own_graph = bool(call.natural) or isinstance(call.graph, (KeptGraph, TracedGraph))
         if self.mode != EAGER:
-            if self.mode == TRACED and own_graph:
+            if self.mode == TRACED and (call.natural or call.graph is not None):
                 starts = call.graph.aliases if call.graph is not None else []
                 own = [param.tensor for param in call.natural]
                 # A decorated call inside starts its graph at TOKEN.
@@ -409,9 +394,6 @@ class ForwardPass:
         for index, copy in self.as_given.items():
             if index not in call.alias_of:
                 inputs[index] = copy
-        if isinstance(call.graph, Replay):
-            for index in call.copies:  # it is needed as it was, and is about to be written into
-                inputs[index] = leaves[index].clone()
         if mode == TRACED:
             inputs = [distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
         saver = Saver(call, inputs, outs, aliases)
@@ -421,28 +403,17 @@ class ForwardPass:
                 call.keep_module(self.module, self.buffer_versions)
             else:
                 call.receiver = self.receiver
-        if isinstance(call.graph, Replay):
-            others = call.graph.ran(call, self.values, outs)
-            call.replay_slots = [saver.slot(index) for index in range(call.n_leaves + len(call.params))]
-            call.replay_slots += saver.extras(others)
         floating = saver.floating
         call.n_residuals = len(floating)
-        if mode == TRACED and call.graph is not None:
-            call.alias_slots = saver.extras(call.graph.aliases)
-            call.graph.aliases = []
-        if isinstance(call.graph, KeptGraph):
-            call.token = call.graph.end([*outs, *floating])
-            if self.plan.reach is None:
-                call.graph.guard(self.plan.forward.who)
+        if call.graph is not None:
+            call.graph.save(call, saver, outs, self.values)
         elif self.plan.marked and mode == EAGER and saver.positions:
             saver.slot(saver.extra(self.plan.mark))
         call.first_out = len(inputs)
         call.n_outs = len(outs)
         call.out_metas = [Meta(out) for out in outs]
-        if mode == TRACED and call.graph is not None:
-            call.out_slots = [saver.slot(call.first_out + k) for k in range(call.n_outs)]
         # With a kept graph it is asked for the gradients of natural parameters, and torch's own never runs into it.
-        natural = bool(call.natural) and not isinstance(call.graph, KeptGraph)
+        natural = bool(call.natural) and (call.graph is None or mode != EAGER)
         call.flows = [natural and out.requires_grad for out in outs]
         flowing = natural or (mode == TRACED and call.graph is not None)
         call.outer = outer_of(leaves) if natural and mode == EAGER else []
@@ -454,7 +425,7 @@ class ForwardPass:
         if mode == TRACED:
             inputs = [distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
         call.saved = saver.positions
-        if mode == EAGER and call.dirty and isinstance(call.graph, KeptGraph) and counted_once is not None:
+        if mode == EAGER and call.dirty and call.graph is not None and counted_once is not None:
             with counted_once([leaves[index] for index in call.dirty]):
                 results = self.plan.apply(call, *inputs)
         elif mode == EAGER:

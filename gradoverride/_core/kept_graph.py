@@ -10,15 +10,13 @@ gradients. What must hold, and how:
   to the outer tensors (`Lifted`), to any order.
 - An argument that requires no grad is a constant to the graph, as it is to torch, which has no derivative for some
   of them (running statistics, the weights of classes): `vjp` gives zeros for it.
-- Under Dynamo the same graph is traced, with the aliases and the results as saved tensors.
-- Under torch.func a graph does not outlive its transform: see `replay.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,7 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gradoverride._core.captured import foreign_leaf
 from gradoverride._core.contract import Meta, shape_text
-from gradoverride._core.function import TOKEN, Carry, Cut, Lifted, Tail, TracedCut, refuse_lost
+from gradoverride._core.function import TOKEN, Carry, Cut, Lifted, Tail, refuse_lost
 from gradoverride._core.private import (
     counted_once,
     fail,
@@ -36,11 +34,14 @@ from gradoverride._core.private import (
     made_at_import,
     pull,
     saves_plainly,
-    trace_gradients,
 )
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["KeptGraph", "TracedGraph", "distinct", "is_hooked", "outer_of", "shares_versions"]
+if TYPE_CHECKING:
+    from gradoverride._core.call import Call
+    from gradoverride._core.saver import Saver
+
+__all__ = ["KeptGraph", "is_hooked", "outer_of", "shares_versions"]
 
 _cut = fast_apply(Cut)
 _carry = fast_apply(Carry)
@@ -137,27 +138,33 @@ class KeptGraph:
             return token
         return _tail(*[results[index] for index in self.ends])
 
+    def save(self, call: Call, saver: Saver, outs: Sequence[Tensor], values: Sequence[Any]) -> None:
+        """The forward has run. What keeps the graph is the last of the saved tensors (`Call.tensors_to_save`)."""
+        call.token = self.end([*outs, *saver.floating])
+        if call.plan.reach is None:
+            self.guard(call.plan.forward.who)
+
     def pull(
         self,
-        token: Tensor,
+        saved: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         which: Sequence[int],
         parameters: Sequence[GradientEdge] = (),
         last: bool = False,
     ) -> list[Any]:
-        """The gradients of the aliases `which`, for the gradients `grads` of the results.
+        """The gradients of the aliases `which`, for the gradients `grads` of the results (of the first ones, at least).
 
         After them those of `parameters` that the forward met itself, None for one that it did not use. The `last` to
         ask in this backward frees what it has passed, as the backward itself does.
         """
         asked = [index for index in which if index not in self.constants] if self.constants else which
         edges = [*self._edges(asked), *parameters] if parameters else self._edges(asked)
-        given = [grads[end] for end in self.ends]
+        given = [grads[end] if end < len(grads) else None for end in self.ends]
         again = torch.is_grad_enabled()
         cut = _cut_off(given) if again else given
         keep = again or not last or keeps_graph()
         try:
-            found = _pull(self._ends_of(token), cut, edges, keep)
+            found = _pull(self._ends_of(saved[-1]), cut, edges, keep)
         except RuntimeError as error:
             if "selective activation checkpoint" in str(error):
                 _refuse_selective()
@@ -290,39 +297,3 @@ def outer_of(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _edge_of(tensor: Tensor) -> GradientEdge:
     node = tensor.grad_fn
     return get_gradient_edge(tensor) if node is None else GradientEdge(node, tensor.output_nr)
-
-
-class TracedGraph:
-    """The inner graph of one call that Dynamo traces. Its aliases and results are inputs of the outer Function."""
-
-    __slots__ = ("aliases", "wanted")
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.wanted = [tensor.requires_grad for tensor in tensors]
-        given = [distinct(tensor, tensors[:i]) for i, tensor in enumerate(tensors) if self.wanted[i]]
-        cut = iter(TracedCut.apply(TOKEN, *given) if given else ())  # type: ignore[no-untyped-call]  # torch's
-        self.aliases = [next(cut) if wanted else tensor for tensor, wanted in zip(tensors, self.wanted, strict=True)]
-
-    def start(self, forward_may_write: bool) -> list[Tensor]:
-        """What the forward is to run on: copies where it may write, for the graph starts at what was there before."""
-        return [alias.clone() for alias in self.aliases] if forward_may_write else self.aliases
-
-    def pull(
-        self,
-        aliases: Sequence[Tensor],
-        results: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        which: Sequence[int],
-    ) -> list[Tensor]:
-        """The gradients of the aliases `which`, for the gradients `grads` of the results."""
-        pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if result.requires_grad]
-        asked = [aliases[index] for index in which if self.wanted[index]]
-        if not pairs or not asked:
-            return [torch.zeros_like(aliases[index]) for index in which]
-        found = iter(trace_gradients([result for result, _ in pairs], asked, [grad for _, grad in pairs]))
-        return [next(found) if self.wanted[index] else torch.zeros_like(aliases[index]) for index in which]
-
-
-def distinct(tensor: Tensor, before: Sequence[Tensor]) -> Tensor:
-    """Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604)."""
-    return tensor.view_as(tensor) if any(tensor is other for other in before) else tensor

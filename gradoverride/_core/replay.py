@@ -8,14 +8,15 @@ for a state that nobody knows of (a generator of one's own) shows in nothing els
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import debug_unwrap
 
+from gradoverride._core.aliases import alias_of
 from gradoverride._core.ambient import RandomState
-from gradoverride._core.call import Call, is_differentiable, is_tensor
+from gradoverride._core.call import Call, is_differentiable, is_tensor, may_want_gradient
 from gradoverride._core.private import fail, in_modes
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.snapshot import snapshots
@@ -23,31 +24,41 @@ from gradoverride._core.standin import stand_in
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride.errors import UnsupportedError
 
+if TYPE_CHECKING:
+    from gradoverride._core.saver import Saver
+
 __all__ = ["Replay"]
 
 
 class Replay:
     """One forward, to be run again."""
 
-    def __init__(self, call: Call, module: nn.Module | None, receiver: Any, constants: Sequence[int]) -> None:
-        """Before the forward. `constants`: the places of tensors without a gradient."""
+    def __init__(self, call: Call, module: nn.Module | None, receiver: Any, tensors: Sequence[Tensor]) -> None:
+        """Before the forward. `tensors`: its leaves, then the parameters that it is to meet as aliases."""
         self.plan = call.plan
+        self.tensors = tensors
         self.layout = call.layout
         self.module = module
         self.receiver = receiver
-        self.constants = constants
+        # Places of tensors without a gradient:
+        self.constants = [i for i, leaf in enumerate(tensors[: call.n_leaves]) if not may_want_gradient(leaf)]
         self.before = {} if module is None else snapshots(module)
         self.buffers: dict[str, Tensor] = {}
         if module is not None:
             self.buffers = {name: value.clone() for name, value in module.named_buffers()}
         self.random = RandomState()
 
-    def ran(self, call: Call, values: Sequence[Any], results: Sequence[Tensor]) -> list[Tensor]:
-        """The forward has run on `values` and gave `results`. To be saved beside the tensors of the call: what this
-        returns.
-        """
+    def start(self) -> list[Tensor]:
+        """What the forward is to run on the first time."""
+        tensors, self.tensors = self.tensors, []
+        return [alias_of(tensor, self.plan.forward_may_write) for tensor in tensors]
+
+    def save(self, call: Call, saver: Saver, outs: Sequence[Tensor], values: Sequence[Any]) -> None:
+        """The forward has run on `values` and gave `outs`."""
+        for index in call.copies:  # it is needed as it was, and is about to be written into
+            saver.inputs[index] = saver.inputs[index].clone()
         self.drew = self.random.differs()
-        self.first = [debug_unwrap(result) for result in results]
+        self.first = [debug_unwrap(result) for result in outs]
         self.versions = [_writes(one) for one in self.first]
         if self.module is not None:
             now = snapshots(self.module)
@@ -70,10 +81,18 @@ class Replay:
         self.buffers = {}  # torch is to save them
         # The tensors that come back may be others.
         self.attributes = [tensor.__dict__ for tensor in (*leaves, *[param.tensor for param in call.params])]
-        return others
+        self.slots = [saver.slot(index) for index in range(call.n_leaves + len(call.params))] + saver.extras(others)
 
-    def pull(self, tensors: Sequence[Tensor], grads: Sequence[Tensor], which: Sequence[int]) -> list[Tensor]:
+    def pull(
+        self,
+        saved: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        which: Sequence[int],
+        parameters: Sequence[Any] = (),
+        last: bool = False,
+    ) -> list[Tensor]:
         """The gradients of the tensors `which`, for the gradients `grads` of the results."""
+        tensors = [saved[slot] for slot in self.slots]
         asked = [index for index in which if index not in self.constants]
 
         def part(*chosen: Tensor) -> tuple[Tensor, ...]:

@@ -63,12 +63,12 @@ class Vjp:
 class ShortVjp:
     """The same for a call of plain tensors with one tensor as its result (`short_function.py`)."""
 
-    __slots__ = ("_grad_output", "_graph", "_kept", "_path", "_token")
+    __slots__ = ("_grad_output", "_graph", "_kept", "_path", "_saved")
 
     def __init__(self, path: ShortFunction, graph: KeptGraph, token: Tensor, grad_output: Tensor) -> None:
         self._path = path
         self._graph = graph
-        self._token = token
+        self._saved = (token,)
         self._grad_output = grad_output
         self._kept: list[Tensor] | None = None
 
@@ -91,7 +91,7 @@ class ShortVjp:
         which = range(len(self._path.places))
         last = self._path.plan.calls_vjp_once
         if grad_output is not self._grad_output:
-            return self._graph.pull(self._token, [self._path.conform(grad_output, self._grad_output)], which, last=last)
+            return self._graph.pull(self._saved, [self._path.conform(grad_output, self._grad_output)], which, last=last)
         if self._kept is None:
-            self._kept = self._graph.pull(self._token, [grad_output], which, last=last)
+            self._kept = self._graph.pull(self._saved, [grad_output], which, last=last)
         return self._kept

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from gradoverride._core.call import EAGER, TRACED, Call, is_differentiable, is_tensor
+from gradoverride._core.kept_graph import shares_versions
 from gradoverride._core.private import fail, version_of, versions_while_tracing
 from gradoverride._core.structure import flatten
 from gradoverride.errors import ForwardResultError
@@ -33,8 +34,8 @@ class Writes:
         self.before = before
         self.besides: list[tuple[str, Tensor]] = []  # those others, which have no gradient, by argument
 
-    def watch(self, aliases: list[Tensor], values: Sequence[Any], shares: bool) -> None:
-        """The forward is about to run on `aliases`, which count writes together with their leaves if it `shares`."""
+    def watch(self, aliases: list[Tensor], values: Sequence[Any]) -> None:
+        """The forward is about to run on `aliases`."""
         call, may_write = self.call, self.plan.forward_may_write
         if may_write and self.plan.sources:
             for name, value in zip(call.names, values, strict=True):
@@ -42,6 +43,7 @@ class Writes:
                     tensors: list[Tensor] = []
                     flatten(value, is_tensor, tensors)
                     self.besides += [(name, tensor) for tensor in tensors if not is_differentiable(tensor)]
+        shares = call.mode == EAGER and call.graph is not None and shares_versions(may_write)
         if shares or (may_write and (call.mode != EAGER or self.besides or not all(call.wanted))):
             self.before = self._versions(aliases)
 
