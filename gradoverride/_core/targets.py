@@ -166,9 +166,6 @@ class Function(Target):
         super().__init__(value)
         self.name = name
 
-    def distance(self, path: str, module: Any) -> int | None:
-        return None  # it is called in modules, and is none
-
     def __str__(self) -> str:
         return f"'{self.name}'"
 
@@ -234,7 +231,12 @@ def matches(entries: Sequence[Entry], modules: Iterable[tuple[str, Any]], owner:
     named = dict(modules)
     ranked: dict[int, list[tuple[tuple[int, int, int], str, Target, Rule]]] = {}
     used: set[int] = set()
-    candidates = [(index, target, entry.rule) for index, entry in enumerate(entries) for target in entry.targets]
+    candidates = [
+        (index, target, entry.rule)
+        for index, entry in enumerate(entries)
+        for target in entry.targets
+        if not isinstance(target, (Function, ImportPath))  # which are called in modules, and are none
+    ]
     of_class: dict[type, list[tuple[int, Target, Rule]]] = {}
     for path, module in named.items():
         cls = type(module)
