@@ -71,9 +71,10 @@ def override(model: Any, rules: Any = None, /) -> Override:
     function of torch, which stands for all its spellings, or an import path `"package.module:attribute"`; the most
     specific one wins (see `Registry`). A rule is one of `custom_backward`.
 
-    Functions and paths are overridden in calls of `model` and of its modules. Without a model, classes, functions and
-    paths are overridden in the whole process. (Functions of torch in this thread, threads that it starts meanwhile, and
-    tasks that it gives to an executor or a pool; if others run already, a warning says that they keep them.)
+    Functions and paths are overridden in calls of `model`, its modules, and the methods that their classes define.
+    Without a model, classes, functions and paths are overridden in the whole process. (Functions of torch in this
+    thread, threads that it starts meanwhile, and tasks that it gives to an executor or a pool; if others run already, a
+    warning says that they keep them.)
 
     It is decided when a forward runs: a backward after the removal has the rules of its forward. Overrides nest: the
     later one is outside, and its `vjp` is the gradient of the earlier one. Copies and pickles of a module take its

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gradoverride._core import everywhere
-from gradoverride._core.function_mode import quieted, scoped
+from gradoverride._core.function_mode import quieted, scope_of, scoped
 from gradoverride._core.layers import ClassLayer, FunctionLayer, FunctionRule, Layer, Order
 from gradoverride._core.plan import Plan
 from gradoverride._core.signature import Forward, Rule, passing
@@ -94,14 +94,15 @@ def _check_outside(base: Any, layer: FunctionLayer, earlier: Layer, plain: bool)
 class Chain:
     """The forward of a class under rules. Modules of a class under the same rules share it."""
 
-    __slots__ = ("forward", "innermost", "traced")
+    __slots__ = ("forward", "innermost", "scope", "traced")
 
     def __init__(self, base: Any, innermost: Any, found: Links) -> None:
         self.innermost = innermost  # the forward of the base, which somebody may replace
         self.traced = False  # whether it was compiled: calls of compiled code are not counted
         forward: Callable[..., Any] = innermost
-        if found.scope:
-            forward = scoped(forward, found.scope, _functions_on)
+        self.scope = scope_of(found.scope, _functions_on) if found.scope else None  # what calls its other methods
+        if self.scope is not None:
+            forward = scoped(forward, self.scope)
 
         def on_trace() -> None:
             self.traced = True

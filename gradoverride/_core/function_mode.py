@@ -39,7 +39,7 @@ from gradoverride._core.signature import Forward, passing
 from gradoverride._core.wrapper import make_refusal, make_wrapper
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
-__all__ = ["FunctionMode", "count", "here", "mode_of", "note_unrecorded", "quieted", "scoped"]
+__all__ = ["FunctionMode", "count", "here", "mode_of", "note_unrecorded", "quieted", "scope_of", "scoped"]
 
 
 class _Here(threading.local):
@@ -248,8 +248,8 @@ def note_unrecorded(key: FunctionRule, _: Any = None) -> None:
     ):
         raise UnsupportedError(
             f"override of function '{key.name}': the rule {key.rule.who} must be in force when a reentrant checkpoint "
-            "runs its block again; this call is in a block that is no module of the model, a function or a method, "
-            "and is run again outside of the modules that have the rule. Make the block a module and checkpoint that, "
+            "runs its block again; this call is in a block that is a function, no module or method of the model, and "
+            "is run again outside of the modules that have the rule. Make the block a module and checkpoint that, "
             "or override without a model, for the whole process: go.override({...})"
         )
     for layer in (*here.layers, *everywhere.functions):
@@ -291,30 +291,39 @@ def count(keys: list[FunctionRule]) -> None:
 # --- around modules
 
 
-def scoped(forward: Callable[..., Any], keys: tuple[FunctionRule, ...], layers_of: Any) -> Callable[..., Any]:
-    """The forward of a module, with these rules in force for what is called in it."""
+def scope_of(keys: tuple[FunctionRule, ...], layers_of: Any) -> Callable[..., Any]:
+    """What calls a method of a module with these rules in force for what is called in it."""
     mode, marks = mode_of(keys), _marks_of(keys)
 
-    def scope(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def scope(method: Callable[..., Any], self: Any, /, *args: Any, **kwargs: Any) -> Any:
         active, layers = here.active, here.layers
         if all([mark in active for mark in marks]):
-            return forward(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
         here.active = (*active, *marks)
         if not compiling():
             here.layers = tuple(dict.fromkeys((*layers, *layers_of(self))))
         try:
             if not mode.runs:
-                return forward(self, *args, **kwargs)
+                return method(self, *args, **kwargs)
             if compiling() and not dynamo_shows():
                 fail(UnsupportedError, _NOT_SHOWN)
             with mode:
-                return forward(self, *args, **kwargs)
+                return method(self, *args, **kwargs)
         finally:
             here.active = active
             if not compiling():
                 here.layers = layers
 
-    return functools.update_wrapper(scope, forward, updated=())
+    return scope
+
+
+def scoped(forward: Callable[..., Any], scope: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, which `scope` calls."""
+
+    def in_scope(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return scope(forward, self, *args, **kwargs)
+
+    return functools.update_wrapper(in_scope, forward, updated=())
 
 
 _NOT_SHOWN = (

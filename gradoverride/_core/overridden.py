@@ -18,7 +18,7 @@ from gradoverride._core import everywhere
 from gradoverride._core.chain import forward_of, links
 from gradoverride._core.functions import calls_that_are, may_call
 from gradoverride._core.layers import FunctionLayer, Layer
-from gradoverride._core.overridden_class import base_of_class, overridden
+from gradoverride._core.overridden_class import base_of_class, overridden, written_methods
 from gradoverride._core.plan import Plan
 from gradoverride._core.record import ModuleTally, Record
 from gradoverride._core.signature import Rule, unknown_name
@@ -115,10 +115,12 @@ def functions_called(module: nn.Module) -> frozenset[str] | None:
     """The functions of torch that a module may call and have rules for, by name. None: it may call any."""
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return frozenset()
-    if "forward" in module.__dict__ or not has_forward(module):
+    if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
         return frozenset()
     base = base_of(module)
-    if everywhere.no_method(base):
+    if written_methods(base):
+        return None
+    if base.forward is nn.Module.forward or everywhere.no_method(base):
         return frozenset()
     return None if module._modules else may_call(base)
 

@@ -1,14 +1,16 @@
 """The class of a module while it is overridden: one for each class of modules, derived from it.
 
-Its `forward` looks up in the instance which rules are in force (`record.py`), and otherwise calls that of the base. So
-copies, pickles and replicas take the rules along and use their own weights; Dynamo sees a plain function, the same for
-all modules of a class; and what others do to the class meanwhile (parametrize, FSDP2) stays as it is.
+Its `forward` looks up in the instance which rules are in force (`record.py`), and otherwise calls that of the base; so
+do the other methods that somebody has written, for rules of functions of torch. So copies, pickles and replicas take
+the rules along and use their own weights; Dynamo sees a plain function, the same for all modules of a class; and what
+others do to the class meanwhile (parametrize, FSDP2) stays as it is.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import threading
 from abc import ABC, ABCMeta
 from collections.abc import Callable
@@ -26,9 +28,10 @@ from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.record import ModuleTally, Record
 from gradoverride._core.targets import BASE, RECORD
 from gradoverride._core.tracers import refuse_script
+from gradoverride._core.wrapper import wrapped
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["base_of_class", "overridden"]
+__all__ = ["base_of_class", "overridden", "written_methods"]
 
 _lock = threading.RLock()
 
@@ -123,6 +126,7 @@ def _overridden(base: Any) -> Any:
     body.update({fn.__name__: fn for fn in (__deepcopy__, __copy__) if hasattr(base, fn.__name__)})
     if issubclass(base, GraphModule):
         body["recompile"] = recompile
+    body.update({name: _method(base, name) for name in written_methods(base)})
     cls = _derived(_between(base, body), body)
     return cls
 
@@ -131,14 +135,14 @@ def _between(base: Any, body: dict[str, Any]) -> Any:
     """What a class with this body is to be derived from, for `super(self.__class__, self)` to mean what it did.
 
     In a method of `base` that is the class after it, and would be `base` itself, without end, in one derived from it.
-    So one more stands between, which passes on to what is after `base`. What is added to the body hides it from others.
+    So one more stands between, which passes on to what is after `base`. The methods in the body hide it from others.
     """
     passed_on = {}
     for name in scan.supers_of_own_class(base) & vars(base).keys():
         after = next((vars(cls)[name] for cls in base.__mro__[1:] if name in vars(cls)), None)
         if isinstance(after, FunctionType) and isinstance(vars(base)[name], FunctionType):
             passed_on[name] = _to_super(base, name)
-            body.setdefault(name, _to_base(base, name))
+            body.setdefault(name, _method(base, name))
     if not passed_on:
         return base
     return _derived(base, {"__module__": base.__module__, "__qualname__": base.__qualname__, BASE: base, **passed_on})
@@ -148,11 +152,32 @@ def _to_super(base: Any, name: str) -> Callable[..., Any]:
     return lambda self, *args, **kwargs: getattr(super(base, self), name)(*args, **kwargs)
 
 
-def _to_base(base: Any, name: str) -> Callable[..., Any]:
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(base, name)(self, *args, **kwargs)
+def _method(base: Any, name: str) -> FunctionType:
+    """That of `base`, under the rules for what it calls. It is looked up each time: somebody may replace it."""
 
-    return functools.update_wrapper(method, getattr(base, name), updated=())
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        record = getattr(self, RECORD, None)
+        if record is None or record.scope is None:
+            return getattr(base, name)(self, *args, **kwargs)
+        return record.scope(getattr(base, name), self, *args, **kwargs)
+
+    function: Any = method
+    function.__code__ = method.__code__.replace()  # as that of `forward`
+    return wrapped(function, getattr(base, name))
+
+
+@functools.cache
+def written_methods(base: Any) -> tuple[str, ...]:
+    """The methods of a class of modules besides those that torch has written, which its own forwards alone call."""
+    found = [name for name in dir(base) if not hasattr(nn.Module, name) and not name.startswith("__")]
+    functions = [(name, inspect.getattr_static(base, name)) for name in found]
+    return tuple(
+        name
+        for name, function in functions
+        if isinstance(function, FunctionType)
+        if not f"{function.__globals__.get('__name__')}.".startswith("torch.")
+        if not inspect.isgeneratorfunction(function) and not inspect.iscoroutinefunction(function)
+    )
 
 
 class _Quiet:

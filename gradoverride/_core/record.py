@@ -31,7 +31,7 @@ class Record:
 
     __slots__ = (
         *("__weakref__", "base", "chain", "counted", "forward", "functions", "layers", "plain"),
-        *("called", "seen", "tally"),
+        *("called", "scope", "seen", "tally"),
     )
 
     def __init__(
@@ -59,7 +59,8 @@ class Record:
         found = links(base, self.layers, self.functions, called=self.called, plain=self.plain)
         self.counted = found.counted
         self.chain = chain_of(base, found)
-        self.forward = self.chain.forward  # as in `chain`, for each step on the way costs a guard in compiled code
+        # As in `chain`, for each step on the way costs a guard in compiled code.
+        self.forward, self.scope = self.chain.forward, self.chain.scope
 
     def but(self, layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
         """The same with these layers instead."""

@@ -35,7 +35,7 @@ from gradoverride._core.traced import TracedPath
 from gradoverride._core.tracers import refuse_script
 from gradoverride.errors import RuleSignatureError
 
-__all__ = ["make_refusal", "make_wrapper"]
+__all__ = ["make_refusal", "make_wrapper", "wrapped"]
 
 
 def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> FunctionType:
@@ -68,11 +68,7 @@ def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> Function
     source = _source(plan, names, short=runs is not None)
     exec(compile(source, f"<gradoverride wrapper of {plan.forward.name}>", "exec"), names)
     wrapper: FunctionType = names["wrapper"]
-    # Not `functools.wraps`: it copies __dict__, and with it the mark by which Dynamo knows compiled functions.
-    functools.update_wrapper(wrapper, original, updated=())
-    marks = vars(original) if isinstance(original, FunctionType) else {}
-    if not any(key.startswith(COMPILED_MARKS) for key in marks):  # all of a compiled function's are Dynamo's
-        wrapper.__dict__.update({key: value for key, value in marks.items() if not key.startswith("__")})
+    wrapped(wrapper, original)
     if not isinstance(getattr(original, "__name__", None), str):
         wrapper.__name__ = wrapper.__qualname__ = plan.forward.name
     elif isinstance(original, BuiltinFunctionType):  # `torch.round` has that of a private class
@@ -89,6 +85,18 @@ def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> Function
     )
     wrapper.__prepare_scriptable__ = refusal  # type: ignore[attr-defined]  # Dynamo knows no write into `__dict__`
     plan.wrapper = wrapper
+    return wrapper
+
+
+def wrapped(wrapper: FunctionType, original: Any) -> FunctionType:
+    """`wrapper` with the name, signature and docstring of `original`, and what somebody has put on it.
+
+    `functools.wraps` would copy the mark too by which Dynamo knows compiled functions.
+    """
+    functools.update_wrapper(wrapper, original, updated=())
+    marks = vars(original) if isinstance(original, FunctionType) else {}
+    if not any(key.startswith(COMPILED_MARKS) for key in marks):  # all of a compiled function's are Dynamo's
+        wrapper.__dict__.update({key: value for key, value in marks.items() if not key.startswith("__")})
     return wrapper
 
 

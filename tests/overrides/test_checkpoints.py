@@ -208,7 +208,7 @@ def test_what_a_rule_calls_in_a_backward_pass_is_not_under_the_rules_of_the_whol
 
 
 class Within(nn.Module):
-    """A forward that has a part of itself run again: a method or a closure, or a module."""
+    """A forward that has a part of itself run again: a closure, a method or a module."""
 
     def __init__(self, how):
         super().__init__()
@@ -222,8 +222,9 @@ class Within(nn.Module):
         if reentrant is None:
             return self.inner(x) if "block" not in self.how else torch.tanh(self.block(x))
         run = {
+            "closure": lambda x: halved(torch.tanh(F.relu(self.linear(x)) * 4)),
             "method": self.inner,
-            "closure": lambda x: self.inner(x * 1),
+            "closure of the method": lambda x: self.inner(x * 1),
             "block": self.block,
             "closure of the block": lambda x: self.block(x),
         }[self.how]
@@ -235,10 +236,9 @@ WITHIN = {**RULES, "builtin function": {torch.tanh: lambda grad_output, vjp: 2 *
 del WITHIN["class"]
 
 
-@pytest.mark.parametrize("how", ["method", "closure"])
 @pytest.mark.parametrize("kind", WITHIN)
-def test_reentrant_block_that_is_no_module_is_refused_under_rules_for_functions_of_a_model(kind, how, x):
-    model = Within(how)
+def test_reentrant_block_that_is_a_function_is_refused_under_rules_for_functions_of_a_model(kind, x):
+    model = Within("closure")
     rule = next(iter(WITHIN[kind].values()))
     name = "halved" if kind == "path" else "tanh" if "builtin" in kind else "relu"
     place = rf"test_checkpoints\.py:{rule.__code__.co_firstlineno}"
@@ -249,10 +249,9 @@ def test_reentrant_block_that_is_no_module_is_refused_under_rules_for_functions_
         model(x)
 
 
-@pytest.mark.parametrize("how", ["method", "closure"])
 @pytest.mark.parametrize("kind", WITHIN)
-def test_the_same_without_a_gradient_is_not(kind, how, x):
-    model = Within(how)
+def test_the_same_without_a_gradient_is_not(kind, x):
+    model = Within("closure")
     with go.override(model, WITHIN[kind]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's, that nothing is to be run again
         closely(model(x.detach()), model(x.detach(), None).detach())
@@ -260,17 +259,18 @@ def test_the_same_without_a_gradient_is_not(kind, how, x):
             closely(model(x), model(x, None))
 
 
-@pytest.mark.parametrize("how", ["block", "closure of the block"])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("how", ["method", "closure of the method", "block", "closure of the block"])
 @pytest.mark.parametrize("kind", WITHIN)
-def test_reentrant_block_that_is_a_module_is_run_again_under_rules_for_functions_of_a_model(kind, how, x):
+def test_block_that_is_a_module_or_a_method_is_run_again_under_rules_for_functions_of_a_model(kind, how, reentrant, x):
     model, given = Within(how), x.detach().clone().requires_grad_()
     with go.override(model, WITHIN[kind]):
         model(given, None).sum().backward()
-        model(x).sum().backward()
+        model(x, reentrant).sum().backward()
     closely(x.grad, given.grad)
 
 
-@pytest.mark.parametrize("how", ["method", "closure"])
+@pytest.mark.parametrize("how", ["closure", "method"])
 def test_reentrant_block_that_is_no_module_is_run_again_under_rules_of_the_whole_process(how, x):
     model, given = Within(how), x.detach().clone().requires_grad_()
     with go.override(WITHIN["builtin function"]):

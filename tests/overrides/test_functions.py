@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import io
 import math
 import operator
@@ -997,6 +998,110 @@ COPIES = {
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "torch.save": lambda model: torch.load(saved(model), weights_only=False),
 }
+
+
+class Codec(nn.Module):
+    """A model that is called by its methods."""
+
+    def encode(self, x):
+        return self._activated(x * 2)
+
+    def decode(self, z, scale=3):
+        return torch.relu(z).sin() * scale
+
+    def _activated(self, x):
+        return F.relu(x)
+
+    @staticmethod
+    def by_no_module(x):
+        return F.relu(x)
+
+    @property
+    def width(self):
+        return 3
+
+
+class CodecWithForward(Codec):
+    def encode(self, x):
+        return super().encode(x) * 5
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+
+class TestMethods:
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize("cls", [Codec, CodecWithForward])
+    @pytest.mark.parametrize("name", ["encode", "decode", "_activated"])
+    def test_of_a_model_have_the_rule_for_what_they_call(self, cls, name, compiled, x):
+        model = cls()
+        plain = gradient(getattr(model, name), x)
+        with go.override(model, {F.relu: doubled}):
+            method = getattr(model, name)
+            method = torch.compile(method, backend="aot_eager", fullgraph=True) if compiled else method
+            closely(gradient(method, x), 2 * plain)
+        exactly(gradient(getattr(model, name), x), plain)
+
+    def test_of_a_part_too(self, x):
+        model = nn.ModuleList([Codec()])
+        plain = gradient(model[0].encode, x)
+        with go.override(model, {F.relu: doubled}):
+            closely(gradient(model[0].encode, x), 2 * plain)
+
+    def test_apply_it_once_where_one_calls_another_or_the_forward_calls_them(self, x):
+        model, count = CodecWithForward(), []
+        plain = gradient(model, x)
+
+        def counted(grad_output, vjp):
+            count.append(1)
+            return 2 * vjp(grad_output)
+
+        with go.override(model, {F.relu: counted}):
+            closely(gradient(model, x), 4 * plain)
+        assert len(count) == 2
+
+    def test_are_those_of_the_class_once_it_is_removed_and_look_like_them_meanwhile(self, x):
+        model = Codec()
+        with go.override(model, {F.relu: doubled}):
+            assert model.decode.__name__ == "decode"
+            assert model.width == 3
+            assert str(inspect.signature(model.decode)) == "(z, scale=3)"
+            exactly(model.decode(x, scale=2), Codec().decode(x, scale=2))
+            with pytest.raises(TypeError, match="unexpected keyword argument 'size'"):
+                model.decode(x, size=2)
+            gradient(model.encode, x)
+        assert model.decode.__func__ is Codec.decode
+
+    def test_are_those_that_the_class_has_then(self, x, monkeypatch):
+        model = Codec()
+        with go.override(model, {F.relu: doubled}):
+            monkeypatch.setattr(Codec, "encode", lambda self, x: F.relu(x) * 11)
+            closely(gradient(model.encode, x), 22 * gradient(torch.relu, x))
+
+    def test_of_a_copy_have_it_with_its_own_weights(self, x):
+        class Weighted(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(noise(3))
+
+            def encode(self, x):
+                return F.relu(x) * self.weight
+
+        model = Weighted()
+        with go.override(model, {F.relu: doubled}):
+            copied = copy.deepcopy(model)
+            gradient(model.encode, x)
+        with torch.no_grad():
+            copied.weight *= 10
+        closely(gradient(copied.encode, x), 20 * gradient(model.encode, x))
+
+    def test_that_are_no_methods_of_the_module_are_as_ever(self, x):
+        model = Codec()
+        plain = gradient(F.relu, x)
+        handle = go.override(model, {F.relu: lambda grad_output: 7 * grad_output})
+        exactly(gradient(Codec.by_no_module, x), plain)
+        with pytest.warns(go.GradOverrideWarning, match="never ran"):
+            handle.remove()
 
 
 class TestCopies:
