@@ -7,6 +7,7 @@ that requires grad. The code is read once; what its names stand for is looked at
 
 from __future__ import annotations
 
+import builtins
 import inspect
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
@@ -50,9 +51,14 @@ class Reach:
         for helper, code in scan.reachable(fn):
             if _depends_on_grad_mode(code) or (helper is not function and not _is_bare(helper)):
                 return None
-            found = [*scan.named(helper, code), *of_modules(helper, code)]
-            if not all(_is_known_attribute(key, found) for key in _attribute_names(code) - (attributes or frozenset())):
+            in_modules = [*of_modules(helper, code)]
+            receiver = code.co_varnames[0] if attributes and helper is function and code.co_varnames else None
+            if not all(_is_known_attribute(key, in_modules) for key in _attributes_but_of(receiver, code)):
                 return None
+            if not all(_is_known_method(key, in_modules) for key in _method_names(code)):
+                return None
+            found = [*scan.named(helper, code), *in_modules]
+            names += [(helper.__globals__, key, scan.NOTHING) for key in _builtin_names(helper, code)]
             for where, key, value in found:
                 if value is function:  # whose attributes it may read; a tensor may come to be one at any time
                     return None
@@ -88,9 +94,10 @@ def calls_unseen(fn: Any) -> bool:
     seen = list(scan.reachable(fn))
     functions = {function for function, _ in seen}
     for function, code in seen:
-        found = [*scan.named(function, code), *of_modules(function, code)]
-        if not all(_is_known_attribute(name, found) for name in _method_names(code)):
+        in_modules = [*of_modules(function, code)]
+        if not all(_is_known_method(name, in_modules) for name in _method_names(code)):
             return True
+        found = [*scan.named(function, code), *in_modules]
         if any(_is_unseen(value) and value not in functions for _, _, value in found):
             return True
     return False
@@ -107,7 +114,7 @@ def attribute_names(fn: Any, *, method: bool, cls: Any = None) -> tuple[str, ...
     while waiting:
         root = waiting.pop()
         for function, code in scan.reachable(root, seen):
-            known = [*scan.named(function, code), *of_modules(function, code)]
+            known = [*of_modules(function, code)]
             receiver = code.co_varnames[0] if method and function is root and code.co_varnames else None
             names = _attributes_but_of(receiver, code)
             if _BY_NAME.intersection(code.co_names):
@@ -170,13 +177,19 @@ def of_modules(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, st
             module = None
 
 
-def _attribute_names(code: CodeType) -> set[str]:
-    return {step.argval for step in scan.instructions(code) if step.opname in ("LOAD_ATTR", "LOAD_METHOD")}
+def _builtin_names(function: FunctionType, code: CodeType) -> list[str]:
+    """The builtins that `code` names: its module may yet get something of its own of that name."""
+    return [name for name in scan.global_names(code) if name not in function.__globals__ and hasattr(builtins, name)]
 
 
-def _is_known_attribute(name: str, named: list[tuple[Any, str, Any]]) -> bool:
+def _is_known_attribute(name: str, in_modules: list[tuple[Any, str, Any]]) -> bool:
     """Whether this is a tensor's, or what was found in a module: anybody may put a tensor on a tensor."""
-    return hasattr(torch.Tensor, name) or hasattr(str, name) or any(key == name for _, key, _ in named)
+    return hasattr(torch.Tensor, name) or any(key == name for _, key, _ in in_modules)
+
+
+def _is_known_method(name: str, in_modules: list[tuple[Any, str, Any]]) -> bool:
+    """The same of what is called, on texts too."""
+    return hasattr(str, name) or _is_known_attribute(name, in_modules)
 
 
 def _is_free_of_tensors(value: Any, own: set[str], depth: int = 3) -> bool:

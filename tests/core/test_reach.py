@@ -341,6 +341,37 @@ def test_numbers_and_buffers_of_a_module_are_read(kind):
     exactly(layer.weight.grad, float64(10.0, grad=False))
 
 
+ON_TENSOR = {
+    "called as a global": lambda x: x * x.SCALE * SCALE,
+    "called as a method of texts": lambda x: x * x.center,
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("where", ON_TENSOR)
+def test_tensor_on_a_tensor_is_found_whatever_it_is_called(where, rule):
+    forward, x = go.custom_backward(RULES[rule])(ON_TENSOR[where]), float64(1.0)
+    x.SCALE = x.center = float64(3.0)
+    with pytest.raises(go.CapturedTensorError):
+        forward(x)
+
+
+def test_tensor_on_a_tensor_is_found_under_the_name_of_an_attribute_of_the_module():
+    layer, x = named(lambda self, x: x * x.extra * self.weight * self.extra, extra=3.0), float64(1.0)
+    x.extra = float64(3.0)
+    with pytest.raises(go.CapturedTensorError):
+        layer(x)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_builtin_in_whose_place_the_module_defines_its_own_later_is_looked_at_anew(monkeypatch, rule):
+    forward, weight = go.custom_backward(RULES[rule])(lambda x: abs(x) * 2.0), float64(3.0)
+    exactly(forward(float64(-1.0)).detach(), float64(2.0, grad=False))
+    monkeypatch.setitem(globals(), "abs", lambda x: x * weight)
+    with pytest.raises(go.CapturedTensorError):
+        forward(float64(1.0))
+
+
 def test_forward_sees_no_grad_mode_and_keeps_it_afterwards():
     seen = []
 
