@@ -98,7 +98,7 @@ def calls_unseen(fn: Any) -> bool:
         if not all(_is_known_method(name, in_modules) for name in _method_names(code)):
             return True
         found = [*scan.named(function, code), *in_modules]
-        if any(_is_unseen(value) and value not in functions for _, _, value in found):
+        if any(_is_unassigned(value) or (_is_unseen(value) and value not in functions) for _, _, value in found):
             return True
     return False
 
@@ -141,6 +141,11 @@ def _attributes_but_of(receiver: str | None, code: CodeType) -> set[str]:
 
 
 _BY_NAME = frozenset({"delattr", "getattr", "hasattr", "setattr"})
+
+
+def _is_unassigned(value: Any) -> bool:
+    """Whether it stands for a name that is not assigned yet, as one of a function that the module defines below."""
+    return value is scan.NOTHING or isinstance(value, CellType)
 
 
 def _is_unseen(value: Any) -> bool:

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from oracles import closely, exactly, noise
+from oracles import closely, exactly, float64, noise
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -120,6 +120,29 @@ def test_helper_hands_over_for_the_forward_that_called_it():
     x = noise(3)
     through_helper(x).sum().backward()
     exactly(x.grad, torch.full_like(x, 7.0).detach())
+
+
+def by_later_helper(x):
+    return later_helper(x)
+
+
+decorated_before_its_helper = go.custom_backward(lambda grad_output, factor: grad_output * factor)(by_later_helper)
+
+
+def later_helper(x):
+    return go.save_for_backward(x * 2, factor=x * 7)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_helper_that_is_defined_later_hands_over_for_the_forward_that_calls_it(within):
+    @go.custom_backward(lambda grad_output, factor: grad_output * factor)
+    def forward(x):
+        return helper(x)
+
+    helper = later_helper
+    x = float64(2.0)
+    (forward if within else decorated_before_its_helper)(x).backward()
+    exactly(x.grad, float64(14.0, grad=False))
 
 
 def test_helper_in_a_submodule_hands_over_for_the_method_that_called_it():
