@@ -123,6 +123,7 @@ class Plan:
         self.apply = fast_apply(self.general)
         self.transformed = named(Transformed, forward.name)
         self._subclasses: dict[Any, Plan] = {}
+        self._backwards: dict[Any, Any] = {}  # by class, the one that its plan was made for
         self._layouts: dict[Any, Layout] = {}
         self._own_signature = inspect.Signature(forward.parameters) if forward.as_given else None
         self._recorded: Callable[..., Any] | None = None
@@ -178,8 +179,9 @@ class Plan:
 
     @evaluated_while_tracing
     def _read_subclass(self, cls: Any) -> None:
-        if cls in self._subclasses:
+        if self._backwards.get(cls) is cls.backward:
             return
+        self._backwards[cls] = cls.backward
         # That of a subclass with a forward of its own is for it, and not for the one that it reaches by `super()`.
         owners = (owner for owner in cls.__mro__ if inspect.getattr_static(owner, "forward", None) is self.wrapper)
         backward = next(owners, cls).backward

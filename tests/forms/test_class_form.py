@@ -281,6 +281,27 @@ def test_subclass_with_a_rule_that_is_wrong_is_refused_when_it_is_made():
                 return None
 
 
+@pytest.mark.parametrize("of_subclass", [False, True])
+def test_backward_that_is_assigned_to_the_class_later_is_the_rule_from_then_on(of_subclass):
+    @go.custom_backward
+    class Ruled(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+        def backward(self, grad_output):
+            return grad_output * 3
+
+    cls = type("Sub", (Ruled,), {}) if of_subclass else Ruled
+    seen = []
+    for factor in (3, 5, 7, 5):
+        if factor != 3:
+            cls.backward = lambda self, grad_output, factor=factor: grad_output * factor
+        x = float64(1.0)
+        cls()(x).backward()
+        seen.append(x.grad.item())
+    assert seen == [3, 5, 7, 5]
+
+
 def test_subclass_keeps_an_init_subclass_of_the_users():
     seen = []
 
