@@ -478,7 +478,7 @@ def _is_write(instruction: dis.Instruction) -> bool:
     if name in {"STORE_SUBSCR", "STORE_SLICE", "DELETE_SUBSCR"} or name.startswith("INPLACE_"):
         return True
     if name == "STORE_ATTR":
-        return instruction.argval in ("real", "imag")  # each a view of the tensor
+        return instruction.argval in ("real", "imag", "requires_grad")  # two views of the tensor, and what it is
     return name == "BINARY_OP" and instruction.argrepr.endswith("=")
 
 

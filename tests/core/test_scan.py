@@ -173,6 +173,16 @@ def group():
     dist.destroy_process_group()
 
 
+def test_rule_that_has_the_gradient_require_grad_works_on_a_copy():
+    def rule(g):
+        g.requires_grad = True
+        return g.detach() * 7
+
+    x, given = float64(1.0), float64(2.0, grad=False)
+    go.custom_backward(rule)(lambda x: x * 2)(x).backward(given)
+    assert (x.grad.item(), given.requires_grad) == (14.0, False)
+
+
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("name", WRITING)
 @pytest.mark.parametrize("form", ["forward", "edit"])
