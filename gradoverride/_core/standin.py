@@ -139,8 +139,9 @@ def stand_in(
     state["_modules"] = children
     if RNN_WEIGHTS in state:
         state[RNN_WEIGHTS] = [_counterpart(item, parameters, swapped) for item in state[RNN_WEIGHTS]]
-    if "forward" in state:
-        _move_methods(module, clone, state)
+    if "forward" in state and uncompiled(module) is not module:
+        state["forward"] = children[ORIGINAL]
+    _move_methods(module, clone, state)
     clone.__dict__.update(state)
     before.put_in_slots(clone)
     if copied is not None:
@@ -149,14 +150,16 @@ def stand_in(
 
 
 def _move_methods(module: nn.Module, clone: nn.Module, state: dict[str, Any]) -> None:
-    """A forward that is put on an instance may be bound to it, or to what it stood in for: to the live module."""
-    if uncompiled(module) is not module:
-        state["forward"] = state["_modules"][ORIGINAL]
-        return
-    for name, value in state.items():
-        if isinstance(value, MethodType) and value.__self__ is module:
-            state[name] = MethodType(value.__func__, clone)
-        elif isinstance(value, functools.partial) and any(argument is module for argument in value.args):
+    """A method that is put on an instance (`self.run = self.run_slowly`, a forward) may be bound to the live module."""
+    kinds = [(name, type(value)) for name, value in state.items()]
+    for name in [name for name, kind in kinds if kind is MethodType or kind is functools.partial]:
+        value = state[name]
+        if isinstance(value, MethodType):
+            if value.__self__ is module:
+                # Dynamo makes no methods.
+                bound = functools.partial if torch.compiler.is_dynamo_compiling() else MethodType
+                state[name] = bound(value.__func__, clone)
+        elif any(argument is module for argument in value.args):
             given = [clone if argument is module else argument for argument in value.args]
             state[name] = functools.partial(value.func, *given, **value.keywords)
 

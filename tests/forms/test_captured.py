@@ -310,7 +310,7 @@ class Named(nn.Module):
         self.weight = nn.Parameter(float64(1.0))
         self.register_buffer("scale", float64(2.0))
         self.settings = Batch(float64(3.0))
-        self.bound = self.helper
+        self.ways = [self.helper]
 
     def helper(self, x):
         return x * self.weight
@@ -325,7 +325,7 @@ class Named(nn.Module):
 
     @go.custom_backward(lambda grad_output, weight: {"x": grad_output, "weight": grad_output})
     def by_bound_method(self, x):
-        return self.bound(x)
+        return self.ways[0](x)
 
 
 HELD = Batch(float64(3.0))
@@ -372,7 +372,7 @@ CAPTURED_BY = {
     "slot": (lambda: InSlots().forward, "'self.weight'"),
     "buffer": (lambda: Named().by_buffer, "'self.scale'"),
     "attribute of an attribute": (lambda: Named().by_setting, "'self.settings.x'"),
-    "method bound to the module": (lambda: Named().by_bound_method, r"'self.bound.__self__.weight'"),
+    "method bound to the module": (lambda: Named().by_bound_method, r"'self.ways\[0\].__self__.weight'"),
     "attribute of a global": (lambda: lambda x: x * HELD.x * 1, "'HELD.x'"),
     "default of a helper": (lambda: lambda x: helped(x), "'factor'"),
     "argument of a partial": (lambda: functools.partial(lambda w, x: w * x, float64(2.0)), r"'args\[0\]'"),

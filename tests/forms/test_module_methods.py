@@ -682,6 +682,39 @@ def test_attributes_that_the_forward_sets_are_on_the_module():
     assert layer.calls == 2
 
 
+class Choosing(nn.Module):
+    """Runs what was chosen when it was made: a method that reads a parameter, and an attribute that the forward set."""
+
+    def __init__(self, bind):
+        super().__init__()
+        self.weight = nn.Parameter(float64(2.0))
+        self.calls = 0
+        self.run = bind(self)
+
+    def scale(self, x):
+        return x * self.weight * self.calls
+
+    @go.custom_backward(by_name)
+    def forward(self, x):
+        self.calls += 1
+        return self.run(x) * 1.0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "bind", [lambda self: self.scale, lambda self: functools.partial(Choosing.scale, self)], ids=["method", "partial"]
+)
+def test_method_that_an_attribute_holds_meets_what_the_forward_does(bind, compiled):
+    layer, x = Choosing(bind), float64(3.0)
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    y = run(x)
+    y.backward()
+    assert (y.item(), x.grad.item(), layer.weight.grad.item(), layer.calls) == (6.0, 6.0, 15.0, 1)
+    if not compiled:  # which sees another number
+        assert run(x).item() == 12.0
+    assert layer.run(x).item() == 6.0 * layer.calls
+
+
 def test_method_that_is_not_forward_reaches_the_parameters_too():
     class Model(nn.Module):
         def __init__(self):
