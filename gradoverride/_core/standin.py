@@ -31,6 +31,7 @@ from gradoverride.errors import UnsupportedError
 __all__ = ["Copied", "around", "stand_in", "with_parameters", "write_back"]
 
 _NONE: Mapping[str, Snapshot] = {}
+_TABLES = ("_parameters", "_modules")
 
 
 class Copied(NamedTuple):
@@ -39,6 +40,7 @@ class Copied(NamedTuple):
     module: nn.Module
     clone: nn.Module
     before: Snapshot  # of the clone
+    given: dict[str, dict[str, Any]]  # its parameters and parts, by the name of their table
 
 
 class _Given(nn.Module):
@@ -145,7 +147,8 @@ def stand_in(
     clone.__dict__.update(state)
     before.put_in_slots(clone)
     if copied is not None:
-        copied.append(Copied(module, clone, before))
+        given_tables = {} if torch.compiler.is_dynamo_compiling() else {key: dict(state[key]) for key in _TABLES}
+        copied.append(Copied(module, clone, before, given_tables))
     return clone
 
 
@@ -216,9 +219,13 @@ def _counterpart(item: Any, before: Mapping[str, Any], after: Mapping[str, Any])
 
 
 def write_back(copied: Sequence[Copied]) -> None:
-    """Give modules the plain attributes and buffers that a forward assigned on their stand-ins.
+    """Give modules what a forward assigned on their stand-ins: attributes and buffers, parameters and parts it made.
 
     What it has left alone stays: a hook or another thread may have changed it on the module meanwhile.
     """
-    for module, clone, before in copied:
+    for module, clone, before, given in copied:
         Snapshot.of(clone).since(before).put_on(module)
+        for key, table in given.items():
+            now = vars(clone)[key].items()
+            made = [pair for pair in now if table.get(pair[0]) is not pair[1] and type(pair[1]) is not _Given]
+            vars(module)[key].update(made)

@@ -715,6 +715,35 @@ def test_method_that_an_attribute_holds_meets_what_the_forward_does(bind, compil
     assert layer.run(x).item() == 6.0 * layer.calls
 
 
+class Growing(nn.Module):
+    """Makes what it needs at its first call, and parts of its own."""
+
+    def __init__(self, declared):
+        super().__init__()
+        self.weight = nn.Parameter(float64(2.0, 2.0))
+        if declared:
+            self.mask = self.part = None
+
+    @go.custom_backward(by_name)
+    def forward(self, x):
+        if getattr(self, "mask", None) is None:
+            self.mask = nn.Parameter(torch.rand(2, dtype=torch.float64), requires_grad=False)
+            self.part = nn.Linear(2, 2, dtype=torch.float64).requires_grad_(False)
+        return self.part(x * self.weight * self.mask)
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_parameters_and_parts_that_the_forward_makes_stay(declared):
+    layer, x = Growing(declared), float64(3.0, 4.0)
+    first = layer(x)
+    exactly(layer(x), first)
+    assert [*layer.state_dict()] == ["weight", "mask", "part.weight", "part.bias"]
+    layer.eval()
+    assert not layer.part.training
+    with torch.no_grad():
+        exactly(layer(x), first.detach())
+
+
 def test_method_that_is_not_forward_reaches_the_parameters_too():
     class Model(nn.Module):
         def __init__(self):
