@@ -114,12 +114,12 @@ def stand_in(
     # What was compiled has the live module's parameters: the stand-in is called uncompiled.
     state.pop(COMPILED_CALL, None)
     table = state["_modules"].get("parametrizations")
-    given = () if table is None else tuple(name for name in table._modules if prefix + name in tensors)
+    others = () if table is None else _computed_from(table, prefix, tensors)
     cls: Any = type(module)
     if torch.compiler.is_dynamo_compiling():
         cls = _traced(cls) if buffers else cls
-    elif given:
-        cls = _without_cache(cls, given)
+    elif others:
+        cls = _without_cache(cls, others)
     clone: nn.Module = object.__new__(cls)
     parameters = state["_parameters"]
     swapped = {name: tensors.get(prefix + name, value) for name, value in parameters.items()}
@@ -150,6 +150,14 @@ def stand_in(
         given_tables = {} if torch.compiler.is_dynamo_compiling() else {key: dict(state[key]) for key in _TABLES}
         copied.append(Copied(module, clone, before, given_tables))
     return clone
+
+
+def _computed_from(table: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The parametrized weights that are given, or are to be computed from other parameters than those of the module."""
+    starts = {name: f"{prefix}parametrizations.{name}." for name in table._modules}
+    return tuple(
+        [name for name, start in starts.items() if prefix + name in tensors or any(k.startswith(start) for k in tensors)]
+    )
 
 
 def _move_methods(module: nn.Module, clone: nn.Module, state: dict[str, Any]) -> None:

@@ -35,6 +35,10 @@ def by_name(grad_output, x, weight):
     return {"x": 3 * grad_output * weight, "weight": 5 * grad_output * x}
 
 
+def by_params_alone(grad_output, params):
+    return {"input": grad_output, **{name: 5 * param for name, param in params.items()}}
+
+
 def left_to_autograd(grad_output):
     return 3 * grad_output
 
@@ -606,6 +610,21 @@ def test_cached_parametrized_weight_is_ruled_under_its_plain_name():
     y.backward(grad_output)
     for original, grad in zip(originals, expected, strict=True):
         closely(original.grad, grad)
+
+
+@pytest.mark.parametrize("first", ["the ruled call", "the weight itself"])
+@pytest.mark.parametrize("rule", [by_params_alone, lambda g, vjp: vjp.by_name(g)], ids=["params", "vjp by name"])
+def test_cached_parametrized_weight_is_that_of_the_module_beside_a_ruled_call(rule, first):
+    layer, x = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3, dtype=torch.float64)), noise(3, 3)
+    originals = [*layer.parametrizations.weight.parameters()]
+    expected = torch.autograd.grad(layer.weight.square().sum(), originals)
+    with go.override(layer, {layer: rule}), nn.utils.parametrize.cached():
+        penalties = [layer.weight.square().sum()] if first == "the weight itself" else []
+        y = layer(x)
+        penalties.append(layer.weight.square().sum())
+    y.sum().backward()
+    for penalty in penalties:
+        closely(torch.autograd.grad(penalty, originals, retain_graph=True), expected)
 
 
 # Modules with state
