@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,8 +78,11 @@ class FittingClasses(dict[type, bool]):
 
     def __init__(self, reach: Reach | None) -> None:
         self.reach = reach
+        self.others: weakref.WeakSet[type] = weakref.WeakSet()  # torch makes some for one module: see `by_class`
 
     def __missing__(self, cls: type) -> bool:
+        if cls in self.others:
+            return False
         fits = (
             self.reach is not None
             and issubclass(cls, nn.Module)
@@ -86,7 +90,10 @@ class FittingClasses(dict[type, bool]):
             and cls.__getattribute__ is nn.Module.__getattribute__
             and all(type(inspect.getattr_static(cls, name, None)) in SCALARS for name in self.reach.attributes)
         )
-        self[cls] = fits
+        if fits:
+            self[cls] = True
+        else:
+            self.others.add(cls)
         return fits
 
 

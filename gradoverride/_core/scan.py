@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodDescriptorType, MethodType, ModuleType
 from typing import Any
 
+from gradoverride._core.by_class import once_per_class
+
 __all__ = [
     "CALLS",
     "NOTHING",
@@ -132,7 +134,7 @@ def normalizes(fn: Any) -> bool:
 _NORMS = frozenset({"batch_norm", "instance_norm"})
 
 
-@functools.cache
+@once_per_class
 def class_normalizes(cls: Any) -> bool:
     """The same of the methods of a class of modules."""
     bases = [base for base in cls.__mro__ if base.__module__ != "torch.nn.modules.module"]

@@ -6,13 +6,13 @@ module is as it was on the stand-in that the forward runs on again.
 
 from __future__ import annotations
 
-import functools
 from types import MemberDescriptorType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gradoverride._core.by_class import once_per_class
 from gradoverride._core.private import RNN_REFERENCES, RNN_WEIGHTS
 from gradoverride._core.targets import RECORD
 
@@ -108,7 +108,7 @@ def _in_slots(module: nn.Module) -> dict[Any, Any]:
     return found
 
 
-@functools.cache
+@once_per_class
 def _slots_of(cls: Any) -> tuple[Any, ...]:
     """The attributes of instances of `cls` that are in `__slots__`, not in `__dict__`."""
     return tuple(

@@ -54,13 +54,20 @@ class _Given(nn.Module):
         return self.value
 
 
-@functools.cache
 def _without_cache(cls: Any, names: tuple[str, ...]) -> Any:
     """`cls`, whose parametrized weights `names` are computed, not looked up in the cache of `parametrize.cached`.
 
-    That cache knows the module, not its stand-in.
+    That cache knows the module, not its stand-in. It is kept by `cls`, which torch made for the one module.
     """
-    return type(cls.__name__, (cls,), {name: property(_computed(name)) for name in names})
+    made = cls.__dict__.get(_WITHOUT_CACHE)
+    if made is None:
+        setattr(cls, _WITHOUT_CACHE, made := {})
+    if names not in made:
+        made[names] = type(cls.__name__, (cls,), {name: property(_computed(name)) for name in names})
+    return made[names]
+
+
+_WITHOUT_CACHE = "_gradoverride_without_cache"
 
 
 def _computed(name: str) -> Callable[[Any], Any]:
@@ -154,10 +161,12 @@ def stand_in(
 
 def _computed_from(table: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     """The parametrized weights that are given, or are to be computed from other parameters than those of the module."""
-    starts = {name: f"{prefix}parametrizations.{name}." for name in table._modules}
-    return tuple(
-        [name for name, start in starts.items() if prefix + name in tensors or any(k.startswith(start) for k in tensors)]
-    )
+
+    def is_other(name: str) -> bool:
+        start = f"{prefix}parametrizations.{name}."
+        return prefix + name in tensors or any(key.startswith(start) for key in tensors)
+
+    return tuple([name for name in table._modules if is_other(name)])
 
 
 def _move_methods(module: nn.Module, clone: nn.Module, state: dict[str, Any]) -> None:

@@ -545,6 +545,49 @@ def test_gradient_is_right_where_nothing_but_the_graph_holds_on(form, x):
     exactly(torch.autograd.grad(again, x), first)
 
 
+class Multiplied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(noise(2, 2))
+
+    @go.custom_backward(lambda grad_output, weight: {"x": grad_output @ weight.T, "weight": None})
+    def forward(self, x):
+        return torch.matmul(x, self.weight)
+
+
+@go.custom_backward
+class WithBackward(nn.Linear):
+    def backward(self, grad_output):
+        self.weight.grad = self.bias.grad = None
+        return grad_output @ self.weight
+
+
+def overridden(rule):
+    layer = nn.Linear(2, 2, dtype=torch.float64)
+    go.override(layer, {layer: rule})
+    return layer
+
+
+PARAMETRIZED = {
+    "decorated method": Multiplied,
+    "class form": lambda: WithBackward(2, 2, dtype=torch.float64),
+    "override by name": lambda: overridden(lambda grad_output, weight: {"input": grad_output @ weight, "weight": None}),
+    "override by params": lambda: overridden(lambda grad_output, params, vjp: vjp.by_name(grad_output)),
+    "override with module": lambda: overridden(lambda grad_output, module: grad_output @ module.weight),
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETRIZED)
+def test_parametrized_module_dies_with_its_last_name(kind):
+    # torch makes a class for each, which holds the module.
+    layer = nn.utils.parametrizations.weight_norm(PARAMETRIZED[kind]())
+    layer(noise(2, 2)).sum().backward()
+    known = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert known() is None
+
+
 @pytest.mark.parametrize("by_name", [False, True], ids=["vjp", "by_name"])
 def test_peak_of_a_rule_that_asks_for_vjp_once_is_that_of_plain_autograd(by_name):
     def peak(module, x):

@@ -1,0 +1,30 @@
+"""What is found out about a class once, and kept as long as the class is.
+
+torch makes a class for each parametrized module, and that class holds the module: what kept it, as `functools.cache`
+does, would keep the parameters of a model that is gone.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = ["once_per_class"]
+
+T = TypeVar("T")
+
+
+def once_per_class(find: Callable[[Any], T]) -> Callable[[Any], T]:
+    """`find`, a function of a class that runs once for each. What it gives must not hold the class."""
+    found: weakref.WeakKeyDictionary[Any, T] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(find)
+    def of(cls: Any) -> T:
+        try:
+            return found[cls]
+        except KeyError:
+            return found.setdefault(cls, find(cls))
+
+    return of
