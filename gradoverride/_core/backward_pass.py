@@ -47,6 +47,7 @@ class Backward:
         self.saved: Sequence[Tensor] = ctx.saved_tensors if call.saved or call.graph is not None else ()
         self.eager = call.eager
         self.traced = call.traced
+        self.again = torch.is_grad_enabled()
         if call.transformed:
             # In the backward of a forward that was replayed, its transform has been left.
             self.saved = [out_of_left_transforms(tensor) for tensor in self.saved]
@@ -145,6 +146,8 @@ class Backward:
         if call.module is None:
             return None
         tensors = {name: saved[slot] for name, slot in call.module_slots.items()}
+        if not (self.again and call.aliased):  # for second derivatives what is computed from aliases is computed anew
+            tensors.update({name: saved[slot] for name, slot in call.computed.items()})
         given = {**call.shown(call.frozen), **(call.shown(call.buffers) if buffers is None else buffers), **tensors}
         return stand_in(call.module, given, changes=call.training_then())
 

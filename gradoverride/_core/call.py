@@ -165,6 +165,7 @@ class Call:
     buffers: dict[str, Any]
     then: dict[str, int | None]  # of buffers and frozen parameters that are shown, the versions
     training: dict[str, bool]  # whether each part of the module was in training, by prefix
+    computed: dict[str, Any]  # parametrized weights by dotted name, as the forward read them; then where they are saved
     asked: list[Asked]
     saved: list[int]  # by saved tensor, where among inputs and results it stands
     # Where values are among the saved tensors:
@@ -198,6 +199,7 @@ class Call:
         self.buffers = {}
         self.then = {}
         self.training = {}
+        self.computed = {}
 
     def keep_module(self, module: nn.Module, before: Mapping[str, int | None]) -> None:
         """Keep what the rule is to be shown of the module besides its trainable parameters: buffers, frozen ones.

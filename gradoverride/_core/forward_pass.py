@@ -46,7 +46,7 @@ from gradoverride._core.private import (
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.saver import Saver
 from gradoverride._core.signature import unknown_name
-from gradoverride._core.standin import Copied, stand_in, with_parameters, write_back
+from gradoverride._core.standin import Copied, is_parametrized, stand_in, with_parameters, write_back
 from gradoverride._core.structure import LEAF, alike, flatten, skeleton, unchanged, unflatten
 from gradoverride._core.traced_graph import distinct
 from gradoverride._core.tracers import FX, drops_rule, record_call, tracer_now
@@ -240,9 +240,10 @@ class ForwardPass:
                 arguments[index] = self.values[index]
         inner = receiver
         copied: list[Copied] = []
-        if call.aliased and module is not None:
+        seen = call.computed if plan.asks_module and self.mode == EAGER and is_parametrized(module) else None
+        if module is not None and (call.aliased or seen is not None):
             tensors = {name: alias for param, alias in zip(call.aliased, given, strict=True) for name in param.names}
-            inner = stand_in(module, tensors, copied)
+            inner = stand_in(module, tensors, copied, seen=seen)
         frame: dict[str, Any] = {}
         if self._collects_residuals():
             frame = open_frame()

@@ -28,7 +28,7 @@ from gradoverride._core.private import (
 from gradoverride._core.snapshot import Snapshot
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["Copied", "around", "stand_in", "with_parameters", "write_back"]
+__all__ = ["Copied", "around", "is_parametrized", "stand_in", "with_parameters", "write_back"]
 
 _NONE: Mapping[str, Snapshot] = {}
 _TABLES = ("_parameters", "_modules")
@@ -54,24 +54,43 @@ class _Given(nn.Module):
         return self.value
 
 
-def _without_cache(cls: Any, names: tuple[str, ...]) -> Any:
-    """`cls`, whose parametrized weights `names` are computed, not looked up in the cache of `parametrize.cached`.
-
-    That cache knows the module, not its stand-in. It is kept by `cls`, which torch made for the one module.
-    """
-    made = cls.__dict__.get(_WITHOUT_CACHE)
+def _reading(cls: Any, names: tuple[str, ...], read: Callable[[Any, str], Callable[[Any], Any]]) -> Any:
+    """`cls`, whose parametrized weights `names` are read by `read(cls, name)`. Kept by `cls`: see `by_class`."""
+    made = cls.__dict__.get(_READING)
     if made is None:
-        setattr(cls, _WITHOUT_CACHE, made := {})
-    if names not in made:
-        made[names] = type(cls.__name__, (cls,), {name: property(_computed(name)) for name in names})
-    return made[names]
+        setattr(cls, _READING, made := {})
+    if (read, names) not in made:
+        properties = {name: getattr(cls, name).getter(read(cls, name)) for name in names}
+        made[read, names] = type(cls.__name__, (cls,), properties)
+    return made[read, names]
 
 
-_WITHOUT_CACHE = "_gradoverride_without_cache"
+_READING = "_gradoverride_reading"
 
 
-def _computed(name: str) -> Callable[[Any], Any]:
+def _computed(_: Any, name: str) -> Callable[[Any], Any]:
+    """Computes it: the cache of `parametrize.cached` knows the module, not its stand-in."""
     return lambda self: self.parametrizations[name]()
+
+
+def _noted(cls: Any, name: str) -> Callable[[Any], Any]:
+    """Reads it as `cls` does, and notes what it is."""
+    read = getattr(cls, name).fget
+
+    def noted(self: Any) -> Any:
+        prefix, seen = self.__dict__[_SEEN]
+        seen[prefix + name] = value = read(self)
+        return value
+
+    return noted
+
+
+_SEEN = "_gradoverride_seen"
+
+
+def is_parametrized(module: nn.Module | None) -> bool:
+    """Whether weights of it or of its parts are computed."""
+    return module is not None and any(["parametrizations" in part._modules for part in module.modules()])
 
 
 @evaluated_while_tracing
@@ -107,10 +126,12 @@ def stand_in(
     copied: list[Copied] | None = None,
     prefix: str = "",
     changes: Mapping[str, Snapshot] = _NONE,
+    seen: dict[str, Tensor] | None = None,
 ) -> nn.Module:
     """A stand-in for `module` with `tensors`, by dotted name, in place of its parameters and buffers.
 
     What is copied for it is added to `copied`, for `write_back`. `changes`, by prefix, are what else is other than now.
+    Parametrized weights that are read on it are noted in `seen`, unless they are given.
     """
     if isinstance(module, torch.jit.ScriptModule):
         _refuse_script(module, prefix)
@@ -126,7 +147,10 @@ def stand_in(
     if torch.compiler.is_dynamo_compiling():
         cls = _traced(cls) if buffers else cls
     elif others:
-        cls = _without_cache(cls, others)
+        cls = _reading(cls, others, _computed)
+    if seen is not None and table is not None:
+        cls = _reading(cls, tuple([name for name in table._modules if prefix + name not in tensors]), _noted)
+        state[_SEEN] = prefix, seen
     clone: nn.Module = object.__new__(cls)
     parameters = state["_parameters"]
     swapped = {name: tensors.get(prefix + name, value) for name, value in parameters.items()}
@@ -141,8 +165,8 @@ def stand_in(
             children[name] = None
         elif name == "parametrizations":
             children[name] = _parametrizations(child, tensors, copied, prefix, path)
-        elif any(key.startswith(path) for key in (*tensors, *changes)):
-            children[name] = stand_in(child, tensors, copied, path, changes)
+        elif any(key.startswith(path) for key in (*tensors, *changes)) or (seen is not None and is_parametrized(child)):
+            children[name] = stand_in(child, tensors, copied, path, changes, seen)
         else:
             children[name] = child
     state["_modules"] = children

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections import namedtuple
 
 import pytest
@@ -753,6 +754,68 @@ def test_buffer_that_each_forward_writes_into_is_shown_as_that_forward_left_it()
         sum(result.sum() for result in results).backward()
     closely(first.grad, first.detach().mean(0).expand(5, 2))
     closely(second.grad, second.detach().mean(0).expand(5, 2))
+
+
+class DropConnect(nn.Module):
+    def forward(self, weight):
+        return nn.functional.dropout(weight, 0.5)
+
+
+COMPUTED = {
+    "dropout": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", DropConnect()),
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+    "weight norm": nn.utils.parametrizations.weight_norm,
+}
+
+
+def weight_of(module):
+    return (module[0] if isinstance(module, nn.Sequential) else module).weight
+
+
+READING = {
+    "module": lambda g, module: g @ weight_of(module),
+    "module, twice": lambda g, module: (g @ weight_of(module) + g @ weight_of(module)) / 2,
+    "module and params": lambda g, params, module: {"input": g @ weight_of(module), **dict.fromkeys(params)},
+    "module and vjp": lambda g, vjp, module: vjp(g) * 0 + g @ weight_of(module),
+    "forward": lambda g, input, forward: torch.func.vjp(forward, input)[1](g)[0],
+}
+BESIDE = {"module beside a parameter": lambda g, bias, module: {"input": g @ module.weight, "bias": None}}
+
+
+@pytest.mark.parametrize(
+    ("rule", "within"),
+    [*itertools.product(READING.values(), (False, True)), *((rule, False) for rule in BESIDE.values())],
+    ids=[*(f"{rule} of {part}" for rule in READING for part in ("the module", "a part")), *BESIDE],
+)
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_computed_weight_of_the_module_is_that_of_the_forward_and_stays_as_it_is(kind, rule, within):
+    layer, grad = nn.Linear(8, 8, dtype=torch.float64), noise(8, 8, grad=False)
+    x = torch.eye(8, dtype=torch.float64, requires_grad=True)
+    COMPUTED[kind](layer)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter))  # an optimizer has moved it
+    model = nn.Sequential(layer) if within else layer
+    with go.override(model, {model: rule}):
+        y = model(x)
+    weight = (y - layer.bias).detach().T  # that the forward saw
+    state, buffers = torch.get_rng_state(), [buffer.clone() for buffer in layer.buffers()]
+    for _ in range(2):
+        (found,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+        closely(found, grad @ weight)
+    assert torch.equal(state, torch.get_rng_state())
+    exactly(list(layer.buffers()), buffers)
+
+
+@pytest.mark.parametrize("rule", ["module", "module and vjp"])
+def test_derivative_of_a_computed_weight_of_the_module_reaches_what_it_is_computed_from(rule):
+    layer, x, grad = nn.Linear(3, 3, dtype=torch.float64), noise(3, 3), noise(3, 3, grad=False)
+    nn.utils.parametrizations.weight_norm(layer)
+    originals = list(layer.parametrizations.weight.parameters())
+    with go.override(layer, {layer: READING[rule]}):
+        (found,) = torch.autograd.grad(layer(x), x, grad, create_graph=True)
+    plain = grad @ layer.weight
+    closely(torch.autograd.grad(found.square().sum(), originals), torch.autograd.grad(plain.square().sum(), originals))
 
 
 @pytest.mark.parametrize("how", ["eager", "compiled"])
