@@ -10,8 +10,9 @@ import html
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from types import TracebackType
 from typing import Any, NamedTuple, overload
 
@@ -133,11 +134,10 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
     for module, added in placed.values() if called else ():
         names = functions_called(module)
         calling.setdefault(id(names), (names, []))[1].append(added)
-    before = [functions for module, _ in placed.values() if (functions := functions_of(module))]
+    before = {function for module, _ in placed.values() for function in functions_of(module)}
     for target, rule in called:
         name = str(target.name)
-        nth = max([sum([_is_same(layer, name, rule) for layer in functions]) for functions in before], default=0)
-        layer = FunctionLayer(name, rule, "", names_of[target], order, nth)
+        layer = FunctionLayer(name, rule, "", names_of[target], order, _first_free(count(), before, name, rule))
         in_torch = isinstance(target, ImportPath) and name.startswith("torch.")
         takers = [lists for names, lists in calling.values() if names is None or name in names or in_torch]
         for lists in takers:
@@ -174,8 +174,8 @@ def _override_everywhere(rules: Registry) -> Override:
         puts.append(partial(on_class, of_class, ClassLayer(rule, EVERYWHERE, _named(of_class), order)))
     for target, rule in _called(entries):
         name = str(target.name)
-        nth = 1 + max([layer.key.nth for layer in everywhere.functions if _is_same(layer, name, rule)], default=0)
-        layer = FunctionLayer(name, rule, EVERYWHERE, _named(target), order, -nth)
+        nth = _first_free(count(-1, -1), everywhere.functions, name, rule)  # a model has none of these
+        layer = FunctionLayer(name, rule, EVERYWHERE, _named(target), order, nth)
         if isinstance(target, ImportPath):
             puts.append(partial(on_path, target.value, layer, scoped=False))
         else:
@@ -251,8 +251,10 @@ def _check_scripted(entries: Sequence[Entry], modules: Mapping[str, nn.Module]) 
             )
 
 
-def _is_same(layer: FunctionLayer, name: str, rule: Rule) -> bool:
-    return layer.key.name == name and layer.rule is rule
+def _first_free(numbers: Iterable[int], before: Collection[FunctionLayer], name: str, rule: Rule) -> int:
+    """A number for a rule that tells it from the same rule for the same function in an override before."""
+    taken = {layer.key.nth for layer in before if layer.key.name == name and layer.rule is rule}
+    return next(number for number in numbers if number not in taken)
 
 
 def _named(target: Target) -> str:

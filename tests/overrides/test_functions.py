@@ -548,6 +548,18 @@ class TestOrder:
         second.remove()
         exactly(gradient(model, x), plain)
 
+    def test_one_rule_several_times_where_the_first_has_gone_meanwhile(self, x):
+        inner = relus("F.relu")
+        model = nn.Sequential(inner)
+        plain = gradient(model, x)
+        first = go.override(model, {F.relu: doubled})
+        with go.override(model, {F.relu: doubled}):
+            closely(gradient(model, x), 4 * plain)
+            first.remove()
+            with go.override(inner, {F.relu: doubled}):
+                closely(gradient(model, x), 4 * plain)
+            closely(gradient(model, x), 2 * plain)
+
     def test_a_rule_that_cannot_be_outside_is_refused_and_nothing_is_changed(self, x):
         model = nn.Sequential(nn.Linear(3, 3)).double()
         with go.override(model, {nn.Linear: doubled}):
