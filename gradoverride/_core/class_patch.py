@@ -11,7 +11,7 @@ import functools
 import gc
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -24,7 +24,7 @@ from gradoverride._core.chain import Chain, chain_of, links
 from gradoverride._core.functions import calls_that_are
 from gradoverride._core.layers import ClassLayer
 from gradoverride._core.record import records
-from gradoverride._core.targets import BASE, RECORD, Class, class_of
+from gradoverride._core.targets import BASE, RECORD, Class, class_of, family
 from gradoverride.errors import GradOverrideWarning, UnsupportedError
 
 __all__ = ["calls_on_class", "check_class", "put_on_class", "refresh", "take_off_class"]
@@ -81,12 +81,12 @@ def check_class(target: Class, rule: Any) -> None:
             f"{_who(target)}: each of its modules has a forward of its own, which torch makes anew when the graph "
             "changes; a class to be overridden in the whole process must have one. Give the model first"
         )
-    for cls in _family(target.value):
+    for cls in _to_be_patched(target.value):
         other = everywhere.no_method(cls)
         if other:
             raise UnsupportedError(f"{_who(target)}: '{cls.__name__}' must have a method 'forward'; it has {other}")
     scripted = ""
-    for module in _instances((target.value, ScriptModule)):
+    for module in _instances(target.value, ScriptModule):
         if isinstance(module, ScriptModule):
             scripted = scripted or target.name_of_scripted(module)
         elif "forward" in module.__dict__ and RECORD not in module.__dict__:
@@ -97,7 +97,7 @@ def check_class(target: Class, rule: Any) -> None:
             )
     if scripted:
         gc.collect()  # it may be garbage
-        scripted = next((name for name in map(target.name_of_scripted, _instances((ScriptModule,))) if name), "")
+        scripted = next((name for name in map(target.name_of_scripted, _instances(ScriptModule)) if name), "")
     if scripted:
         warnings.warn(
             f"{_who(target)}: its modules must run Python code to be overridden; there is a scripted '{scripted}', "
@@ -111,10 +111,15 @@ def _who(target: Class) -> str:
     return f"override of the class '{target.value.__name__}'"
 
 
-def _instances(cls: tuple[type, ...]) -> Iterator[nn.Module]:
-    for value in gc.get_objects():
-        if issubclass(type(value), cls):  # `isinstance` would ask proxies
-            yield value
+def _instances(*classes: type) -> list[nn.Module]:
+    """All modules of these classes, found by what refers to a class.
+
+    Not among all objects that there are: whoever has these has tuples that other threads are about to make, and Python
+    lets no tuple grow that somebody else has.
+    """
+    families = {derived for cls in classes for derived in family(cls)}
+    # `isinstance` would ask proxies.
+    return [value for value in gc.get_referrers(*families) if issubclass(type(value), classes)]
 
 
 def put_on_class(target: Class, layer: ClassLayer) -> None:
@@ -152,8 +157,8 @@ def refresh() -> None:
     with _lock:
         targets = {target.value for target, _ in everywhere.classes}
         wanted: dict[type, set[type]] = {}
-        family = {derived for target in targets for derived in _family(target)}
-        for cls in [cls for cls in family if not everywhere.no_method(cls)]:
+        concerned = {derived for target in targets for derived in _to_be_patched(target)}
+        for cls in [cls for cls in concerned if not everywhere.no_method(cls)]:
             wanted.setdefault(_definer(cls), set()).add(cls)
         for cls in [cls for cls in _patches if cls not in wanted]:
             _patches.pop(cls).take_off()
@@ -177,13 +182,9 @@ def refresh() -> None:
         everywhere.forget_compiled()
 
 
-def _family(cls: type) -> Iterator[type]:
+def _to_be_patched(cls: type) -> list[type]:
     """A class and those derived from it, but for those that are ours."""
-    if BASE not in cls.__dict__:
-        yield cls
-    subclasses: list[type] = type.__subclasses__(cls)
-    for derived in subclasses:
-        yield from _family(derived)
+    return [derived for derived in family(cls) if BASE not in derived.__dict__]
 
 
 def _definer(cls: type) -> type:

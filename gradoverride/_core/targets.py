@@ -29,6 +29,7 @@ __all__ = [
     "Predicate",
     "Target",
     "class_of",
+    "family",
     "matches",
     "modules_of",
 ]
@@ -138,7 +139,7 @@ class Class(Target):
     def name_of_scripted(self, module: Any) -> str:
         """The class that this ScriptModule was made of, if it is this one or derived from it. It knows but a name."""
         name = getattr(module, "original_name", "")
-        return name if name in {cls.__name__ for cls in _family(self.value)} else ""
+        return name if name in {cls.__name__ for cls in family(self.value)} else ""
 
     def closest(self, modules: Mapping[str, Any]) -> str:
         names = list(dict.fromkeys(class_of(module).__name__ for module in modules.values()))
@@ -149,12 +150,12 @@ class Class(Target):
         return f"'{self.value.__name__}'"
 
 
-def _family(cls: type) -> Iterator[type]:
+def family(cls: type) -> Iterator[type]:
     """A class and those derived from it."""
     yield cls
     subclasses: list[type] = type.__subclasses__(cls)
     for derived in subclasses:
-        yield from _family(derived)
+        yield from family(derived)
 
 
 class Function(Target):

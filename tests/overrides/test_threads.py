@@ -5,6 +5,7 @@ import copy
 import pickle
 import sys
 import threading
+import time
 import warnings
 
 import pytest
@@ -250,6 +251,30 @@ def test_two_threads_that_override_the_same_model_leave_it_as_it_was(rules):
     together(come_and_go, come_and_go, come_and_go)
     assert seen(model) == before
     exactly(gradient(model, x), plain)
+
+
+def test_override_of_a_class_leaves_the_tuples_alone_that_other_threads_are_making():
+    """Python lets no tuple grow that somebody else has: who looks at all objects that there are has it."""
+    stop = threading.Event()
+
+    def slowly():
+        for one in range(3):
+            time.sleep(1e-3)
+            yield one
+
+    def make_tuples():
+        while not stop.is_set():
+            assert tuple(slowly()) == (0, 1, 2)
+
+    def override():
+        try:
+            for _ in range(5):
+                with go.override({nn.Tanh: doubled}):
+                    gradient(nn.Tanh(), noise(3))
+        finally:
+            stop.set()
+
+    together(make_tuples, make_tuples, make_tuples, override)
 
 
 class Scale(nn.Module):
