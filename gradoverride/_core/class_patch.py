@@ -12,6 +12,7 @@ import gc
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -39,7 +40,9 @@ class _Patch:
 
     def __init__(self, cls: Any) -> None:
         self.cls = cls
-        self.original = original = everywhere.without_inert(cls.__dict__["forward"])
+        self.original = everywhere.without_inert(cls.__dict__["forward"])
+        # Another descriptor than a function may have to be asked for what is called.
+        original = self.original if type(self.original) is FunctionType else cls.forward
         self.runs: dict[type, Callable[..., Any]] = {}
         self.counted: dict[type, Sequence[Any]] = {}
         self.chains: dict[type, Chain] = {}
@@ -69,7 +72,7 @@ class _Patch:
         del everywhere.originals[self.forward]
         everywhere.inert[self.forward] = self.original
         standing = self.cls.__dict__.get("forward")
-        original = everywhere.without_inert(standing)
+        original = everywhere.without_inert(self.original if standing is self.forward else standing)
         if standing is not original:
             self.cls.forward = original
 

@@ -1,6 +1,7 @@
 """Overrides of the whole process: classes and functions without a model. Contract, section 5."""
 
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -13,6 +14,7 @@ from multiprocessing.pool import ThreadPool
 import pytest
 import torch
 import torch.nn.functional as F
+import wrapt
 from oracles import closely, exactly, noise
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -54,6 +56,25 @@ class Twice(nn.ReLU):
 class Other(nn.Module):
     def forward(self, x):
         return F.relu(x)
+
+
+@wrapt.decorator
+def as_it_is(wrapped, instance, args, kwargs):
+    assert isinstance(instance, nn.Module)
+    return wrapped(*args, **kwargs)
+
+
+class Wrapped(nn.Module):
+    @as_it_is
+    def forward(self, x):
+        return F.relu(x)
+
+
+class Bound(nn.Module):
+    def power(self, x, exponent):
+        return x**exponent
+
+    forward = functools.partialmethod(power, exponent=3)
 
 
 def classes():
@@ -98,6 +119,14 @@ class TestClass:
 
             closely(gradient(Later(), x), 6 * gradient(Other(), x))
         closely(gradient(Later(), x), 3 * gradient(Other(), x))
+
+    @pytest.mark.parametrize("cls", [Wrapped, Bound])
+    def test_a_forward_that_is_no_plain_function_has_it_and_is_put_back(self, cls, x):
+        before, plain = dict(vars(cls)), gradient(cls(), x)
+        with go.override({cls: doubled}):
+            closely(gradient(cls(), x), 2 * plain)
+        assert dict(vars(cls)) == before
+        exactly(gradient(cls(), x), plain)
 
     def test_the_nearest_class_wins(self, x):
         plain = gradient(nn.ReLU(), x)
