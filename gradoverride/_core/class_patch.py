@@ -176,9 +176,11 @@ def refresh() -> None:
                 found = links(cls, (), (), called=calls_that_are(cls), plain=True)
                 chain = patch.chains[cls] = chain_of(cls, found)
                 patch.runs[cls], patch.counted[cls] = chain.forward, found.counted
-        for cls in [cls for cls in _watched if cls not in targets]:
+        # What has an `__init_subclass__` of its own may not tell its super.
+        watched = targets | {cls for cls in concerned if "__init_subclass__" in cls.__dict__}
+        for cls in [cls for cls in _watched if cls not in watched]:
             _unwatch(cls)
-        for cls in targets - _watched.keys():
+        for cls in watched - _watched.keys():
             _watch(cls)
         for record in list(records):
             record.refresh()

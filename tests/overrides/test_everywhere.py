@@ -120,6 +120,29 @@ class TestClass:
             closely(gradient(Later(), x), 6 * gradient(Other(), x))
         closely(gradient(Later(), x), 3 * gradient(Other(), x))
 
+    def test_a_class_derived_meanwhile_from_one_that_does_not_tell_its_super_has_it(self, x):
+        known = []
+
+        class Registered(nn.ReLU):
+            def __init_subclass__(cls, **options):
+                known.append(cls.__name__)
+
+        before = dict(vars(Registered))
+        with go.override({nn.ReLU: doubled}):
+
+            class Later(Registered):
+                pass
+
+            class Own(Registered):
+                def forward(self, x):
+                    return 3 * x.relu()
+
+            closely(gradient(Later(), x), 2 * gradient(Other(), x))
+            closely(gradient(Own(), x), 6 * gradient(Other(), x))
+        assert dict(vars(Registered)) == before
+        assert known == ["Later", "Own"]
+        closely(gradient(Own(), x), 3 * gradient(Other(), x))
+
     @pytest.mark.parametrize("cls", [Wrapped, Bound])
     def test_a_forward_that_is_no_plain_function_has_it_and_is_put_back(self, cls, x):
         before, plain = dict(vars(cls)), gradient(cls(), x)
