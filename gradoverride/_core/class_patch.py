@@ -11,7 +11,7 @@ import functools
 import gc
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -61,14 +61,19 @@ class _Patch:
         everywhere.originals[self.forward] = original
         cls.forward = self.forward
 
-    def clear(self) -> None:
-        """Forget which rules are in force: it is the original then."""
+    def set(self, classes: Collection[type]) -> None:
+        """Have the rules that are in force on these classes now. Modules of theirs may run meanwhile, in threads."""
+        for cls in classes:
+            found = links(cls, (), (), called=calls_that_are(cls), plain=True)
+            chain = self.chains[cls] = chain_of(cls, found)
+            self.counted[cls], self.runs[cls] = found.counted, chain.forward
         for table in (self.runs, self.counted, self.chains):
-            table.clear()
+            for cls in table.keys() - classes:
+                del table[cls]
 
     def take_off(self) -> None:
         """Put the original back; where somebody has replaced ours, ours does nothing from now on."""
-        self.clear()
+        self.set(())
         del everywhere.originals[self.forward]
         everywhere.inert[self.forward] = self.original
         standing = self.cls.__dict__.get("forward")
@@ -147,11 +152,12 @@ def take_off_class(layer: ClassLayer) -> None:
 
 def calls_on_class(layer: ClassLayer) -> int | None:
     """How often modules were called under a layer on their class. None if that is not known: compiled code."""
-    traced = any(
-        chain.traced and layer in patch.counted[cls]
-        for patch in _patches.values()
-        for cls, chain in patch.chains.items()
-    )
+    with _lock:
+        traced = any(
+            chain.traced and layer in patch.counted[cls]
+            for patch in _patches.values()
+            for cls, chain in patch.chains.items()
+        )
     return layer.tally.known(traced=traced)
 
 
@@ -171,11 +177,7 @@ def refresh() -> None:
                 if patch is not None:
                     patch.take_off()  # what has replaced it may call it
                 patch = _patches[owner] = _Patch(owner)
-            patch.clear()
-            for cls in classes:
-                found = links(cls, (), (), called=calls_that_are(cls), plain=True)
-                chain = patch.chains[cls] = chain_of(cls, found)
-                patch.runs[cls], patch.counted[cls] = chain.forward, found.counted
+            patch.set(classes)
         # What has an `__init_subclass__` of its own may not tell its super.
         watched = targets | {cls for cls in concerned if "__init_subclass__" in cls.__dict__}
         for cls in [cls for cls in _watched if cls not in watched]:

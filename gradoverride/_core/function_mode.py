@@ -68,14 +68,15 @@ class FunctionMode(TorchFunctionMode):
         """Have these rules from now on."""
         names = frozenset(key.name for key in keys)
         let_dynamo_show(every_spelling())
-        self.keys = keys
-        self.runs: dict[Any, Callable[..., Any]] = {}
+        runs: dict[Any, Callable[..., Any]] = {}
         for name in names:
             of_name = tuple([key for key in keys if key.name == name])
             for function in spellings(name):
-                self.runs[function] = _run(function, of_name)
+                runs[function] = _run(function, of_name)
         own = frozenset(value for value in vars(Tensor).values() if isinstance(value, FunctionType))
-        self.operators = tuple([(function, run) for function, run in self.runs.items() if function in own])
+        self.keys = keys
+        self.runs = runs  # all at once: the thread that has it may be running
+        self.operators = tuple([(function, run) for function, run in runs.items() if function in own])
         self.bodies = reaching(names)  # what the code of these calls is to be seen too
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

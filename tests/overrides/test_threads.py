@@ -277,6 +277,34 @@ def test_override_of_a_class_leaves_the_tuples_alone_that_other_threads_are_maki
     together(make_tuples, make_tuples, make_tuples, override)
 
 
+@pytest.mark.parametrize("target, other", [(nn.Tanh, nn.ReLU), (torch.tanh, torch.relu)], ids=["class", "function"])
+def test_rule_of_the_whole_process_holds_in_threads_while_others_come_and_go(target, other):
+    x = noise(3)
+    plain = gradient(nn.Tanh(), x)
+    sys.setswitchinterval(1e-6)
+    stop = threading.Event()
+    wrong = []
+
+    def run():
+        while not stop.is_set():
+            found = gradient(nn.Tanh(), x)
+            if not torch.equal(found, 2 * plain):
+                wrong.append(found)
+
+    with go.override({target: doubled}):
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for _ in range(30):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", go.GradOverrideWarning)  # the other never runs
+                go.override({other: tripled}).remove()
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    assert not wrong
+
+
 class Scale(nn.Module):
     """Calls `meanwhile` inside of its forward: there another thread may be."""
 
