@@ -24,7 +24,7 @@ from gradoverride._core import everywhere
 from gradoverride._core.chain import Chain, chain_of, links
 from gradoverride._core.functions import calls_that_are
 from gradoverride._core.layers import ClassLayer
-from gradoverride._core.record import records
+from gradoverride._core.record import refresh_all
 from gradoverride._core.targets import BASE, RECORD, Class, class_of, family
 from gradoverride.errors import GradOverrideWarning, UnsupportedError
 
@@ -184,8 +184,7 @@ def refresh() -> None:
             _unwatch(cls)
         for cls in watched - _watched.keys():
             _watch(cls)
-        for record in list(records):
-            record.refresh()
+        refresh_all()
         everywhere.forget_compiled()
 
 

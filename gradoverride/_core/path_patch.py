@@ -27,7 +27,7 @@ from gradoverride._core.layers import FunctionLayer, FunctionRule
 from gradoverride._core.paths import PENDING, parts_of
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import fail
-from gradoverride._core.record import records
+from gradoverride._core.record import refresh_all
 from gradoverride._core.residuals import save_for_backward
 from gradoverride._core.signature import Forward, Made, Rule, kind_of, resolve
 from gradoverride._core.wrapper import make_wrapper
@@ -136,8 +136,7 @@ class _Replacement:
     def _tell(self) -> None:
         """What was made of the function before is made anew."""
         if self.in_class:
-            for record in list(records):
-                record.refresh()
+            refresh_all()
         everywhere.forget_compiled()
 
     def _step(self, layer: FunctionLayer, scoped: bool, beneath: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from typing import Any
 
@@ -12,7 +13,7 @@ from gradoverride._core.chain import chain_of, links
 from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.tally import Tally
 
-__all__ = ["ModuleTally", "Record", "records"]
+__all__ = ["ModuleTally", "Record", "refresh_all"]
 
 
 class ModuleTally(Tally):
@@ -49,8 +50,9 @@ class Record:
         self.tally = tally
         self.called = called
         self.plain = plain
-        self.refresh()
-        records.add(self)
+        with _lock:
+            self.refresh()
+            _records.add(self)
 
     def refresh(self) -> None:
         """Look again at what is in force everywhere, and at the forward of the class."""
@@ -78,7 +80,15 @@ class Record:
         return _record_again, (self.base, self.layers, self.functions, self.called, self.plain)
 
 
-records: weakref.WeakSet[Record] = weakref.WeakSet()
+_records: weakref.WeakSet[Record] = weakref.WeakSet()
+_lock = threading.RLock()  # a set lets nothing be added while it is gone through
+
+
+def refresh_all() -> None:
+    """Have all modules that are overridden look again at what is in force everywhere."""
+    with _lock:
+        for record in list(_records):
+            record.refresh()
 
 
 def _record_again(

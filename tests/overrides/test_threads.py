@@ -305,6 +305,28 @@ def test_rule_of_the_whole_process_holds_in_threads_while_others_come_and_go(tar
     assert not wrong
 
 
+@NEVER_RAN
+def test_modules_are_overridden_while_another_thread_overrides_a_class():
+    model = nn.Sequential(*[nn.Tanh() for _ in range(100)])
+    before = seen(model)
+    sys.setswitchinterval(1e-6)
+    stop = threading.Event()
+
+    def modules():
+        while not stop.is_set():
+            go.override(model, {nn.Tanh: doubled}).remove()
+
+    def everywhere():
+        try:
+            for _ in range(60):
+                go.override({nn.ReLU: doubled}).remove()
+        finally:
+            stop.set()
+
+    together(modules, everywhere)
+    assert seen(model) == before
+
+
 class Scale(nn.Module):
     """Calls `meanwhile` inside of its forward: there another thread may be."""
 
