@@ -372,9 +372,12 @@ class TestFunction:
     def test_one_rule_several_times_and_in_a_model_too(self, x):
         model = nn.Sequential(nn.ReLU(), Other())
         plain = gradient(model, x)
-        with go.override({F.relu: doubled}), go.override(model, {F.relu: doubled}):
-            with go.override({nn.ReLU: tripled, F.relu: doubled}):
-                closely(gradient(model, x), 2 * 2 * 3 * 2 * 2 * 2 * plain)
+        with (
+            go.override({F.relu: doubled}),
+            go.override(model, {F.relu: doubled}),
+            go.override({nn.ReLU: tripled, F.relu: doubled}),
+        ):
+            closely(gradient(model, x), 2 * 2 * 3 * 2 * 2 * 2 * plain)
 
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
     def test_compiled(self, x, backend):

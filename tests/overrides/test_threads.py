@@ -277,7 +277,7 @@ def test_override_of_a_class_leaves_the_tuples_alone_that_other_threads_are_maki
     together(make_tuples, make_tuples, make_tuples, override)
 
 
-@pytest.mark.parametrize("target, other", [(nn.Tanh, nn.ReLU), (torch.tanh, torch.relu)], ids=["class", "function"])
+@pytest.mark.parametrize(("target", "other"), [(nn.Tanh, nn.ReLU), (torch.tanh, torch.relu)], ids=["class", "function"])
 def test_rule_of_the_whole_process_holds_in_threads_while_others_come_and_go(target, other):
     x = noise(3)
     plain = gradient(nn.Tanh(), x)
