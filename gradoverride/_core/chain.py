@@ -129,7 +129,8 @@ def chain_of(base: Any, found: Links) -> Chain:
     rules = (*found.rules, *[key.rule for key in (*found.scope, *found.quiet)])
     if not rules:
         return Chain(base, innermost, found)
-    key = (Chain, base, innermost, found.rules, found.scope, found.quiet)
+    # By identity, as long as the chain has it: see `bare_forward`.
+    key = (Chain, base, id(innermost), found.rules, found.scope, found.quiet)
     return passing(rules).once(key, lambda: Chain(base, innermost, found))
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
 from collections.abc import Collection
@@ -35,11 +36,17 @@ functions: list[FunctionLayer] = []
 originals: dict[Any, Any] = {}  # by forward that was put on a class: the one that it replaced
 derived_from: dict[Any, Any] = {}  # by forward of a class of overridden modules: the class that it is derived from
 inert: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # the same of what does nothing any more
+_given: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()  # by class, see `bare_forward`
 
 
 def bare_forward(cls: Any) -> Any:
-    """The forward of a class without ours."""
+    """The forward of a class without ours. As long as it is that, the same object."""
     forward = cls.forward
+    if type(forward) is not FunctionType:  # wrapt gives a new object each time, which compares equal to what is within
+        standing = inspect.getattr_static(cls, "forward")
+        if cls not in _given or _given[cls][0] is not standing:
+            _given[cls] = standing, forward
+        return _given[cls][1]
     base = derived_from.get(forward)
     if base is not None:  # others have derived theirs from a class of overridden modules
         return bare_forward(base)
@@ -67,7 +74,7 @@ def without_inert(value: Any) -> Any:
     meantime has put it back.
     """
     function = getattr(value, "__func__", value)
-    original = inert.get(function) if isinstance(function, FunctionType) else None
+    original = inert.get(function) if type(function) is FunctionType else None  # what wrapt makes is equal to one
     return value if original is None or type(original) is not type(value) else without_inert(original)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import wrapt
 from oracles import closely, exactly, noise
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -375,6 +376,34 @@ def test_wrap_around_an_override_is_outside_of_it(x):
     with go.override(module, {module: doubled}):
         hooked(module, lambda result: 5 * result)
         closely(gradient(module, x), 10 * plain)
+
+
+def test_wraps_of_the_forward_of_a_class_by_wrapt_stay_around_an_override(x):
+    """What wrapt puts there compares equal to what it wraps, and is another object each time that it is asked for."""
+
+    class Own(nn.Linear):
+        def forward(self, input):
+            return super().forward(input)
+
+    def wrap(factor):
+        wrapt.wrap_function_wrapper(Own, "forward", lambda wrapped, _, args, kwargs: factor * wrapped(*args, **kwargs))
+
+    module = Own(3, 3).double()
+    plain = gradient(module, x)
+    with go.override(module, {module: doubled}):
+        closely(gradient(module, x), 2 * plain)
+        for factor in (5, 7):
+            wrap(factor)
+            plain *= factor
+            closely(gradient(module, x), 2 * plain)
+    closely(gradient(module, x), plain)
+    with go.override({Own: doubled}):
+        wrap(11)
+        closely(gradient(module, x), 11 * 2 * plain)
+        with go.override(module, {module: tripled}):
+            closely(gradient(module, x), 3 * 11 * 2 * plain)
+    with go.override(module, {module: tripled}):
+        closely(gradient(module, x), 3 * 11 * plain)
 
 
 @pytest.mark.parametrize("state", ["wrapped", "wrapped and unwrapped"])
