@@ -205,11 +205,17 @@ class Carry(Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return tuple([tensor.new_empty(()).expand(tensor.shape) for tensor in tensors])
+        return tuple([_carrier(tensor) for tensor in tensors])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return grads
+
+
+def _carrier(tensor: Tensor) -> Tensor:
+    if tensor.layout is torch.strided:
+        return tensor.new_empty(()).expand(tensor.shape)
+    return tensor.detach()  # nothing is expanded to a sparse or a jagged one
 
 
 class TracedCut(Function):

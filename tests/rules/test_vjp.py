@@ -176,6 +176,32 @@ def test_nested_argument_beside_another_gives_a_tuple(pack):
     closely(tensors_in(grad_nested), [(scale * b).detach(), (scale * a).detach()])
 
 
+# name: (what is built of three values, the forward)
+LAYOUTS = {
+    "jagged": (
+        lambda values: torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 1, 3])),
+        lambda jagged: jagged.square().values(),
+    ),
+    "COO": (
+        lambda values: torch.sparse_coo_tensor([[0, 1, 2], [1, 2, 0]], values, (3, 3), check_invariants=True),
+        lambda sparse: torch.sparse.mm(sparse, torch.eye(3, dtype=sparse.dtype)).square(),
+    ),
+    "CSR": (
+        lambda values: torch.sparse_csr_tensor([0, 1, 2, 3], [1, 2, 0], values, (3, 3), check_invariants=True),
+        lambda sparse: torch.sparse.mm(sparse, torch.eye(3, dtype=sparse.dtype)).square(),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
+@pytest.mark.parametrize("rule", [pass_on, pass_on_by_name], ids=["vjp", "by_name"])
+@pytest.mark.parametrize(("build", "forward"), LAYOUTS.values(), ids=LAYOUTS)
+def test_jagged_or_sparse_argument_with_a_history_has_its_gradient(build, forward, rule):
+    values = noise(3)
+    (grad,) = torch.autograd.grad(decorate(rule, forward)(build(values)).sum(), values)
+    closely(grad, 2 * values.detach())
+
+
 @pytest.mark.parametrize("rule", [pass_on, pass_on_by_name], ids=["vjp", "by_name"])
 @pytest.mark.parametrize(
     ("forward", "inputs"),
