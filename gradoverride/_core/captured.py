@@ -7,11 +7,13 @@ without a word. Only when that happens are the names looked up.
 from __future__ import annotations
 
 import functools
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set, ValuesView
 from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from gradoverride._core import scan
@@ -20,7 +22,7 @@ from gradoverride._core.private import evaluated_while_tracing, fail, note_while
 from gradoverride._core.reach import SCALARS
 from gradoverride.errors import CapturedTensorError
 
-__all__ = ["captured_names", "foreign_leaf", "refuse", "requires_grad", "tensors_in"]
+__all__ = ["captured_names", "foreign_leaf", "is_gone", "refuse", "requires_grad", "tensors_in"]
 
 
 def requires_grad(tensor: Tensor) -> bool:
@@ -42,6 +44,29 @@ def foreign_leaf(results: list[Tensor], known: set[int], stops: set[Any]) -> Ten
         if id(leaf) not in known:
             return leaf
     return None
+
+
+def is_gone(leaf: Tensor) -> bool:
+    """Whether nothing but the graph has this leaf: the forward made it, a first state say, and let it go. What would be
+    added to its `grad` nobody could see.
+    """
+    if leaf._backward_hooks or leaf._post_accumulate_grad_hooks:  # they would
+        return False
+    return sys.getrefcount(leaf) <= _references_of_one_gone()
+
+
+@functools.cache
+def _references_of_one_gone() -> int:
+    """Those of such a leaf, which versions of Python and torch count differently."""
+
+    def references(leaf: Tensor) -> int:
+        return sys.getrefcount(leaf)
+
+    with torch.enable_grad():
+        results = [torch.zeros(1, requires_grad=True).exp()]
+    leaf = foreign_leaf(results, set(), set())
+    assert leaf is not None, "it is in no other graph"
+    return references(leaf)
 
 
 def foreign_while_tracing(results: Sequence[Tensor], known: Sequence[Tensor]) -> bool:

@@ -381,11 +381,14 @@ class ForwardPass:
             call.graph.stops(known, stops)
         # Of an alias that the forward told to require grad none is lost.
         known |= {id(alias) for alias, leaf in zip(aliases, self.leaves, strict=False) if alias is not leaf}
-        leaf = captured.foreign_leaf(tracked, known, stops)
-        if leaf is not None:
+        gone = []
+        while (leaf := captured.foreign_leaf(tracked, known, stops)) is not None:
             arguments = zip(call.names, self.values, strict=True)
             names = ", ".join(captured.captured_names(forward.fn, leaf, self.receiver, arguments))
-            captured.refuse(forward.who, names, leaf)
+            if names or not captured.is_gone(leaf):
+                captured.refuse(forward.who, names, leaf)
+            gone.append(leaf)  # its id stays its own
+            known.add(id(leaf))
 
     def _tie(self, aliases: list[Tensor], outs: list[Tensor], residuals: dict[str, Any]) -> Any:
         """Hand the tensors to the Function, and put its results into the structure of the forward's."""

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 import types
 
 import pytest
@@ -202,20 +203,84 @@ def test_frozen_teacher_in_a_closure_is_no_error():
     assert x.grad.item() == 7.0
 
 
-def test_tensor_that_the_forward_makes_is_refused_with_its_way_out():
+def energy_step(x):
+    with torch.enable_grad():
+        z = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad((z**3).sum(), z, create_graph=True)
+    return 2 * x - 0.1 * slope
+
+
+def from_first_states(x):
+    state, offset = torch.zeros(1, dtype=torch.float64).requires_grad_(), torch.ones(1, dtype=torch.float64)
+    return (x * 2 + state).sin() + offset.requires_grad_()
+
+
+MADE_WITHIN = {"energy": (energy_step, 2.0), "first states": (from_first_states, 2 * math.cos(4.0))}
+
+
+@pytest.mark.parametrize("made", MADE_WITHIN)
+def test_tensor_that_the_forward_makes_and_lets_go_is_no_error(made):
+    step, slope = MADE_WITHIN[made]
+    x = float64(2.0)
+    rule = go.custom_backward(lambda grad_output: grad_output * 5)(step)
+    assert torch.equal(rule(x), step(x))
+    assert torch.autograd.grad(rule(x), x)[0].item() == 5.0
+    doubled = go.custom_backward(lambda grad_output, vjp: vjp(grad_output * 2))(step)
+    assert torch.autograd.grad(doubled(x), x)[0].item() == pytest.approx(2 * slope)
+
+
+def test_module_that_starts_from_a_state_of_its_own_may_be_overridden():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.GRU(2, 3, dtype=torch.float64)
+
+        def forward(self, x):
+            start = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+            return self.cell(x, start)[0]
+
+    torch.manual_seed(0)
+    model = Recurrent()
+    x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *model.parameters()]
+    plain = torch.autograd.grad(model(x).square().sum(), wanted)
+    with go.override(model, {model: lambda grad_output, vjp: vjp(grad_output)}):
+        y = model(x)
+    for found, expected in zip(torch.autograd.grad(y.square().sum(), wanted), plain, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+class Keeper:
+    def __init__(self):
+        self.kept = [[[[]]]]  # too deep for its name to be found
+
+
+@pytest.mark.parametrize("vjp", [False, True])
+@pytest.mark.parametrize("how", ["kept", "hooked", "returned"])
+def test_tensor_that_the_forward_makes_and_that_something_else_has_is_refused_with_its_way_out(how, vjp):
+    keeper = Keeper()
+
     def step(x, end=lambda slope: slope):
         with torch.enable_grad():
             z = x.detach().requires_grad_()
             (slope,) = torch.autograd.grad((z**3).sum(), z, create_graph=True)
-        return x - 0.1 * end(slope)
+        if how == "kept":
+            keeper.kept[0][0][0].append(z)
+        if how == "hooked":
+            z.register_hook(print)
+        result = x - 0.1 * end(slope)
+        return (result, end(z)) if how == "returned" else result
 
-    rule = go.custom_backward(lambda grad_output: grad_output * 5)
+    rule = go.custom_backward(
+        (lambda grad_output, vjp: vjp(grad_output)) if vjp else (lambda grad_output: torch.full((1,), 5.0))
+    )
     text = r"a tensor of shape \(1,\) that requires grad .* or made one itself.* detach\(\) what it computes from it$"
     with pytest.raises(go.CapturedTensorError, match=text):
         rule(step)(float64(2.0))
     x = float64(2.0)
-    rule(lambda x: step(x, torch.detach))(x).backward()
-    assert x.grad.item() == 5.0
+    result = rule(lambda x: step(x, torch.detach))(x)
+    (result[0] if how == "returned" else result).backward()
+    assert x.grad.item() == (1.0 if vjp else 5.0)
 
 
 # Tensors within an argument that is an object
