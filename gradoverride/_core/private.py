@@ -5,8 +5,8 @@ right, only slower; where there is none, what needs it is refused. `tests/core/t
 fallbacks too.
 
 Elsewhere are those alone that everybody's code reads: the tables of a module (`_parameters`, `_buffers`, `_modules`),
-and the `_version`, `_is_view()` and two kinds of hooks of a tensor; the names of torch's modules where code is read; and
-`_is_replica`, in `forward_pass.py`, for Dynamo guards each constant of a module.
+and the `_version`, `_is_view()` and two kinds of hooks of a tensor; the names of torch's modules where code is read;
+and `_is_replica`, in `forward_pass.py`, for Dynamo guards each constant of a module.
 """
 
 from __future__ import annotations

@@ -1159,3 +1159,34 @@ def test_gradient_of_another_structure_is_refused_with_the_one_that_is_wanted():
     result = forward(float64(1.0, 2.0))
     with pytest.raises(go.RuleResultError, match=r"result, pair\(\*, \*\) with a .* it got a tuple of 2 "):
         sum(result).sum().backward()
+
+
+# Tensors of other layouts, with a history of their own
+
+
+def test_sparse_matrix_that_was_computed_has_the_gradients_of_the_plain_call():
+    indices = torch.tensor([[0, 1, 2], [1, 0, 2]])
+    values, dense = noise(3), noise(3, 2)
+
+    def gradients(multiply):
+        matrix = torch.sparse_coo_tensor(indices, values, (3, 3), check_invariants=True)
+        return torch.autograd.grad(multiply(matrix, dense).square().sum(), [values, dense])
+
+    closely(gradients(decorate(pass_on, torch.sparse.mm)), gradients(torch.sparse.mm))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("target", [nn.Linear, nn.GELU, F.linear, nn.Sequential])
+def test_nested_tensors_of_jagged_layout_have_the_gradients_of_the_plain_model(target):
+    parts = [noise(2, 3), noise(4, 3)]
+    model = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 2)).double()
+    wanted = [*parts, *model.parameters()]
+
+    def gradients():
+        nested = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+        result = model(nested)
+        return torch.autograd.grad(sum(part.square().sum() for part in result.unbind()), wanted)
+
+    plain = gradients()
+    with go.override(model, {model if target is nn.Sequential else target: pass_on}):
+        closely(gradients(), plain)
