@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gradoverride._core.functions import is_of_torch, name_of_function
+from gradoverride._core.paths import way_to_apply
 from gradoverride._core.scan import location
 from gradoverride._core.signature import RESERVED, Rule, kind_of, name_of, takes
 from gradoverride._core.targets import Class, Entry, Function, Glob, ImportPath, Instance, Predicate, Target
@@ -151,7 +152,9 @@ def read_target(value: Any) -> Target:
         return ImportPath(value) if ":" in value else Glob(value)
     if isinstance(value, type):
         if not issubclass(value, nn.Module):
-            raise TargetError(f"a class as a target must be one of modules; got the class '{value.__name__}'")
+            raise TargetError(
+                f"a class as a target must be one of modules; got the class '{value.__name__}'{way_to_apply(value)}"
+            )
         return Class(value)
     if callable(value) and get_origin(value) is None:  # list[int] can be called too
         return _read_function(value)
@@ -186,6 +189,9 @@ def _read_function(value: Any) -> Target:
 
 def _what_else(value: Any, own: bool) -> str:
     """What a function is that can be no target, and what to give instead."""
+    way = way_to_apply(getattr(value, "__self__", None))
+    if way:
+        return f"that of an autograd.Function{way}"
     if own:
         return "one of torch that no override can see. Give the module that calls it"
     if isinstance(value, functools.partial) and name_of_function(value.func) is not None:

@@ -1,8 +1,8 @@
 """A function that an import path names, under rules.
 
 A plain function stands in its place (Dynamo would see through a proxy of wrapt), in the module, and in each module that
-has imported it by name. When the rules are gone it is taken out again; where somebody has kept it, it calls the
-original.
+has imported it by name, or has a method that was bound to it (`spike = Spike.apply`). When the rules are gone it is
+taken out again; where somebody has kept it, it calls the original.
 """
 
 from __future__ import annotations
@@ -14,8 +14,16 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from types import CellType, ClassMethodDescriptorType, FrameType, FunctionType, ModuleType
-from typing import Any
+from types import (
+    BuiltinMethodType,
+    CellType,
+    ClassMethodDescriptorType,
+    FrameType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+)
+from typing import Any, NamedTuple
 
 from torch.autograd import Function
 from torch.compiler import is_dynamo_compiling as compiling
@@ -24,7 +32,7 @@ from gradoverride._core import everywhere, scan
 from gradoverride._core.function_mode import count, here, note_unrecorded
 from gradoverride._core.imports import resolve_path
 from gradoverride._core.layers import FunctionLayer, FunctionRule
-from gradoverride._core.paths import PENDING, parts_of
+from gradoverride._core.paths import PENDING, parts_of, way_to_apply
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import fail
 from gradoverride._core.record import refresh_all
@@ -46,10 +54,19 @@ def check_path(path: str, value: Any, rule: Rule) -> None:
     if isinstance(inner, type) or not callable(inner):
         raise TargetError(
             f"override of path '{path}': it must name a function, a method or a class of modules; it names "
-            f"{kind_of(inner)}"
+            f"{kind_of(inner)}{way_to_apply(inner)}"
         )
-    attribute = path.partition(":")[2]
+    module_name, attribute = parts_of(path)
+    parent, name, _ = resolve_path(sys.modules[module_name], attribute)
+    if _is_of_autograd(parent) and name in _CALLED_BY_APPLY:
+        raise TargetError(
+            f"override of path '{path}': it must name what is called for a gradient; '{name}' of an autograd.Function "
+            f"is called by torch, which takes the gradient of the whole{way_to_apply(parent)}"
+        )
     check_names(_forward(value, attribute, in_class="." in attribute), rule)
+
+
+_CALLED_BY_APPLY = ("forward", "backward", "setup_context", "vmap", "jvp", "vjp")
 
 
 def check_names(forward: Forward, rule: Rule) -> None:
@@ -82,6 +99,22 @@ def _anywhere(layer: FunctionLayer, above: Callable[..., Any], _: Callable[..., 
     return step
 
 
+class _Form(NamedTuple):
+    """What others may have of a function, and what of ours."""
+
+    theirs: Any
+    ours: Any
+
+
+class _Place(NamedTuple):
+    """Where something stands under a name, in its own right or inherited."""
+
+    holder: Any
+    name: str
+    own: bool
+    value: Any
+
+
 class _Replacement:
     """Our function where another stands, and the rules in force on it."""
 
@@ -95,11 +128,11 @@ class _Replacement:
         self.kind = _kind(self.original)
         self.function = _within(self.original)
         self.in_class = isinstance(parent, type)
-        self.places: list[tuple[Any, str, bool]] = [(parent, name, name in vars(parent))]
-        for value in [self.original] if standing is self.original else [self.original, standing]:
-            self.places += [place for place in _named_so(value) if place[:2] != (parent, name)]
+        theirs = [self.original, *self._other_forms()]
+        self.places = [_Place(parent, name, name in vars(parent), self.original)]
+        self.places += [place for place in _named_so([*theirs, standing]) if place[:2] != (parent, name)]
         if standing is self.original:
-            self._warn_of_others()
+            self._warn_of_others(theirs)
         self.backward = _Backward(path, parent) if name == "apply" and _is_of_autograd(parent) else None
 
         run = self.function
@@ -115,9 +148,11 @@ class _Replacement:
 
         functools.update_wrapper(stand_in, self.function, updated=())
         self.stand_in: Any = stand_in if self.kind is None else self.kind(stand_in)
+        self.forms = [_Form(value, self._ours(value, stand_in)) for value in theirs]
+        ours = {id(standing): self.stand_in, **{id(form.theirs): form.ours for form in self.forms}}
         try:
-            for place, attribute, _ in self.places:
-                setattr(place, attribute, self.stand_in)
+            for place in self.places:
+                setattr(place.holder, place.name, ours[id(place.value)])
         except BaseException:  # a module may let nothing be set
             self.take_out()
             raise
@@ -147,30 +182,48 @@ class _Replacement:
         step = (_in_models if scoped else _anywhere)(layer, make_wrapper(plan, beneath), beneath)
         return functools.update_wrapper(step, beneath, updated=())
 
+    def _other_forms(self) -> list[Any]:
+        """Of one in a class: the function of a static method, and methods that were bound when they were looked up."""
+        if not self.in_class:
+            return []
+        if self.kind is staticmethod:
+            return [self.function]
+        in_c = isinstance(self.original, ClassMethodDescriptorType)  # which its methods do not lead to
+        found = gc.get_referrers(*_derived(self.parent) if in_c else [self.function])
+        bound = [value for value in found if isinstance(value, (MethodType, BuiltinMethodType))]
+        name = self.function.__name__
+        return [one for one in bound if one.__name__ == name and self.parent in _classes_of(one.__self__)]
+
+    def _ours(self, theirs: Any, stand_in: Any) -> Any:
+        if theirs is self.original:
+            return self.stand_in
+        return stand_in if theirs is self.function else MethodType(stand_in, theirs.__self__)
+
     def inherits(self, base: _Replacement) -> bool:
         """Whether ours stands where the name had what it has in a class that this one is derived from."""
-        inherited = self.in_class and self.original is base.original and not self.places[0][2]
+        inherited = self.in_class and self.original is base.original and not self.places[0].own
         return inherited and self is not base and issubclass(self.parent, base.parent)
 
     def take_out(self) -> None:
         """Put the original back wherever ours stands."""
         self.set(())
         everywhere.inert[getattr(self.stand_in, "__func__", self.stand_in)] = self.original
-        original = everywhere.without_inert(self.original)
-        for place, attribute, own in [*self.places, *_named_so(self.stand_in)]:
-            if vars(place).get(attribute) is not self.stand_in:
+        theirs = {id(form.ours): everywhere.without_inert(form.theirs) for form in self.forms}
+        for place in [*self.places, *_named_so([form.ours for form in self.forms])]:
+            found = id(vars(place.holder).get(place.name))
+            if found not in theirs:
                 continue  # somebody has put another one there
-            if own:
-                setattr(place, attribute, original)
+            if place.own:
+                setattr(place.holder, place.name, theirs[found])
             else:
-                delattr(place, attribute)
+                delattr(place.holder, place.name)
         if self.backward is not None:
             self.backward.take_out()
         self._tell()
 
-    def _warn_of_others(self) -> None:
+    def _warn_of_others(self, theirs: list[Any]) -> None:
         """What holds the function otherwise than by a name of a module goes on calling it."""
-        others = sorted(set(_holders(self.original, [place for place, _, _ in self.places])))
+        others = sorted(set(_holders(theirs, [place.holder for place in self.places])))
         if others:
             warnings.warn(
                 f"override of path '{self.path}': it is also held by {', '.join(others)}; what is called through that "
@@ -251,21 +304,36 @@ def _within(value: Any) -> Any:
     return value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
 
 
-def _named_so(value: Any) -> Iterator[tuple[Any, str, bool]]:
-    """The modules that have `value` under some name."""
+def _classes_of(receiver: Any) -> tuple[type, ...]:
+    return (receiver if isinstance(receiver, type) else type(receiver)).__mro__
+
+
+def _derived(cls: Any) -> Iterator[Any]:
+    yield cls
+    for derived in cls.__subclasses__():
+        yield from _derived(derived)
+
+
+def _named_so(values: Sequence[Any]) -> Iterator[_Place]:
+    """Where modules have one of `values` under some name."""
+    known = set(map(id, values))
     modules: list[tuple[str, Any]] = list(sys.modules.items())
     for name, module in modules:
         if isinstance(module, ModuleType) and name.partition(".")[0] != "gradoverride":
             for attribute, found in list(vars(module).items()):
-                if found is value:
-                    yield module, attribute, True
+                if id(found) in known:
+                    yield _Place(module, attribute, True, found)
 
 
-def _holders(value: Any, known: list[Any]) -> Iterator[str]:
-    """What else holds a function, in words."""
+def _holders(values: list[Any], known: list[Any]) -> Iterator[str]:
+    """What else holds a function, or another form of it, in words."""
     modules = [id(vars(place)) for place in known if isinstance(place, ModuleType)]
     classes = [vars(cls).keys() for place in known if isinstance(place, type) for cls in place.__mro__]
-    for holder in gc.get_referrers(value):
+    for holder in gc.get_referrers(*values):
+        if holder is values or any([holder is value for value in values]):  # a form holds another
+            continue
+        if classes and isinstance(holder, MethodType):  # of an object of another class that has the function
+            continue
         if id(holder) in modules or isinstance(holder, FrameType) or _is_ours(holder):
             continue
         if isinstance(holder, CellType):
@@ -275,7 +343,7 @@ def _holders(value: Any, known: list[Any]) -> Iterator[str]:
                 yield "a closure"
         elif isinstance(holder, dict):
             # A class has its names in a dict that is not to be had; whoever wraps it holds it in a closure as well.
-            if holder.keys() not in classes and holder.get("__wrapped__") is not value:
+            if holder.keys() not in classes and all([holder.get("__wrapped__") is not value for value in values]):
                 yield "a dict"
         elif isinstance(holder, (list, tuple, set)):
             if any([isinstance(owner, (_CACHED, Made)) for owner in gc.get_referrers(holder)]):

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from torch.autograd import Function
+
 from gradoverride._core.imports import on_import, resolve_path
 from gradoverride.errors import GradOverrideError, GradOverrideWarning, TargetError, TargetNotFoundError
 
-__all__ = ["PENDING", "find", "parts_of", "when_imported"]
+__all__ = ["PENDING", "find", "parts_of", "way_to_apply", "when_imported"]
 
 PENDING = object()
 """What a path names whose module has not been imported yet."""
@@ -49,6 +51,15 @@ def parts_of(path: str) -> tuple[str, str]:
             f"'{path}'. {_OR_A_GLOB}"
         )
     return module_name, attribute
+
+
+def way_to_apply(value: Any) -> str:
+    """What to say of an `autograd.Function` where it is no target."""
+    if not (isinstance(value, type) and issubclass(value, Function)):
+        return ""
+    if "<locals>" in value.__qualname__:
+        return ". Override the module that calls its apply"
+    return f". Give the path of its apply: '{value.__module__}:{value.__qualname__}.apply'"
 
 
 _OR_A_GLOB = "(In a glob over the names of a model's modules, write '?' for a colon)"

@@ -61,6 +61,14 @@ SOURCE = {
         def spike(x):
             return Spike.apply(x, 0.5)
 
+        fire = Spike.apply
+        still = Block.still
+        of_class = Derived.of_class
+        step = Block().step
+
+        def by_another_name(name, x):
+            return globals()[name](x)
+
         class Spiking(nn.Module):
             def forward(self, x):
                 return spike(x)
@@ -76,6 +84,9 @@ SOURCE = {
         class Model(Block):
             def forward(self, x):
                 return cube(x)
+    """,
+    "borrowers": """
+        from thirdparty.functions import of_class, step, still
     """,
     "late": """
         from thirdparty.functions import cube as renamed
@@ -246,6 +257,45 @@ class TestMethod:
             closely(gradient(functions.Derived().step, x), 2 * plain)
         assert "step" not in vars(functions.Derived)
 
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize("scoped", [False, True], ids=["process", "model"])
+    @pytest.mark.parametrize("name", ["still", "of_class", "step"])
+    def test_is_reached_by_the_name_that_a_module_has_for_it(self, functions, x, name, scoped, compiled):
+        class Model(nn.Module):
+            def forward(self, x):
+                return functions.by_another_name(name, x)
+
+        model = Model()
+        before = getattr(functions, name)
+        plain = gradient(model, x)
+        called = torch.compile(model, backend="aot_eager") if compiled else model
+        rules = {f"thirdparty.functions:Block.{name}": doubled}
+        with go.override(model, rules) if scoped else go.override(rules):
+            import thirdparty.borrowers
+
+            closely(gradient(called, x), 2 * plain)
+            if not scoped:
+                closely(gradient(getattr(thirdparty.borrowers, name), x), 2 * plain)
+        assert getattr(functions, name) is before is getattr(thirdparty.borrowers, name)
+        closely(gradient(called, x), plain)
+
+    def test_of_another_class_keeps_its_own_under_other_names(self, functions, x):
+        functions.of_block = functions.Block.of_class
+        plain = gradient(functions.of_block, x)
+        with go.override({"thirdparty.functions:Derived.of_class": doubled}):
+            exactly(gradient(functions.of_block, x), plain)
+            closely(gradient(functions.of_class, x), 2 * plain)
+
+    @pytest.mark.parametrize("name", ["still", "of_class", "step"])
+    def test_what_somebody_holds_besides_is_warned_of(self, functions, x, name):
+        kept = {name: getattr(functions.Block(), name)}
+        text = f"path 'thirdparty.functions:Block.{name}': it is also held by a dict; what is called through that"
+        with pytest.warns(go.GradOverrideWarning, match=text):
+            handle = go.override({f"thirdparty.functions:Block.{name}": doubled})
+        gradient(getattr(functions, name), x)
+        handle.remove()
+        exactly(gradient(kept[name], x), gradient(getattr(functions, name), x))
+
 
 class TestApplyOfAFunction:
     """A surrogate gradient in somebody's package, which is named by its `apply`."""
@@ -263,6 +313,45 @@ class TestApplyOfAFunction:
             assert [row.calls for row in plan.table] == ["1"]
         assert dict(vars(functions.Spike)) == before
         exactly(gradient(model, x), plain)
+
+    def test_is_reached_by_the_name_that_a_module_has_for_it(self, functions, users, x):
+        users.fire = functions.fire
+        plain = gradient(functions.fire, x)
+        with go.override({self.SPIKE: tripled_first}):
+            for module in (functions, users):
+                closely(gradient(module.fire, x), 3 * plain)
+                closely(gradient(lambda x: module.fire(x, 0.5), x), 3 * plain)  # noqa: B023
+        assert functions.fire is users.fire
+        exactly(gradient(functions.fire, x), plain)
+
+    def test_what_somebody_holds_besides_is_warned_of(self, functions, x):
+        layer = nn.Module()
+        layer.fire = functions.Spike.apply
+        with pytest.warns(go.GradOverrideWarning, match=r"it is also held by an? (object|dict)"):
+            handle = go.override({self.SPIKE: tripled_first})
+        gradient(functions.spike, x)
+        handle.remove()
+
+    @pytest.mark.parametrize("name", ["forward", "backward"])
+    def test_is_what_must_be_named_of_it(self, functions, name):
+        text = rf"'{name}' of an autograd.Function is called by torch, .* path of its apply: '{self.SPIKE}'$"
+        with pytest.raises(go.TargetError, match=text):
+            go.override({f"thirdparty.functions:Spike.{name}": doubled})
+
+    def test_is_told_of_where_the_function_itself_is_named(self, functions):
+        way = f"Give the path of its apply: '{self.SPIKE}'$"
+        with pytest.raises(go.TargetError, match=f"it names the class 'Spike'. {way}"):
+            go.override({"thirdparty.functions:Spike": doubled})
+        with pytest.raises(go.TargetError, match=f"must be one of modules; got the class 'Spike'. {way}"):
+            go.override({functions.Spike: doubled})
+        with pytest.raises(go.TargetError, match=f"is that of an autograd.Function. {way}"):
+            go.override({functions.Spike.apply: doubled})
+
+        class Local(torch.autograd.Function):
+            pass
+
+        with pytest.raises(go.TargetError, match=r"got the class 'Local'. Override the module that calls its apply$"):
+            go.override({Local: doubled})
 
     def test_has_an_entry_for_each_of_its_arguments(self, functions, x):
         with go.override({self.SPIKE: lambda grad_output: (5 * grad_output, None)}):
