@@ -16,7 +16,8 @@
 
 Alike in all of them:
 
-- Values are rounded to the nearest, halves to even, and are those of the levels to the last bit of the dtype.
+- Values are rounded to the nearest, halves to even, and are those of the levels to the last bit of the dtype. Half
+  precision is computed in float32: it cannot tell which of many levels is nearest.
 - Scales, steps and bounds are numbers, or tensors that broadcast to the shape of x: one for each channel of a weight
   (results, inputs) has the shape (results, 1). What learns them must keep them larger than 0.
 - The result has the dtype of x, whatever that of its scale is.
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradoverride._core.options import check, check_broadcasts, check_dim, is_integer, is_number
+from gradoverride._core.precision import wide
 from gradoverride._core.private import fail
 from gradoverride._core.signature import writes_nothing
 from gradoverride.decorators import custom_backward, straight_through
@@ -84,7 +86,7 @@ def fake_quantize(
 
     Bounds and order are those of `torch.fake_quantize_per_tensor_affine`, and so is where the gradient passes: up to
     half a step beyond the ends, for that is still rounded to them. (In TensorFlow, and in `lsq`, it passes up to the
-    ends alone.) That function takes 1 / scale in float32; this one divides, in the dtype of x.
+    ends alone.) That function takes 1 / scale in float32; this one divides, in float32 or float64.
 
     `scale` is larger than 0, `zero_point` an integer within the bounds. Neither gets a gradient: a tensor that requires
     one is an error.
@@ -113,7 +115,7 @@ def fake_quantize(
 def _fake_quantize_backward(
     grad_output: Tensor, x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int
 ) -> Tensor:
-    level = (x / scale).round_().add_(zero_point)
+    level = _level(x, scale, zero_point)
     grad_x: Tensor = _aten.hardtanh_backward(grad_output.to(level.dtype), level, quant_min - 0.5, quant_max + 0.5)
     return grad_x.to(x.dtype)
 
@@ -125,15 +127,20 @@ def _fake_quantize_by_tensors_backward(
     return _fake_quantize_backward(grad_output, x, scale, zero_point, quant_min, quant_max), None, None
 
 
+def _level(x: Tensor, scale: Any, zero_point: Any) -> Tensor:
+    level: Tensor = (wide(x) / scale).round_().add_(zero_point)
+    return level
+
+
 @custom_backward(_fake_quantize_backward)
 def _fake_quantize(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
-    level = F.hardtanh_((x / scale).round_().add_(zero_point), quant_min, quant_max)
-    return level.sub_(zero_point).mul_(scale)
+    level = F.hardtanh_(_level(x, scale, zero_point), quant_min, quant_max)
+    return level.sub_(zero_point).mul_(scale).to(x.dtype)
 
 
 @custom_backward(_fake_quantize_by_tensors_backward)
 def _fake_quantize_by_tensors(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    level = F.hardtanh_((x / scale).round_().add_(zero_point), quant_min, quant_max)
+    level = F.hardtanh_(_level(x, scale, zero_point), quant_min, quant_max)
     return level.sub_(zero_point).mul_(scale).to(x.dtype)
 
 
@@ -181,7 +188,7 @@ def lsq(x: Tensor, step: Tensor, bits: int, *, signed: bool = True, count: int |
 def _lsq_backward(
     grad_output: Tensor, x: Tensor, step: Tensor, low: int, high: int, grad_scale: float
 ) -> tuple[Tensor, Tensor]:
-    scaled = F.hardtanh_(x / step, low, high)
+    scaled = F.hardtanh_(wide(x) / step, low, high)
     grad_output = grad_output.to(scaled.dtype)
     grad_x: Tensor = _aten.hardtanh_backward(grad_output, scaled, low, high)
     # Where x is clipped, grad_x is 0, and `round(scaled)` is -Qn or Qp.
@@ -191,7 +198,7 @@ def _lsq_backward(
 
 @custom_backward(_lsq_backward)
 def _lsq(x: Tensor, step: Tensor, low: int, high: int, grad_scale: float) -> Tensor:
-    return F.hardtanh_(x / step, low, high).round_().mul_(step).to(x.dtype)
+    return F.hardtanh_(wide(x) / step, low, high).round_().mul_(step).to(x.dtype)
 
 
 def lsq_step(x: Tensor, bits: int, *, signed: bool = True, dim: int | tuple[int, ...] | None = None) -> Tensor:
@@ -249,7 +256,7 @@ def pact(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
 
 @writes_nothing
 def _pact_backward(grad_output: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    ratio = x / alpha
+    ratio = wide(x) / alpha
     grad_output = grad_output.to(ratio.dtype)
     grad_x: Tensor = _aten.hardtanh_backward(grad_output, ratio, 0, 1)
     below_one = 1 - torch.finfo(ratio.dtype).eps / 2  # the next number
@@ -259,7 +266,7 @@ def _pact_backward(grad_output: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tenso
 
 @custom_backward(_pact_backward)
 def _pact(x: Tensor, alpha: Tensor, top: int) -> Tensor:
-    return F.hardtanh_(x / alpha, 0, 1).mul_(top).round_().div_(top).mul_(alpha).to(x.dtype)
+    return F.hardtanh_(wide(x) / alpha, 0, 1).mul_(top).round_().div_(top).mul_(alpha).to(x.dtype)
 
 
 # --- without anything to be learnt or given ---
@@ -274,7 +281,7 @@ def dorefa_weight(w: Tensor, bits: int) -> Tensor:
     >>> w = torch.tensor([-2.0, 0.1, 0.5], requires_grad=True)
     >>> y = dorefa_weight(w, bits=2)
     >>> y.tolist()
-    [-1.0, 0.3333333730697632, 0.3333333730697632]
+    [-1.0, 0.3333333432674408, 0.3333333432674408]
     >>> torch.autograd.grad(y[1], w)
     (tensor([0.0076, 1.0270, 0.0000]),)
 
@@ -290,11 +297,11 @@ def dorefa_weight(w: Tensor, bits: int) -> Tensor:
     _check_bits("dorefa_weight", bits, 1)
     if bits == 1:
         return _signs_of_mean_size(w)
-    bounded = torch.tanh(w)
+    bounded = torch.tanh(wide(w))
     if w.numel() == 0:  # which has no largest value
-        return bounded
-    largest = bounded.abs().max().clamp(min=torch.finfo(w.dtype).tiny)  # of zeros 0 / 0 is to be 0
-    return 2 * _to_levels(bounded / (2 * largest) + 0.5, 2**bits - 1) - 1
+        return bounded.to(w.dtype)
+    largest = bounded.abs().max().clamp(min=torch.finfo(bounded.dtype).tiny)  # of zeros 0 / 0 is to be 0
+    return _to_levels(bounded / largest, 2**bits - 1).to(w.dtype)
 
 
 @straight_through
@@ -304,7 +311,8 @@ def _signs_of_mean_size(w: Tensor) -> Tensor:
 
 @straight_through
 def _to_levels(x: Tensor, top: int = 1) -> Tensor:
-    return (x * top).round_().div_(top)
+    # From -1 to 1: as one quotient of integers each is right to the last bit.
+    return (x / 2).add_(0.5).mul_(top).round_().mul_(2).sub_(top).div_(top)
 
 
 def dorefa_activation(x: Tensor, bits: int) -> Tensor:
@@ -330,7 +338,7 @@ def dorefa_activation(x: Tensor, bits: int) -> Tensor:
 
 
 def _between_0_and_1(x: Tensor, top: int = 1) -> Tensor:
-    return x.clamp(0, 1).mul_(top).round_().div_(top)
+    return wide(x).clamp(0, 1).mul_(top).round_().div_(top).to(x.dtype)
 
 
 # Not torch's own gradient of a clamp, which at the ends is another one from version 2.14 on.

@@ -576,6 +576,39 @@ def test_the_result_has_the_dtype_of_x_whatever_that_of_its_scale_is(quantizer, 
             torch.testing.assert_close(scale.grad, exact.grad.to(own), rtol=2e-2, atol=0)
 
 
+# Of each, with a scale that no value of half precision is a tie of.
+FINE = {
+    "fake_quantize": lambda x, s: rules.fake_quantize(x, 0.0079),
+    "fake_quantize of many levels": lambda x, s: rules.fake_quantize(x, 0.0079, 32768, 0, 65535),
+    "fake_quantize by tensors": lambda x, s: rules.fake_quantize(x, s.detach(), 3, -128, 127),
+    "lsq": lambda x, s: rules.lsq(x, s, 8),
+    "pact": lambda x, s: rules.pact(x, 64 * s, 8),
+    "dorefa_weight": lambda x, s: rules.dorefa_weight(x, 4),
+    "dorefa_activation": lambda x, s: rules.dorefa_activation(x, 7),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FINE)
+def test_in_half_precision_the_nearest_level_is_taken(name, dtype):
+    low = torch.linspace(-1.2, 1.2, 5000).to(dtype).requires_grad_()
+    scale = torch.tensor(0.0079, dtype=dtype, requires_grad=True)
+    exact, exact_scale = [tensor.detach().double().requires_grad_() for tensor in (low, scale)]
+    y, expected, g = FINE[name](low, scale), FINE[name](exact, exact_scale), torch.randn(5000).to(dtype)
+    exactly(y, expected.float().to(dtype))
+    y.backward(g)
+    expected.backward(g.double())
+    torch.testing.assert_close(low.grad, exact.grad.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    if scale.grad is not None:
+        torch.testing.assert_close(scale.grad, exact_scale.grad.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 7])
+def test_levels_of_weights_are_exact(bits):
+    found, top = rules.dorefa_weight(noise(2000, dtype=torch.float32), bits), 2**bits - 1
+    assert {*found.tolist()} <= {float(np.float32(2 * level - top) / np.float32(top)) for level in range(top + 1)}
+
+
 def test_weights_without_values_are_quantized_to_none():
     for bits in (1, 2):
         w = torch.ones(0, 3, requires_grad=True)
