@@ -180,7 +180,7 @@ def lsq(x: Tensor, step: Tensor, bits: int, *, signed: bool = True, count: int |
     fits = count is None or (is_integer(count) and count > 0)
     check("lsq", "count", count, fits, "None or an integer larger than 0")
     if count is None:
-        count = max(x.numel(), 1) // step.numel()
+        count = max(x.numel() // max(step.numel(), 1), 1)  # of no values too
     return _lsq(x, step, low, high, 1 / math.sqrt(count * high))
 
 

@@ -174,11 +174,12 @@ class TestLsq:
         exactly(y.isnan(), torch.tensor([True, False]))
         assert gradients(y, step)[0].isnan()
 
-    def test_of_nothing(self):
-        step = leaf(0.5)
-        y = rules.lsq(noise(0, 3), step, 2)
-        assert y.shape == (0, 3)
-        exactly(gradients(y, step), (torch.zeros((), dtype=torch.float64),))
+    @pytest.mark.parametrize(("sizes", "shape"), [((0, 3), ()), ((0, 3), (1, 3)), ((3, 0), (1, 0)), ((3, 0), (3, 1))])
+    def test_of_nothing(self, sizes, shape):
+        step = torch.full(shape, 0.5, dtype=torch.float64, requires_grad=True)
+        y = rules.lsq(noise(*sizes), step, 2)
+        assert y.shape == sizes
+        exactly(gradients(y, step), (torch.zeros(shape, dtype=torch.float64),))
 
     def test_a_step_that_is_learnt_fits_the_weights(self):
         w, step = noise(1000, grad=False), nn.Parameter(torch.tensor(3.0, dtype=torch.float64))
