@@ -27,20 +27,22 @@ EDITED = "gradoverride"
 
 
 class EditedResult:
-    """The hook on result `index` of `node`. It does not hold the node, which holds it."""
+    """The hook on result `index` of `node`. It does not hold the node, which holds it, and is in no cycle: the rule may
+    hold what is large, and is to go with the graph.
+    """
 
     def __init__(self, node: Node, index: int, rule: Any, answer: Callable[[Any], Tensor | None]) -> None:
         self.index = index
         self.rule = rule
         self.answer = answer
         self.metadata: dict[Any, Any] = node.metadata  # type: ignore[assignment]  # a property, in truth
-        self.metadata.setdefault(EDITED, []).append(self)
+        self.metadata.setdefault(EDITED, []).append(weakref.ref(self))
 
     def forget(self, then: Callable[[], None] = lambda: None) -> None:
         """Take it off the list of its node, and call `then`."""
         listed = self.metadata.get(EDITED, [])
-        if self in listed:
-            listed.remove(self)
+        if weakref.ref(self) in listed:
+            listed.remove(weakref.ref(self))
         if not listed:
             self.metadata.pop(EDITED, None)
         then()
@@ -66,7 +68,7 @@ class EditedResult:
         for asked in [asked for found in passes_now() if not found.accumulates for asked in found.inputs]:
             node = asked.node if isinstance(asked, GradientEdge) else asked.grad_fn
             metadata: Any = {} if node is None else node.metadata  # a leaf is no result
-            if asked.output_nr == self.index and self in metadata.get(EDITED, ()):
+            if asked.output_nr == self.index and weakref.ref(self) in metadata.get(EDITED, ()):
                 return node
         return None
 
@@ -105,7 +107,8 @@ def edits_of(node: Node) -> list[tuple[int, Any]]:
     if leaf is not None:
         return [(0, hook.rule) for hook in (leaf._backward_hooks or {}).values() if isinstance(hook, EditedLeaf)]
     metadata: Any = node.metadata
-    return [(edited.index, edited.rule) for edited in metadata.get(EDITED, ())]
+    found = [reference() for reference in metadata.get(EDITED, ())]
+    return [(edited.index, edited.rule) for edited in found if edited is not None]
 
 
 class _Last(threading.local):

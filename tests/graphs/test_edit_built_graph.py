@@ -540,6 +540,31 @@ def test_edit_keeps_neither_tensor_nor_graph_alive():
     handle.remove()
 
 
+EDITABLE = {
+    "tensor": lambda middle: middle,
+    "node": lambda middle: middle.grad_fn,
+    "node of several results": lambda middle: middle.unsqueeze(0).unbind()[0].grad_fn,
+}
+
+
+@pytest.mark.parametrize("of", EDITABLE.values(), ids=EDITABLE)
+def test_what_a_rule_holds_goes_with_the_graph(of):
+    def run():
+        middle, held = noise(3).sin(), torch.ones(3, dtype=torch.float64)
+        go.edit_gradient_(of(middle), lambda g: each_times(g, held))
+        middle.sum().backward()
+        return weakref.ref(held)
+
+    def each_times(g, factor):
+        return tuple(part * factor for part in g) if isinstance(g, tuple) else g * factor
+
+    gc.disable()
+    try:
+        assert run()() is None
+    finally:
+        gc.enable()
+
+
 def test_threads():
     chain = Chain()
     plain = grad(chain.result, chain.x, retain_graph=True)
