@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradoverride._core.contract import shape_text
+from gradoverride._core.contract import shape_text, what
 from gradoverride._core.function import tied
 from gradoverride._core.options import check
 from gradoverride._core.precision import wide
@@ -128,7 +128,10 @@ class perturbed(Estimator):
         return evaluation.weighted(evaluation.differences(pairs()), self.n * self.sigma)
 
     def mean(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """The function whose value is the mean over `n` samples, its first argument perturbed."""
+        """The function whose value is the mean over `n` samples, its first argument perturbed.
+
+        What it returns besides floating tensors is that of the first sample.
+        """
         return _mean(self, fn)
 
     def draw(self, points: Points) -> list[Tensor]:
@@ -203,7 +206,10 @@ class imle(Estimator):
         return self._difference(evaluation, [self.draw(evaluation.points) for _ in range(self.n)], None)
 
     def mean(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """The function whose value is the mean over `n` samples, its first argument perturbed."""
+        """The function whose value is the mean over `n` samples, its first argument perturbed.
+
+        What it returns besides floating tensors is that of the first sample.
+        """
         return _mean(self, fn)
 
     def draw(self, points: Points) -> list[Tensor]:
@@ -284,7 +290,7 @@ def _at_each(evaluation: Evaluation, many: Sequence[Points]) -> Iterator[list[Te
 
 def _mean(estimator: perturbed | imle, fn: Callable[..., Any]) -> Callable[..., Any]:
     kind = type(estimator).__name__
-    read = Forward(fn)
+    read = Forward(fn, method=False)  # a lambda that is written in the body of a class is none
     parameters = read.parameters or []
     if not parameters or parameters[0].kind not in (
         inspect.Parameter.POSITIONAL_ONLY,
@@ -294,7 +300,7 @@ def _mean(estimator: perturbed | imle, fn: Callable[..., Any]) -> Callable[..., 
             f"{kind}.mean: {read.who} must have a first parameter, which is perturbed; it has none. Give a function "
             f"that calls it, such as `lambda x: {read.name}(x)`"
         )
-    if read.is_method:
+    if read.named_so:  # `self`
         raise DecorationError(
             f"{kind}.mean: {read.who} must be a function; it is a method. Give a function that calls it"
         )
@@ -311,6 +317,12 @@ def _mean(estimator: perturbed | imle, fn: Callable[..., Any]) -> Callable[..., 
         for noise in noises:
             results.append(fn(unflatten(spec, iter(_moved(points, noise, estimator.sigma))), *others, **kwargs))
             answers.append(leaves_of(results[-1]))
+            if not answers[-1]:
+                given = f"{what(results[-1])}{f' of {results[-1].dtype}' if isinstance(results[-1], Tensor) else ''}"
+                raise ForwardResultError(
+                    f"{kind}.mean: {read.who} must return a floating tensor, for there to be a mean of its samples; it "
+                    f"returned {given}. Convert it: .to(torch.get_default_dtype())"
+                )
         means = [torch.stack(list(map(wide, column))).mean(0).to(column[0]) for column in zip(*answers, strict=True)]
         found: list[Tensor] = []
         result = unflatten(flatten(results[0], is_floating, found), iter(means))

@@ -305,6 +305,22 @@ class TestMean:
         with pytest.raises(go.DecorationError, match="must have floating tensors in its argument 'x'"):
             imle(1.0).mean(lambda x: x)(torch.tensor([1, 2]))
 
+    @pytest.mark.parametrize("rule", [perturbed(n=2), imle(1.0, n=2)])
+    @pytest.mark.parametrize(
+        ("fn", "given"),
+        [
+            (lambda x: x.argmax(), "a tensor of shape () of torch.int64"),
+            (lambda x: x.argmax().item(), "0, an int"),
+        ],
+    )
+    def test_of_integers_there_is_none(self, rule, fn, given):
+        with pytest.raises(go.ForwardResultError) as error:
+            rule.mean(fn)(torch.tensor([100.0, 0.0], requires_grad=True))
+        assert str(error.value).endswith(
+            f"must return a floating tensor, for there to be a mean of its samples; it returned {given}. Convert it: "
+            ".to(torch.get_default_dtype())"
+        )
+
     def test_without_a_gradient_it_is_just_the_mean(self):
         with torch.no_grad():
             assert not imle(1.0).mean(largest)(noise(3)).requires_grad
