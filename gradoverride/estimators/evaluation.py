@@ -87,6 +87,8 @@ class Evaluation:
                 yield self.at(points)
             return
         together = list(many)
+        if not together:  # points of no numbers
+            return
         found = self._mapped(together) if batched == "vmap" else self._joined(together)
         for row in zip(*self.opaque(found), strict=True):
             yield list(row)

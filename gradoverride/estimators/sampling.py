@@ -161,7 +161,8 @@ class evolution(Estimator):
     >>> round(x.grad.item(), 1)
     1.0
 
-    `antithetic=False` takes `f(x + sigma d) - f(x)` instead, over sigma.
+    `antithetic=False` takes `f(x + sigma d) - f(x)` instead, over sigma. (Where the dtype of a number cannot tell sigma
+    apart, it is two units of the number's last digit.)
 
     Cost: 2 n calls (n if not antithetic). Bias: none for the blurred function; for the forward, where it is smooth, of
     order sigma^2. Variance: as of `spsa` and, for each number, twice the square of its own derivative besides; in
@@ -185,18 +186,20 @@ class evolution(Estimator):
 
     def gradients(self, evaluation: Evaluation) -> list[Tensor]:
         """One for each of the points."""
-        size = self.n * (2 * self.sigma if self.antithetic else self.sigma) ** 2
-        return evaluation.weighted(evaluation.differences(self._pairs(evaluation.points)), size)
+        return evaluation.weighted(evaluation.differences(self._pairs(evaluation.points)), self.n)
 
     def _pairs(self, points: Points) -> Iterator[tuple[Points, Points | None, Points]]:
+        sigmas = [wide(_step(self.sigma, point)) for point in points]
         for _ in range(self.n):
-            offsets = [self.sigma * normal(point, self.generator) for point in points]
+            offsets = [sigma * normal(point, self.generator) for sigma, point in zip(sigmas, points, strict=True)]
             upper = [moved(point, offset) for point, offset in zip(points, offsets, strict=True)]
             if self.antithetic:
                 lower = [moved(point, -offset) for point, offset in zip(points, offsets, strict=True)]
-                yield upper, lower, widths(upper, lower)
+                apart = zip(widths(upper, lower), sigmas, strict=True)
+                yield upper, lower, [width / (2 * sigma) ** 2 for width, sigma in apart]
             else:
-                yield upper, None, widths(upper, points)
+                apart = zip(widths(upper, points), sigmas, strict=True)
+                yield upper, None, [width / sigma**2 for width, sigma in apart]
 
 
 # --- moving a point: offsets are real, and of what the dtype can tell apart

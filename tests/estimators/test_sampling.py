@@ -165,16 +165,20 @@ def test_narrow_dtypes_at_all_sizes(dtype, tolerance, size):
 def test_a_step_is_never_lost_in_rounding(make, dtype):
     """1000 has neighbours 8 away in bfloat16; a step of 1e-12 would be none."""
     x = torch.tensor([1000.0, -1000.0], dtype=dtype, requires_grad=True)
-    option = {"eps": 1e-12} if make is not evolution else {"sigma": 50.0}
-    found = grad(go.custom_backward(make(**option, batch_dims=1))(lambda x: 2 * x)(x).sum(), x)
-    assert found.isfinite().all()
-    if make is not evolution:
-        torch.testing.assert_close(found, torch.full_like(x, 2), rtol=0.02, atol=0)
+    option, tolerance = {"eps": 1e-12}, 0.02
+    if make is evolution:
+        option, tolerance = {"sigma": 1e-12, "n": 4000, "generator": draws(), "batched": "stack"}, 0.1
+    for more in [{}] if make is spsa else [{}, {"central" if make is finite_difference else "antithetic": False}]:
+        rule = make(**option, **more, batch_dims=1)
+        found = grad(go.custom_backward(rule)(lambda x: 2 * x)(x).sum(), x)
+        torch.testing.assert_close(found, torch.full_like(x, 2), rtol=tolerance, atol=0)
 
 
 def test_empty_and_scalar_tensors():
-    x = torch.zeros(0, 3, dtype=torch.float64, requires_grad=True)
-    assert grad(go.custom_backward(finite_difference())(lambda x: x * 2)(x).sum(), x).shape == (0, 3)
+    for batched in (None, "vmap", "stack", "cat"):
+        x = torch.zeros(0, 3, dtype=torch.float64, requires_grad=True)
+        found = grad(go.custom_backward(finite_difference(batched=batched))(lambda x: x * 2)(x).sum(), x)
+        assert found.shape == (0, 3)
     y = scalar(0.7)
     nearly(grad(go.custom_backward(finite_difference())(torch.nn.functional.silu)(y), y), grad(y.sigmoid() * y, y))
 
