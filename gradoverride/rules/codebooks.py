@@ -52,8 +52,8 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, rotate: bool = False) -> tup
     """
     _check(x, codebook, rotate)
     vectors, codes = wide(x.detach()), wide(codebook.detach())
-    # |x - c|^2 without |x|^2, which is the same for all of them.
-    index = (codes.square().sum(-1) - 2 * (vectors @ codes.T)).argmin(-1)
+    # A matrix product of one's own would have the few digits of autocast.
+    index = torch.cdist(vectors.reshape(-1, x.shape[-1]), codes).argmin(-1).reshape(x.shape[:-1])
     return (_code_by_rotation if rotate else _code)(x, codebook, index), index
 
 
@@ -84,7 +84,7 @@ def rotation_trick(grad_output: Tensor, input: Tensor, output: Tensor) -> Tensor
     r = e + q
     reflected = r * (_dot(r, grad) / _dot(r, r).clamp(min=1e-12))  # 0 where they are opposite
     turned = grad + 2 * (e * _dot(q, grad) - reflected)
-    return torch.where(size == 0, grad, turned * (size_of_code / size)).to(grad_output.dtype)
+    return torch.where(size == 0, grad, turned * (size_of_code / size.masked_fill(size == 0, 1))).to(grad_output.dtype)
 
 
 # --- what is decorated ---

@@ -44,6 +44,12 @@ class TestVectorQuantize:
         exactly(index, expected)
         exactly(codes.detach(), codebook.detach()[expected])
 
+    def test_autocast_leaves_the_nearest_what_it_is(self, rotate):
+        x, codebook = noise(2000, 16, dtype=torch.float32), noise(300, 16, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, index = rules.vector_quantize(x, codebook, rotate=rotate)
+        exactly(index, (x[:, None] - codebook).double().square().sum(-1).argmin(-1))
+
     def test_writes_into_nothing(self, rotate):
         x, codebook, g = noise(50, 6), noise(20, 6), noise(50, 6, grad=False)
         before = [tensor.detach().clone() for tensor in (x, codebook, g)]
@@ -164,6 +170,12 @@ class TestRotationTrick:
 
     def test_second_derivatives_are_those_by_finite_differences(self):
         assert torch.autograd.gradcheck(rules.rotation_trick, (noise(2, 3), noise(2, 3), noise(2, 3)))
+
+    def test_second_derivatives_of_a_vector_without_a_direction(self):
+        given = torch.zeros(6, dtype=torch.float64, requires_grad=True), noise(6)
+        g = noise(6)
+        found = torch.autograd.grad(rules.rotation_trick(g, *given), (g, *given), torch.ones(6, dtype=torch.float64))
+        exactly(found, (torch.ones(6, dtype=torch.float64), *[torch.zeros(6, dtype=torch.float64)] * 2))
 
     def test_forward_mode_is_the_rotation(self):
         x, codebook, tangent = noise(6, grad=False), noise(20, 6, grad=False), noise(6, grad=False)
