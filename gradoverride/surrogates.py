@@ -27,6 +27,8 @@ tensor([0., 1., 1.], grad_fn=<heavisideBackward>)
   | `rectangle` | 0         | 0   | g / width |
   | all others  | 0         | 0   | nan       |
 
+  (`fast_sigmoid`, `superspike` and `swish_sign` with a tensor as an option: nan at -inf and inf too.)
+
 - Options out of range are a `RuleOptionError` when the surrogate is made.
 - Each is linear in the gradient, so forward mode works, and differentiable again.
 
@@ -98,6 +100,8 @@ __all__ = [
 # What takes time is each pass over memory, and twice as much if the memory is new. So what is new is written in place,
 # and becomes the result at last (`_may_write_into`). There are torch's own derivatives besides, each one kernel. A mask
 # of booleans takes nine times as long as one of numbers.
+#
+# A primitive has no clamp: what that passes at its ends depends on the version of torch.
 _aten: Any = torch.ops.aten
 
 
@@ -214,7 +218,7 @@ class rectangle(Surrogate):
 
     def primitive(self, x: Tensor) -> Tensor:
         """`x / width + 1/2`, between 0 and 1."""
-        return torch.clamp(x / self.width + 0.5, 0, 1)
+        return torch.where(x.abs() >= self.width / 2, (x > 0).to(x.dtype), x / self.width + 0.5)
 
 
 @dataclass(frozen=True)
@@ -293,8 +297,8 @@ class piecewise_exponential(Surrogate):
 
     def primitive(self, x: Tensor) -> Tensor:
         """`exp(alpha x) / 2` below 0, `1 - exp(-alpha x) / 2` above."""
-        left, right = torch.exp(self.alpha * x.clamp(max=0)), torch.exp(-self.alpha * x.clamp(min=0))
-        return torch.where(x < 0, left / 2, 1 - right / 2)
+        side = torch.ones_like(x).copysign(x.detach())  # not abs(), whose derivative at 0 is 0
+        return (1 + side - side * torch.exp(-self.alpha * side * x)) / 2
 
 
 @dataclass(frozen=True)
@@ -474,7 +478,8 @@ class clipped(Surrogate):
 
     def primitive(self, x: Tensor) -> Tensor:
         """x, between lo and hi."""
-        return x.clamp(min=self.lo).clamp(max=self.hi)
+        lo, hi = [torch.as_tensor(end, dtype=x.dtype, device=x.device) for end in (self.lo, self.hi)]
+        return torch.where((x >= lo) & (x <= hi), x, torch.where(x < lo, lo, hi))
 
 
 @dataclass(frozen=True)
@@ -544,7 +549,7 @@ def _triangle(grad: Tensor, x: Tensor, height: Any, width: Any) -> Tensor:
 
 def _parabolas(x: Tensor, height: Any, width: Any) -> Tensor:
     """What `_triangle` is the derivative of; it is 0 at 0."""
-    within = x.clamp(min=-width).clamp(max=width)
+    within = torch.where(x.abs() > width, width * torch.sign(x), x)
     return height * within * (1 - within.abs() / (2 * width))
 
 

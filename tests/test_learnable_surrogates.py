@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from oracles import closely, exactly, float64, noise
+from oracles import FLOAT64, closely, exactly, float64, noise
 from torch import nn
 
 import gradoverride as go
@@ -85,6 +85,25 @@ class TestEach:
         cls, values, _ = EACH[name]
         wanted = X.sign() if make is not spike else (X >= 0).double()
         exactly(make(cls(*[learnt(value) for value in values]))(X.clone().requires_grad_()).detach(), wanted)
+
+
+# 0 on both sides, and the ends of what has ends.
+EDGES = [0.0, -0.0, 2.0, -2.0, 1.5, -1.5, 0.75, -0.75, -0.5, 0.8, 1e30, -1e30, float("nan")]
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_at_ends_at_zero_and_nan_an_option_that_is_a_tensor_is_as_a_number(name):
+    cls, values, _ = EACH[name]
+    x = float64(*EDGES)
+
+    def gradient(surrogate):
+        y = go.straight_through(torch.sign, surrogate=surrogate)(x)
+        return torch.autograd.grad(y, x, torch.ones_like(x))[0]
+
+    expected = gradient(cls(*values))
+    for as_tensor in (lambda value: torch.tensor(value, dtype=torch.float64), learnt):
+        found = gradient(cls(*map(as_tensor, values)))
+        torch.testing.assert_close(found, expected, equal_nan=True, **FLOAT64)
 
 
 @dataclass(frozen=True)
