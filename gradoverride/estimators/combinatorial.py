@@ -318,10 +318,10 @@ def _mean(estimator: perturbed | imle, fn: Callable[..., Any]) -> Callable[..., 
             results.append(fn(unflatten(spec, iter(_moved(points, noise, estimator.sigma))), *others, **kwargs))
             answers.append(leaves_of(results[-1]))
             if not answers[-1]:
-                given = f"{what(results[-1])}{f' of {results[-1].dtype}' if isinstance(results[-1], Tensor) else ''}"
+                came = f"{what(results[-1])}{f' of {results[-1].dtype}' if isinstance(results[-1], Tensor) else ''}"
                 raise ForwardResultError(
                     f"{kind}.mean: {read.who} must return a floating tensor, for there to be a mean of its samples; it "
-                    f"returned {given}. Convert it: .to(torch.get_default_dtype())"
+                    f"returned {came}. Convert it: .to(torch.get_default_dtype())"
                 )
         means = [torch.stack(list(map(wide, column))).mean(0).to(column[0]) for column in zip(*answers, strict=True)]
         found: list[Tensor] = []
