@@ -1161,18 +1161,7 @@ def test_gradient_of_another_structure_is_refused_with_the_one_that_is_wanted():
         sum(result).sum().backward()
 
 
-# Tensors of other layouts, with a history of their own
-
-
-def test_sparse_matrix_that_was_computed_has_the_gradients_of_the_plain_call():
-    indices = torch.tensor([[0, 1, 2], [1, 0, 2]])
-    values, dense = noise(3), noise(3, 2)
-
-    def gradients(multiply):
-        matrix = torch.sparse_coo_tensor(indices, values, (3, 3), check_invariants=True)
-        return torch.autograd.grad(multiply(matrix, dense).square().sum(), [values, dense])
-
-    closely(gradients(decorate(pass_on, torch.sparse.mm)), gradients(torch.sparse.mm))
+# Nested tensors
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
