@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def _obstacle(module: nn.Module) -> str:
             "have its parameters to be overridden; it is lazy, and would drop the override when it gets them. Call the "
             "model once before"
         )
-    if "forward" in module.__dict__:
+    if _has_another_forward(module):
         return (
             "have the forward of its class to be overridden; somebody has put another one on the instance, which would "
             "pass the override by. Override the module before that is done"
@@ -115,7 +116,7 @@ def functions_called(module: nn.Module) -> frozenset[str] | None:
     """The functions of torch that a module may call and have rules for, by name. None: it may call any."""
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return frozenset()
-    if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+    if _has_another_forward(module) or isinstance(module, torch.jit.ScriptModule):
         return frozenset()
     base = base_of(module)
     if written_methods(base):
@@ -146,6 +147,16 @@ def has_forward(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return True
     return base_of(module).forward is not nn.Module.forward
+
+
+def _has_another_forward(module: nn.Module) -> bool:
+    """Whether there is one on the instance that passes ours by, or would: that of its class can be put away."""
+    forward = module.__dict__.get("forward")
+    if type(forward) is not MethodType or forward.__self__ is not module:
+        return forward is not None
+    base = base_of(module)
+    own = forward.__func__ is base.forward and RECORD not in module.__dict__
+    return not own and everywhere.derived_from.get(forward.__func__) is not base
 
 
 def _names_of(module: nn.Module) -> list[str]:
@@ -193,7 +204,9 @@ def put_on(module: nn.Module, added: Sequence[Layer | FunctionLayer]) -> None:
         else:
             base = base_of(module)
             called, plain = calls_that_are(base, module), not module._parameters
-            module.__dict__[RECORD] = Record(base, layers, functions, ModuleTally(), called, plain)
+            tally = ModuleTally()
+            tally.forward = module.__dict__.pop("forward", None)
+            module.__dict__[RECORD] = Record(base, layers, functions, tally, called, plain)
             _derive(module, base, overridden(base))
 
 
@@ -226,6 +239,8 @@ def take_off(module: nn.Module, gone: Sequence[Layer | FunctionLayer]) -> None:
         else:
             del module.__dict__[RECORD]
             _derive(module, overridden(record.base), record.base, record.tally.copied)
+            if record.tally.forward is not None:
+                module.__dict__.setdefault("forward", record.tally.forward)
 
 
 def _derive(module: nn.Module, before: Any, after: Any, copied: bool = False) -> None:

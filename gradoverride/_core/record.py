@@ -19,11 +19,12 @@ __all__ = ["ModuleTally", "Record", "refresh_all"]
 class ModuleTally(Tally):
     """The calls of a module, and what else has happened to it, while it was overridden."""
 
-    __slots__ = ("copied", "traced")
+    __slots__ = ("copied", "forward", "traced")
 
     def __init__(self, copied: bool = False) -> None:
         super().__init__()
         self.copied = copied
+        self.forward: Any = None  # that of its class, if it was on the instance too, where it would hide the rules
         self.traced = False  # whether it was compiled under rules that have changed since
 
 

@@ -4,6 +4,7 @@ import copy
 import functools
 import os
 import pickle
+import types
 
 import pytest
 import torch
@@ -406,21 +407,71 @@ def test_wraps_of_the_forward_of_a_class_by_wrapt_stay_around_an_override(x):
         closely(gradient(module, x), 3 * 11 * plain)
 
 
-@pytest.mark.parametrize("state", ["wrapped", "wrapped and unwrapped"])
-def test_module_whose_forward_was_replaced_before_is_refused(x, state):
-    """accelerate leaves a bound method on the instance, which would pass an override by."""
+def test_module_whose_forward_was_replaced_before_is_refused(x):
     module = nn.Linear(3, 3).double()
     hooked(module)
-    if state != "wrapped":
-        unhooked(module)
     before = dict(module.__dict__)
     with pytest.raises(go.UnsupportedError, match="somebody has put another one on the instance"):
         go.override(module, {module: doubled})
     assert module.__dict__ == before
-    del module.forward
-    plain = gradient(module, x)
+
+
+def test_override_after_one_that_a_forward_on_the_instance_passes_by_is_refused(x):
+    module = nn.Linear(3, 3).double()
     with go.override(module, {module: doubled}):
+        gradient(module, x)
+        module.forward = types.MethodType(nn.Linear.forward, module)
+        with pytest.raises(go.UnsupportedError, match="somebody has put another one on the instance"):
+            go.override(module, {module: doubled})
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("unwrapped", ["before", "meanwhile"])
+def test_module_whose_forward_was_replaced_and_put_back_can_be_overridden(x, rule, factors, unwrapped):
+    """accelerate leaves a bound method on the instance, which is to pass no override by."""
+    module = nn.Linear(3, 3).double()
+    expected = all_gradients(by_hand(nn.Sequential(module), factors), x)
+    model = nn.Sequential(module)
+    plain = all_gradients(model, x)
+    if unwrapped == "before":
+        hooked(module)
+        unhooked(module)
+    else:
+        with go.override(module, {module: rule}):
+            gradient(module, x)
+            hooked(module)
+            unhooked(module)
+    before = dict(module.__dict__)
+    with go.override(model, {nn.Linear: rule}):
+        compare(all_gradients(model, x), expected)
+        compare(all_gradients(copy.deepcopy(model), x), expected)
+    assert module.__dict__ == before
+    compare(all_gradients(model, x), plain)
+
+
+def test_function_called_by_a_module_whose_forward_was_put_back_can_be_overridden(x):
+    module = nn.ReLU()
+    hooked(module)
+    unhooked(module)
+    plain = gradient(module, x)
+    before = dict(module.__dict__)
+    with go.override(module, {torch.nn.functional.relu: doubled}):
         exactly(gradient(module, x), 2 * plain)
+    assert module.__dict__ == before
+
+
+def test_forward_that_is_replaced_while_one_that_was_put_back_is_overridden_stays(x):
+    module = nn.Linear(3, 3).double()
+    hooked(module)
+    unhooked(module)
+    plain = gradient(module, x)
+    handle = go.override(module, {module: doubled})
+    hooked(module, lambda result: 5 * result)
+    closely(gradient(module, x), 10 * plain)
+    handle.remove()
+    closely(gradient(module, x), 5 * plain)
+    unhooked(module)
+    exactly(gradient(module, x), plain)
 
 
 def test_copy_of_a_wrapped_and_overridden_module_has_its_own_weights(x):
