@@ -383,12 +383,24 @@ class ForwardPass:
         known |= {id(alias) for alias, leaf in zip(aliases, self.leaves, strict=False) if alias is not leaf}
         gone = []
         while (leaf := captured.foreign_leaf(tracked, known, stops)) is not None:
+            self._refuse_argument(leaf)
             arguments = zip(call.names, self.values, strict=True)
             names = ", ".join(captured.captured_names(forward.fn, leaf, self.receiver, arguments))
             if names or not captured.is_gone(leaf):
                 captured.refuse(forward.who, names, leaf)
             gone.append(leaf)  # its id stays its own
             known.add(id(leaf))
+
+    def _refuse_argument(self, leaf: Tensor) -> None:
+        """A leaf that is not known requires grad: it may be an argument that the forward has told to."""
+        for index, given in enumerate(self.leaves):
+            if given is leaf and not self.call.wanted[index]:
+                fail(
+                    UnsupportedError,
+                    f"{self.plan.forward.who} must be given arguments that require grad already, if a gradient is to "
+                    f"reach them; it told '{self.call.name_of_leaf(index)}' to require grad itself. Call "
+                    "requires_grad_() on it before",
+                )
 
     def _tie(self, aliases: list[Tensor], outs: list[Tensor], residuals: dict[str, Any]) -> Any:
         """Hand the tensors to the Function, and put its results into the structure of the forward's."""

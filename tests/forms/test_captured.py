@@ -479,6 +479,31 @@ def test_argument_that_the_forward_tells_to_require_grad_is_not_captured():
         assert x.grad.item() == 7.0
 
 
+class Forces(nn.Module):
+    """An energy and its derivative, as models of molecules have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(float64(2.0).detach())
+
+    def forward(self, scale, position):
+        position.requires_grad_()
+        energy = (self.weight * position**3).sum() * scale
+        return torch.autograd.grad(energy, position, create_graph=True)[0]
+
+
+def test_argument_without_a_gradient_that_the_forward_tells_to_require_grad_is_an_error_that_says_so():
+    model = Forces()
+    message = r"'Forces' .* must be given arguments that require grad already.*'position'.*Call requires_grad_"
+    with go.override(model, {model: lambda grad_output, vjp: vjp(grad_output)}):
+        with pytest.raises(go.UnsupportedError, match=message):
+            model(float64(1.0).detach(), float64(3.0).detach())
+        position = float64(3.0)
+        model(float64(1.0).detach(), position).sum().backward()
+    assert model.weight.grad.item() == 27.0
+    assert position.grad.item() == 36.0
+
+
 # --- tensors that leave a forward otherwise than in its result
 
 
