@@ -396,7 +396,7 @@ class Override:
                 stacklevel=stacklevel,
             )
         for layer in idle:
-            called = f"'{layer.path}' was" if isinstance(layer, Layer) and layer.path != EVERYWHERE else "it was"
+            called = f"'{layer.path}' was" if layer.path not in ("", EVERYWHERE) else "it was"
             hint = (
                 "Some modules read the weights of a part and do not call it: override the module around it"
                 if isinstance(layer, Layer)

@@ -601,3 +601,10 @@ def test_module_that_asks_for_its_super_by_its_own_class_has_the_rule_for_its_pa
         module(x).sum().backward()
     bare(x.detach()).sum().backward()
     closely(module.weight.grad, 5 * bare.weight.grad)
+
+
+@pytest.mark.parametrize(("build", "text"), [(lambda part: part, "it was"), (nn.Sequential, "'0' was")])
+def test_warning_of_a_rule_that_never_ran_says_what_was_not_called(build, text):
+    part = nn.ReLU()
+    with pytest.warns(go.GradOverrideWarning, match=rf"never ran while it was in force; {text} not called"):
+        go.override(build(part), {part: doubled}).remove()
