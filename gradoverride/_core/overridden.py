@@ -77,7 +77,7 @@ def _obstacle(module: nn.Module) -> str:
     if _has_another_forward(module):
         return (
             "have the forward of its class to be overridden; somebody has put another one on the instance, which would "
-            "pass the override by. Override the module before that is done"
+            "pass the override by. Override the module before that is done, or undo it and do it again afterwards"
         )
     if not has_forward(module):
         return "have a 'forward' to be overridden; it is a container only"
