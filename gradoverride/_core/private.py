@@ -37,6 +37,7 @@ __all__ = [
     "RNN_WEIGHTS",
     "RNN_REFERENCES",
     "uncompiled",
+    "written_as",
     # what torch puts around a Function and the engine, left out
     "fast_apply",
     "call_directly",
@@ -146,6 +147,14 @@ def uncompiled(module: Any) -> Any:
     """
     made = isinstance(module, torch.nn.Module) and ORIGINAL in module._modules and "dynamo_ctx" in module.__dict__
     return module._modules[ORIGINAL] if made else module
+
+
+def written_as(fn: Any) -> Any:
+    """The Python function that `torch.library.custom_op` has made this operator of, or what it is itself.
+
+    The operator has no name, place or signature. Without this it offers rules the reserved names only.
+    """
+    return getattr(fn, "_init_fn", fn) if type(fn).__name__ == "CustomOpDef" else fn
 
 
 # --- what torch puts around a Function and the engine, left out ---

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from gradoverride._core import scan
+from gradoverride._core.private import written_as
 from gradoverride.errors import RuleSignatureError
 
 __all__ = [
@@ -78,9 +79,10 @@ class Forward:
         self.fn = fn
         # Whether it is called as its caller calls, with the same keywords and no defaults; else by position.
         self.as_given = _sees_how_it_is_called(fn) if as_given is None else as_given
-        self.name = name or _node_name(fn)
-        self.place = scan.location(fn) if place is None else place
-        self.signature = signature or _signature(fn)
+        written = written_as(fn)
+        self.name = name or _node_name(written)
+        self.place = scan.location(written) if place is None else place
+        self.signature = signature or _signature(written)
         self.receiver = receiver  # the object that a bound method is bound to
         self.of_arrays = getattr(fn, "of_arrays", False)  # see `bridge`
         none = ("vjp", "params") if self.of_arrays else ()

@@ -29,7 +29,7 @@ import torch
 from gradoverride._core.dispatch import make_dispatch
 from gradoverride._core.fast import ShortPath, guessed_places
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import COMPILED_MARKS, IN_FORWARD_AD, dual_levels, in_functorch
+from gradoverride._core.private import COMPILED_MARKS, IN_FORWARD_AD, dual_levels, in_functorch, written_as
 from gradoverride._core.reach import SCALARS
 from gradoverride._core.traced import TracedPath
 from gradoverride._core.tracers import refuse_script
@@ -77,7 +77,9 @@ def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> Function
         wrapper.__module__ = original.__objclass__.__module__
     if getattr(original, "__isabstractmethod__", False):
         wrapper.__dict__["__isabstractmethod__"] = True
-    if isinstance(original, torch.jit.ScriptFunction):  # in which `inspect` finds none
+    if (
+        isinstance(original, torch.jit.ScriptFunction) or written_as(original) is not original
+    ):  # in which `inspect` finds none
         wrapper.__dict__["__signature__"] = plan.forward.signature
     # torch.jit.script asks for what it is to compile instead.
     refusal = functools.partial(
@@ -93,7 +95,8 @@ def wrapped(wrapper: FunctionType, original: Any) -> FunctionType:
 
     `functools.wraps` would copy the mark too by which Dynamo knows compiled functions.
     """
-    functools.update_wrapper(wrapper, original, updated=())
+    functools.update_wrapper(wrapper, written_as(original), updated=())
+    wrapper.__wrapped__ = original  # type: ignore[attr-defined]
     marks = vars(original) if isinstance(original, FunctionType) else {}
     if not any(key.startswith(COMPILED_MARKS) for key in marks):  # all of a compiled function's are Dynamo's
         wrapper.__dict__.update({key: value for key, value in marks.items() if not key.startswith("__")})

@@ -43,6 +43,7 @@ REFUSED = (
     "must not be compiled inside of a checkpoint, or of other hooks on saved tensors",  # which cannot be told
     "and that cannot be looked at where it is traced",  # torch's older vmap, of torch.autograd.functional
     "it must be made outside of the code that is compiled",  # in an error of torch's own then
+    "offers 'args', 'kwargs'",  # an operator of torch.library.custom_op, whose function is not known
     "records the forward of",  # torch.func.linearize cannot be told from make_fx, so it is warned of
 )
 

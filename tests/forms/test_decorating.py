@@ -132,6 +132,37 @@ def test_traced_function_gets_the_gradient_of_the_rule():
     exactly(x.grad, float64(7.0, grad=False))
 
 
+@torch.library.custom_op("gradoverride_tests::scaled_square", mutates_args=())
+def scaled_square(x: torch.Tensor, factor: float = 2.0) -> torch.Tensor:
+    """The square, scaled."""
+    return factor * x * x
+
+
+scaled_square.register_fake(lambda x, factor=2.0: torch.empty_like(x))
+
+
+def test_custom_operator_is_known_by_the_function_that_it_was_made_of():
+    decorated = go.custom_backward(lambda grad_output, x, factor: grad_output * 5 * factor * x)(scaled_square)
+    x = float64(3.0)
+    y = decorated(x)
+    assert y.item() == 18.0
+    assert y.grad_fn.name() == "scaled_squareBackward"
+    exactly(torch.autograd.grad(y, x)[0], float64(30.0, grad=False))
+    exactly(torch.autograd.grad(decorated(x, factor=1.0), x)[0], float64(15.0, grad=False))
+    assert (decorated.__name__, decorated.__doc__) == ("scaled_square", "The square, scaled.")
+    assert list(inspect.signature(decorated).parameters) == ["x", "factor"]
+    assert decorated.__wrapped__ is scaled_square
+    with pytest.raises(go.RuleSignatureError, match=r"'scaled_square' \(.*test_decorating.py:\d+\) offers 'x', 'fac"):
+        go.custom_backward(lambda grad_output, factr: grad_output)(scaled_square)
+
+
+@pytest.mark.parametrize("kind", ["operator", "overload"])
+def test_custom_operator_without_a_gradient_gets_one_by_any_spelling(kind):
+    operator = {"operator": scaled_square, "overload": torch.ops.gradoverride_tests.scaled_square.default}[kind]
+    x = float64(3.0)
+    exactly(torch.autograd.grad(go.straight_through(operator)(x), x)[0], float64(1.0, grad=False))
+
+
 def test_scripted_function_is_known_by_its_own_name():
     decorated = go.custom_backward(seven_times)(scripted_halve())
     assert decorated(float64(1.0)).grad_fn.name() == "halveBackward"
