@@ -12,7 +12,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from typing import Any, NoReturn, TypeVar, overload
 
 import torch
 from torch import nn
@@ -90,7 +90,14 @@ def custom_backward(rule: Any, /, *, jvp: Any = None) -> Any:
         return _with_own_backward(rule)
     read = Rule(rule)
     read.jvp = None if jvp is None else Rule(jvp)
-    return functools.partial(_attach, read)
+
+    def attach(*given: Any, **named: Any) -> Any:
+        if len(given) == 1 and not named:
+            return _attach(read, given[0])
+        # A function that was decorated without a rule is called, with more than a tensor.
+        _refuse_to_attach(read, f"{len(given) + len(named)} arguments")
+
+    return attach
 
 
 @overload
@@ -173,9 +180,7 @@ def _attach(rule: Rule, target: Any) -> Any:
     if isinstance(target, type):
         return _attach_to_class(rule, target)
     if not callable(target):
-        raise DecorationError(
-            f"custom_backward: a function, a method or a class with a 'forward' is needed; got {what(target)}"
-        )
+        _refuse_to_attach(rule, what(target), type(target))
     forward = _forward_of(target)
     plan = Plan(forward, rule)
     make = functools.partial(_attach_to_function, rule, target)
@@ -185,6 +190,19 @@ def _attach(rule: Rule, target: Any) -> Any:
     elif forward.takes_self:  # of a class of tensors perhaps
         plan.read_as_function(make)
     return _wrapper(plan, target, as_function=other)
+
+
+def _refuse_to_attach(rule: Rule, given: str, kind: type = object) -> NoReturn:
+    who = "straight_through" if rule.straight_through else f"custom_backward: the rule {rule.who}"
+    if kind in (property, functools.cached_property, functools.partialmethod):
+        way_out = f". Decorate the function that the {kind.__name__} is made of"
+    elif rule.straight_through:
+        way_out = ". What it gives for a function is called with tensors"
+    else:
+        way_out = f". If '{rule.name}' is what is to be decorated, it needs a rule: @custom_backward(rule)"
+    raise DecorationError(
+        f"{who} must be given a function, a method or a class with a 'forward'; it was given {given}{way_out}"
+    )
 
 
 def _attach_to_class(rule: Rule, cls: Any) -> Any:

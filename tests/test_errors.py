@@ -1,6 +1,7 @@
 """What every error has in common, and those that are not about rules: forwards, decorations, captured tensors."""
 
 import builtins
+import functools
 import re
 import traceback
 
@@ -449,6 +450,53 @@ def test_what_is_not_callable_is_refused_without_its_repr(decorate, target):
     with pytest.raises(go.DecorationError) as caught:
         decorate(target)
     assert "tensor(" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "given"),
+    [
+        ((noise(3),), {}, r"a tensor of shape \(3,\)"),
+        ((noise(3), 2), {}, "2 arguments"),
+        ((noise(3),), {"scale": 2}, "2 arguments"),
+        ((), {}, "0 arguments"),
+    ],
+)
+def test_function_that_was_decorated_without_a_rule_is_told_so_when_it_is_called(args, kwargs, given):
+    @go.custom_backward
+    def halve(x=None, scale=0.5):
+        return x * scale
+
+    with pytest.raises(
+        go.DecorationError,
+        match=f"the rule 'halve' {HERE} must be given a function.*; it was given {given}. If 'halve' is what is to be "
+        r"decorated, it needs a rule: @custom_backward\(rule\)$",
+    ):
+        halve(*args, **kwargs)
+
+
+def test_method_that_was_decorated_without_a_rule_is_told_so_when_it_is_called():
+    class Layer(nn.Module):
+        @go.custom_backward
+        def forward(self, x):
+            return x
+
+    with pytest.raises(go.DecorationError, match=r"the rule 'forward' .* given 2 arguments. If 'forward' is what"):
+        Layer()(noise(3))
+
+
+@pytest.mark.parametrize("kind", [property, functools.cached_property, functools.partialmethod])
+@pytest.mark.parametrize(
+    ("decorate", "who"),
+    [(go.custom_backward(rule), f"custom_backward: the rule 'rule' {HERE}"), (go.straight_through, "straight_through")],
+    ids=["custom_backward", "straight_through"],
+)
+def test_what_is_made_of_a_function_is_to_be_made_of_the_decorated_one(kind, decorate, who):
+    with pytest.raises(
+        go.DecorationError,
+        match=rf"^{who} must be given .*; it was given a {kind.__name__}. Decorate the function that the "
+        f"{kind.__name__} is made of$",
+    ):
+        decorate(kind(double))
 
 
 # --- CapturedTensorError ---

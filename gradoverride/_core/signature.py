@@ -148,6 +148,7 @@ class Rule:
         read = fn.forward if isinstance(fn, nn.Module) else fn  # a module takes what its forward takes
         self.place = place or scan.location(read)
         self.asks: dict[str, bool] = {}  # name -> whether it must exist
+        self.first = ""  # the name that the gradient has
         signature = _signature(read)
         if signature is None:
             return  # a builtin such as torch.neg: a rule of the gradient alone
@@ -157,6 +158,7 @@ class Rule:
                 f"rule {self.who} must take the gradient as its first positional parameter, "
                 f"`def {_printable(self.name)}(grad_output, ...)`; it takes {inspect.Signature(parameters)}"
             )
+        self.first = parameters[0].name
         bound = _bound_by_partial(fn)
         for parameter in parameters[1:]:
             if parameter.kind is inspect.Parameter.VAR_KEYWORD or parameter.name in bound:
@@ -286,6 +288,8 @@ def unknown_name(rule: Rule, forward: Forward, name: str, more: Iterable[str]) -
     known = [*offered, *always]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
+    if name.startswith("grad") and not (close and close[0] in offered):
+        hint = f" The gradient is the first parameter of a rule, whatever its name; here it is '{rule.first}'"
     if forward.is_method and name in (forward.receiver_name, "self"):
         hint = (
             f" For '{name}' ask for 'module', which is the module as it was in that forward; of an object of another "

@@ -967,6 +967,23 @@ def test_unknown_name_close_to_a_reserved_one_is_told_that():
         go.custom_backward(lambda grad_output, outptu: grad_output)(lambda x: x)
 
 
+@pytest.mark.parametrize(
+    ("rule", "first"),
+    [
+        (lambda ctx, grad_output: grad_output, "ctx"),  # as of an autograd.Function
+        (lambda module, grad_input, grad_output: grad_input, "module"),  # as a hook
+        (lambda x, grad: grad, "x"),
+    ],
+    ids=["Function", "hook", "order"],
+)
+def test_rule_that_asks_for_the_gradient_is_told_that_it_has_it(rule, first):
+    text = f"which does not exist.* The gradient is the first parameter of a rule, .*; here it is '{first}'$"
+    with pytest.raises(go.RuleSignatureError, match=text):
+        go.custom_backward(rule)(lambda x: x)
+    with pytest.raises(go.RuleSignatureError, match="Did you mean 'gradient_scale'"):
+        go.custom_backward(lambda grad_output, grad_scale: grad_output)(lambda x, gradient_scale: x)
+
+
 def test_unknown_name_close_to_nothing_gets_no_suggestion():
     with pytest.raises(go.RuleSignatureError) as caught:
         go.custom_backward(lambda grad_output, zzzzzz: grad_output)(lambda x: x)
