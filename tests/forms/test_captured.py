@@ -250,6 +250,21 @@ def test_module_that_starts_from_a_state_of_its_own_may_be_overridden():
         torch.testing.assert_close(found, expected)
 
 
+def test_state_that_an_earlier_call_has_left_is_refused_though_only_its_graph_has_the_leaves():
+    class Neuron(nn.Module):
+        state = 0.0
+
+        def forward(self, x):
+            self.state = 0.9 * self.state + x
+            return self.state.tanh()
+
+    model = nn.Sequential(nn.Sequential(Neuron()))
+    with go.override(model, {model: lambda grad_output, vjp: vjp(grad_output)}):
+        model(float64(1.0))
+        with pytest.raises(go.CapturedTensorError):
+            model(float64(2.0))
+
+
 class Keeper:
     def __init__(self):
         self.kept = [[[[]]]]  # too deep for its name to be found
