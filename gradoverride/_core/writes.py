@@ -66,8 +66,12 @@ class Writes:
         written = [i for i in written if i in call.alias_of or not any([leaves[i] is leaf for leaf in returned])]
         for index in written:
             name = call.name_of_leaf(index)
-            # What needs no gradient and was written into itself may be there to be written into.
-            if index not in call.alias_of and (aliases[index] is not leaves[index] or leaves[index].requires_grad):
+            # What needs no gradient may be there to be written into.
+            copied = aliases[index] is not leaves[index]
+            if call.mode == TRACED and copied and not call.wanted[index] and index not in call.alias_of:
+                self.refuse_asked(name)
+                leaves[index].copy_(aliases[index])
+            elif index not in call.alias_of and (copied or leaves[index].requires_grad):
                 fail(
                     ForwardResultError,
                     f"{self.plan.forward.who} writes into its argument '{name}' in place and must return it, so that "

@@ -664,3 +664,17 @@ def test_second_derivative_through_the_output_of_an_in_place_forward_is_that_of_
         found.append(torch.autograd.grad(first.sum(), x)[0])
     closely(found[1], found[0])
     closely(found[2], found[0])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rule", [lambda grad_output, vjp: vjp(grad_output), lambda grad_output: {"x": grad_output}])
+def test_argument_without_a_gradient_may_be_there_to_be_written_into(rule, compiled):
+    @go.custom_backward(rule)
+    def forward(x, count):
+        count.add_(1)
+        return x * 1
+
+    x, count = float64(3.0, 4.0), float64(5.0, grad=False)
+    run = torch.compile(forward, backend="aot_eager", fullgraph=True) if compiled else forward
+    run(x, count).sum().backward()
+    exactly((x.grad, count), (float64(1.0, 1.0, grad=False), float64(6.0, grad=False)))
