@@ -96,6 +96,7 @@ __all__ = [
     "note_while_tracing",
     "take_noted",
     "versions_while_tracing",
+    "is_updated_while_tracing",
     "defaults_while_tracing",
     # Dynamo: gradients within a traced graph
     "trace_gradients",
@@ -755,6 +756,33 @@ def versions_while_tracing(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
 @evaluated_while_tracing
 def _noted_versions() -> tuple[int, ...]:
     return tuple([tensor._version for tensor in take_noted()])
+
+
+def is_updated_while_tracing(tensor: torch.Tensor) -> bool:
+    """Whether traced code has a norm update this tensor, its running statistics: a write that no version counts."""
+    _comptime(lambda context: _noted.append(_is_updated(context.get_local("tensor").as_proxy().node)))
+    return _noted_update()
+
+
+@evaluated_while_tracing
+def _noted_update() -> bool:
+    return bool(take_noted()[-1])
+
+
+def _is_updated(node: Any) -> bool:
+    for user in node.users:
+        keyword = _NORMS.get(getattr(user.target, "__name__", ""))
+        if keyword is not None:
+            first = 1 if user.target.__module__ == torch.nn.functional.__name__ else 3
+            statistics = [*user.args[first : first + 2], *map(user.kwargs.get, ("running_mean", "running_var"))]
+            on = user.args[5] if len(user.args) > 5 else user.kwargs.get(keyword, keyword != "training")
+            if on is not False and any(one is node for one in statistics):
+                return True
+    return False
+
+
+# Functions that update running statistics, and the option that tells them to.
+_NORMS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
 
 
 def defaults_while_tracing(function: Any) -> tuple[Any, ...]:

@@ -354,6 +354,53 @@ def test_batch_norm_below_a_compiled_vjp_counts_once():
     closely(layer.weight.grad, plain.weight.grad)
 
 
+def normed(rule, norm, *, training=True):
+    """A function that has torch update the running statistics it is given, and then writes into what it computed."""
+
+    @go.custom_backward(rule)
+    def forward(x, running_mean, running_var):
+        return norm(x, running_mean, running_var, None, None, training).mul_(2)
+
+    return forward
+
+
+NORMS = {
+    "batch_norm": nn.functional.batch_norm,
+    "batch_norm of torch": lambda x, mean, var, weight, bias, training: torch.batch_norm(
+        x, weight, bias, mean, var, training, 0.1, 1e-5, False
+    ),
+    "instance_norm": nn.functional.instance_norm,
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_running_statistics_that_a_function_is_given_are_updated(norm):
+    x, mean, var = noise(4, 3, 5), torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    expected = torch.autograd.grad((NORMS[norm](x, mean, var, None, None, True) * 2).square().sum(), x)
+    after, mean, var = mean, torch.zeros_like(mean), torch.ones_like(var)
+    forward = normed(lambda grad_output, vjp: vjp(grad_output), NORMS[norm])
+    y = torch.compile(forward, backend="aot_eager", fullgraph=True)(x, mean, var)
+    closely(torch.autograd.grad(y.square().sum(), x), expected)
+    closely(mean, after)
+
+
+def by_statistics(grad_output, running_mean):
+    return {"x": grad_output * running_mean[:, None]}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_running_statistics_are_shown_as_they_were_given_or_refused(norm):
+    def gradient(compile_it, training):
+        x, mean, var = noise(4, 3, 5), float64(1.0, 2.0, 3.0, grad=False), torch.ones(3, dtype=torch.float64)
+        forward = normed(by_statistics, NORMS[norm], training=training)
+        run = torch.compile(forward, backend="aot_eager", fullgraph=True) if compile_it else forward
+        return torch.autograd.grad(run(x, mean, var).sum(), x)
+
+    closely(gradient(True, False), gradient(False, False))
+    with pytest.raises(go.ForwardResultError, match=r"update the running statistics in its argument 'running_mean'"):
+        gradient(True, True)
+
+
 class Traced(nn.Module):
     """Assigns buffers, as code does that does not write into them."""
 
