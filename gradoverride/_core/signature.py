@@ -13,6 +13,7 @@ import inspect
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MethodType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -179,7 +180,7 @@ class Rule:
                 kept = fn.__dict__[_KEPT] = _Kept(Rule(fn))
             return kept.rule
         try:
-            return _of_other(fn)
+            return _of_other(_Same(fn))
         except TypeError:  # it has no hash
             return Rule(fn)
 
@@ -211,7 +212,32 @@ def writes_nothing(rule: F) -> F:
     return rule
 
 
-_of_other = functools.lru_cache(maxsize=64)(Rule)  # an object, a partial, a builtin
+class _Same:
+    """A rule that is no function as a key. Those of this library are what they compare equal to; others may leave out
+    of that what tells them apart, so each is itself alone. A bound method is made anew each time that it is asked for.
+    """
+
+    def __init__(self, fn: Any) -> None:
+        self.fn = fn
+        self.key: Any = id(fn)
+        if isinstance(fn, MethodType):
+            self.key = id(fn.__self__), id(fn.__func__)
+        elif type(fn).__module__.startswith("gradoverride."):
+            self.key = fn
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and bool(self.key == other.key)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_other(same: _Same) -> Rule:
+    """Of an object, a partial, a builtin."""
+    return Rule(same.fn)
+
+
 _KEPT = "_gradoverride_rule"
 
 

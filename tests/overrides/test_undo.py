@@ -2,6 +2,7 @@
 
 import abc
 import copy
+import dataclasses
 import functools
 import gc
 import io
@@ -860,6 +861,24 @@ def test_what_wraps_a_rule_is_a_rule_of_its_own(model, x):
         exactly(thrice, gradient(model, x))
     assert not torch.equal(once, thrice)
     exactly(grad_under(guided), once)
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    name: str
+    factor: float = dataclasses.field(compare=False)
+
+    def __call__(self, grad_output):
+        return self.factor * grad_output
+
+
+def test_rules_that_compare_equal_are_rules_of_their_own(x):
+    module = nn.ReLU()
+    ones = gradient(lambda x: x, x)
+    for factor in (2, 3):
+        for rule in (Times("times", factor), Times("times", factor).__call__):
+            with go.override(module, {module: rule}):
+                exactly(gradient(module, x), factor * ones)
 
 
 class KeepsItsHandle(nn.Module):
