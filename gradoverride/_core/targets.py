@@ -123,7 +123,7 @@ class Class(Target):
     kind, rank = "class", 3
 
     def __init__(self, value: Any) -> None:
-        super().__init__(value)
+        super().__init__(value.__dict__.get(BASE, value))  # `type(module)` of one that is overridden now
         self._known: weakref.WeakKeyDictionary[type, int | None] = weakref.WeakKeyDictionary()
 
     def distance(self, path: str, module: Any) -> int | None:

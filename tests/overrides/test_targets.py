@@ -56,6 +56,18 @@ def test_the_model_itself_may_be_a_target(model, x):
         exactly(gradient(model, x), 2 * plain)
 
 
+def test_class_of_an_overridden_module_is_the_class_that_it_is_of(model, x):
+    plain = gradient(model, x)
+    with go.override(model, {nn.ReLU: doubled}):
+        cls = type(model[1])
+        for arguments in ((model, {cls: tripled}), ({cls: tripled},)):
+            with go.override(*arguments) as plan:
+                closely(gradient(model, x), 36 * plain)
+                assert {row.target for row in plan.table} == {"class 'ReLU'"}
+    with go.override(model, {cls: tripled}):
+        closely(gradient(model, x), 9 * plain)
+
+
 def test_class_names_modules_of_derived_classes_too(x):
     class Own(nn.Linear):
         pass
