@@ -112,7 +112,7 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
     owner = f"a '{class_of(model).__name__}'"
     entries = _entries(rules, owner)
     modules = modules_of(model)
-    found = _without_containers(matches(entries, modules.items(), owner))
+    found = _without_containers(matches(entries, modules.items(), owner), modules)
     _check_scripted(entries, modules)
     for match in found:
         check(match.module, match.path)
@@ -261,11 +261,14 @@ def _named(target: Target) -> str:
     return f"{target.kind} {target}"
 
 
-def _without_containers(found: list[Match]) -> list[Match]:
+def _without_containers(found: list[Match], modules: Mapping[str, nn.Module]) -> list[Match]:
     """A pattern may name a list of modules by the way, which has no forward. Named alone it is an error (`check`)."""
-    containers = {match.path for match in found if not has_forward(match.module)}
-    called = {match.target for match in found if match.path not in containers}
-    return [match for match in found if match.path not in containers or match.target not in called]
+
+    def names_others(target: Target) -> bool:
+        callable_ones = ((path, module) for path, module in modules.items() if has_forward(module))
+        return any(target.distance(path, module) is not None for path, module in callable_ones)
+
+    return [match for match in found if has_forward(match.module) or not names_others(match.target)]
 
 
 def remove_overrides(model: nn.Module) -> None:

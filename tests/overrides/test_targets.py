@@ -464,6 +464,29 @@ def test_forward_on_the_instance_is_refused():
         go.override(model, {nn.ReLU: guided})
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        lambda model: {"blocks*": doubled, model.blocks[0]: tripled},
+        lambda model: {(lambda name, module: name.startswith("blocks")): doubled, "blocks.*": tripled},
+    ],
+    ids=["glob", "predicate"],
+)
+def test_container_that_a_pattern_names_beside_modules_that_others_win_is_passed_by(rules, x):
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.ReLU()])
+
+        def forward(self, x):
+            return self.blocks[0](x)
+
+    model = Blocks()
+    plain = gradient(model, x)
+    with go.override(model, rules(model)):
+        closely(gradient(model, x), 3 * plain)
+
+
 def test_container_without_a_forward_is_refused():
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ReLU()])})
     with pytest.raises(go.UnsupportedError, match=r"override of 'blocks', a 'ModuleList'.*it is a container only"):
