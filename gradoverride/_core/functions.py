@@ -441,9 +441,14 @@ def _methods_of(cls: type, function: FunctionType) -> Iterator[FunctionType]:
 
 
 def _is_one_call(function: FunctionType) -> bool:
-    """Whether it makes one call, and does nothing else with what that gives than to return it."""
+    """Whether it makes one call, and does nothing else with what that gives than to return it as it is."""
     steps = list(dis.get_instructions(function.__code__))
     calls = sum([step.opname in _CALLS for step in steps])
+    for step in reversed(steps):
+        if step.opname in _CALLS:
+            break
+        if step.opname.startswith("BUILD_"):  # a tuple or a dict around it
+            return False
     calls -= sum([step.opname == "LOAD_GLOBAL" and step.argval == "super" for step in steps])  # called for its method
     return calls == 1 and not any([_is_work(step) for step in steps])
 

@@ -673,6 +673,17 @@ class Turned(nn.Module):
         return y.T
 
 
+class InADict(nn.Module):
+    def forward(self, x):
+        y = F.relu(x)
+        return {"sum": y}
+
+
+class InATuple(nn.Module):
+    def forward(self, x):
+        return F.relu(x), x.shape
+
+
 class ManyTimes(nn.Module):
     def forward(self, x):
         for _ in range(1):
@@ -741,6 +752,21 @@ class TestOneRulePerCall:
             closely(gradient(model, x), 6 * plain)
         with go.override(rules):
             closely(gradient(model, x), 6 * plain)
+
+    @pytest.mark.parametrize("cls", [InADict, InATuple])
+    def test_a_call_whose_result_is_returned_within_another_is_one_of_its_own(self, x, cls):
+        model = cls()
+
+        def part(x):
+            result = model(x)
+            return result["sum"] if isinstance(result, dict) else result[0]
+
+        plain = gradient(part, x)
+        passed = {cls: lambda grad_output, vjp: vjp(grad_output)}
+        with go.override(model, passed | {F.relu: doubled}):
+            closely(gradient(part, x), 2 * plain)
+        with go.override(model, passed), go.override(model, {F.relu: doubled}):
+            closely(gradient(part, x), 2 * plain)
 
     def test_a_function_that_a_module_of_a_model_holds_is_what_it_calls(self, x):
         def of_the_function(grad_output, vjp):
