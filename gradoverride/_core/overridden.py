@@ -203,11 +203,12 @@ def put_on(module: nn.Module, added: Sequence[Layer | FunctionLayer]) -> None:
             module.__dict__[RECORD] = record.but(layers, functions)
         else:
             base = base_of(module)
+            derived = overridden(base)  # a metaclass may refuse it: before anything is changed
             called, plain = calls_that_are(base, module), not module._parameters
             tally = ModuleTally()
             tally.forward = module.__dict__.pop("forward", None)
             module.__dict__[RECORD] = Record(base, layers, functions, tally, called, plain)
-            _derive(module, base, overridden(base))
+            _derive(module, base, derived)
 
 
 def calls_under(module: nn.Module, layer: Layer) -> int | None:

@@ -122,6 +122,22 @@ class TestModelIsAsBefore:
         with pytest.raises(go.TargetNotFoundError):
             go.override(model, {**RULES, "nowhere": guided})
 
+    def test_after_one_whose_classes_let_nobody_derive_from_them(self, model):
+        class Closed(type):
+            def mro(cls):
+                if any(isinstance(base, Closed) for base in cls.__bases__):
+                    raise TypeError("closed")
+                return super().mro()
+
+        class Own(nn.ReLU, metaclass=Closed):
+            pass
+
+        module = Own()
+        before = dict(module.__dict__)
+        with pytest.raises(TypeError, match="closed"):
+            go.override(nn.Sequential(model, module), {**RULES, "1": guided})
+        assert (type(module), module.__dict__) == (Own, before)
+
 
 # --- what a context decides ---
 
