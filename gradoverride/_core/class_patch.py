@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Sequence
 from types import FunctionType
 from typing import Any
 
-from torch import nn
 from torch.compiler import is_dynamo_compiling as compiling
 from torch.fx import GraphModule
 from torch.jit import ScriptModule
@@ -93,19 +92,15 @@ def check_class(target: Class, rule: Any) -> None:
         other = everywhere.no_method(cls)
         if other:
             raise UnsupportedError(f"{_who(target)}: '{cls.__name__}' must have a method 'forward'; it has {other}")
-    scripted = ""
-    for module in _instances(target.value, ScriptModule):
-        if isinstance(module, ScriptModule):
-            scripted = scripted or target.name_of_scripted(module)
-        elif "forward" in module.__dict__ and RECORD not in module.__dict__:
-            raise UnsupportedError(
-                f"{_who(target)}: its modules must have the forward of their class; "
-                f"somebody has put another one on one of them, a '{class_of(module).__name__}', which would pass the "
-                "override by. Override the class before that is done"
-            )
-    if scripted:
-        gc.collect()  # it may be garbage
-        scripted = next((name for name in map(target.name_of_scripted, _instances(ScriptModule)) if name), "")
+    replaced, scripted = _passing_by(target)
+    if replaced or scripted:
+        gc.collect()  # they may be garbage
+        replaced, scripted = _passing_by(target)
+    if replaced:
+        raise UnsupportedError(
+            f"{_who(target)}: its modules must have the forward of their class; somebody has put another one on one of "
+            f"them, a '{replaced}', which would pass the override by. Override the class before that is done"
+        )
     if scripted:
         warnings.warn(
             f"{_who(target)}: its modules must run Python code to be overridden; there is a scripted '{scripted}', "
@@ -119,15 +114,22 @@ def _who(target: Class) -> str:
     return f"override of the class '{target.value.__name__}'"
 
 
-def _instances(*classes: type) -> list[nn.Module]:
-    """All modules of these classes, found by what refers to a class.
+def _passing_by(target: Class) -> tuple[str, str]:
+    """The class of a module that has another forward than its class, and that of one that was scripted, if any.
 
-    Not among all objects that there are: whoever has these has tuples that other threads are about to make, and Python
-    lets no tuple grow that somebody else has.
+    Modules are found by what refers to their classes. Not among all objects that there are: whoever has these has
+    tuples that other threads are about to make, and Python lets no tuple grow that somebody else has.
     """
-    families = {derived for cls in classes for derived in family(cls)}
-    # `isinstance` would ask proxies.
-    return [value for value in gc.get_referrers(*families) if issubclass(type(value), classes)]
+    replaced = scripted = ""
+    classes = (target.value, ScriptModule)
+    for module in gc.get_referrers(*{derived for cls in classes for derived in family(cls)}):
+        if not issubclass(type(module), classes):  # `isinstance` would ask proxies
+            continue
+        if isinstance(module, ScriptModule):
+            scripted = scripted or target.name_of_scripted(module)
+        elif "forward" in module.__dict__ and RECORD not in module.__dict__:
+            replaced = class_of(module).__name__
+    return replaced, scripted
 
 
 def put_on_class(target: Class, layer: ClassLayer) -> None:

@@ -7,6 +7,7 @@ import io
 import pickle
 import queue
 import threading
+import types
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
@@ -234,6 +235,13 @@ class TestClass:
         module.forward = lambda x: x.relu()
         with pytest.raises(go.UnsupportedError, match=r"class 'ReLU'.* put another one on one of them, a 'ReLU'"):
             go.override({nn.ReLU: doubled})
+
+    def test_one_that_is_garbage_is_not(self, x):
+        module = nn.ReLU()
+        module.forward = types.MethodType(lambda self, x: x.relu(), module)  # a cycle
+        del module
+        with go.override({nn.ReLU: doubled}):
+            closely(gradient(nn.ReLU(), x), 2 * gradient(Other(), x))
 
     def test_removal_out_of_order(self, x):
         plain = gradient(nn.ReLU(), x)
