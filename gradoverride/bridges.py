@@ -11,11 +11,11 @@ import torch
 
 from gradoverride._core import scan
 from gradoverride._core.contract import what
-from gradoverride._core.private import hidden_from_dynamo
+from gradoverride._core.private import fail, hidden_from_dynamo
 from gradoverride._core.residuals import save_for_backward
 from gradoverride._core.signature import Rule
 from gradoverride.decorators import custom_backward
-from gradoverride.errors import DecorationError, MissingExtraError, RuleSignatureError
+from gradoverride.errors import DecorationError, MissingExtraError, RuleSignatureError, UnsupportedError
 
 __all__ = ["bridge"]
 
@@ -48,11 +48,13 @@ def bridge(rule: Callable[..., Any], *, dtype: Any = None) -> Callable[[F], F]:
     floating tensors are cast on their way in, results back on their way out.
 
     Under `vmap` it is called once for each in the batch. `torch.compile` breaks its graph there. Second derivatives
-    and forward mode are refused (`UnsupportedError`), for the rule has no derivative.
+    and forward mode are refused (`UnsupportedError`), for the rule has no derivative, and to make one in compiled code.
 
     Raises `RuleSignatureError` and `RuleResultError` as `custom_backward` does, `DecorationError` for what is no
     function or no dtype, `MissingExtraError` without NumPy.
     """
+    if torch.compiler.is_dynamo_compiling():
+        fail(UnsupportedError, "bridge: it must be made outside of the code that is compiled; it was made within")
     try:
         from gradoverride._core.arrays import ArrayRule, Kind  # torch does not need NumPy
     except ModuleNotFoundError as error:

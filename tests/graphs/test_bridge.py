@@ -430,6 +430,16 @@ def test_compiled_breaks_the_graph_and_is_right():
         torch.compile(fn, backend="aot_eager", fullgraph=True)(x)
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_bridge_that_is_made_in_compiled_code_is_refused(fullgraph):
+    def fn(x):
+        return go.bridge(lambda g, x: g * 2 * x)(lambda x: x**2)(x) * 3
+
+    torch._dynamo.reset()
+    with pytest.raises(go.UnsupportedError, match="bridge: it must be made outside of the code that is compiled"):
+        torch.compile(fn, backend="aot_eager", fullgraph=fullgraph)(float64(1, 2))
+
+
 def test_checkpoint():
     from torch.utils.checkpoint import checkpoint
 
