@@ -109,6 +109,12 @@ class _Run:
         result = self.fn(*args, **kwargs)
         arrays: list[Any] = []
         self.result = flatten(result, lambda value: is_array(value) or isinstance(value, (float, complex)), arrays)
+        if any([numpy.ma.is_masked(array) for array in arrays]):
+            fail(
+                UnsupportedError,
+                f"{self.who} must return arrays without masked values, for a tensor has none; one of numpy.ma with "
+                "some came. Fill them: array.filled(value)",
+            )
         return tuple([self.like.tensor(array) for array in arrays])
 
     def stacked(self, results: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

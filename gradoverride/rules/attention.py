@@ -257,9 +257,9 @@ def attn_group_norm(
     Source: Achtibat et al. (2024), proposition 3.4.
     """
     grad = grad_output if weight is None else grad_output * weight.view(-1, *[1] * (input.dim() - 2))
-    groups = (input.shape[0], num_groups, -1)
-    found = _centered(grad.reshape(groups), (-1,)) / _deviation(input.reshape(groups), (-1,), eps)
-    return {"input": found.view_as(input)}
+    grads, inputs = [tensor.unflatten(1, (num_groups, -1)).flatten(2) for tensor in (grad, input)]
+    found = _centered(grads, (-1,)) / _deviation(inputs, (-1,), eps)
+    return {"input": found.reshape(input.shape)}
 
 
 def attn_instance_norm(
@@ -358,4 +358,4 @@ def _centered(grad: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 def _deviation(input: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
-    return (wide.var(dims, correction=0, keepdim=True) + eps).sqrt()
+    return (_centered(wide, dims).square().mean(dims, keepdim=True) + eps).sqrt()  # var() warns of none

@@ -105,6 +105,16 @@ def test_dtypes_of_arrays_that_torch_does_not_know(kind):
         closely(grad(y.sum(), x), torch.full_like(x, 2))
 
 
+def test_masked_values_are_refused():
+    def fn(x, masked):
+        return numpy.ma.masked_array(x, [masked, False, False])
+
+    x = noise(3)
+    exactly(go.bridge(lambda g: g)(fn)(x, False), x)
+    with pytest.raises(go.UnsupportedError, match=r"'fn' \(.*\) must return arrays without masked .*: array.filled\("):
+        go.bridge(lambda g: g)(fn)(x, True)
+
+
 def test_floats_of_python_are_results_wherever_they_stand():
     x = noise(4)
     norms = go.bridge(lambda g, x: 2 * x * g[0] + g[1]["sum"])(lambda x: (float((x**2).sum()), {"sum": float(x.sum())}))

@@ -350,6 +350,7 @@ def test_group_norm_divides_by_a_constant():
     expected = relevance(with_constant, x, r=(r := torch.randn_like(x)))
     go.override(layer, go.presets.attn_lrp)
     near(relevance(layer, x, r=r), expected)
+    assert relevance(layer, x[:0], r=r[:0]).shape == (0, 4, 5)
 
 
 NORMS = {
