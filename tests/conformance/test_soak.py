@@ -31,7 +31,7 @@ WARM_OVERRIDES = 500
 # What may be left over. An object left by each call of one form, or by each override, would be more in a tenth too.
 SPARE_OBJECTS = 200  # of those that the collector knows
 SPARE_BLOCKS = 500  # of Python's memory
-SPARE_RESIDENT = 4 * 2**20  # bytes of the process
+SPARE_RESIDENT = 8 * 2**20  # bytes of the process: threads begin with some of their own
 
 
 # --- forms, and what each must give for an input of ones to sixes ---
