@@ -185,8 +185,11 @@ def _is_parametrized_class(module: nn.Module) -> bool:
     return "parametrizations" in module._modules and type(module).__name__.startswith("Parametrized")
 
 
-def put_on(module: nn.Module, added: Sequence[Layer | FunctionLayer]) -> None:
-    """Put rules on a module, outside of those that it has, and for functions that it calls."""
+def put_on(module: nn.Module, added: Sequence[Layer | FunctionLayer], shared: dict[Any, Record]) -> None:
+    """Put rules on a module, outside of those that it has, and for functions that it calls.
+
+    `shared`: a record for each kind of module that this override was put on.
+    """
     with _lock:
         record = module.__dict__.get(RECORD)
         layers: tuple[Layer, ...] = ()
@@ -207,7 +210,9 @@ def put_on(module: nn.Module, added: Sequence[Layer | FunctionLayer]) -> None:
             called, plain = calls_that_are(base, module), not module._parameters
             tally = ModuleTally()
             tally.forward = module.__dict__.pop("forward", None)
-            module.__dict__[RECORD] = Record(base, layers, functions, tally, called, plain)
+            kind = base, tuple([layer.rule for layer in layers]), functions, called, plain
+            record = Record(base, layers, functions, tally, called, plain, like=shared.get(kind))
+            module.__dict__[RECORD] = shared[kind] = record
             _derive(module, base, derived)
 
 

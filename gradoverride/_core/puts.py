@@ -55,9 +55,10 @@ Placed = Sequence[tuple[nn.Module, Sequence[Layer | FunctionLayer]]]
 def on_modules(model: nn.Module, placed: Placed) -> Puts:
     """Rules for modules of a model, and for functions as far as these modules call them: all of an override at once."""
     take_off = _taking_off(placed)
+    shared: dict[Any, Any] = {}
     try:
         for module, layers in placed:
-            overridden.put_on(module, layers)
+            overridden.put_on(module, layers, shared)
     except BaseException:
         take_off()
         raise

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from gradoverride._core.chain import chain_of, links
-from gradoverride._core.layers import FunctionLayer, Layer
+from gradoverride._core.chain import Chain, chain_of, links
+from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer
 from gradoverride._core.tally import Tally
 
 __all__ = ["ModuleTally", "Record", "refresh_all"]
@@ -36,6 +36,13 @@ class Record:
         *("called", "scope", "seen", "tally"),
     )
 
+    # What `refresh` finds:
+    seen: Any  # the forward of the class
+    counted: tuple[ClassLayer | FunctionLayer, ...]
+    chain: Chain
+    forward: Any  # as in `chain`, for each step on the way costs a guard in compiled code
+    scope: Any
+
     def __init__(
         self,
         base: Any,
@@ -44,7 +51,9 @@ class Record:
         tally: ModuleTally,
         called: frozenset[str],
         plain: bool,
+        like: Record | None = None,
     ) -> None:
+        """`like`: one of the same class under the same rules, in the same order."""
         self.base = base
         self.layers = layers
         self.functions = functions
@@ -52,7 +61,11 @@ class Record:
         self.called = called
         self.plain = plain
         with _lock:
-            self.refresh()
+            if like is None:
+                self.refresh()
+            else:
+                self.seen, self.counted, self.chain = like.seen, like.counted, like.chain
+                self.forward, self.scope = like.forward, like.scope
             _records.add(self)
 
     def refresh(self) -> None:
@@ -62,7 +75,6 @@ class Record:
         found = links(base, self.layers, self.functions, called=self.called, plain=self.plain)
         self.counted = found.counted
         self.chain = chain_of(base, found)
-        # As in `chain`, for each step on the way costs a guard in compiled code.
         self.forward, self.scope = self.chain.forward, self.chain.scope
 
     def but(self, layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
