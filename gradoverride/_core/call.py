@@ -21,9 +21,10 @@ from gradoverride._core.backward_pass import Backward
 from gradoverride._core.contract import Meta
 from gradoverride._core.forward_mode import transpose
 from gradoverride._core.function import fresh
+from gradoverride._core.nodes import leaves_behind
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import fail, in_forward_ad, version_of
-from gradoverride._core.scan import class_normalizes
+from gradoverride._core.scan import class_normalizes, mentions
 from gradoverride._core.snapshot import Snapshot
 from gradoverride._core.stale import Stale
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten
@@ -79,6 +80,15 @@ def requires_grad_anywhere(tensor: Tensor) -> bool:
 def training_of(module: nn.Module) -> dict[str, bool]:
     """By prefix, whether each part of `module` is in training."""
     return {f"{name}." if name else "": part.training for name, part in module.named_modules()}
+
+
+def _behind_attributes(module: nn.Module, fn: Any) -> set[int]:
+    """The ids of parameters that attributes of `module` were computed from before `fn`, which meets these: by the hooks
+    of `prune` and of the older `weight_norm` and `spectral_norm`.
+    """
+    computed = [(name, one.grad_fn) for name, one in vars(module).items() if isinstance(one, Tensor)]
+    nodes = [node for name, node in computed if node is not None and mentions(fn, name)]
+    return {id(leaf) for leaf in leaves_behind(nodes) if not leaf._backward_hooks}
 
 
 def sharded_part(module: nn.Module, name: str) -> str | None:
@@ -342,8 +352,10 @@ class Call:
         explicit = self.mode == TRANSFORMED or plan.through_aliases or self.unsettled
         explicit = explicit or any(name in plan.may_answer for param in params for name in param.names)
         explicit = explicit or (self.mode == EAGER and any(param.tensor._backward_hooks for param in params))
-        self.aliased = [param for param in params if explicit or param.asked]
-        self.natural = [param for param in params if not (explicit or param.asked)]
+        kept = _behind_attributes(module, plan.fn) if explicit and self.mode == EAGER else ()
+        aliased = [param.asked or (explicit and id(param.tensor) not in kept) for param in params]
+        self.aliased = [param for param, through_alias in zip(params, aliased, strict=True) if through_alias]
+        self.natural = [param for param, through_alias in zip(params, aliased, strict=True) if not through_alias]
         if plan.class_form and plan.asks_vjp:
             for param in params:
                 param.asked = False

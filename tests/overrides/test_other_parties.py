@@ -666,6 +666,68 @@ def test_weight_that_is_pruned_while_a_rule_asks_for_it_is_an_error():
         module(torch.randn(2, 3))
 
 
+# name: (what has hooks compute the weight, the weight as they compute it)
+BY_HOOKS = {
+    "prune": (
+        lambda module: prune.l1_unstructured(module, "weight", 0.5),
+        lambda module: module.weight_orig * module.weight_mask,
+    ),
+    "weight_norm": (
+        torch.nn.utils.weight_norm,
+        lambda module: module.weight_g * module.weight_v / module.weight_v.norm(dim=1, keepdim=True),
+    ),
+    "spectral_norm": (
+        lambda module: torch.nn.utils.spectral_norm(module).eval(),
+        lambda module: module.weight_orig / (module.weight_u @ module.weight_orig @ module.weight_v),
+    ),
+}
+
+
+@pytest.mark.parametrize(("computed", "weight"), BY_HOOKS.values(), ids=BY_HOOKS)
+def test_by_name_gives_the_gradients_of_parameters_that_hooks_compute_a_weight_from(x, computed, weight):
+    module = nn.Linear(3, 3).double()
+    computed(module)
+    inputs = [x, *module.parameters()]
+
+    def expected(factor):
+        return torch.autograd.grad(factor * F.linear(x, weight(module), module.bias).square().sum(), inputs)
+
+    with go.override(module, {module: lambda grad_output, vjp: vjp.by_name(3 * grad_output)}):
+        for _ in range(2):
+            closely(torch.autograd.grad(module(x).square().sum(), inputs), expected(3))
+    closely(torch.autograd.grad(module(x).square().sum(), inputs), expected(1))
+
+
+@pytest.mark.parametrize("name", ["prune", "spectral_norm"])  # that of torch's weight_norm is not right by itself
+def test_second_derivative_reaches_parameters_that_hooks_compute_a_weight_from(x, name):
+    computed, weight = BY_HOOKS[name]
+    module = nn.Linear(3, 3).double()
+    computed(module)
+    inputs = [x, *module.parameters()]
+
+    def second(result):
+        first = torch.autograd.grad(result.square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), inputs)
+
+    with go.override(module, {module: lambda grad_output, vjp: vjp.by_name(grad_output)}):
+        closely(second(module(x)), second(F.linear(x, weight(module), module.bias)))
+
+
+def test_rule_that_answers_for_the_bias_beside_a_pruned_weight_is_right_at_each_call(x):
+    module = prune.l1_unstructured(nn.Linear(3, 3).double(), "weight", 0.5)
+    weight = module.weight_orig * module.weight_mask
+    expected = torch.autograd.grad(F.linear(x, weight, module.bias).sum(), [x, module.weight_orig, module.bias])
+    name = "bias"  # found when it has answered
+
+    def rule(grad_output, vjp):
+        return {"input": vjp(grad_output), name: 7 * grad_output.sum(0)}
+
+    with go.override(module, {module: rule}):
+        for _ in range(2):
+            found = torch.autograd.grad(module(x).sum(), [x, module.weight_orig, module.bias])
+            closely(found, (*expected[:2], 7 * expected[2]))
+
+
 @pytest.mark.parametrize("first", ["override", "weight_norm"])
 def test_weight_norm_by_hooks_beside_an_override(x, first):
     module = nn.Linear(3, 3).double()
