@@ -239,7 +239,7 @@ class Tail(Function):
 
     @staticmethod
     def forward(ctx: Any, *ends: Tensor) -> Tensor:
-        return ends[0].new_empty(0)
+        return torch.empty(0, dtype=ends[0].dtype, device=ends[0].device)  # of a jagged one there is no new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:

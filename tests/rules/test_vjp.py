@@ -9,6 +9,7 @@ from oracles import closely, exactly, float64, noise
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import gradoverride as go
 
@@ -199,6 +200,16 @@ LAYOUTS = {
 def test_jagged_or_sparse_argument_with_a_history_has_its_gradient(build, forward, rule):
     values = noise(3)
     (grad,) = torch.autograd.grad(decorate(rule, forward)(build(values)).sum(), values)
+    closely(grad, 2 * values.detach())
+
+
+@pytest.mark.parametrize("rule", [pass_on, pass_on_by_name], ids=["vjp", "by_name"])
+def test_jagged_result_in_a_checkpoint_has_its_gradient(rule):
+    build, _ = LAYOUTS["jagged"]
+    square = decorate(rule, lambda jagged: jagged.square())
+    values = noise(3)
+    result = checkpoint(lambda jagged: square(jagged).values(), build(values), use_reentrant=False)
+    (grad,) = torch.autograd.grad(result.sum(), values)
     closely(grad, 2 * values.detach())
 
 
