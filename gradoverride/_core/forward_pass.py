@@ -243,7 +243,7 @@ class ForwardPass:
                 arguments[index] = self.values[index]
         inner = receiver
         copied: list[Copied] = []
-        seen = call.computed if plan.asks_module and self.mode == EAGER and is_parametrized(module) else None
+        seen = call.computed if plan.asks_module and self.mode != TRANSFORMED and is_parametrized(module) else None
         if module is not None and (call.aliased or seen is not None):
             tensors = {name: alias for param, alias in zip(call.aliased, given, strict=True) for name in param.names}
             inner = stand_in(module, tensors, copied, seen=seen)

@@ -54,6 +54,11 @@ class _Given(nn.Module):
         return self.value
 
 
+@evaluated_while_tracing
+def _noting(cls: Any, names: tuple[str, ...]) -> Any:
+    return _reading(cls, names, _noted)
+
+
 def _reading(cls: Any, names: tuple[str, ...], read: Callable[[Any, str], Callable[[Any], Any]]) -> Any:
     """`cls`, whose parametrized weights `names` are read by `read(cls, name)`. Kept by `cls`: see `by_class`."""
     made = cls.__dict__.get(_READING)
@@ -149,7 +154,7 @@ def stand_in(
     elif others:
         cls = _reading(cls, others, _computed)
     if seen is not None and table is not None:
-        cls = _reading(cls, tuple([name for name in table._modules if prefix + name not in tensors]), _noted)
+        cls = _noting(cls, tuple([name for name in table._modules if prefix + name not in tensors]))
         state[_SEEN] = prefix, seen
     clone: nn.Module = object.__new__(cls)
     parameters = state["_parameters"]

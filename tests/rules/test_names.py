@@ -807,6 +807,17 @@ def test_computed_weight_of_the_module_is_that_of_the_forward_and_stays_as_it_is
     exactly(list(layer.buffers()), buffers)
 
 
+@pytest.mark.parametrize("rule", [READING["module, twice"], READING["module and vjp"], *BESIDE.values()])
+def test_computed_weight_of_a_compiled_module_is_that_of_the_forward(rule):
+    layer, x = nn.Linear(8, 8, dtype=torch.float64), torch.eye(8, dtype=torch.float64, requires_grad=True)
+    COMPUTED["dropout"](layer)
+    grad = noise(8, 8, grad=False)
+    with go.override(layer, {layer: rule}):
+        y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    (found,) = torch.autograd.grad(y, x, grad)
+    closely(found, grad @ (y - layer.bias).detach().T)
+
+
 @pytest.mark.parametrize("rule", ["module", "module and vjp"])
 def test_derivative_of_a_computed_weight_of_the_module_reaches_what_it_is_computed_from(rule):
     layer, x, grad = nn.Linear(3, 3, dtype=torch.float64), noise(3, 3), noise(3, 3, grad=False)
