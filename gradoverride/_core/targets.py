@@ -87,7 +87,8 @@ class Glob(Target):
         self.patterns = {value, ".".join([part for part in value.split(".") if part != ORIGINAL])}
 
     def distance(self, path: str, module: Any) -> int | None:
-        return 0 if path and any(fnmatch.fnmatchcase(path, pattern) for pattern in self.patterns) else None
+        named = path in self.patterns or any(fnmatch.fnmatchcase(path, pattern) for pattern in self.patterns)
+        return 0 if path and named else None
 
     def closest(self, modules: Mapping[str, Any]) -> str:
         if not self.value:

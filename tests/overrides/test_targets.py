@@ -142,6 +142,16 @@ def plan_of_none_called(plan):
 # --- registries ---
 
 
+def test_name_with_brackets_names_its_module(x):
+    model = nn.Sequential()
+    model.add_module("relu[0]", nn.ReLU())
+    model.add_module("relu0", nn.ReLU())
+    plain = gradient(model, x)
+    with go.override(model, {"relu[0]": doubled}) as plan:
+        closely(gradient(model, x), 4 * plain)
+    assert [row.path for row in plan.table] == ["relu[0]", "relu0"]
+
+
 def test_registry_is_applied_and_gives_the_rule_back(model, x):
     registry = go.Registry("guided")
     assert registry.register(nn.ReLU)(guided) is guided
