@@ -7,6 +7,7 @@ override have the same, and keep it in copies and pickles: it tells what belongs
 from __future__ import annotations
 
 import itertools
+import os
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,17 @@ Order = tuple[int, ...]
 _orders = itertools.count()
 _marks = itertools.count()
 _process = uuid.uuid4().hex
+
+
+def _name_process() -> None:
+    """A process that is forked counts on from where this one is."""
+    global _process
+    _process = uuid.uuid4().hex
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_name_process)
+
 _others: dict[str, Order] = {}  # by process that something was pickled in: when it was first heard of
 
 

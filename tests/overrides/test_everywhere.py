@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import io
+import os
 import pickle
 import queue
 import threading
@@ -322,6 +323,26 @@ class TestCopies:
         exactly(gradient(loaded, x), 6 * plain)
         with go.override({nn.ReLU: passed}):
             exactly(gradient(loaded, x), weights_of(x))
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+    def test_an_override_of_a_forked_process_is_none_of_this_one(self, x):
+        plain = gradient(nn.ReLU(), x)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:  # the next override in either has the same place there
+            try:
+                model = nn.Sequential(nn.ReLU())
+                go.override(model, {nn.ReLU: doubled})
+                os.write(writing, pickle.dumps(model))
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            data = pipe.read()
+        os.waitpid(child, 0)
+        with go.override({F.relu: tripled}):
+            closely(gradient(pickle.loads(data), x), 6 * plain)
 
 
 def test_a_module_that_was_parametrized_under_a_rule_loses_it_while_its_class_has_another(x):
