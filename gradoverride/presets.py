@@ -7,6 +7,13 @@
 ...     model(x).sum().backward()
 
 Each is published under its name too: `go.override(model, "guided_backprop")`.
+
+The LRP composites (`epsilon_plus`, `epsilon_alpha2_beta1`, `epsilon_gamma_box`) are for chains of dense layers,
+convolutions, pooling and activations: all activations of torch with one result for each input, as modules and as
+functions, pass the relevance on; max pooling gives it to the largest, as its gradient does. Normalisations are refused
+with an `UnsupportedError` until they have a rule: merge those of batches into the layer before. All else has its
+gradient, which is no relevance: sums of two branches (`x + f(x)` hands the whole to each), gates (`F.glu`, a product of
+two results), softmax, and linear functions that are not modules.
 """
 
 from __future__ import annotations
@@ -79,18 +86,26 @@ def _identity_of_prelu(grad_output: Any) -> Any:
     return grad_output, None
 
 
-def _composite(name: str, convolution: Any) -> Registry:
-    """LRP-epsilon for dense layers and averages, another rule for convolutions; activations pass the relevance on.
+_NORMALISATIONS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.local_response_norm, F.rms_norm)
 
-    All activations of torch with one result for each input are known, as modules and as functions. Max pooling gives
-    relevance to the largest, as its gradient does. Normalisation layers, gates (`F.glu`, a product of two results),
-    softmax, and linear functions that are not modules, are not covered: they have their gradient.
-    """
+
+def _refuse_normalisation(grad_output: Any) -> Any:
+    fail(
+        UnsupportedError,
+        "an LRP composite: a normalisation must be merged into the layer before it or have a rule, for its gradient is "
+        "no relevance; one has neither. Merge it (torch.nn.utils.fuse_conv_bn_eval, fuse_linear_bn_eval), or add a "
+        "rule: epsilon_plus | {torch.nn.BatchNorm2d: rules.lrp_identity}",
+    )
+
+
+def _composite(name: str, convolution: Any) -> Registry:
+    """LRP-epsilon for dense layers and averages, another rule for convolutions; activations pass the relevance on."""
     registry = Registry(name)
     registry.register(*_ACTIVATIONS, *_ACTIVATION_FUNCTIONS)(rules.lrp_identity)
     registry.register(F.prelu, optional=True)(_identity_of_prelu)
     registry.register(nn.Linear, *_AVERAGES, optional=True)(rules.lrp_epsilon())
     registry.register(*_CONVOLUTIONS, optional=True)(convolution)
+    registry.register(*_NORMALISATIONS, optional=True)(_refuse_normalisation)
     return registry
 
 

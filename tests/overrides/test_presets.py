@@ -144,6 +144,27 @@ def test_composite_needs_no_convolution():
         assert gradient(model, x).isfinite().all()
 
 
+NORMALISATIONS = {
+    "BatchNorm1d": lambda: nn.BatchNorm1d(4).eval(),
+    "LayerNorm": lambda: nn.LayerNorm(4),
+    "GroupNorm": lambda: nn.GroupNorm(2, 4),
+    "RMSNorm": lambda: nn.RMSNorm(4),
+}
+
+
+@pytest.mark.parametrize("name", NORMALISATIONS)
+def test_composite_refuses_a_normalisation_until_it_has_a_rule(name):
+    layer = NORMALISATIONS[name]()
+    model, x = nn.Sequential(nn.Linear(3, 4), layer, nn.ReLU(), nn.Linear(4, 2)).double(), noise(2, 3)
+    with (
+        go.override(model, go.presets.epsilon_plus),
+        pytest.raises(go.UnsupportedError, match=r"must be merged into .* or have a rule.*\| {torch.nn.BatchNorm2d:"),
+    ):
+        gradient(model, x)
+    with go.override(model, go.presets.epsilon_plus | {type(layer): rules.lrp_identity}):
+        assert gradient(model, x).isfinite().all()
+
+
 # Of torch, but for those with several inputs for a result.
 SEVERAL = {"GLU", "LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin"}
 MADE_WITH = {"RReLU": (0.2, 0.2), "Threshold": (0.1, -1.0)}
