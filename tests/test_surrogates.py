@@ -531,3 +531,15 @@ def test_half_precision_with_an_option_that_is_a_tensor_loses_digits_of_the_resu
     found = surrogates.sigmoid(torch.tensor(4.0))(torch.full_like(x, 1024.0), x.detach())
     assert found.dtype is torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0)
+
+
+def test_an_option_that_does_not_broadcast_to_the_input_is_an_error():
+    x = noise(4, 5)
+    y = go.custom_backward(surrogates.atan(torch.ones(2, 1, 1)))(torch.sign)(x)
+    with pytest.raises(go.SurrogateError) as error:
+        y.sum().backward()
+    assert str(error.value) == (
+        "surrogate atan(alpha=a tensor of shape (2, 1, 1)): its options must broadcast to the shape of the input, "
+        "(4, 5); with them it has shape (2, 4, 5). Give them sizes of 1 where they are the same for all, and no "
+        "dimensions more"
+    )

@@ -114,7 +114,15 @@ def _by_primitive(surrogate: Surrogate, grad: Tensor, x: Tensor) -> Tensor:
             )
     if surrogate.primitive is None:
         return surrogate.of(grad, x)
-    found: Tensor = torch.func.vjp(surrogate.primitive, wide(x))[1](wide(grad))[0]
+    value, pullback, *_ = torch.func.vjp(surrogate.primitive, wide(x))
+    if value.shape != x.shape:
+        fail(
+            SurrogateError,
+            f"surrogate {_printed(surrogate)}: its options must broadcast to the shape of the input, "
+            f"{shape_text(x.shape)}; with them it has shape {shape_text(value.shape)}. Give them sizes of 1 where they "
+            "are the same for all, and no dimensions more",
+        )
+    found: Tensor = pullback(wide(grad))[0]
     return found.to(torch.promote_types(grad.dtype, x.dtype))
 
 
