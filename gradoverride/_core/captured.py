@@ -48,7 +48,7 @@ def foreign_leaf(results: list[Tensor], known: set[int], stops: set[Any]) -> Ten
 
 def is_gone(leaf: Tensor) -> bool:
     """Whether nothing but the graph has this leaf: the forward made it, a first state say, and let it go. What would be
-    added to its `grad` nobody could see.
+    added to its `grad` nobody could see. (One that C++ has too, as a scripted module that no name leads to, looks so.)
     """
     if leaf._backward_hooks or leaf._post_accumulate_grad_hooks:  # they would
         return False
