@@ -353,7 +353,8 @@ class Call:
         explicit = explicit or any(name in plan.may_answer for param in params for name in param.names)
         explicit = explicit or (self.mode == EAGER and any(param.tensor._backward_hooks for param in params))
         kept = _behind_attributes(module, plan.fn) if explicit and self.mode == EAGER else ()
-        aliased = [param.asked or (explicit and id(param.tensor) not in kept) for param in params]
+        # (Dynamo would guard each id that it sees.)
+        aliased = [param.asked or (explicit and not (kept and id(param.tensor) in kept)) for param in params]
         self.aliased = [param for param, through_alias in zip(params, aliased, strict=True) if through_alias]
         self.natural = [param for param, through_alias in zip(params, aliased, strict=True) if not through_alias]
         if plan.class_form and plan.asks_vjp:
