@@ -19,6 +19,7 @@ from gradoverride._core.captured import captured_names
 from gradoverride._core.contract import shape_text
 from gradoverride._core.function import General, Transformed, named
 from gradoverride._core.private import (
+    as_dynamo_hands_on,
     call_directly,
     can_call_directly,
     evaluated_while_tracing,
@@ -31,7 +32,13 @@ from gradoverride._core.residuals import close_frame, open_frame, save_for_backw
 from gradoverride._core.rule_code import RuleCode, is_known_method
 from gradoverride._core.signature import RESERVED, Forward, Rule, resolve, unknown_name
 from gradoverride._core.tracers import EXPORT, recorded_as, warn
-from gradoverride.errors import ForwardResultError, GradOverrideWarning, RuleResultError, RuleSignatureError
+from gradoverride.errors import (
+    ForwardResultError,
+    GradOverrideWarning,
+    RuleResultError,
+    RuleSignatureError,
+    UnsupportedError,
+)
 
 __all__ = ["Layout", "Plan", "add_note"]
 
@@ -207,8 +214,18 @@ class Plan:
                         names.append(parameter.name)
                     elif parameter.kind is parameter.VAR_POSITIONAL:
                         variadic = parameter.name
+            for name in keywords:
+                if name in names or name == variadic:
+                    self._refuse_twice(name)
             found = self._layouts[key] = Layout(names, keywords, variadic, extra, given)
         return found
+
+    def _refuse_twice(self, name: str) -> NoReturn:
+        text = (
+            f"{self.forward.who} must have a name for each argument, for a rule to tell them apart; it has a parameter "
+            f"'{name}' that takes no keyword, and was given another '{name}' by keyword. Rename one of them"
+        )
+        raise as_dynamo_hands_on(UnsupportedError(text))  # layouts are made while it evaluates
 
     @evaluated_while_tracing
     def _kept_layout(

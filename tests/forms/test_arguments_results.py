@@ -1099,3 +1099,22 @@ def test_tensor_saved_for_the_rule_and_changed_afterwards_is_an_error():
     y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.backward()
+
+
+def by_position(x, /, **options):
+    return x * options["x"]
+
+
+def by_star(*x, **options):
+    return x[0] * options["x"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("function", [by_position, by_star])
+def test_keyword_that_is_named_as_a_parameter_without_one_is_refused(function, compiled):
+    forward = go.custom_backward(lambda grad_output, x: {"x": grad_output})(function)
+    run = torch.compile(forward, backend="eager", fullgraph=True) if compiled else forward
+    with pytest.raises(go.UnsupportedError, match=rf"'{function.__name__}' .* given another 'x' by keyword\. Rename"):
+        run(float64(1.0), x=float64(2.0))
+    with torch.no_grad():
+        assert forward(float64(1.0), x=float64(2.0)).item() == 2.0
