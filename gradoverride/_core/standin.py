@@ -265,13 +265,15 @@ def _counterpart(item: Any, before: Mapping[str, Any], after: Mapping[str, Any])
 
 
 def write_back(copied: Sequence[Copied]) -> None:
-    """Give modules what a forward assigned on their stand-ins: attributes and buffers, parameters and parts it made.
+    """Give modules what a forward assigned on their stand-ins or deleted: attributes, buffers, parameters, parts.
 
     What it has left alone stays: a hook or another thread may have changed it on the module meanwhile.
     """
     for module, clone, before, given in copied:
         Snapshot.of(clone).since(before).put_on(module)
         for key, table in given.items():
-            now = vars(clone)[key].items()
-            made = [pair for pair in now if table.get(pair[0]) is not pair[1] and type(pair[1]) is not _Given]
-            vars(module)[key].update(made)
+            now, live = vars(clone)[key], vars(module)[key]
+            made = [pair for pair in now.items() if table.get(pair[0]) is not pair[1] and type(pair[1]) is not _Given]
+            live.update(made)
+            for name in table.keys() - now.keys():
+                live.pop(name, None)

@@ -763,6 +763,24 @@ def test_parameters_and_parts_that_the_forward_makes_stay(declared):
         exactly(layer(x), first.detach())
 
 
+def test_parameters_and_parts_that_the_forward_deletes_are_gone():
+    class Shedding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.start = nn.Parameter(float64(2.0)), nn.Parameter(float64(3.0))
+            self.part = nn.Tanh()
+
+        @go.custom_backward(by_name)
+        def forward(self, x):
+            if hasattr(self, "part"):
+                del self.part, self.start
+            return x * self.weight
+
+    layer = Shedding()
+    layer(float64(1.0))
+    assert ([*layer._parameters], [*layer._modules]) == (["weight"], [])
+
+
 def test_method_that_is_not_forward_reaches_the_parameters_too():
     class Model(nn.Module):
         def __init__(self):
