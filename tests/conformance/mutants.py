@@ -50,7 +50,7 @@ MUTANTS = [
     Mutant(
         "no stand-in for self: the forward meets the live parameters",
         "_core/forward_pass.py",
-        "            inner = stand_in(module, tensors, copied)\n",
+        "            inner = stand_in(module, tensors, copied, seen=seen)\n",
         "            inner = module\n",
         "call: eager / (class with|method)",
     ),
