@@ -7,7 +7,9 @@ Numbers are small integers in float64, so that gradients are equal to the last b
 
 import collections
 import contextlib
+import ctypes
 import gc
+import os
 import pathlib
 import sys
 import threading
@@ -31,7 +33,7 @@ WARM_OVERRIDES = 500
 # What may be left over. An object left by each call of one form, or by each override, would be more in a tenth too.
 SPARE_OBJECTS = 200  # of those that the collector knows
 SPARE_BLOCKS = 500  # of Python's memory
-SPARE_RESIDENT = 8 * 2**20  # bytes of the process: threads begin with some of their own
+SPARE_RESIDENT = 8 * 2**20  # bytes of the process
 
 
 # --- forms, and what each must give for an input of ones to sixes ---
@@ -153,7 +155,10 @@ def classes():
 
 
 def resident():
-    """Bytes of the process in memory; None where the system does not say."""
+    """Bytes of the process in memory, without what is free in it; None where the system does not say."""
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if give_back is not None:  # the C library keeps a pool for threads, and each new one may get another
+        give_back(0)
     path = pathlib.Path("/proc/self/statm")
     return int(path.read_text().split()[1]) * 4096 if path.exists() else None
 
