@@ -1,4 +1,6 @@
-"""What surrounds a call and must surround its backward too: the autocast state, and for a replay the random state."""
+"""What surrounds a call: the autocast state, and for a replay the random state, which must surround its backward too;
+hooks on saved tensors, which are for what the user computes alone.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,25 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from gradoverride._core.private import any_autocast, evaluated_while_tracing
+from gradoverride._core.private import any_autocast, evaluated_while_tracing, saves_plainly
 
-__all__ = ["Autocast", "RandomState", "autocast_while_tracing", "under_traced"]
+__all__ = ["Autocast", "RandomState", "autocast_while_tracing", "under_traced", "unseen_by_hooks"]
 
 T = TypeVar("T")
 
 _NOTHING = contextlib.nullcontext()
+
+
+def unseen_by_hooks() -> contextlib.AbstractContextManager[Any]:
+    """For what is computed beside a call, once: a checkpoint counts the tensors that its block saves each time."""
+    return _NOTHING if saves_plainly() else saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class Autocast:

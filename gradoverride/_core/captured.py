@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradoverride._core import scan
+from gradoverride._core.ambient import unseen_by_hooks
 from gradoverride._core.nodes import leaves_behind
 from gradoverride._core.private import evaluated_while_tracing, fail, note_while_tracing, take_noted
 from gradoverride._core.reach import SCALARS
@@ -62,7 +63,7 @@ def _references_of_one_gone() -> int:
     def references(leaf: Tensor) -> int:
         return sys.getrefcount(leaf)
 
-    with torch.enable_grad():
+    with torch.enable_grad(), unseen_by_hooks():
         results = [torch.zeros(1, requires_grad=True).exp()]
     leaf = foreign_leaf(results, set(), set())
     assert leaf is not None, "it is in no other graph"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradoverride._core import captured
+from gradoverride._core.ambient import unseen_by_hooks
 from gradoverride._core.call import is_differentiable
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.plan import Plan, add_note
@@ -72,7 +73,7 @@ class SurrogateRule:
 
     def check(self, input: Tensor, result: Tensor) -> None:
         """Look at the surrogate once before any gradient is asked for: an error then says which call it was."""
-        with torch.enable_grad():
+        with torch.enable_grad(), unseen_by_hooks():
             alias = input.detach().requires_grad_()
             try:
                 given = self.surrogate(alias)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from oracles import float64
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import gradoverride as go
+from gradoverride._core import captured
 
 GLOBAL_WEIGHT = float64(3.0)
 
@@ -227,6 +229,18 @@ def test_tensor_that_the_forward_makes_and_lets_go_is_no_error(made):
     assert torch.autograd.grad(rule(x), x)[0].item() == 5.0
     doubled = go.custom_backward(lambda grad_output, vjp: vjp(grad_output * 2))(step)
     assert torch.autograd.grad(doubled(x), x)[0].item() == pytest.approx(2 * slope)
+
+
+@pytest.mark.parametrize("made", MADE_WITHIN)
+def test_the_first_time_may_be_in_a_checkpoint(made, monkeypatch):
+    monkeypatch.setattr(
+        captured, "_references_of_one_gone", functools.cache(captured._references_of_one_gone.__wrapped__)
+    )
+    step, slope = MADE_WITHIN[made]
+    x = float64(2.0)
+    doubled = go.custom_backward(lambda grad_output, vjp: vjp(grad_output * 2))(step)
+    checkpoint(doubled, x, use_reentrant=False).backward()
+    assert x.grad.item() == pytest.approx(2 * slope)
 
 
 def test_module_that_starts_from_a_state_of_its_own_may_be_overridden():

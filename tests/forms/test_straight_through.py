@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from oracles import closely, exactly, float64, noise
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import gradoverride as go
 
@@ -451,3 +452,11 @@ def test_same_node_is_used_over_two_backward_calls():
     y.backward(retain_graph=True)
     y.backward()
     closely(x.grad, 2 * (1 - x.detach().tanh() ** 2))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_first_call_of_all_may_be_in_a_checkpoint(reentrant):
+    """The look that is taken at the surrogate then is no part of the block."""
+    forward, x = go.straight_through(torch.round, surrogate=torch.tanh), float64(0.4)
+    checkpoint(forward, x, use_reentrant=reentrant).backward()
+    closely(x.grad, 1 - x.detach().tanh() ** 2)
