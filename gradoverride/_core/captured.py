@@ -56,9 +56,8 @@ def is_gone(leaf: Tensor) -> bool:
     return sys.getrefcount(leaf) <= _references_of_one_gone()
 
 
-@functools.cache
 def _references_of_one_gone() -> int:
-    """Those of such a leaf, which versions of Python and torch count differently."""
+    """Those of such a leaf now: versions of Python and torch count differently, and so does Python under Dynamo."""
 
     def references(leaf: Tensor) -> int:
         return sys.getrefcount(leaf)

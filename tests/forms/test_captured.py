@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradoverride as go
-from gradoverride._core import captured
 
 GLOBAL_WEIGHT = float64(3.0)
 
@@ -232,15 +231,35 @@ def test_tensor_that_the_forward_makes_and_lets_go_is_no_error(made):
 
 
 @pytest.mark.parametrize("made", MADE_WITHIN)
-def test_the_first_time_may_be_in_a_checkpoint(made, monkeypatch):
-    monkeypatch.setattr(
-        captured, "_references_of_one_gone", functools.cache(captured._references_of_one_gone.__wrapped__)
-    )
+def test_such_a_forward_may_be_in_a_checkpoint(made):
     step, slope = MADE_WITHIN[made]
     x = float64(2.0)
     doubled = go.custom_backward(lambda grad_output, vjp: vjp(grad_output * 2))(step)
     checkpoint(doubled, x, use_reentrant=False).backward()
     assert x.grad.item() == pytest.approx(2 * slope)
+
+
+@pytest.mark.parametrize("made", MADE_WITHIN)
+def test_such_a_forward_may_run_before_beside_and_in_compiled_code(made):
+    """Under Dynamo Python calls functions in another way, in which an argument has one reference more."""
+    step, _ = MADE_WITHIN[made]
+    x = float64(2.0)
+    rule = go.custom_backward(lambda grad_output: grad_output * 5)(step)
+    keep = [].append  # what it has no name leads to
+
+    def keeping(x):
+        leaf = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        keep(leaf)
+        return x + leaf
+
+    refused = go.custom_backward(lambda grad_output: grad_output * 5)(keeping)
+    uncompiled = torch.compiler.disable(lambda function: function(x))
+    around = torch.compile(lambda function: uncompiled(function), backend="eager")
+    for call in (uncompiled, around, uncompiled, around):
+        assert torch.autograd.grad(call(rule), x)[0].item() == 5.0
+        with pytest.raises(go.CapturedTensorError, match="made one itself"):
+            call(refused)
+        torch.compile(torch.sin, backend="eager")(x)
 
 
 def test_module_that_starts_from_a_state_of_its_own_may_be_overridden():
