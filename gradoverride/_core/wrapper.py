@@ -69,7 +69,8 @@ def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> Function
     exec(compile(source, f"<gradoverride wrapper of {plan.forward.name}>", "exec"), names)
     wrapper: FunctionType = names["wrapper"]
     wrapped(wrapper, original)
-    if not isinstance(getattr(original, "__name__", None), str):
+    scripted = isinstance(original, torch.jit.ScriptFunction)  # the first one of all bears that name
+    if scripted or not isinstance(getattr(original, "__name__", None), str):
         wrapper.__name__ = wrapper.__qualname__ = plan.forward.name
     elif isinstance(original, BuiltinFunctionType):  # `torch.round` has that of a private class
         wrapper.__qualname__ = wrapper.__name__
@@ -77,9 +78,7 @@ def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> Function
         wrapper.__module__ = original.__objclass__.__module__
     if getattr(original, "__isabstractmethod__", False):
         wrapper.__dict__["__isabstractmethod__"] = True
-    if (
-        isinstance(original, torch.jit.ScriptFunction) or written_as(original) is not original
-    ):  # in which `inspect` finds none
+    if scripted or written_as(original) is not original:  # `inspect` finds none
         wrapper.__dict__["__signature__"] = plan.forward.signature
     # torch.jit.script asks for what it is to compile instead.
     refusal = functools.partial(
