@@ -139,6 +139,14 @@ def calls_of(listed, count):
 # --- what must not grow ---
 
 
+@pytest.fixture(autouse=True)
+def _settled():
+    """What tests before have left, compiled code above all, goes before anything is counted, in several rounds."""
+    torch._dynamo.reset()
+    for _ in range(5):
+        gc.collect()
+
+
 def objects():
     """Live objects by type."""
     return collections.Counter(type(each).__qualname__ for each in gc.get_objects())
