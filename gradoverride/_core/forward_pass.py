@@ -40,7 +40,6 @@ from gradoverride._core.private import (
     forward_mode_depth,
     in_forward_ad,
     in_functorch,
-    is_updated_while_tracing,
     keep_own_frames_whole,
     version_of,
 )
@@ -197,7 +196,7 @@ class ForwardPass:
         if named:
             copy_attributes(aliases, sources, named)
         if mode == TRACED:
-            self._carry_statistics(aliases)
+            self.writes.carry_statistics(aliases)
         return self.finish(aliases, result, residuals)
 
     def finish(self, aliases: list[Tensor], result: Any, residuals: dict[str, Any]) -> Any:
@@ -259,23 +258,6 @@ class ForwardPass:
         self._refuse_changed(arguments, aliases)
         write_back(copied)
         return result, frame
-
-    def _carry_statistics(self, aliases: Sequence[Tensor]) -> None:
-        """Running statistics that a traced forward has updated: what it met may be a copy."""
-        for index, leaf in enumerate(self.leaves):
-            alias = aliases[index]
-            if self.call.wanted[index] or not is_updated_while_tracing(alias):
-                continue
-            name = self.call.name_of_leaf(index)
-            if self.writes.asked_as(name) is not None:
-                fail(
-                    ForwardResultError,
-                    f"{self.plan.forward.who} has torch update the running statistics in its argument '{name}', and "
-                    f"its rule {self.plan.rule.who} asks for them as they were given, of which compiled code keeps "
-                    "what they become. Leave this call uncompiled, by torch.compiler.disable",
-                )
-            if alias is not leaf:
-                leaf.copy_(alias)
 
     def _collects_residuals(self) -> bool:
         """Whether what the forward hands over is to be collected."""

@@ -23,6 +23,7 @@ from torch.compiler import is_dynamo_compiling as compiling
 from torch.fx import GraphModule
 
 from gradoverride._core import everywhere, scan
+from gradoverride._core.by_class import once_per_class
 from gradoverride._core.functions import calls_that_are
 from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.record import ModuleTally, Record
@@ -166,7 +167,7 @@ def _method(base: Any, name: str) -> FunctionType:
     return wrapped(function, getattr(base, name))
 
 
-@functools.cache
+@once_per_class
 def written_methods(base: Any) -> tuple[str, ...]:
     """The methods of a class of modules besides those that torch has written, which its own forwards alone call."""
     found = [name for name in dir(base) if not hasattr(nn.Module, name) and not name.startswith("__")]

@@ -38,6 +38,7 @@ from gradoverride._core.private import fail
 from gradoverride._core.record import refresh_all
 from gradoverride._core.residuals import save_for_backward
 from gradoverride._core.signature import Forward, Made, Rule, kind_of, resolve
+from gradoverride._core.targets import family
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
 
@@ -189,7 +190,7 @@ class _Replacement:
         if self.kind is staticmethod:
             return [self.function]
         in_c = isinstance(self.original, ClassMethodDescriptorType)  # which its methods do not lead to
-        found = gc.get_referrers(*_derived(self.parent) if in_c else [self.function])
+        found = gc.get_referrers(*family(self.parent) if in_c else [self.function])
         bound = [value for value in found if isinstance(value, (MethodType, BuiltinMethodType))]
         name = self.function.__name__
         return [one for one in bound if one.__name__ == name and self.parent in _classes_of(one.__self__)]
@@ -306,12 +307,6 @@ def _within(value: Any) -> Any:
 
 def _classes_of(receiver: Any) -> tuple[type, ...]:
     return (receiver if isinstance(receiver, type) else type(receiver)).__mro__
-
-
-def _derived(cls: Any) -> Iterator[Any]:
-    yield cls
-    for derived in cls.__subclasses__():
-        yield from _derived(derived)
 
 
 def _named_so(values: Sequence[Any]) -> Iterator[_Place]:

@@ -1,4 +1,4 @@
-"""What a forward wrote into, as the version counters of its tensors tell.
+"""What a forward wrote into, as the version counters of its tensors tell, and of norms the traced graph.
 
 A rule that asks for a value that is gone by its backward is refused, and so is a write that no result shows: there
 would be no gradient for what the argument became.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradoverride._core.call import EAGER, TRACED, Call, is_differentiable, is_tensor
 from gradoverride._core.kept_graph import shares_versions
-from gradoverride._core.private import fail, version_of, versions_while_tracing
+from gradoverride._core.private import fail, is_updated_while_tracing, version_of, versions_while_tracing
 from gradoverride._core.structure import flatten
 from gradoverride.errors import ForwardResultError
 
@@ -46,6 +46,23 @@ class Writes:
         shares = call.mode == EAGER and call.graph is not None and shares_versions(may_write)
         if shares or (may_write and (call.mode != EAGER or self.besides or not all(call.wanted))):
             self.before = self._versions(aliases)
+
+    def carry_statistics(self, aliases: Sequence[Tensor]) -> None:
+        """Running statistics that a traced forward has updated: what it met may be a copy."""
+        for index, leaf in enumerate(self.leaves):
+            alias = aliases[index]
+            if self.call.wanted[index] or not is_updated_while_tracing(alias):
+                continue
+            name = self.call.name_of_leaf(index)
+            if self.asked_as(name) is not None:
+                fail(
+                    ForwardResultError,
+                    f"{self.plan.forward.who} has torch update the running statistics in its argument '{name}', and "
+                    f"its rule {self.plan.rule.who} asks for them as they were given, of which compiled code keeps "
+                    "what they become. Leave this call uncompiled, by torch.compiler.disable",
+                )
+            if alias is not leaf:
+                leaf.copy_(alias)
 
     def find(self, outs: list[Tensor], aliases: list[Tensor]) -> None:
         """The forward has run: note the results that are arguments as they stand, and the arguments written into."""

@@ -678,3 +678,13 @@ def test_argument_without_a_gradient_may_be_there_to_be_written_into(rule, compi
     run = torch.compile(forward, backend="aot_eager", fullgraph=True) if compiled else forward
     run(x, count).sum().backward()
     exactly((x.grad, count), (float64(1.0, 1.0, grad=False), float64(6.0, grad=False)))
+
+
+def test_forward_runs_again_under_a_transform_on_what_it_overwrote():
+    def overwriting(x):
+        return x.mul_(x.detach() + 1).mul_(2)
+
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    decorated = go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))(overwriting)
+    found = torch.func.grad(lambda x: decorated(x * 1).sum())(x)
+    closely(found, 3 * 2 * (x + 1))
