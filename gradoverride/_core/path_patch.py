@@ -326,7 +326,7 @@ def _holders(values: list[Any], known: list[Any]) -> Iterator[str]:
     classes = [vars(cls).keys() for place in known if isinstance(place, type) for cls in place.__mro__]
     arguments = tuple(values)  # Python 3.13 counts those of the call itself
     for holder in gc.get_referrers(*arguments):
-        if holder is values or holder is arguments or any([holder is value for value in values]):  # a form holds another
+        if any([holder is one for one in (values, arguments, *values)]):  # a form holds another
             continue
         if classes and isinstance(holder, MethodType):  # of an object of another class that has the function
             continue
