@@ -50,7 +50,7 @@ def python_function(fn: Any) -> FunctionType | None:
         fn = fn.__func__
     if isinstance(fn, FunctionType):
         return fn
-    method = inspect.getattr_static(type(fn), "__call__", None)
+    method = next((vars(cls)["__call__"] for cls in type(fn).__mro__ if "__call__" in vars(cls)), None)
     return method if isinstance(method, FunctionType) else None
 
 
