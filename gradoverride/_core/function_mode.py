@@ -12,7 +12,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import BuiltinFunctionType, FrameType, FunctionType, MethodDescriptorType, WrapperDescriptorType
+from types import (
+    AsyncGeneratorType,
+    BuiltinFunctionType,
+    FrameType,
+    FunctionType,
+    MethodDescriptorType,
+    WrapperDescriptorType,
+)
 from typing import Any
 
 import torch
@@ -23,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradoverride._core import everywhere
 from gradoverride._core.functions import every_spelling, opened, reaching, signature_of, spellings, turned
+from gradoverride._core.generators import RUN_LATER, in_steps
 from gradoverride._core.higher_order import run_under
 from gradoverride._core.layers import FunctionLayer, FunctionRule
 from gradoverride._core.plan import Plan
@@ -309,13 +317,30 @@ def scope_of(keys: tuple[FunctionRule, ...], layers_of: Any) -> Callable[..., An
             if compiling() and not dynamo_shows():
                 fail(UnsupportedError, _NOT_SHOWN)
             with mode:
-                return method(self, *args, **kwargs)
+                result = method(self, *args, **kwargs)
         finally:
             here.active = active
             if not compiling():
                 here.layers = layers
+        return result if type(result) not in RUN_LATER else _in_scope(scope, self, result)
 
     return scope
+
+
+def _in_scope(scope: Callable[..., Any], module: Any, running: Any) -> Any:
+    """A generator or a coroutine that a method of a module has given, under the rules for what it calls."""
+    if compiling() or isinstance(running, AsyncGeneratorType):
+        fail(
+            UnsupportedError,
+            f"an override of functions of torch must be in force when a generator of '{type(module).__name__}' takes "
+            "its steps, after the call that made it; under torch.compile, and in an asynchronous generator, it cannot "
+            "be. Have the method return a list, or leave the call uncompiled",
+        )
+    return in_steps(running, lambda step, *args: scope(_take, module, step, *args))
+
+
+def _take(_: Any, step: Callable[..., Any], *args: Any) -> Any:
+    return step(*args)
 
 
 def scoped(forward: Callable[..., Any], scope: Callable[..., Any]) -> Callable[..., Any]:

@@ -177,7 +177,6 @@ def written_methods(base: Any) -> tuple[str, ...]:
         for name, function in functions
         if isinstance(function, FunctionType)
         if not f"{function.__globals__.get('__name__')}.".startswith("torch.")
-        if not inspect.isgeneratorfunction(function) and not inspect.iscoroutinefunction(function)
     )
 
 

@@ -1,5 +1,6 @@
 """Functions of torch as targets: every spelling, in a model and its parts. Contract, section 5."""
 
+import asyncio
 import contextlib
 import copy
 import inspect
@@ -1065,6 +1066,104 @@ class CodecWithForward(Codec):
 
     def forward(self, x):
         return self.decode(self.encode(x))
+
+
+class Steps(nn.Module):
+    """A model whose methods run after they were called, step by step."""
+
+    def stream(self, x):
+        for scale in (1.0, 2.0):
+            sent = yield F.relu(x * (scale + 1))
+            try:
+                yield F.relu(x * (scale if sent is None else sent))
+            except ValueError:
+                yield F.relu(x * 100)
+        return F.relu(x * 1000)
+
+    async def wait(self, x):
+        await asyncio.sleep(0)
+        return F.relu(x * 3)
+
+    async def each(self, x):
+        yield F.relu(x)
+
+
+class Stream(Steps):
+    forward = Steps.stream
+
+
+class Wait(Steps):
+    forward = Steps.wait
+
+
+class TestSteps:
+    @pytest.mark.parametrize("method", ["stream", "__call__"])
+    def test_of_a_generator_have_the_rule_and_what_runs_between_them_has_not(self, method, x):
+        model = Stream()
+
+        def run(x):
+            steps, found = getattr(model, method)(x), []
+            for step in range(4):
+                found += [next(steps), F.tanh(F.relu(x) * (step + 1))]
+            return found
+
+        plain = [gradient(lambda x, index=index: run(x)[index], x) for index in range(8)]
+        with go.override(model, {F.relu: doubled}):
+            for index in range(8):
+                closely(gradient(lambda x, index=index: run(x)[index], x), (1 if index % 2 else 2) * plain[index])
+
+    def test_of_a_generator_are_sent_values_and_errors_and_it_returns_and_closes(self, x):
+        model = Steps()
+        with go.override(model, {F.relu: doubled}):
+            steps = model.stream(x)
+            exactly(next(steps), F.relu(x * 2))
+            exactly(steps.send(7.0), F.relu(x * 7))
+            exactly(steps.throw(ValueError()), F.relu(x * 100))
+            steps.close()
+            steps = model.stream(x)
+            next(steps)
+            with pytest.raises(KeyError, match="mine"):
+                steps.throw(KeyError("mine"))
+
+            def returned(x):
+                return (yield from model.stream(x))
+
+            def last(x):
+                steps = returned(x)
+                while True:
+                    try:
+                        next(steps)
+                    except StopIteration as end:
+                        return end.value
+
+            with_rule = gradient(last, x)
+        closely(with_rule, 2 * gradient(last, x))
+
+    @pytest.mark.parametrize("method", ["wait", "__call__"])
+    def test_of_a_coroutine_have_the_rule_and_other_tasks_have_not(self, method, x):
+        model = Wait()
+
+        async def other(x):
+            await asyncio.sleep(0)
+            return F.relu(x * 5)
+
+        async def both(x):
+            return await asyncio.gather(getattr(model, method)(x), other(x))
+
+        plain = [gradient(lambda x, index=index: asyncio.run(both(x))[index], x) for index in range(2)]
+        with go.override(model, {F.relu: doubled}):
+            closely(gradient(lambda x: asyncio.run(both(x))[0], x), 2 * plain[0])
+            exactly(gradient(lambda x: asyncio.run(both(x))[1], x), plain[1])
+
+    def test_of_an_asynchronous_generator_and_under_torch_compile_are_refused(self, x):
+        model = Steps()
+        with go.override(model, {F.relu: doubled}):
+            with pytest.raises(go.UnsupportedError, match=r"generator of 'Steps'.*asynchronous.*return a list"):
+                model.each(x)
+            compiled = torch.compile(lambda x: sum(model.stream(x)), backend="aot_eager")
+            with pytest.raises(go.UnsupportedError, match=r"under torch\.compile"):
+                compiled(x.requires_grad_())
+            gradient(lambda x: next(model.stream(x)), x)
 
 
 class TestMethods:
