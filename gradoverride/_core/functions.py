@@ -459,6 +459,6 @@ def _is_work(step: dis.Instruction) -> bool:
 
 # The last one is what calls `super`, from Python 3.12 on.
 _CALLS = (*scan.CALLS, "CALL_FUNCTION_EX", "LOAD_SUPER_ATTR")
-_WORK = ("BINARY_", "UNARY_", "COMPARE_", "FOR_", "STORE_ATTR", "STORE_SUBSCR", "POP_JUMP", "INPLACE_")
+_WORK = ("BINARY_", "UNARY_", "COMPARE_", "FOR_", "STORE_ATTR", "STORE_SUBSCR", "POP_JUMP")
 _NO_STEPS = ("CACHE", "PRECALL", "PUSH_NULL")
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})

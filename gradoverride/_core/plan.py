@@ -40,7 +40,7 @@ from gradoverride.errors import (
     UnsupportedError,
 )
 
-__all__ = ["Layout", "Plan", "add_note"]
+__all__ = ["Layout", "Plan"]
 
 
 class Layout:
@@ -344,7 +344,7 @@ class Plan:
                 ", where the grad of each parameter is None until it is assigned: autograd adds it to what was "
                 "accumulated before. Assign it (=) before anything is added to it (+=)"
             )
-        add_note(error, note)
+        error.add_note(note)
 
     def refuse_written(self) -> NoReturn:
         """The rule wrote into the gradient itself."""
@@ -363,11 +363,3 @@ class Plan:
                 f"differentiable argument, for the gradient to pass straight through; it returned one of shape "
                 f"{shape_text(result)}. Give a surrogate with that result: straight_through(surrogate=...)",
             )
-
-
-def add_note(error: Exception, note: str) -> None:
-    """Let `error` say besides where it was."""
-    if hasattr(error, "add_note"):
-        error.add_note(note)
-    else:  # Python 3.10
-        error.__dict__["__notes__"] = [*getattr(error, "__notes__", []), note]

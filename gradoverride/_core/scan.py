@@ -281,7 +281,7 @@ def is_scaling(fn: Any, *, free: bool = False) -> bool:
     )
 
 
-CALLS = ("CALL", "CALL_KW", "CALL_METHOD", "CALL_FUNCTION", "CALL_FUNCTION_KW")
+CALLS = ("CALL", "CALL_KW")
 _BUILDS = ("BUILD_TUPLE", "BUILD_MAP", "BUILD_CONST_KEY_MAP")
 _ARITHMETIC = frozenset(
     {
@@ -291,7 +291,6 @@ _ARITHMETIC = frozenset(
         *("KW_NAMES", "PUSH_NULL"),
         *CALLS,
         *_BUILDS,
-        *("BINARY_ADD", "BINARY_SUBTRACT", "BINARY_MULTIPLY", "BINARY_TRUE_DIVIDE"),  # Python 3.10
     }
 )
 _ELEMENTWISE = frozenset(
@@ -383,7 +382,7 @@ _HOLDERS = ("self", "cls", "module")  # what hangs there may have any name, and 
 
 
 def _is_called(steps: list[dis.Instruction], index: int) -> bool:
-    """Whether what this step loads, or an item or attribute of it, is called (Python 3.10 does not tell)."""
+    """Whether what this step loads, or an item or attribute of it, is called."""
     beside = index - 1 if sys.version_info < (3, 13) else index + 1
     return 0 <= beside < len(steps) and steps[beside].opname == "PUSH_NULL"
 
@@ -477,7 +476,7 @@ _INPLACE_NAMES = frozenset(
 
 def _is_write(instruction: dis.Instruction) -> bool:
     name = instruction.opname
-    if name in {"STORE_SUBSCR", "STORE_SLICE", "DELETE_SUBSCR"} or name.startswith("INPLACE_"):
+    if name in {"STORE_SUBSCR", "STORE_SLICE", "DELETE_SUBSCR"}:
         return True
     if name == "STORE_ATTR":
         return instruction.argval in ("real", "imag", "requires_grad")  # two views of the tensor, and what it is

@@ -19,7 +19,7 @@ from gradoverride._core import captured
 from gradoverride._core.ambient import unseen_by_hooks
 from gradoverride._core.call import is_differentiable
 from gradoverride._core.contract import shape_text, what
-from gradoverride._core.plan import Plan, add_note
+from gradoverride._core.plan import Plan
 from gradoverride._core.private import evaluated_while_tracing, fail, in_forward_ad, in_functorch, saves_plainly
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, Rule, name_of
@@ -78,7 +78,7 @@ class SurrogateRule:
             try:
                 given = self.surrogate(alias)
             except Exception as error:
-                add_note(error, f"in the {self.who}")
+                error.add_note(f"in the {self.who}")
                 raise
         self._check_shape(given, result)
         self._check_differentiable(given)

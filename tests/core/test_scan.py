@@ -1,6 +1,5 @@
 """What the code of a rule tells: wrong here is a check left out where it is needed."""
 
-import sys
 
 import pytest
 import torch
@@ -161,9 +160,8 @@ WRITING = {
     "flag in a list": lambda g: F.relu(*[g, IN_PLACE]),
     "flag at a later place": lambda g: F.threshold(g, 0.0, 0.0, IN_PLACE),
     "operator of torch": lambda g: torch.ops.aten.relu_(g),
+    "default": by_default,
 }
-if sys.version_info >= (3, 11):  # before, a parameter that is called is not told from others
-    WRITING["default"] = by_default
 
 
 @pytest.fixture(scope="module")
