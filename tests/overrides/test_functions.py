@@ -9,6 +9,7 @@ import math
 import operator
 import pickle
 import re
+import sys
 import threading
 import warnings
 
@@ -1482,6 +1483,16 @@ def test_a_module_in_an_operator_of_torch_has_its_own_rule_and_not_that_of_its_f
         closely(gradient(run, x, weights=1.0), -1 * (3 * (value > 0).double() + 1))
 
 
+@pytest.fixture
+def _deep():
+    """Room for the frames of Dynamo above those of pytest: on Python 3.12 they are more than there may be otherwise."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(2 * limit)
+    yield
+    sys.setrecursionlimit(limit)
+
+
+@pytest.mark.usefixtures("_deep")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_rules_of_several_overrides_are_in_force_in_an_operator_of_torch(compiled, x):
     model = Parts(OPERATORS["cond of modules"])
