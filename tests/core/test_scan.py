@@ -1,6 +1,5 @@
 """What the code of a rule tells: wrong here is a check left out where it is needed."""
 
-
 import pytest
 import torch
 import torch.distributed as dist
