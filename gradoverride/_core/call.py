@@ -39,7 +39,6 @@ __all__ = [
     "Param",
     "is_differentiable",
     "is_tensor",
-    "is_tracked",
     "may_want_gradient",
     "requires_grad_anywhere",
 ]

@@ -24,7 +24,7 @@ from gradoverride._core.traced_graph import TracedGraph
 if TYPE_CHECKING:
     from gradoverride._core.saver import Saver
 
-__all__ = ["InnerGraph", "inner_graph"]
+__all__ = ["inner_graph"]
 
 
 class InnerGraph(Protocol):

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 __all__ = [
     "EXPORT",
     "FX",
-    "JIT",
-    "MAKE_FX",
     "drops_rule",
     "exporting",
     "record_call",

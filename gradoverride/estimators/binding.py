@@ -19,7 +19,7 @@ from gradoverride._core.signature import Forward, signature_asking
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 from gradoverride.estimators.evaluation import BATCHED, Evaluation
 
-__all__ = ["Arguments", "Bound", "Estimator", "check_options"]
+__all__ = ["NOT_TRACED", "Estimator", "check_options"]
 
 
 NOT_TRACED = "an estimator evaluates its forward again (gradoverride.estimators)"
