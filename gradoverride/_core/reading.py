@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import as_dynamo_hands_on, defaults_while_tracing
 from gradoverride._core.rule_code import RuleCode
-from gradoverride._core.scan import is_scaling
+from gradoverride._core.scan import content, is_scaling
 from gradoverride._core.signature import Forward, Rule, resolve
 from gradoverride.errors import RuleSignatureError
 
@@ -75,7 +75,7 @@ class Reading:
             return self.writes
         function = rule if type(rule) is FunctionType else _function_in(rule)
         cells = function.__closure__  # type: ignore[union-attr]  # it has one
-        return not all([type(_content(cell)) in _PLAIN for cell in cells or ()])
+        return not all([type(content(cell)) in _PLAIN for cell in cells or ()])
 
     def plan_for(self, rule: Any) -> Plan:
         """The plan of the forward and of rules of this code. It does not hold the rule, which is the call's."""
@@ -141,14 +141,7 @@ def _function_in(rule: Any) -> FunctionType | None:
 
 def holds_numbers(rule: FunctionType) -> bool:
     """Whether its closure holds real numbers alone."""
-    return all([type(_content(cell)) in _NUMBERS for cell in rule.__closure__ or ()])
-
-
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return cell
+    return all([type(content(cell)) in _NUMBERS for cell in rule.__closure__ or ()])
 
 
 _NUMBERS = frozenset({bool, int, float})
