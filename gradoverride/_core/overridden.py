@@ -170,17 +170,12 @@ def base_of(module: nn.Module) -> Any:
     record = module.__dict__.get(RECORD)
     if record is not None:
         return record.base
-    cls: Any = _beneath(module) if "parametrizations" in module._modules else type(module)
-    return base_of_class(cls)
-
-
-def _beneath(module: nn.Module) -> Any:
-    """`parametrize` gives each module a class of its own, and expects to find it on top."""
-    cls = type(module)
-    return cls.__bases__[0] if _is_parametrized_class(module) else cls
+    cls: Any = type(module)
+    return base_of_class(cls.__bases__[0] if _is_parametrized_class(module) else cls)
 
 
 def _is_parametrized_class(module: nn.Module) -> bool:
+    """Whether `parametrize` has given it a class of its own, which it expects to find on top."""
     # `is_parametrized` asks by `hasattr`, which for a module that is none takes 2 us.
     return "parametrizations" in module._modules and type(module).__name__.startswith("Parametrized")
 
