@@ -181,15 +181,17 @@ def _starting(original: Callable[..., Any]) -> Any:
     return start
 
 
+def _inheriting(task: Callable[..., Any]) -> Callable[..., Any]:
+    standing = _standing_here()
+    return task if standing is None or isinstance(task, _Inherited) else _Inherited(task, standing)
+
+
 def _submitting(original: Callable[..., Any]) -> Any:
     """`ThreadPoolExecutor.submit`"""
 
     @functools.wraps(original)
     def submit(self: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        standing = _standing_here()
-        if standing is not None and not isinstance(fn, _Inherited):
-            fn = _Inherited(fn, standing)
-        return original(self, fn, *args, **kwargs)
+        return original(self, _inheriting(fn), *args, **kwargs)
 
     return submit
 
@@ -199,10 +201,7 @@ def _handing(original: Callable[..., Any]) -> Any:
 
     @functools.wraps(original)
     def hand(self: Any, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        standing = _standing_here()
-        if standing is not None and not isinstance(func, _Inherited):
-            func = _Inherited(func, standing)
-        return original(self, func, *args, **kwargs)
+        return original(self, _inheriting(func), *args, **kwargs)
 
     return hand
 
