@@ -47,7 +47,7 @@ from gradoverride._core.signature import Forward, passing
 from gradoverride._core.wrapper import make_refusal, make_wrapper
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
-__all__ = ["FunctionMode", "count", "here", "mode_of", "note_unrecorded", "quieted", "scope_of", "scoped"]
+__all__ = ["FunctionMode", "count", "here", "note_unrecorded", "quieted", "scope_of", "scoped"]
 
 
 class _Here(threading.local):
@@ -202,17 +202,7 @@ def _run(function: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
 
 def _step_by_step(bare: Any, keys: tuple[FunctionRule, ...], function: Any) -> Callable[..., Any]:
     """The same where some of the rules are quiet: each step looks whether it is."""
-    marks = _marks_of(keys)
-
-    def innermost(*args: Any, **kwargs: Any) -> Any:
-        before = here.quiet
-        here.quiet = (*before, *marks)
-        try:
-            return bare(*args, **kwargs)
-        finally:
-            here.quiet = before
-
-    step = functools.update_wrapper(innermost, bare, updated=())
+    step = quieted(bare, keys)
     for key in keys:
         step = functools.update_wrapper(_one_step(key, step, function), bare, updated=())
     return step
@@ -362,11 +352,11 @@ def quieted(forward: Callable[..., Any], keys: tuple[FunctionRule, ...]) -> Call
     """The forward of a module that has a rule for what is one call of a function: that has no other rule then."""
     marks = _marks_of(keys)
 
-    def quiet(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def quiet(*args: Any, **kwargs: Any) -> Any:
         before = here.quiet
         here.quiet = (*before, *marks)
         try:
-            return forward(self, *args, **kwargs)
+            return forward(*args, **kwargs)
         finally:
             here.quiet = before
 
