@@ -15,7 +15,7 @@ from gradoverride._core.targets import RECORD
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
-__all__ = ["Chain", "Links", "chain_of", "forward_of", "links"]
+__all__ = ["Chain", "chain_of", "forward_of", "links"]
 
 
 def forward_of(base: Any, fn: Any = None) -> Forward:
@@ -94,10 +94,10 @@ def _check_outside(base: Any, layer: FunctionLayer, earlier: Layer, plain: bool)
 class Chain:
     """The forward of a class under rules. Modules of a class under the same rules share it."""
 
-    __slots__ = ("forward", "innermost", "scope", "traced")
+    __slots__ = ("forward", "scope", "traced")
 
     def __init__(self, base: Any, innermost: Any, found: Links) -> None:
-        self.innermost = innermost  # the forward of the base, which somebody may replace
+        """`innermost`: the forward of the base, which somebody may replace."""
         self.traced = False  # whether it was compiled: calls of compiled code are not counted
         forward: Callable[..., Any] = innermost
         self.scope = scope_of(found.scope, _functions_on) if found.scope else None  # what calls its other methods
