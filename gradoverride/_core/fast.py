@@ -40,11 +40,10 @@ __all__ = ["Runs", "ShortPath", "guessed_places", "is_plain"]
 
 def is_plain(plan: Plan) -> bool:
     """Whether calls of `plan` can take the short path at all."""
-    forward = plan.forward
+    parameters = plan.forward.parameters or ()
     return (
-        forward.parameters is not None
-        and bool(forward.parameters)
-        and all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in forward.parameters)
+        bool(parameters)
+        and all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
         and (not plan.takes_receiver or _is_plain_method(plan))
         and not plan.hands_over
         and not plan.keeps_given
