@@ -118,7 +118,7 @@ class Chain:
             if rule is found.rules[-1]:  # which is called first
                 plan.on_unrecorded = _note_unrecorded
             forward = make_wrapper(plan, forward)
-        if found.quiet and found.rules:
+        if found.quiet:
             forward = quieted(forward, found.quiet)
         self.forward = forward
 

@@ -181,9 +181,6 @@ class ImportPath(Target):
         super().__init__(value)
         self.name = value
 
-    def distance(self, path: str, module: Any) -> int | None:
-        return None
-
     def __str__(self) -> str:
         return f"'{self.value}'"
 
