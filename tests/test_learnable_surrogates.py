@@ -354,6 +354,17 @@ def test_a_tensor_that_requires_grad_only_later_is_an_error():
         fire(x).sum().backward()
 
 
+def test_without_a_floating_argument_the_function_is_called_and_nothing_else():
+    fire = go.straight_through(torch.sign, surrogate=atan(learnt(2.0)))
+    exactly(fire(torch.tensor([1, -2])), torch.tensor([1, -1]))
+
+
+def test_a_tensor_that_does_not_learn_needs_no_primitive():
+    x = noise(3)
+    (found,) = torch.autograd.grad(go.custom_backward(hat(torch.tensor(2.0).double()))(torch.sign)(x).sum(), x)
+    exactly(found, hat(2.0)(torch.ones_like(x), x.detach()))
+
+
 # --- what is refused ---
 
 

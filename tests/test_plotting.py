@@ -126,6 +126,15 @@ class TestOfAFunction:
         lines = lines_of(go.plot_rule(nn.Hardtanh(-3, -2.5)))
         exactly(lines["gradient"], (X, torch.zeros_like(X)))
 
+    def test_module_that_cuts_the_graph_draws_zeros(self):
+        class Cut(nn.Module):
+            def forward(self, x):
+                return x.detach().sign()
+
+        lines = lines_of(go.plot_rule(Cut()))
+        exactly(lines["forward"], (X, X.sign()))
+        exactly(lines["gradient"], (X, torch.zeros_like(X)))
+
 
 class TestOfARuleOfTheGradient:
     def test_draws_what_goes_on_against_what_comes(self):

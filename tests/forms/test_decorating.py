@@ -517,6 +517,18 @@ def test_bare_class_with_a_static_forward_or_backward_is_refused(name):
         go.custom_backward(Static)
 
 
+def test_bare_class_that_is_no_module_is_refused():
+    class Plain:
+        def forward(self, x):
+            return x
+
+        def backward(self, grad_output):
+            return grad_output
+
+    with pytest.raises(go.DecorationError, match=r"class 'Plain' \(.*\) must be an nn.Module .*give a rule instead"):
+        go.custom_backward(Plain)
+
+
 def test_rule_on_a_class_without_forward_is_refused_by_name():
     class Nothing:
         pass
