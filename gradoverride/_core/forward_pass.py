@@ -62,7 +62,7 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
         plan = plan.of_class(type(receiver))
     if plan.make_as_function is not None and isinstance(receiver, Tensor):
         return plan.called_as_function(layout, receiver, values)
-    tracer = tracer_now(values)
+    tracer = tracer_now((receiver, *values))
     if tracer == FX:
         return record_call(plan, layout, receiver, values)
     mode = _mode(plan, tracer)

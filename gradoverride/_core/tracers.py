@@ -10,6 +10,7 @@ Under `no_grad` no gradient is wanted, and nothing is said.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -103,13 +104,16 @@ def refuse_script(who: str, rule: str, way: str) -> NoReturn:
 
 def record_call(plan: Plan, layout: Layout, receiver: Any, values: Sequence[Any]) -> Any:
     """The call as a node in the graph of torch.fx: of the decorated function, or of the module."""
-    tracer = _proxies(values)[0].tracer
+    tracer = _proxies((receiver, *values))[0].tracer
     arguments = tuple(values[: layout.positional])
     keywords = dict(zip(layout.keywords, values[layout.positional :], strict=True))
     if not plan.forward.takes_self:
         return tracer.create_proxy("call_function", plan.recorded(), arguments, keywords)
-    if not isinstance(receiver, nn.Module):
+    if isinstance(receiver, Proxy):  # of a function, whatever it calls its first argument
         return tracer.create_proxy("call_function", plan.recorded(), (receiver, *arguments), keywords)
+    if not isinstance(receiver, nn.Module):
+        bound = recorded_as(plan.forward.name, functools.partial(plan.wrapper, receiver))
+        return tracer.create_proxy("call_function", bound, arguments, keywords)
     path = tracer.path_of_module(receiver)
     if not path:
         raise UnsupportedError(

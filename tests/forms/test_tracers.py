@@ -57,6 +57,31 @@ def test_graph_of_fx_calls_the_module_with_a_rule_as_one(x):
     exactly(gradient(graph, x), torch.full_like(x, 7.0))
 
 
+class Scale:
+    @go.custom_backward(lambda grad_output: 7 * grad_output)
+    def scaled(self, x):
+        return 2 * x
+
+    @classmethod
+    @go.custom_backward(lambda grad_output: 7 * grad_output)
+    def doubled(cls, x):
+        return 2 * x
+
+
+@go.custom_backward(lambda grad_output: 7 * grad_output)
+def of_self(self):
+    return 2 * self
+
+
+@pytest.mark.parametrize("call", [Scale().scaled, lambda x: Scale.scaled(Scale(), x), Scale().doubled, of_self])
+def test_graph_of_fx_has_the_rule_of_a_method_of_any_object_and_of_a_function_of_self(call, x):
+    class Calling(nn.Module):
+        def forward(self, x):
+            return call(x)
+
+    exactly(gradient(torch.fx.symbolic_trace(Calling()), x), torch.full_like(x, 7.0))
+
+
 def test_lambdas_and_functions_of_torch_are_recorded_with_their_rule(x):
     forms = {
         "lambda": go.custom_backward(lambda grad_output: 7 * grad_output)(lambda x: 2 * x),
