@@ -94,8 +94,8 @@ def _overridden(base: Any) -> Any:
 
     def __prepare_scriptable__(self: Any) -> Any:
         record = self.__dict__.get(RECORD)
-        if record is not None and record.layers:
-            who, rule = f"an overridden '{base.__name__}'", record.layers[-1].rule.who
+        if record is not None:
+            who, rule = f"an overridden '{base.__name__}'", (*record.functions, *record.layers)[-1].rule.who
             refuse_script(who, rule, "script the model without the override")
         made = getattr(base, "__prepare_scriptable__", None)
         return self if made is None else made(self)

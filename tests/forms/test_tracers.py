@@ -152,6 +152,15 @@ def test_script_of_an_overridden_model_is_refused_and_without_the_override_it_is
     exactly(torch.jit.script(model)(x), x.relu())
 
 
+def test_script_of_a_model_whose_functions_are_overridden_is_refused(x):
+    model = nn.Sequential(nn.ReLU())
+    refused = pytest.raises(go.UnsupportedError, match=r"an overridden 'Sequential' .* torch.jit.script .*without the")
+    with go.override(model, {torch.relu: lambda grad_output: 7 * grad_output}):
+        model(x)
+        with refused:
+            torch.jit.script(model)
+
+
 # --- fake tensors, which others estimate shapes and memory with ---
 
 # Without the private name such a mode is not seen, and refuses what the engine makes.
