@@ -36,7 +36,11 @@ def find(path: str) -> Any:
             owner = getattr(owner, part, None)
         names = [name for name in dir(owner) if not name.startswith("__")]
         close = difflib.get_close_matches(attribute.rpartition(".")[2], names, n=3, cutoff=0.5)
-        hint = f"The closest names are {_listed(close)}" if close else f"None of its {len(names)} names is like it"
+        hint = (
+            f"The closest names are {', '.join(map(repr, close))}"
+            if close
+            else f"None of its {len(names)} names is like it"
+        )
         raise TargetNotFoundError(
             f"override of path '{path}': the module '{module_name}' must have '{attribute}'; it has not. {hint}"
         ) from None
@@ -74,8 +78,8 @@ def _check_module(name: str, path: str) -> None:
             continue
         try:
             spec = importlib.util.find_spec(prefix)
-        except (ImportError, ValueError):  # a module that somebody made by hand has no spec
-            return
+        except ImportError:  # what it would be a part of is no package
+            spec = None
         if spec is None:
             raise TargetNotFoundError(
                 f"override of path '{path}': a module '{prefix}' must be there, to be imported later; there is none. "
@@ -115,7 +119,3 @@ def when_imported(path: str, then: Callable[[Any], None]) -> Callable[[], None]:
 
     on_import(module_name, imported)
     return waiting.clear
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)

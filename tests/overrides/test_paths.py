@@ -553,6 +553,7 @@ class TestErrors:
             ("thirdparty.functions:Block.stp", "must have 'Block.stp'; it has not. The closest names are 'step'"),
             ("thirdparty.functons:cube", "a module 'thirdparty.functons' must be there, to be imported later"),
             ("thirdprty.functions:cube", "a module 'thirdprty' must be there"),
+            ("thirdparty.functions.more:cube", "a module 'thirdparty.functions.more' must be there"),
         ],
     )
     def test_of_what_is_not_there(self, path, text):
