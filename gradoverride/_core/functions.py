@@ -328,8 +328,6 @@ def _may_call(cls: type, forward: Any) -> frozenset[str] | None:
         methods = [vars(base)[name] for name in names for base in bases if name in vars(base)]
         ahead += [method.fget if isinstance(method, property) else method for method in methods]
         for _, _, value in (*scan.named(function, function.__code__), *of_modules(function, function.__code__)):
-            if isinstance(value, type) and issubclass(value, torch.autograd.Function):
-                return None
             if isinstance(value, FunctionType) and value not in known and not _is_of(value, *_CALLING_NONE):
                 ahead.append(value)
     for function, within in known.items():
