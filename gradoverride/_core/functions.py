@@ -39,17 +39,24 @@ __all__ = [
 def is_of_torch(value: Any) -> bool:
     """Whether this is a function of torch, overridable or not: no predicate."""
     own = str(getattr(value, "__module__", "") or "").partition(".")[0] == "torch"
-    return own or resolve_name(value) is not None
+    return own or (_is_hashable(value) and resolve_name(value) is not None)
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def name_of_function(value: Any) -> str | None:
     """The one name of a function of torch in any spelling: `relu` of `torch.relu_`; None if a mode does not see it."""
-    try:
-        value = _NOTHING_BUT.get(value, value)
-        hidden = value in get_ignored_functions() and value not in _SHOWN
-        full = None if hidden else resolve_name(value)
-    except TypeError:  # not hashable
+    if not _is_hashable(value):
         return None
+    value = _NOTHING_BUT.get(value, value)
+    hidden = value in get_ignored_functions() and value not in _SHOWN
+    full = None if hidden else resolve_name(value)
     if full is None or full.endswith(("__get__", "__set__", "__delete__")):
         return None
     if value in _separate():

@@ -128,6 +128,25 @@ def test_shared_module_is_found_by_each_of_its_names_and_overridden_once(x):
             exactly(gradient(model, x), 4 * plain)
 
 
+def test_predicate_without_a_hash(model, x):
+    class Any(list):
+        def __call__(self, name, module):
+            return isinstance(module, tuple(self))
+
+    plain, registry = gradient(model, x), go.Registry()
+    registry.register(Any([nn.ReLU]))(guided)
+    with go.override(model, registry):
+        assert not torch.equal(gradient(model, x), plain)
+        assert [row.path for row in go.explain(model)] == ["1", "2.1"]
+
+
+def test_shared_module_is_told_of_once():
+    relu = nn.ReLU()
+    model = nn.Sequential(relu, relu)
+    with pytest.warns(go.GradOverrideWarning, match="never ran"), go.override(model, {relu: guided}):
+        assert [row.path for row in go.explain(model)] == ["0"]
+
+
 def test_glob_crosses_dots_and_never_names_the_model_itself(model):
     with go.override(model, {"*": lambda grad_output: grad_output}) as plan:
         assert [row.path for row in plan.table] == ["0", "1", "2", "2.0", "2.1", "3"]
