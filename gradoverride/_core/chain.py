@@ -13,7 +13,7 @@ from gradoverride._core.plan import Plan
 from gradoverride._core.signature import Forward, Rule, passing
 from gradoverride._core.targets import RECORD
 from gradoverride._core.wrapper import make_wrapper
-from gradoverride.errors import RuleSignatureError, UnsupportedError
+from gradoverride.errors import UnsupportedError
 
 __all__ = ["Chain", "chain_of", "forward_of", "links"]
 
@@ -77,18 +77,13 @@ _order = operator.attrgetter("order")
 def _check_outside(base: Any, layer: FunctionLayer, earlier: Layer, plain: bool) -> None:
     """Whether a rule for a function can be one for modules of `base`, which are nothing but a call of it."""
     forward = forward_of(base)
-    fits = plain and forward.parameters is not None and len(forward.parameters) == 1
-    if fits:
-        try:
-            Plan(forward, layer.rule)
-        except RuleSignatureError:
-            fits = False
-    if not fits:
+    if not plain or len(forward.parameters or ()) != 1:
         raise UnsupportedError(
             f"override of function '{layer.key.name}': the rule {layer.rule.who} must be outside of the earlier rule "
             f"{earlier.rule.who} of the '{base.__name__}' that calls it; it is one of the call inside. Give it the "
             f"target '{base.__name__}'"
         )
+    Plan(forward, layer.rule)  # raises what is wrong with the rule
 
 
 class Chain:

@@ -571,6 +571,44 @@ class TestOrder:
                 go.override(model, {F.linear: tripled})
             assert model[0].__dict__ == before
 
+    def test_what_is_wrong_with_a_rule_that_is_to_be_outside_is_said_and_nothing_is_changed(self, x):
+        class Named(nn.Module):
+            def forward(self, output):
+                return F.relu(output)
+
+        model = nn.Sequential(Named())
+        with go.override(model, {Named: doubled}):
+            gradient(model, x)
+            before = copy.copy(model[0].__dict__)
+            with pytest.raises(go.RuleSignatureError, match=r"asks for 'output', which is a parameter of 'Named'"):
+                go.override(model, {F.relu: lambda grad_output, output: grad_output})
+            assert model[0].__dict__ == before
+
+    def test_a_part_with_a_forward_of_another_party_keeps_it_and_what_that_calls_has_the_rule(self, x):
+        model = nn.Sequential(nn.ReLU(), nn.Identity())
+        model[0].forward = theirs = lambda x: 5 * F.relu(x)
+        plain = gradient(model, x)
+        with go.override(model, {F.relu: doubled}):
+            assert model[0].__dict__["forward"] is theirs
+            closely(gradient(model, x), 2 * plain)
+        assert model[0].__dict__["forward"] is theirs
+
+    def test_a_lazy_part_has_the_rule_before_and_after_it_gets_its_parameters(self, x):
+        model = nn.Sequential(nn.LazyLinear(3), nn.Identity()).double()
+        with go.override(model, {F.linear: lambda grad_output, vjp: vjp(2 * grad_output)}):
+            first = gradient(model, x)
+            exactly(gradient(model, x), first)
+            assert vars(model[0]).keys() == vars(nn.Linear(3, 3)).keys()
+        closely(first, 2 * gradient(model, x))
+
+    def test_a_class_of_torch_whose_forward_another_party_has_replaced_may_call_any(self, monkeypatch, x):
+        theirs = F.relu
+        monkeypatch.setattr(nn.Tanh, "forward", lambda self, x: theirs(x))
+        model = nn.Tanh()
+        plain = gradient(model, x)
+        with go.override(model, {F.relu: doubled}):
+            closely(gradient(model, x), 2 * plain)
+
     def test_the_same_override_has_the_module_of_its_own_rule(self, x):
         model = nn.Sequential(nn.Linear(3, 3)).double()
         plain = gradient(model, x)
