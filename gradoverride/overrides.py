@@ -163,7 +163,7 @@ def _override_everywhere(rules: Registry) -> Override:
     for entry in entries:
         for target in entry.targets:
             if isinstance(target, Class):
-                check_class(target, entry.rule)
+                check_class(target)
                 classes[target.value] = target, entry.rule
             elif not isinstance(target, (Function, ImportPath)):
                 raise TargetError(

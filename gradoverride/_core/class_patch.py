@@ -81,7 +81,7 @@ class _Patch:
             self.cls.forward = original
 
 
-def check_class(target: Class, rule: Any) -> None:
+def check_class(target: Class) -> None:
     """Raise what is in the way of an override of all modules of a class, before anything is changed."""
     if issubclass(target.value, GraphModule):
         raise UnsupportedError(

@@ -221,8 +221,6 @@ def _closest(key: str, *names: str) -> str | None:
 
 
 def _variadic_entries(call: Call, name: str, entry: Any, count: int) -> list[Any]:
-    if entry is None:
-        return [None] * count
     if not isinstance(entry, (tuple, list)) or len(entry) != count:
         _refuse(
             call.plan,

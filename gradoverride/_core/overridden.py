@@ -116,7 +116,7 @@ def functions_called(module: nn.Module) -> frozenset[str] | None:
     """The functions of torch that a module may call and have rules for, by name. None: it may call any."""
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return frozenset()
-    if _has_another_forward(module) or isinstance(module, torch.jit.ScriptModule):
+    if _has_another_forward(module):
         return frozenset()
     base = base_of(module)
     if written_methods(base):

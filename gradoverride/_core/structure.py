@@ -20,9 +20,6 @@ __all__ = ["LEAF", "Node", "alike", "flatten", "in_order_of", "is_container", "s
 class _Leaf:
     """The place of one leaf. A single object, so that `spec is LEAF` tells."""
 
-    def __repr__(self) -> str:
-        return "*"
-
 
 LEAF = _Leaf()
 

@@ -55,8 +55,6 @@ class _Standing:
 
     def end(self) -> None:
         """Leave it, in the thread that has it."""
-        if self.parent is not None:
-            self.parent.children.discard(self)
         self.parent, self.layers = None, ()
         self._enter_or_leave()
 
@@ -94,11 +92,10 @@ def put_on_thread(layer: FunctionLayer) -> None:
 def take_off_thread(layer: FunctionLayer) -> None:
     """Take it off again."""
     with _lock:
-        standing = _by_layer.pop(layer, None)
-        if standing is not None:
-            everywhere.functions.remove(layer)
-            standing.set(tuple([other for other in standing.own if other is not layer]))
-            refresh()
+        standing = _by_layer.pop(layer)
+        everywhere.functions.remove(layer)
+        standing.set(tuple([other for other in standing.own if other is not layer]))
+        refresh()
         if not _by_layer:
             _see_no_starts()
 
