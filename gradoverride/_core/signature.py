@@ -324,9 +324,10 @@ def unknown_name(rule: Rule, forward: Forward, name: str, more: Iterable[str]) -
     if forward.parameters is None:
         own = f"{forward.who} has no signature and offers no names of its own"
     else:
-        own = f"{forward.who} offers {_listed(offered)}"
+        own = f"{forward.who} offers {', '.join(map(repr, offered)) or 'no names'}"
     return RuleSignatureError(
-        f"rule {rule.who} asks for '{name}', which does not exist. {own}; always there are {_listed(always)}.{hint}"
+        f"rule {rule.who} asks for '{name}', which does not exist. {own}; always there are "
+        f"{', '.join(map(repr, always))}.{hint}"
     )
 
 
@@ -340,10 +341,6 @@ def _meaning(name: str) -> str:
         "module": "the module",
         "forward": "the undecorated forward",
     }[name]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names) if names else "no names"
 
 
 def _signature(fn: Any) -> inspect.Signature | None:

@@ -425,11 +425,11 @@ def _names_of_layer(module: Any) -> list[str]:
     buffers = [name for name, buffer in module.named_buffers() if buffer.is_floating_point()]
     others = [name for name in within if name != "parametrizations"]
     if len([name for name in own if name != "bias"]) != 1 or buffers or others:
+        found = ", ".join(map(repr, [*own, *buffers, *others])) or "no parameters"
         fail(
             UnsupportedError,
             f"this LRP rule is for linear layers with one weight, and perhaps a 'bias'; a "
-            f"'{class_of(module).__name__}' has {_listed([*own, *buffers, *others])}. Use lrp_epsilon for it, or name "
-            "the layers within",
+            f"'{class_of(module).__name__}' has {found}. Use lrp_epsilon for it, or name the layers within",
         )
     return own
 
@@ -467,7 +467,3 @@ def _read_bound(name: str, value: Any) -> Any:
 
 def _like(bound: Any, input: Tensor) -> Any:
     return torch.tensor(bound, dtype=input.dtype, device=input.device) if isinstance(bound, tuple) else bound
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names) or "no parameters"
