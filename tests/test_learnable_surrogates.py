@@ -1,6 +1,7 @@
 """Surrogates with parameters: their gradients are those of autograd of the primitive, wherever torch follows them."""
 
 import copy
+import functools
 import pickle
 from dataclasses import dataclass
 
@@ -330,6 +331,16 @@ def test_a_function_that_captures_a_parameter():
 
 class Holder:
     """A place where no one looks for a tensor."""
+
+
+def test_a_partial_that_binds_a_parameter():
+    slope, x = learnt(1.5), noise(5)
+    fire = go.straight_through(
+        torch.sign, surrogate=functools.partial(lambda x, slope: torch.tanh(slope * x), slope=slope)
+    )
+    closely(torch.autograd.grad(fire(x).sum(), (x, slope)), tanh_gradients(x, slope))
+    with pytest.raises(go.CapturedTensorError, match="it reaches an argument of the partial '<lambda>'"):
+        copy.deepcopy(fire)
 
 
 def test_a_tensor_that_is_found_only_by_its_graph_is_an_error():

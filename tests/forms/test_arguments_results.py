@@ -128,6 +128,16 @@ def test_default_values_apply():
     assert (y.item(), x.grad.item()) == (8.0, 30.0)
 
 
+def test_default_values_that_are_numbers_all_of_them():
+    @go.custom_backward(lambda grad_output, power: 10 * power * grad_output)
+    def raised(x=2.0, power=3):
+        return x**power
+
+    x = float64(2.0)
+    raised(x).backward()
+    assert (raised(), raised(3.0), x.grad.item()) == (8.0, 27.0, 30.0)
+
+
 def test_default_value_that_is_a_tensor_may_be_asked_for():
     weight = float64(3.0, grad=False)
 

@@ -974,6 +974,16 @@ def test_tied_parameter_is_known_by_each_of_its_names(rule, expected):
     exactly(module.one.grad, float64(expected, expected, grad=False))
 
 
+@pytest.mark.parametrize("of_other", [2.0, None])
+def test_tied_parameter_that_is_answered_under_both_names_gets_the_sum(of_other):
+    def rule(grad_output, x, one, other, needs):
+        return {"x": grad_output, "one": 5 * grad_output, "other": None if of_other is None else of_other * grad_output}
+
+    module = type("Ours", (Tied,), {"forward": go.custom_backward(rule)(lambda self, x: x * self.other)})()
+    module(float64(3.0, 4.0)).sum().backward()
+    exactly(module.one.grad, torch.full((2,), 5.0 + (of_other or 0), dtype=torch.float64))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_scripted_module_has_the_rule_and_its_own_gradients():
     plain = nn.Linear(2, 2).double()

@@ -92,6 +92,13 @@ def test_wrong_tangent_is_an_error_with_both_shapes(x):
         jvp(ours, (x,), (x,))
 
 
+def test_an_exception_in_it_passes_with_a_note(x):
+    ours = go.custom_backward(clip, jvp=lambda tangent: tangent.nowhere)(lambda x: 2 * x)
+    with pytest.raises(AttributeError, match="nowhere") as error:
+        jvp(ours, (x,), (x,))
+    assert error.value.__notes__[0].startswith("in the rule 'clip' (")
+
+
 def test_names_that_belong_to_a_backward_are_refused_at_once():
     with pytest.raises(go.RuleSignatureError, match=r"jvp .* asks for 'vjp', which belongs to a backward"):
         go.custom_backward(clip, jvp=lambda tangent, vjp: vjp(tangent))(lambda x: 2 * x)

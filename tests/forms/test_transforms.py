@@ -659,6 +659,12 @@ def test_forward_that_gives_another_result_when_it_runs_again_is_refused(make, t
         assert part in str(caught.value)
 
 
+def test_complex_forward_that_gives_another_result_is_refused():
+    fn = go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(Caller())
+    with pytest.raises(go.UnsupportedError, match="must give the same result"):
+        grad(lambda x: fn(x * 1j).abs().sum())(torch.ones(3, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("dims", [0, 1])
 def test_forward_that_runs_again_in_a_batch_is_known_again_however_the_batch_lies(dims):
     fn = go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))(lambda x: x.sin() * x.sum())

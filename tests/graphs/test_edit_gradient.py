@@ -174,6 +174,7 @@ def test_edits_follow_each_other_from_the_result_back():
 def test_dtype_of_the_answer_is_cast():
     x = noise(3)
     assert grad(go.edit_gradient(x, lambda g: g.float()).sum(), x).dtype == torch.float64
+    assert grad(go.edit_gradient(x, lambda g, x: (g * x).float()).sum(), x).dtype == torch.float64
     half = torch.randn(3, dtype=torch.bfloat16, requires_grad=True)
     assert grad(go.edit_gradient(half, lambda g: g.double()).sum(), half).dtype == torch.bfloat16
 
@@ -782,6 +783,14 @@ def test_error_in_a_rule_says_which():
 def test_error_in_arithmetic_says_which():
     with pytest.raises(ZeroDivisionError) as error:
         go.edit_gradient(noise(3), lambda g: g * (1 / 0)).sum().backward()
+    (note,) = error.value.__notes__
+    assert re.fullmatch(rf"in the rule '<lambda>' {HERE} of 'edit_gradient'", note)
+
+
+@pytest.mark.parametrize("rule", [lambda g: g.reshape(7), lambda g, x: x.reshape(7)], ids=["alone", "with the value"])
+def test_error_in_an_expression_says_which(rule):
+    with pytest.raises(RuntimeError, match="shape") as error:
+        go.edit_gradient(noise(3), rule).sum().backward()
     (note,) = error.value.__notes__
     assert re.fullmatch(rf"in the rule '<lambda>' {HERE} of 'edit_gradient'", note)
 

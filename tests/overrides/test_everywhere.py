@@ -237,6 +237,17 @@ class TestClass:
         with pytest.raises(go.UnsupportedError, match=r"class 'ReLU'.* put another one on one of them, a 'ReLU'"):
             go.override({nn.ReLU: doubled})
 
+    def test_a_rule_whose_names_do_not_fit_changes_nothing(self, x):
+        class Named(nn.Module):
+            def forward(self, output):
+                return F.relu(output)
+
+        before, plain = dict(vars(Named)), gradient(Named(), x)
+        with pytest.raises(go.RuleSignatureError, match=r"asks for 'output', which is a parameter of 'Named'"):
+            go.override({Named: lambda grad_output, output: grad_output})
+        assert dict(vars(Named)) == before
+        exactly(gradient(Named(), x), plain)
+
     def test_one_that_is_garbage_is_not(self, x):
         module = nn.ReLU()
         module.forward = types.MethodType(lambda self, x: x.relu(), module)  # a cycle
@@ -374,6 +385,15 @@ class TestFunction:
         with go.override({nn.ReLU: doubled, F.relu: doubled}):
             closely(gradient(nn.ReLU(), x), 2 * plain)
             closely(gradient(F.relu, x), 2 * plain)
+
+    def test_one_that_cannot_be_outside_of_the_rule_of_a_model_changes_nothing(self, x):
+        model = nn.Sequential(nn.Linear(3, 3)).double()
+        plain = gradient(model, x)
+        with go.override(model, {nn.Linear: doubled}):
+            with pytest.raises(go.UnsupportedError, match=r"(?s)'linear'.*must be outside.*target 'Linear'"):
+                go.override({F.linear: tripled})
+            closely(gradient(model, x), 2 * plain)
+        exactly(gradient(model, x), plain)
 
     @pytest.mark.parametrize("second", [nn.ReLU, F.relu])
     @pytest.mark.parametrize("first", [nn.ReLU, F.relu])

@@ -203,6 +203,8 @@ def test_merged_registries_have_the_entries_of_both_and_the_later_wins():
     assert list({nn.Linear: doubled} | one) == [(nn.Linear, doubled), (nn.ReLU, guided)]
     with pytest.raises(TypeError):
         one | 3
+    with pytest.raises(TypeError, match="unsupported operand"):
+        3 | one
 
 
 def test_registries_are_compared_by_name_and_entries():

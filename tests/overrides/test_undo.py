@@ -311,6 +311,14 @@ class ByWholeState(Owning):
         self.__dict__ = dict(state)
 
 
+class ByStateWithin(Owning):
+    def __getstate__(self):
+        return {"all": dict(self.__dict__)}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state["all"])
+
+
 class ByArguments(Owning):
     def __reduce__(self):
         return type(self), (self.width,), self.state_dict()
@@ -347,7 +355,18 @@ class Knowing(Owning):
         self.myself = [self]
 
 
-OWNING = [Owning, ByName, ByDict, ByState, ByWholeState, ByArguments, ByFunction, ByNewArguments, Knowing]
+OWNING = [
+    Owning,
+    ByName,
+    ByDict,
+    ByState,
+    ByWholeState,
+    ByStateWithin,
+    ByArguments,
+    ByFunction,
+    ByNewArguments,
+    Knowing,
+]
 SINGLY = {
     "deepcopy": copy.deepcopy,
     "copy": copy.copy,
@@ -693,6 +712,19 @@ def test_module_that_delegates_has_not_the_rules_of_the_one_within(x):
         exactly(module(x), value)
         closely(gradient(module, x), 3 * plain)
     exactly(gradient(module, x), plain)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
+def test_copy_of_a_module_whose_override_is_gone_and_that_another_party_has_derived_from(copied, x):
+    module = nn.Linear(3, 3).double()
+    plain = gradient(module, x)
+    with go.override(module, {module: doubled}):
+        module.__class__ = type("Theirs", (type(module),), {})
+        gradient(module, x)
+    other = copied(module)
+    assert type(other) is type(module)
+    assert vars(other).keys() == vars(module).keys()
+    exactly(gradient(other, x), plain)
 
 
 def test_forward_that_wraps_ours_on_the_instance_keeps_working_when_we_go(x):

@@ -6,8 +6,9 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import closely, exactly
+from oracles import closely, exactly, noise
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import gradoverride as go
 from gradoverride import rules
@@ -220,6 +221,54 @@ class TestRelus:
 def test_options_out_of_range_are_errors_at_once(make, text):
     with pytest.raises(go.RuleOptionError, match=text):
         make()
+
+
+def test_bounds_of_no_one_shape_are_an_error():
+    with pytest.raises(go.RuleOptionError, match="'low' and 'high' must be numbers of shapes that broadcast"):
+        rules.lrp_z_box([[1.0], [1.0, 2.0]], 3.0)
+
+
+def test_z_plus_is_alpha_beta_of_one_and_zero():
+    layer, x, r = nn.Linear(3, 3).double(), noise(2, 3), noise(2, 3, grad=False)
+    found = []
+    for rule in (rules.lrp_z_plus, rules.lrp_alpha_beta(1.0, 0.0)):
+        with go.override(layer, {layer: rule}):
+            found.append(relevance_of(layer, x, r))
+    exactly(*found)
+
+
+def test_a_parametrized_weight_is_one_weight():
+    x, r, plain = noise(2, 3), noise(2, 3, grad=False), nn.Linear(3, 3).double()
+    normed = parametrizations.weight_norm(copy.deepcopy(plain))
+    found = []
+    for layer in (plain, normed):
+        with go.override(layer, {layer: rules.lrp_gamma()}):
+            found.append(relevance_of(layer, x, r))
+    closely(*found)
+
+
+@pytest.mark.parametrize(
+    ("module", "rule", "text"),
+    [
+        (None, rules.lrp_epsilon(), "lrp_epsilon is for modules; it is in force on a function. Use a module for it"),
+        (None, rules.lrp_flat, r"this LRP rule is for modules, .*; it is in force on a function\. Use a module in its"),
+        (nn.ReLU(), rules.lrp_flat, r"one weight, .*; a 'ReLU' has no parameters\. Use lrp_epsilon for it"),
+        (nn.Sequential(nn.Tanh()), rules.lrp_flat, r"one weight, .*; a 'Sequential' has '0'\. Use lrp_epsilon for it"),
+    ],
+)
+def test_what_is_no_linear_layer_is_refused(module, rule, text):
+    x = noise(2, 3)
+    decorated = go.custom_backward(rule)(torch.relu if module is None else module)
+    with pytest.raises(go.UnsupportedError, match=text):
+        decorated(x).sum().backward()
+
+
+def test_a_layer_that_was_given_more_than_its_input_is_refused():
+    layer, x = nn.ConvTranspose1d(1, 1, 2, stride=2).double(), noise(1, 1, 3)
+    with go.override(layer, {layer: rules.lrp_z_plus}):
+        y = layer(x, output_size=[7])
+    with pytest.raises(go.UnsupportedError, match=r"'ConvTranspose1d' calls it again .* such as 'output_size'"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("name", BY_HAND)

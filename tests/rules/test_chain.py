@@ -383,6 +383,16 @@ def test_it_takes_the_gradient_by_name_unless_a_link_asks_for_that_name():
     assert str(inspect.signature(taken)) == "(_grad_output, /, *, grad_output)"
 
 
+def test_of_an_object_without_a_hash():
+    class Times(list):
+        def __call__(self, grad_output):
+            return grad_output * self[0]
+
+    model, x = torch.nn.Sequential(torch.nn.Identity()), torch.ones(2, requires_grad=True)
+    with go.override(model, {torch.nn.Identity: chain(Times([3.0]))}):
+        exactly(torch.autograd.grad(model(x).sum(), x)[0], torch.full((2,), 3.0))
+
+
 def test_over_a_structure():
     grads = {"a": torch.tensor([3.0, 0.0]), "b": (torch.tensor([[4.0]]), None)}
     found = chain(rules.clip_norm(1.0), double_in_place_each, rules.reverse())(grads)

@@ -411,6 +411,28 @@ def test_rule_gets_a_parametrized_weight_under_its_plain_name_as_the_forward_saw
     assert module.parametrizations.weight.original.grad.item() == 400.0
 
 
+def test_rule_gets_a_parametrized_weight_that_is_frozen():
+    class Double(nn.Module):
+        def forward(self, weight):
+            return weight * 2
+
+    module, x = Scale(lambda grad_output, weight: grad_output * weight * 10), float64(2.0)
+    nn.utils.parametrize.register_parametrization(module, "weight", Double())
+    module.requires_grad_(False)
+    Scale.call(module, x).backward()
+    exactly(x.grad, float64(60.0, grad=False))
+
+
+def test_a_method_of_another_object_has_no_params():
+    class Plain:
+        @go.custom_backward(lambda grad_output, params: grad_output)
+        def doubled(self, x):
+            return 2 * x
+
+    with pytest.raises(go.RuleSignatureError, match=r"asks for 'params', which does not exist\. 'doubled' .* 'module'"):
+        Plain().doubled(float64(1.0))
+
+
 def test_module_on_which_a_plain_attribute_is_set_does_not_offer_it():
     module = Scale(lambda grad_output, rule: grad_output)
     with pytest.raises(go.RuleSignatureError, match="'rule', which does not exist"):

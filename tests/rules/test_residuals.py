@@ -518,3 +518,15 @@ def test_second_derivative_beside_a_residual_without_a_derivative_is_right(resid
     x = noise(3)
     (first,) = torch.autograd.grad(cube(x).sum(), x, create_graph=True)
     closely(torch.autograd.grad(first.sum(), x), (6 * x.detach(),))
+
+
+def test_one_tensor_handed_over_under_two_names():
+    @go.custom_backward(lambda grad_output, x, one, other, vjp: grad_output * one * other)
+    def expanded(x):
+        kept = x.exp()
+        return go.save_for_backward(x * kept, one=kept, other=kept)
+
+    x = noise(3)
+    (first,) = torch.autograd.grad(expanded(x).sum(), x, create_graph=True)
+    closely(first, (2 * x).exp())
+    closely(torch.autograd.grad(first.sum(), x), (2 * (2 * x).exp(),))

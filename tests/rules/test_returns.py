@@ -336,6 +336,18 @@ def test_gradient_may_leave_in_a_record_what_is_no_floating_tensor(answered):
     exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
 
 
+def test_containers_without_a_floating_tensor_may_be_left_where_they_stand():
+    def doubled(given):
+        return given["x"] * 2
+
+    ids, x = (1, (torch.arange(3), {"mask": torch.ones(3) > 0})), noise(3)
+    backward_of(doubled, lambda g: {"given": {"x": 7 * g, "ids": ids}}, {"x": x, "ids": ids})
+    exactly(x.grad, torch.full((3,), 7.0, dtype=torch.float64))
+    others = (1, (noise(3), None))
+    text = r"must return None for 'given\['ids'\]', which holds no floating tensor; it returned a tuple of 2"
+    refused(text, doubled, lambda g: {"given": {"x": 7 * g, "ids": others}}, {"x": x, "ids": ids})
+
+
 @pytest.mark.parametrize("make", [lambda g: (g, 3, "text"), lambda g: [g, None, "text"]], ids=["as given", "with None"])
 def test_equal_numbers_and_strings_may_be_left_where_they_stand(make):
     x = noise(3)

@@ -538,6 +538,12 @@ def test_argument_that_requires_no_grad_is_a_constant_under_transforms(name, tra
     exactly(constants, plain_constants)
 
 
+@pytest.mark.parametrize("z", [torch.tensor([1 + 2j, -0.5j]), torch.zeros(0).double()], ids=["complex", "empty"])
+def test_gradient_of_complex_and_of_no_numbers_under_transforms(z):
+    squared = go.custom_backward(thrice)(lambda z: z * z)
+    closely(torch.func.grad(lambda z: squared(z).abs().sum())(z), 3 * torch.func.grad(lambda z: (z * z).abs().sum())(z))
+
+
 def test_constant_argument_may_be_made_an_array():
     def forward(x, table):
         return x * float(table.numpy().sum())
