@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradoverride._core.ambient import under_traced
+from gradoverride._core.ambient import RandomState, under_traced
 from gradoverride._core.collector import Collector
 from gradoverride._core.contract import conform_output, read_answer, read_params, what
 from gradoverride._core.function import tied
@@ -146,10 +146,36 @@ class Backward:
         if call.module is None:
             return None
         tensors = {name: saved[slot] for name, slot in call.module_slots.items()}
-        if not (self.again and call.aliased):  # for second derivatives what is computed from aliases is computed anew
-            tensors.update({name: saved[slot] for name, slot in call.computed.items()})
         given = {**call.shown(call.frozen), **(call.shown(call.buffers) if buffers is None else buffers), **tensors}
+        given.update({name: saved[slot] for name, slot in call.computed.items()})
+        if self.again and call.aliased and call.computed:
+            given.update(self._computed_anew({name: one for name, one in given.items() if name not in call.computed}))
         return stand_in(call.module, given, changes=call.training_then())
+
+    def _computed_anew(self, given: dict[str, Any]) -> dict[str, Tensor]:
+        """Parametrized weights that were computed from aliases, as functions of the outer tensors, which these came from.
+
+        One that comes out otherwise than in the forward cannot be shown.
+        """
+        call = self.call
+        buffers = {name: one.clone() for name, one in given.items() if name in call.buffers and type(one) is not Stale}
+        assert call.module is not None, "it has them"
+        module = stand_in(call.module, {**given, **buffers}, changes=call.training_then())
+        shown = {}
+        for name, slot in call.computed.items():
+            owner, _, own = name.rpartition(".")
+            with RandomState().replayed():
+                now = getattr(module.get_submodule(owner), own)
+            shown[name] = now
+            if not torch.allclose(now, self.saved[slot], equal_nan=True):
+                text = (
+                    f"rule {self.plan.rule.who} of {self.plan.forward.who} must read '{name}' of the module as that "
+                    "forward computed it, and with create_graph that is to be computed again; it came out otherwise (a "
+                    "parametrization draws random numbers, or updates buffers in training). Ask for it by its name, or "
+                    "put the module in eval mode"
+                )
+                shown[name] = Stale.of(now, text)
+        return shown
 
     def _forward_then(self) -> Any:
         if not self.plan.takes_receiver:
@@ -317,7 +343,8 @@ class Backward:
         self, grads: Sequence[Tensor], which: Sequence[int], natural: Sequence[Param] = (), *, last: bool = False
     ) -> Gradients:
         """The gradients of leaves and aliased parameters, then of natural ones, as they would be without the rule."""
-        last = last and not self.call.n_residuals
+        # Where a parametrized weight is shown with its history, the engine goes through that besides.
+        last = last and not self.call.n_residuals and not self.call.computed
         return self.call.graph.pull(self.saved, grads, list(which), self._edges(natural), last)
 
     def _through_residuals(

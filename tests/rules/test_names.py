@@ -1,5 +1,6 @@
 """What a rule can ask for by name: arguments, residuals, the module's own, the reserved names, and nothing else."""
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -827,6 +828,38 @@ def test_computed_weight_of_the_module_is_that_of_the_forward_and_stays_as_it_is
         closely(found, grad @ weight)
     assert torch.equal(state, torch.get_rng_state())
     exactly(list(layer.buffers()), buffers)
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_computed_weight_beside_vjp_needs_no_retained_graph(kind):
+    layer, x = nn.Linear(3, 3, dtype=torch.float64), noise(3, 3)
+    COMPUTED[kind](layer)
+    plain, state = copy.deepcopy(layer), torch.get_rng_state()
+    with go.override(layer, {layer: READING["module and vjp"]}):
+        y = layer(x)
+    y.sum().backward()
+    torch.set_rng_state(state)
+    plain(x.detach()).sum().backward()
+    closely([one.grad for one in layer.parameters()], [one.grad for one in plain.parameters()])
+    with pytest.raises(RuntimeError, match="a second time"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["dropout", "spectral norm"])
+def test_computed_weight_that_comes_out_otherwise_for_a_second_derivative_is_refused_where_it_is_read(kind):
+    layer, x = nn.Linear(8, 8, dtype=torch.float64), noise(8, 8)
+    COMPUTED[kind](layer)
+    with torch.no_grad():
+        layer.parametrizations.weight.original.normal_()
+    with go.override(layer, {layer: BESIDE["module beside a parameter"]}):
+        y = layer(x)
+    state, buffers = torch.get_rng_state(), [buffer.clone() for buffer in layer.buffers()]
+    with pytest.raises(go.UnsupportedError, match="must read 'weight' of the module as that forward computed it"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert torch.equal(state, torch.get_rng_state())
+    exactly(list(layer.buffers()), buffers)
+    with go.override(layer, {layer: lambda grad_output, bias, module: {"input": grad_output, "bias": None}}):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("rule", [READING["module, twice"], READING["module and vjp"], *BESIDE.values()])
