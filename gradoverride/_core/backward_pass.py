@@ -153,7 +153,7 @@ class Backward:
         return stand_in(call.module, given, changes=call.training_then())
 
     def _computed_anew(self, given: dict[str, Any]) -> dict[str, Tensor]:
-        """Parametrized weights that were computed from aliases, as functions of the outer tensors, which these came from.
+        """Parametrized weights that were computed from aliases, as functions of the tensors that these came from.
 
         One that comes out otherwise than in the forward cannot be shown.
         """

@@ -155,19 +155,22 @@ def called_once(fn: Any, name: str) -> bool:
     if function is None or name in function.__code__.co_cellvars:  # what is nested in it may use it again
         return False
     uses = calls = 0
-    before: dis.Instruction | None = None
-    for step in instructions(function.__code__):
+    steps = list(instructions(function.__code__))
+    for index, step in enumerate(steps):
         if step.opcode in _JUMPS and step.argval <= step.offset:
             return False  # a loop
         loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
         if "LOAD_FAST" in step.opname and name in loaded:
             uses += 1
-            # A function that is about to be called has a NULL beside it: below it up to Python 3.12, above it since.
-            calls += before is not None and before.opname == "PUSH_NULL"
-        elif before is not None and before.argval == name and "LOAD_FAST" in before.opname:
-            calls += step.opname in ("PUSH_NULL", "LOAD_METHOD") or "NULL" in step.argrepr
-        before = step
+            after = steps[index + 1]
+            method = after.opname == "LOAD_METHOD" or (after.opname == "LOAD_ATTR" and "NULL" in after.argrepr)
+            calls += _last_loaded(step) == name and (method or _is_called(steps, index))
     return uses == calls == 1
+
+
+def _last_loaded(step: dis.Instruction) -> Any:
+    """The variable that this step loads, the last one of two at once (from Python 3.13 on)."""
+    return step.argval[-1] if isinstance(step.argval, tuple) else step.argval
 
 
 _JUMPS = frozenset({*dis.hasjrel, *dis.hasjabs})
@@ -287,7 +290,8 @@ _ARITHMETIC = frozenset(
     {
         *("RESUME", "NOP", "PRECALL", "RETURN_VALUE", "RETURN_CONST"),
         *("LOAD_FAST", "LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_BORROW_LOAD_FAST_BORROW"),
-        *("LOAD_CONST", "LOAD_SMALL_INT", "STORE_FAST", "UNARY_NEGATIVE", "COMPARE_OP"),
+        *("LOAD_CONST", "LOAD_SMALL_INT", "UNARY_NEGATIVE", "COMPARE_OP"),
+        *("STORE_FAST", "STORE_FAST_STORE_FAST", "STORE_FAST_LOAD_FAST"),
         *("KW_NAMES", "PUSH_NULL"),
         *CALLS,
         *_BUILDS,
@@ -359,7 +363,7 @@ def _calls_what_is_harmless(
         elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             value, loaded, called = function.__globals__.get(name), "", False
         elif "LOAD_FAST" in step.opname or step.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF"):
-            name = name[-1] if isinstance(name, tuple) else name  # of two at once
+            name = _last_loaded(step)
             value, loaded = free.get(name) if "DEREF" in step.opname else None, name
             called = _is_called(steps, index)
             if called and value is None and name != "vjp" and steps[index + 1].opname not in _ATTRIBUTES:

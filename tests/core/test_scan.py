@@ -209,3 +209,24 @@ HARMLESS = {
 @pytest.mark.parametrize("name", HARMLESS)
 def test_rule_that_shows_that_it_writes_nothing_is_given_the_gradient_itself(name):
     assert scan.writes_nothing(HARMLESS[name], is_known_method)
+
+
+ONCE = {
+    "alone": (lambda g, vjp: vjp(g), True),
+    "by name": (lambda g, vjp: vjp.by_name(g)["x"], True),
+    "after another name": (lambda g, x, vjp: x * vjp(g), True),
+    "within another call": (lambda g, vjp, identity=abs: identity(vjp(g)), True),
+    "twice": (lambda g, vjp: vjp(g) + vjp(g), False),
+    "in a loop": (lambda g, vjp: [vjp(part) for part in g], False),
+    "given away": (lambda g, vjp, to=helper: to(vjp), False),
+    "given away before a call": (lambda g, vjp: sum(map(vjp, list(g))), False),
+    "given away before a call of a parameter": (lambda g, vjp, other=abs: (vjp, other(g)), False),
+    "under another name": (lambda g, vjp: (other := vjp, other(g), other(g)), False),
+}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="before, what is called is not told from what is loaded")
+@pytest.mark.parametrize("name", ONCE)
+def test_which_rules_call_vjp_once(name):
+    rule, once = ONCE[name]
+    assert scan.called_once(rule, "vjp") == once

@@ -714,9 +714,25 @@ def mapped(grad_output, vjp):
     return sum(map(vjp, (grad_output, grad_output * 2)))
 
 
+def mapped_over_what_a_call_gives(grad_output, vjp):
+    return sum(map(vjp, reversed([grad_output, grad_output * 2])))
+
+
+def first_of(first, *others):
+    return first(*others)
+
+
+def given_to_a_default(grad_output, vjp, run=in_a_loop, identity=abs):
+    return first_of(lambda pull, grad: run(grad, pull), vjp, identity(grad_output))
+
+
+def given_first_to_a_default(grad_output, vjp, run=lambda pull, grad: in_a_loop(grad, pull)):
+    return run(vjp, grad_output)
+
+
 MANY_TIMES = [
     *(under_another_name, in_a_loop, in_a_while_loop, in_a_comprehension, in_a_nested_function, given_to_a_helper),
-    *(as_a_bound_method, mapped),
+    *(as_a_bound_method, mapped, mapped_over_what_a_call_gives, given_to_a_default, given_first_to_a_default),
 ]
 
 
