@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar, overload
@@ -20,7 +21,7 @@ from torch import nn
 from gradoverride._core.contract import what
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import hidden_from_dynamo, uncompiled
-from gradoverride._core.scan import location
+from gradoverride._core.scan import location, mentions
 from gradoverride._core.signature import Forward, Rule, name_of
 from gradoverride._core.standin import around
 from gradoverride._core.surrogate import StraightThrough, SurrogateRule, is_learnable, pass_through
@@ -287,7 +288,8 @@ def _refuse_function(cls: type) -> None:
 
 def _with_own_backward(cls: Any) -> Any:
     _refuse_function(cls)
-    missing = [name for name in ("forward", "backward") if not callable(getattr(cls, name, None))]
+    given = {name: getattr(cls, name, None) for name in ("forward", "backward")}
+    missing = [name for name, fn in given.items() if not callable(fn) or fn is nn.Module.forward]
     if missing:
         raise DecorationError(
             f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must define both 'forward(self, ...)' and "
@@ -322,7 +324,7 @@ _decorated: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def _also_subclasses(base: Any) -> Callable[..., None]:
-    """What is called for each subclass of `base`: one with a forward and a backward of its own is decorated as well.
+    """What is called for each subclass of `base`: one with a forward of its own is decorated as well.
 
     Its forward takes the place of the decorated one, and its backward would never run.
     """
@@ -333,10 +335,25 @@ def _also_subclasses(base: Any) -> Callable[..., None]:
             super(base, cls).__init_subclass__(**kwargs)
         else:
             own.__get__(None, cls)(**kwargs)
-        if "forward" in cls.__dict__ and "backward" in cls.__dict__:
+        if _has_own_forward(cls):
             _with_own_backward(cls)
 
     return __init_subclass__
+
+
+def _has_own_forward(cls: type) -> bool:
+    """Whether the forward of `cls` has no rule: it is none of a decorated class, and calls none, as far as code shows.
+
+    With a backward beside it, it is one of its own even if it does.
+    """
+    owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
+    if owner in _decorated:
+        return False
+    if owner is cls and "backward" in cls.__dict__:
+        return True
+    before = itertools.takewhile(lambda base: base not in _decorated, cls.__mro__)
+    methods = [fn for base in before for fn in base.__dict__.values() if inspect.isfunction(fn)]
+    return not any(mentions(fn, "forward") for fn in methods)
 
 
 def _place(cls: type) -> str:

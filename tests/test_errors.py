@@ -428,7 +428,17 @@ class NoForward:
         return grad_output
 
 
-CLASSES = {"class that is no module": NoForward, "builtin class": int, "exception": ValueError}
+class ModuleWithoutForward(nn.Module):
+    def backward(self, grad_output):
+        return grad_output
+
+
+CLASSES = {
+    "class that is no module": NoForward,
+    "module without a forward": ModuleWithoutForward,
+    "builtin class": int,
+    "exception": ValueError,
+}
 
 
 @pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)

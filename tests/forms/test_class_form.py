@@ -270,6 +270,42 @@ def test_subclass_with_both_of_its_own_may_call_the_forward_of_its_base_which_ha
     closely(layer.weights.grad, 10 * 5 * given * given)
 
 
+class Elevenfold(Odd):
+    def forward(self, x):
+        return x * self.weights * 11
+
+
+class Through:
+    def forward(self, x):
+        return x * self.weights * 11
+
+
+class ThroughAnother(Through, Odd):
+    pass
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", [Elevenfold, ThroughAnother])
+def test_subclass_with_a_forward_of_its_own_alone_has_the_backward_that_it_inherits(kind, compiled):
+    layer, x = kind(), noise(3)
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    run(x).sum().backward()
+    exactly((x.grad, layer.weights.grad), (3 * layer.weights.detach(), 5 * x.detach()))
+
+
+def test_subclass_whose_forward_calls_that_of_its_base_in_another_method_has_the_backward_once():
+    class Twice(Odd):
+        def forward(self, x):
+            return 2 * self.run(x)
+
+        def run(self, x):
+            return Odd.forward(self, x)
+
+    layer, x = Twice(), noise(3)
+    layer(x).sum().backward()
+    exactly((x.grad, layer.weights.grad), (6 * layer.weights.detach(), 10 * x.detach()))
+
+
 def test_subclass_with_a_rule_that_is_wrong_is_refused_when_it_is_made():
     with pytest.raises(go.RuleSignatureError, match="must take the gradient as its first positional parameter"):
 
