@@ -17,7 +17,8 @@ class RuleCode:
 
     def __init__(self, rule: Rule) -> None:
         fn = rule.fn
-        self.writes = not scan.writes_nothing(fn, is_known_method)  # as far as can be seen: it is handed a copy
+        known = getattr(fn, "writes_nothing", False) or not scan.renormalizes(fn)
+        self.writes = not (known and scan.writes_nothing(fn, is_known_method))  # it is handed a copy
         self.is_arithmetic = scan.is_arithmetic(fn)
         self.is_algebra = self.is_arithmetic or scan.is_algebra(fn)
         self.is_scaling = scan.is_scaling(fn)

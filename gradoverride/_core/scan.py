@@ -35,6 +35,7 @@ __all__ = [
     "normalizes",
     "python_function",
     "reachable",
+    "renormalizes",
     "strings",
     "supers_of_own_class",
     "writes",
@@ -132,6 +133,11 @@ def normalizes(fn: Any) -> bool:
 
 
 _NORMS = frozenset({"batch_norm", "instance_norm"})
+
+
+def renormalizes(fn: Any) -> bool:
+    """The same, or scale rows of a table down to a largest norm: a rule may give the gradient for one of these."""
+    return normalizes(fn) or mentions(fn, "embedding") or mentions(fn, "embedding_bag")
 
 
 @once_per_class

@@ -160,6 +160,8 @@ WRITING = {
     "flag at a later place": lambda g: F.threshold(g, 0.0, 0.0, IN_PLACE),
     "operator of torch": lambda g: torch.ops.aten.relu_(g),
     "default": by_default,
+    "rows of a largest norm": lambda g: F.embedding(torch.tensor(0), g.unsqueeze(0), None, 1.0),
+    "running statistics": lambda g: F.batch_norm(torch.ones(2, 3).double(), g, g.abs(), training=True)[0] + 7 * g,
 }
 
 
