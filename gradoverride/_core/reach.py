@@ -58,7 +58,11 @@ class Reach:
             if not all(_is_known_method(key, in_modules) for key in _method_names(code)):
                 return None
             found = [*scan.named(helper, code), *in_modules]
-            names += [(helper.__globals__, key, scan.NOTHING) for key in _builtin_names(helper, code)]
+            for key in _builtin_names(helper, code):
+                value = getattr(builtins, key)  # anybody may put something there
+                if type(value) not in SCALARS and not _is_free_of_tensors(value, own):
+                    return None
+                names.append((helper.__globals__, key, scan.NOTHING))
             for where, key, value in found:
                 if value is function:  # whose attributes it may read; a tensor may come to be one at any time
                     return None
@@ -140,7 +144,7 @@ def _attributes_but_of(receiver: str | None, code: CodeType) -> set[str]:
     return found
 
 
-_BY_NAME = frozenset({"delattr", "getattr", "hasattr", "setattr"})
+_BY_NAME = frozenset({"__getattribute__", "attrgetter", "delattr", "getattr", "hasattr", "setattr"})
 
 
 def _is_unassigned(value: Any) -> bool:
@@ -228,7 +232,8 @@ def _is_bare(helper: FunctionType) -> bool:
 def _depends_on_grad_mode(code: CodeType) -> bool:
     """Whether code may do another thing with a tensor that requires grad, or reach what its names do not show."""
     return any(name in _TELLING for name in code.co_names) or any(
-        step.opname == "IMPORT_NAME" and not _is_of_library(step.argval) for step in scan.instructions(code)
+        step.opname == "MATCH_CLASS" or (step.opname == "IMPORT_NAME" and not _is_of_library(step.argval))
+        for step in scan.instructions(code)
     )
 
 
@@ -237,6 +242,7 @@ _TELLING = frozenset(
         *("autograd", "backward", "enable_grad", "func", "grad", "grad_fn", "inference_mode", "is_grad_enabled"),
         *("is_leaf", "register_hook", "requires_grad", "requires_grad_", "retain_grad", "set_grad_enabled", "vmap"),
         *("__dlpack__", "from_dlpack", "to_dlpack", "compile", "jit", "new_tensor", "resize_", "tensor"),
+        *("__getattribute__", "attrgetter", "methodcaller"),
         *("__dict__", "__import__", "eval", "exec", "getattr", "globals", "locals", "super", "vars"),
     }
 )

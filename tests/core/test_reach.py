@@ -1,6 +1,8 @@
 """Where a forward's reach is taken for known, no tensor that requires grad may hide, whatever is changed later."""
 
+import builtins
 import functools
+import operator
 import sys
 import types
 
@@ -341,9 +343,21 @@ def test_numbers_and_buffers_of_a_module_are_read(kind):
     exactly(layer.weight.grad, float64(10.0, grad=False))
 
 
+def by_pattern(x):
+    match x:
+        case torch.Tensor(center=found):
+            return x * found
+    return x * 2.0
+
+
 ON_TENSOR = {
     "called as a global": lambda x: x * x.SCALE * SCALE,
     "called as a method of texts": lambda x: x * x.center,
+    "read by its name": lambda x: x * x.__getattribute__("center"),
+    "read by its name by the class": lambda x: x * torch.Tensor.__getattribute__(x, "center"),
+    "read by a getter": lambda x: x * operator.attrgetter("center")(x),
+    "read by a caller": lambda x: x * operator.methodcaller("__getattribute__", "center")(x),
+    "read by a pattern": by_pattern,
 }
 
 
@@ -368,6 +382,14 @@ def test_builtin_in_whose_place_the_module_defines_its_own_later_is_looked_at_an
     forward, weight = go.custom_backward(RULES[rule])(lambda x: abs(x) * 2.0), float64(3.0)
     exactly(forward(float64(-1.0)).detach(), float64(2.0, grad=False))
     monkeypatch.setitem(globals(), "abs", lambda x: x * weight)
+    with pytest.raises(go.CapturedTensorError):
+        forward(float64(1.0))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_tensor_that_is_put_among_the_builtins_is_found(monkeypatch, rule):
+    monkeypatch.setattr(builtins, "WEIGHT", float64(3.0), raising=False)
+    forward = go.custom_backward(RULES[rule])(lambda x: x * WEIGHT)  # noqa: F821
     with pytest.raises(go.CapturedTensorError):
         forward(float64(1.0))
 
