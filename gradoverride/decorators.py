@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar, overload
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from gradoverride._core.contract import what
 from gradoverride._core.plan import Plan
@@ -209,6 +210,7 @@ def _refuse_to_attach(rule: Rule, given: str, kind: type = object) -> NoReturn:
 def _attach_to_class(rule: Rule, cls: Any) -> Any:
     """`cls`, whose forward has `rule` as its backward."""
     _refuse_function(cls)
+    _refuse_lazy(cls)
     forward = getattr(cls, "forward", None)
     if not callable(forward) or forward is nn.Module.forward:
         raise DecorationError(
@@ -286,6 +288,17 @@ def _refuse_function(cls: type) -> None:
         )
 
 
+def _refuse_lazy(cls: Any) -> None:
+    """A lazy module becomes one of another class when it has its parameters, and would have no rule then."""
+    later = getattr(cls, "cls_to_become", None) if issubclass(cls, LazyModuleMixin) else None
+    if later is not None and not hasattr(later.forward, "__wrapped__"):
+        raise DecorationError(
+            f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must stay what it is, for its forward to have a "
+            f"rule; it is lazy, and becomes '{later.__name__}' when it has its parameters. Write cls_to_become = None "
+            "in it"
+        )
+
+
 def _with_own_backward(cls: Any) -> Any:
     _refuse_function(cls)
     given = {name: getattr(cls, name, None) for name in ("forward", "backward")}
@@ -310,6 +323,7 @@ def _with_own_backward(cls: Any) -> Any:
             )
     if cls in _decorated:  # when it was made
         return cls
+    _refuse_lazy(cls)
     rule = Rule(cls.backward, method=True)
     forward = Forward(cls.forward, name=cls.__name__, method=True)
     cls.forward = make_wrapper(Plan(forward, rule, class_form=True), cls.forward)

@@ -306,6 +306,35 @@ def test_subclass_whose_forward_calls_that_of_its_base_in_another_method_has_the
     exactly((x.grad, layer.weights.grad), (6 * layer.weights.detach(), 10 * x.detach()))
 
 
+LAZY = {"bare": go.custom_backward, "with a rule": go.custom_backward(lambda grad_output, vjp: 5 * vjp(grad_output))}
+
+
+def lazy(kind, **attributes):
+    def backward(self, grad_output, input):
+        self.weight.grad, self.bias.grad = grad_output.T @ input, grad_output.sum(0)
+        return 5 * (grad_output @ self.weight)
+
+    return LAZY[kind](type("Lazy", (nn.LazyLinear,), {"backward": backward, **attributes}))
+
+
+@pytest.mark.parametrize("kind", LAZY)
+def test_lazy_class_that_becomes_another_is_refused_for_that_would_have_no_rule(kind):
+    with pytest.raises(go.DecorationError, match=r"becomes 'Linear'.*Write cls_to_become = None in it"):
+        lazy(kind)
+
+
+@pytest.mark.parametrize("first", ["called for its gradient", "called without one"])
+@pytest.mark.parametrize("kind", LAZY)
+def test_lazy_class_that_stays_what_it_is_has_its_rule(kind, first):
+    layer, x = lazy(kind, cls_to_become=None)(2, dtype=torch.float64), noise(3, 3)
+    if first == "called without one":
+        with torch.no_grad():
+            layer(x)
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(layer(x).sum(), x)
+        closely(grad, 5 * layer.weight.detach().sum(0).expand(3, 3))
+
+
 def test_subclass_with_a_rule_that_is_wrong_is_refused_when_it_is_made():
     with pytest.raises(go.RuleSignatureError, match="must take the gradient as its first positional parameter"):
 
