@@ -167,7 +167,7 @@ def called_once(fn: Any, name: str) -> bool:
             return False  # a loop
         loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
         if "LOAD_FAST" in step.opname and name in loaded:
-            uses += 1
+            uses += loaded.count(name)
             after = steps[index + 1]
             method = after.opname == "LOAD_METHOD" or (after.opname == "LOAD_ATTR" and "NULL" in after.argrepr)
             calls += _last_loaded(step) == name and (method or _is_called(steps, index))

@@ -221,6 +221,7 @@ ONCE = {
     "twice": (lambda g, vjp: vjp(g) + vjp(g), False),
     "in a loop": (lambda g, vjp: [vjp(part) for part in g], False),
     "given away": (lambda g, vjp, to=helper: to(vjp), False),
+    "given away beside a call of it": (lambda g, vjp: max(vjp, vjp(g), key=str), False),
     "given away before a call": (lambda g, vjp: sum(map(vjp, list(g))), False),
     "given away before a call of a parameter": (lambda g, vjp, other=abs: (vjp, other(g)), False),
     "under another name": (lambda g, vjp: (other := vjp, other(g), other(g)), False),
