@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradoverride._core.call import is_tensor
 from gradoverride._core.contract import shape_text
 from gradoverride._core.function import ByLoop, tied
 from gradoverride._core.private import fail, in_forward_ad, in_functorch
-from gradoverride._core.signature import Forward, Rule
+from gradoverride._core.signature import Forward, Rule, signature_asking
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride.errors import ForwardResultError, UnsupportedError
 
@@ -200,9 +200,9 @@ class ArrayRule:
         self.rule = rule
         self.kind = kind
         self.who = read.who
-        self.__wrapped__ = rule
+        self.__wrapped__ = rule.forward if isinstance(rule, nn.Module) else rule
         self.__name__ = read.name
-        self.__signature__ = inspect.signature(rule)
+        self.__signature__ = signature_asking(read.asks, first=read.first or "grad_output")
         self.refusal = (
             f"rule {self.who} works on NumPy arrays, so second derivatives and forward mode are not known. Write the "
             "rule with tensors: custom_backward"

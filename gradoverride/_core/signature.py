@@ -264,11 +264,12 @@ def passing(rules: Sequence[Rule]) -> Rule:
 _passes = operator.attrgetter("passes")
 
 
-def signature_asking(asks: Mapping[str, bool], *, by_name: bool = False) -> inspect.Signature:
+def signature_asking(
+    asks: Mapping[str, bool], *, first: str = "grad_output", by_name: bool = False
+) -> inspect.Signature:
     """That of a rule that asks for these names, and must have those for which this is True. `by_name`: its gradient may
     be given by name, unless that is the name of an argument.
     """
-    first = "grad_output"
     while first in asks:  # an argument of the forward may be called so
         first = f"_{first}"
     by_name = by_name and first == "grad_output"

@@ -58,9 +58,8 @@ class chain:
         own = self.__dict__  # it is frozen
         own["rules"] = rules
         own["links"] = tuple([(rule.fn, tuple(rule.asks), _may_write(rule.fn)) for rule in read])
-        own["__signature__"] = signature_asking(
-            _asked_by(read), by_name=True
-        )  # what the library asks for on its behalf
+        # What the library asks for on its behalf.
+        own["__signature__"] = signature_asking(_asked_by(read), by_name=True)
         own["__name__"] = repr(self)  # how errors call it
 
     @property

@@ -227,6 +227,25 @@ def test_residuals():
         torch.func.vmap(solve)(noise(3, 2, grad=False))
 
 
+class Scaled(nn.Module):
+    def forward(self, grad_output, k):
+        return grad_output * k
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (functools.partial(lambda grad_output, k: grad_output * k, k=3.0), 3.0),
+        (functools.partial(numpy.multiply, 3.0), 3.0),
+        (numpy.negative, -1.0),
+        (Scaled(), 10.0),
+    ],
+)
+def test_rule_may_be_any_callable_and_its_options_are_its_own(rule, expected):
+    x = noise(3)
+    exactly(grad(go.bridge(rule)(lambda x, k: x * k)(x, 10.0).sum(), x), torch.full_like(x, expected))
+
+
 def test_output_input_and_needs():
     def rule(grad_output, output, input, needs):
         assert needs == {"x": True, "y": False}
