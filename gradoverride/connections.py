@@ -173,22 +173,22 @@ def _named(inputs: Any, who: str) -> tuple[tuple[str, ...] | None, tuple[Any, ..
 
 
 def _check_wanted(names: tuple[str, ...] | None, values: tuple[Any, ...], who: str) -> None:
+    given = values if names is None else dict(zip(names, values, strict=True))
     tensors: list[Tensor] = []
-    spec = flatten(values if names is None else dict(zip(names, values, strict=True)), is_tensor, tensors)
+    spec = flatten(given, is_tensor, tensors)
     refuse_within(who, "inputs", spec, "for gradients to reach them")
     if in_functorch() or in_forward_ad() or any([tensor.requires_grad for tensor in tensors]):
         return
     if torch.is_grad_enabled() or who == "connect_":
-        given = values[0] if len(values) == 1 else values if names is None else dict(zip(names, values, strict=True))
         fail(
             GraphError,
             f"{who}: 'inputs' must hold a tensor that requires grad, for a gradient to reach it; got "
-            f"{what(given)} and none requires grad. Call requires_grad_(), or "
+            f"{what(values[0] if len(values) == 1 else given)} and none requires grad. Call requires_grad_(), or "
             "leave the connection out",
         )
 
 
-def _identity(result: Any, values: tuple[Any, ...], who: str) -> Callable[..., Any]:
+def _identity(result: Any, names: tuple[str, ...] | None, values: tuple[Any, ...], who: str) -> Callable[..., Any]:
     """The rule that passes each gradient on, where there are as many inputs as results, of the same shapes."""
     results: list[Tensor] = []
     tensors: list[Tensor] = []
@@ -214,7 +214,7 @@ def _identity(result: Any, values: tuple[Any, ...], who: str) -> Callable[..., A
         grads: list[Tensor] = []
         flatten(grad_output, is_tensor, grads)
         answer = unflatten(spec, iter(grads), constants=False)
-        return answer[0] if len(values) == 1 else answer
+        return {"inputs": answer} if names is None else dict(zip(names, answer, strict=True))
 
     return identity
 
@@ -225,13 +225,13 @@ def _identity(result: Any, values: tuple[Any, ...], who: str) -> Callable[..., A
 def _connected(result: X, inputs: Any, rule: Callable[..., Any] | None, who: str) -> X:
     names, values = _named(inputs, who)
     if rule is None:
-        rule = _identity(result, values, who)
+        rule = _identity(result, names, values, who)
     if torch.compiler.is_dynamo_compiling():
         plan = kept_plan(_name_of_plan(names, *unbound(rule)))
     else:
         plan = _readings(names, who).of(rule).plan_for(rule)
-    keywords = () if names is None or names == ("input",) else names
-    tied: X = tie(plan, plan.layout(len(values) if names is None else 0, keywords), values, result, rule)
+    layout = plan.layout(len(values), ()) if names is None else plan.layout(0, names)
+    tied: X = tie(plan, layout, values, result, rule)
     return tied
 
 
@@ -244,16 +244,13 @@ def _readings(names: tuple[str, ...] | None, who: str) -> Readings:
     kinds = inspect.Parameter
     if names is None:
         parameters = [kinds("inputs", kinds.VAR_POSITIONAL)]
-    elif names == ("input",):
-        parameters = [kinds("input", kinds.POSITIONAL_OR_KEYWORD)]
     else:
         for name in names:
-            if not name.isidentifier() or keyword.iskeyword(name):
-                raise GraphError(f"{who}: the keys of 'inputs' must be names that a rule can ask for; got {name!r}")
-            if name in RESERVED and name != "input":
+            reserved = name in RESERVED and name != "input"
+            if reserved or not name.isidentifier() or keyword.iskeyword(name):
                 raise GraphError(
-                    f"{who}: the keys of 'inputs' must be names that a rule can ask for; got {name!r}, by which it "
-                    "asks for something else. Give it another name"
+                    f"{who}: the keys of 'inputs' must be names that a rule can ask for; got {name!r}"
+                    f"{', by which it asks for something else' if reserved else ''}. Give it another name"
                 )
         parameters = [kinds(name, kinds.KEYWORD_ONLY) for name in names]
     return Readings(
@@ -262,6 +259,7 @@ def _readings(names: tuple[str, ...] | None, who: str) -> Readings:
             name=who,
             place="",
             signature=inspect.Signature(parameters),
+            method=False,
             reserved=("input", "output", "needs"),
             lacks="and a connection has no forward that could tell. Ask for the inputs by name, for 'input', 'output' "
             "or 'needs'",

@@ -169,6 +169,22 @@ def test_several_results_and_inputs_by_the_identity():
     closely(grad((y[0].sum() * 2 + y[1].sum() * 3), a, b), (torch.full_like(a, 2), torch.full_like(b, 3)))
 
 
+def test_identity_reaches_inputs_in_containers_beside_options():
+    a, b = noise(3), noise(2)
+    results = a.detach().round(), b.detach().round()
+    for inputs in ({"pair": [a, b], "power": 2}, {"pair": {"a": a, "b": b}}, ([a, {"b": b}], "mode"), [(a, b)]):
+        y = go.connect(results, inputs)
+        exactly(grad((y[0].sum() * 2 + y[1].sum() * 3), a, b), (torch.full_like(a, 2), torch.full_like(b, 3)))
+
+
+def test_names_of_inputs_may_be_those_of_a_receiver():
+    a, b = noise(3), noise(3)
+    for name in ("self", "cls"):
+        y = go.connect((a * b).detach(), {name: a, "b": b}, eval(f"lambda g, {name}, b: (g * b, g * {name})"))
+        closely(grad(y.sum(), a, b), (b, a))
+        exactly(grad(go.connect(a.detach(), {name: a}, lambda g: g * 2).sum(), a), torch.full_like(a, 2))
+
+
 def test_two_connections_from_one_source():
     x = noise(3)
     y = go.connect(x.detach() ** 2, x, lambda g, input: g * 2 * input)
@@ -374,9 +390,9 @@ def test_wrong_shape_pollutes_no_grad():
     assert x.grad is None
 
 
-@pytest.mark.parametrize(("key", "rest"), [("lambda", ""), ("output", "by which it asks for something else")])
+@pytest.mark.parametrize(("key", "rest"), [("lambda", ""), ("output", ", by which it asks for something else")])
 def test_keys_that_no_rule_can_ask_for(key, rest):
-    text = rf"keys of 'inputs' must be names that a rule can ask for; got '{key}'.*{rest}"
+    text = rf"keys of 'inputs' must be names that a rule can ask for; got '{key}'{rest}. Give it another name"
     with pytest.raises(go.GraphError, match=f"connect: the {text}"):
         go.connect(noise(3, grad=False), {key: noise(3)}, lambda g: {key: g})
     with pytest.raises(go.GraphError, match=f"connect_: the {text}"):
