@@ -300,6 +300,32 @@ def test_a_module_as_a_decorator():
     exactly(step(2, x.detach(), shift=1.0).detach(), torch.round(x.detach() + 1.0) * 2)
 
 
+def test_its_first_argument_is_that_of_the_signature_however_it_is_called():
+    class Step(nn.Module):
+        def forward(self, count, x, shift):
+            return torch.round(x + shift) * count
+
+    surrogate, x, shift = Tanh(), noise(5), noise(5)
+    compiled = torch.compile(Step(), backend="eager")
+    for step in (lambda count, x, shift: torch.round(x + shift) * count, Step(), compiled):
+        fire = go.straight_through(step, surrogate=surrogate)
+        y = fire(shift=shift, count=2, x=x)
+        closely(torch.autograd.grad(y.sum(), (x, surrogate.slope)), tanh_gradients(x, surrogate.slope))
+
+
+def test_a_container_as_the_first_argument_is_an_error():
+    fire = go.straight_through(lambda pair, x: [torch.sign(part) for part in pair], surrogate=Tanh())
+    for call in (lambda: fire([noise(3), 1], noise(3)), lambda: fire(x=noise(3), pair=[noise(3), 1])):
+        with pytest.raises(go.ForwardResultError) as caught:
+            call()
+        assert str(caught.value).startswith(f"'<lambda>' ({__file__}:")
+        assert str(caught.value).endswith(
+            ") must have one tensor for its first differentiable argument 'pair', which is what a surrogate takes, for "
+            "a gradient to pass straight through; it was given a list of 2 (a tensor of shape (3,), 1, an int). "
+            "Decorate a function of one tensor, or give a rule: custom_backward(rule)"
+        )
+
+
 def test_a_forward_that_is_a_module_keeps_its_own_parameters():
     linear, surrogate, x = nn.Linear(3, 3).double(), Tanh(), noise(2, 3)
     fire = go.straight_through(linear, surrogate=surrogate)

@@ -20,11 +20,19 @@ from gradoverride._core.ambient import unseen_by_hooks
 from gradoverride._core.call import is_differentiable
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import evaluated_while_tracing, fail, in_forward_ad, in_functorch, saves_plainly
+from gradoverride._core.private import (
+    evaluated_while_tracing,
+    fail,
+    in_forward_ad,
+    in_functorch,
+    saves_plainly,
+    uncompiled,
+)
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, Rule, name_of
+from gradoverride._core.structure import flatten
 from gradoverride._core.wrapper import make_wrapper
-from gradoverride.errors import CapturedTensorError, SurrogateError, UnsupportedError
+from gradoverride.errors import CapturedTensorError, ForwardResultError, SurrogateError, UnsupportedError
 
 __all__ = ["StraightThrough", "SurrogateRule", "is_learnable", "pass_through", "with_gradient_of"]
 
@@ -121,6 +129,7 @@ class StraightThrough(nn.Module):
         self.surrogate = surrogate
         if not isinstance(fn, nn.Module):  # which would be a part of this one twice
             functools.update_wrapper(self, fn, updated=())
+        self._names = Forward(uncompiled(fn).forward if isinstance(fn, nn.Module) else fn).names
         self._make = make
         self._through = make(fn)  # with the gradient passed on
         self._captures = not isinstance(surrogate, nn.Module)  # tensors that are not this module's
@@ -129,14 +138,25 @@ class StraightThrough(nn.Module):
         """What `fn` gives, with the gradient of the surrogate at the first differentiable argument."""
         if not (torch.is_grad_enabled() or in_functorch() or in_forward_ad()):
             return self.fn(*args, **kwargs)
-        for index, value in enumerate(args):
-            if is_differentiable(value):
-                value = with_gradient_of(self.surrogate, value)
-                return self._through(*args[:index], value, *args[index + 1 :], **kwargs)
-        for name, value in kwargs.items():
-            if is_differentiable(value):
-                return self._through(*args, **{**kwargs, name: with_gradient_of(self.surrogate, value)})
-        return self.fn(*args, **kwargs)
+        in_order = {name: kwargs[name] for name in self._names if name in kwargs}  # whatever the caller's is
+        given: dict[Any, Any] = {**dict(enumerate(args)), **in_order, **kwargs}
+        for place, value in given.items():
+            held: list[Tensor] = []
+            flatten(value, is_differentiable, held)
+            if not held:
+                continue
+            if held[0] is not value:
+                name = dict(enumerate(self._names)).get(place, place)
+                fail(
+                    ForwardResultError,
+                    f"'{name_of(self.fn)}' ({location(self.fn)}) must have one tensor for its first differentiable "
+                    f"argument '{name}', which is what a surrogate takes, for a gradient to pass straight through; it "
+                    f"was given {what(value)}. Decorate a function of one tensor, or give a rule: "
+                    "custom_backward(rule)",
+                )
+            given[place] = with_gradient_of(self.surrogate, value)
+            break
+        return self._through(*[given[index] for index in range(len(args))], **{name: given[name] for name in kwargs})
 
     def extra_repr(self) -> str:
         """What it is made of, where that is not printed as a module."""
