@@ -10,7 +10,7 @@ import fnmatch
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -126,6 +126,12 @@ class GradientEdit:
 
     def __repr__(self) -> str:
         return f"GradientEdit({self._what}{'' if self._remove else ', removed'})"
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            f"edit_gradient_: what edits {self._what} can be neither copied nor pickled, for no copy of that is "
+            "edited. Keep it outside of what is copied, and edit the copy anew"
+        )
 
 
 _of_tensor = Readings(

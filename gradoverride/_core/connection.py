@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -67,6 +67,12 @@ class Connection:
 
     def __repr__(self) -> str:
         return f"Connection(a leaf of shape {self._shape}{'' if self._handles else ', removed'})"
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            f"connect_: what connects a leaf of shape {self._shape} can be neither copied nor pickled, for no copy of "
+            "that is connected. Keep it outside of what is copied, and connect the copy anew"
+        )
 
     # --- where it leads ---
 

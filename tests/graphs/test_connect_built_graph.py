@@ -1,6 +1,8 @@
 """`connect_`: a graph that is built already is connected to another."""
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -335,6 +337,13 @@ def test_removed_it_is_as_before():
     assert x._backward_hooks is None
     loss.backward()
     assert x.grad is None
+
+
+@pytest.mark.parametrize("attempt", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_connection_is_not_copied_in_silence(attempt):
+    text = r"^connect_: what connects a leaf of shape \(3,\) can be neither copied nor pickled.* Keep it outside"
+    with pytest.raises(go.UnsupportedError, match=text):
+        attempt(go.connect_(noise(3), noise(3)))
 
 
 def test_inputs_are_as_before_when_the_leaf_is_gone():

@@ -1,6 +1,8 @@
 """`edit_gradient_` and `find_nodes`: gradients of graphs that are already built."""
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -519,6 +521,18 @@ def test_undone_by_an_exception():
     with pytest.raises(KeyError), go.edit_gradient_(chain.middle, double):
         raise KeyError
     closely(grad(chain.result, chain.x), plain)
+
+
+@pytest.mark.parametrize("attempt", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_edit_is_not_copied_in_silence(attempt):
+    layer = nn.Linear(2, 3)
+    layer.edit = go.edit_gradient_(layer.weight, double)
+    text = r"^edit_gradient_: what edits a tensor of shape \(3, 2\) can be neither copied nor pickled.* Keep it outside"
+    with pytest.raises(go.UnsupportedError, match=text):
+        attempt(layer.edit)
+    if attempt is not copy.copy:
+        with pytest.raises(go.UnsupportedError, match=text):
+            attempt(layer)
 
 
 def test_edit_keeps_neither_tensor_nor_graph_alive():
