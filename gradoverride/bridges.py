@@ -43,9 +43,9 @@ def bridge(rule: Callable[..., Any], *, dtype: Any = None) -> Callable[[F], F]:
     all. Called without a tensor it is the function of arrays, as it was.
 
     Devices: a result is on the device of the first tensor. Dtypes: arrays have the dtype of their tensor (of
-    `bfloat16`, which NumPy does not know, `float32`); floating results, Python's floats too, have the common dtype of
-    the floating tensors that were given; integers stay what they are. `dtype="float64"` has the work done in that:
-    floating tensors are cast on their way in, results back on their way out.
+    `bfloat16` and others that NumPy does not know, `float32` or `complex64`); floating results, Python's floats too,
+    have the common dtype of the floating tensors that were given; integers stay what they are. `dtype="float64"` has
+    the work done in that: floating tensors are cast on their way in, results back on their way out.
 
     Under `vmap` it is called once for each in the batch. `torch.compile` breaks its graph there. Second derivatives
     and forward mode are refused (`UnsupportedError`), for the rule has no derivative, and to make one in compiled code.

@@ -47,15 +47,14 @@ class Kind:
             )
         tensor = tensor.detach()
         dtype = tensor.dtype
-        if dtype.is_complex:
-            dtype = dtype if self.work is None else self.work.to_complex()
-        elif dtype.is_floating_point:
-            dtype = self.work or (dtype if dtype in _IN_NUMPY else torch.float32)
+        if dtype.is_floating_point or dtype.is_complex:
+            known = self.work or (dtype if dtype in _IN_NUMPY else torch.float32)
+            dtype = known.to_complex() if dtype.is_complex else known
         plain = tensor.resolve_conj().resolve_neg().to("cpu", dtype, copy=True)
         return plain.contiguous().numpy()
 
 
-_IN_NUMPY = (torch.float16, torch.float32, torch.float64)
+_IN_NUMPY = (torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 class Like:

@@ -357,24 +357,29 @@ def test_expanded_transposed_and_conjugate_tensors():
 # --- dtypes ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.complex32]
+)
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_dtype_of_the_tensor_comes_back(dtype):
     seen = []
 
     def rule(g, x):
         seen.append((g.dtype, x.dtype))
-        return g.astype(numpy.float64) * 2
+        return g.astype(numpy.float64 if g.dtype.kind == "f" else numpy.complex128) * 2
 
     def fn(x):
         seen.append(x.dtype)
-        return x.astype(numpy.float64) * 2
+        return x.astype(numpy.float64 if x.dtype.kind == "f" else numpy.complex128) * 2
 
-    x = torch.ones(3, dtype=dtype, requires_grad=True)
+    x = torch.ones(3).to(dtype).requires_grad_()
     y = go.bridge(rule)(fn)(x)
     assert y.dtype == dtype
-    found = grad(y.sum(), x)
+    found = grad(y, x, grad_outputs=torch.ones(3).to(dtype))
     assert found.dtype == dtype
-    inside = numpy.dtype(str({torch.bfloat16: torch.float32}.get(dtype, dtype)).removeprefix("torch."))
+    assert found.to(torch.complex64).tolist() == [2, 2, 2]
+    others = {torch.bfloat16: torch.float32, torch.float8_e5m2: torch.float32, torch.complex32: torch.complex64}
+    inside = numpy.dtype(str(others.get(dtype, dtype)).removeprefix("torch."))
     assert seen == [inside, (inside, inside)]
 
 
