@@ -122,7 +122,8 @@ def _check_result(result: Any) -> None:
         fail(
             GraphError,
             f"connect: 'result' must be a floating or complex tensor, or hold one, for it to have a gradient; got "
-            f"{what(result)}{f' of {result.dtype}' if isinstance(result, Tensor) else ''}",
+            f"{what(result)}{f' of {result.dtype}' if isinstance(result, Tensor) else ''}. Convert it, or leave the "
+            "connection out",
         )
     for tensor in tensors:
         if tensor.requires_grad:

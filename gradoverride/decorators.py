@@ -88,7 +88,10 @@ def custom_backward(rule: Any, /, *, jvp: Any = None) -> Any:
         raise DecorationError(f"custom_backward: 'jvp' must be a function of the tangents; got {what(jvp)}")
     if isinstance(rule, type):
         if jvp is not None:
-            raise DecorationError("custom_backward: 'jvp' goes with a rule, not with a class that has a backward")
+            raise DecorationError(
+                "custom_backward: 'jvp' goes with a rule; it came with a class that has a backward. Give a rule: "
+                "custom_backward(rule, jvp=...)"
+            )
         return _with_own_backward(rule)
     read = Rule(rule)
     read.jvp = None if jvp is None else Rule(jvp)
@@ -166,10 +169,10 @@ def _straight_through(surrogate: Callable[..., Any] | None, fn: Any) -> Any:
 def _learnable(surrogate: Callable[..., Any], fn: Any) -> StraightThrough:
     """A module: the surrogate has parameters."""
     if isinstance(fn, (type, staticmethod, classmethod)) or (callable(fn) and Forward(fn).takes_self):
-        kind = "class" if isinstance(fn, type) else "method"
+        kind, place = ("class", _place(fn)) if isinstance(fn, type) else ("method", location(fn))
         raise DecorationError(
             f"straight_through: the surrogate '{name_of(surrogate)}' has parameters, so what it gives is a module, "
-            f"which a {kind} cannot be ('{name_of(fn)}', {location(fn)}). Make it of a function, where an instance is "
+            f"which a {kind} cannot be ('{name_of(fn)}', {place}). Make it of a function, where an instance is "
             "made: self.fire = straight_through(torch.sign, surrogate=...)"
         )
     return StraightThrough(fn, surrogate, straight_through)
@@ -214,7 +217,8 @@ def _attach_to_class(rule: Rule, cls: Any) -> Any:
     forward = getattr(cls, "forward", None)
     if not callable(forward) or forward is nn.Module.forward:
         raise DecorationError(
-            f"class '{cls.__name__}' ({_place(cls)}) must have a 'forward', for the rule {rule.who} to be its backward"
+            f"class '{cls.__name__}' ({_place(cls)}) must have a 'forward', for the rule {rule.who} to be its "
+            "backward; it has none. Define it, or decorate a function"
         )
     defined = inspect.getattr_static(cls, "forward")
     if isinstance(defined, (staticmethod, classmethod)):

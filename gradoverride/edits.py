@@ -354,7 +354,8 @@ def _nodes(root: Tensor | Node) -> Iterator[Node]:
     """All nodes behind `root`, nearer ones first."""
     if isinstance(root, Tensor) and not root.requires_grad:
         raise GraphError(
-            f"find_nodes: 'root' must have a graph, or be a node of one; got {what(root)} that requires no grad"
+            f"find_nodes: 'root' must have a graph, or be a node of one; got {what(root)} that requires no grad. "
+            "Give it what backward() is called on"
         )
     start = get_gradient_edge(root).node if isinstance(root, Tensor) else root
     if not isinstance(start, Node):

@@ -125,7 +125,7 @@ class _Run:
                 fail(
                     ForwardResultError,
                     f"{self.who} must return arrays of one shape under vmap, which calls it once for each in the "
-                    f"batch; it returned some of shape {given}",
+                    f"batch; it returned some of shape {given}. Pad them",
                 )
         return tuple([torch.stack(column) for column in zip(*results, strict=True)])
 

@@ -40,7 +40,7 @@ class Connection:
         if any(start is leaf for connection in self._reached() for start in connection._live_starts()):
             raise GraphError(
                 f"connect_: the graph of 'inputs' must not start at 'leaf' itself; the tensor of shape {self._shape} "
-                "leads to them, and its gradient would go round for ever"
+                "leads to them, and its gradient would go round for ever. Detach what leads back"
             )
         self._handles = [leaf.register_hook(self._arrive)]
         watched = {id(tensor): tensor for tensor in (*inputs, *starts) if tensor.requires_grad}

@@ -88,7 +88,7 @@ def _general(plan: Plan, x: Any, rule: Any) -> Any:
         fail(
             GraphError,
             f"edit_gradient: 'x' must be a floating or complex tensor, or hold one, for its gradient to be edited; "
-            f"got {what(x)}{f' of {x.dtype}' if isinstance(x, Tensor) else ''}",
+            f"got {what(x)}{f' of {x.dtype}' if isinstance(x, Tensor) else ''}. Convert it, or leave the edit out",
         )
     refuse_within("edit_gradient", "x", spec, "for their gradients to be edited")
     result = differentiate(plan, plan.layout(0, ()), None, (x,), rule)

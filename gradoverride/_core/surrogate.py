@@ -67,13 +67,13 @@ class SurrogateRule:
             )
         if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or in_functorch():
             result, pullback, *_ = torch.func.vjp(self.surrogate, input)  # differentiable again
-            self._check_shape(result, grad_output)
+            _check_shape(self.who, result, grad_output)
             (grad_input,) = pullback(grad_output.to(result.dtype))
             return grad_input
         with torch.enable_grad():
             alias = input.detach().requires_grad_()
             result = self.surrogate(alias)
-        self._check_shape(result, grad_output)
+        _check_shape(self.who, result, grad_output)
         self._check_differentiable(result)
         self._check_captured(result, alias)
         (grad_input,) = torch.autograd.grad(result, alias, grad_output.to(result.dtype), materialize_grads=True)
@@ -88,7 +88,7 @@ class SurrogateRule:
             except Exception as error:
                 error.add_note(f"in the {self.who}")
                 raise
-        self._check_shape(given, result)
+        _check_shape(self.who, given, result)
         self._check_differentiable(given)
         self._check_captured(given, alias)
 
@@ -112,9 +112,6 @@ class SurrogateRule:
                 "another way or only since straight_through was called, and that gradient would be lost. Make it a "
                 "module, or detach() the tensor",
             )
-
-    def _check_shape(self, given: Any, like: Tensor) -> None:
-        _check_shape(self.who, given, like)
 
 
 class StraightThrough(nn.Module):
@@ -181,7 +178,7 @@ class StraightThrough(nn.Module):
 def with_gradient_of(surrogate: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
     """The value of `input`, whose gradient goes to the result of the surrogate: to its input, and its parameters."""
     given = surrogate(input)
-    _check_shape(f"surrogate '{name_of(surrogate)}'", given, input)
+    _check_shape(surrogate, given, input)
     tied: Tensor = _lend(given, input)
     return tied
 
@@ -217,14 +214,21 @@ def _second(lent: Tensor, value: Tensor) -> Tensor:
 _lend = _passing(Forward(_second, name="surrogate"))
 
 
-def _check_shape(who: str, given: Any, like: Tensor) -> None:
-    if not isinstance(given, Tensor) or given.shape != like.shape:
+def _check_shape(who: Any, given: Any, like: Tensor) -> None:
+    """`who`: the surrogate, or what to call it."""
+    fits = isinstance(given, Tensor) and given.shape == like.shape
+    if fits and given.is_complex() == like.is_complex():
+        return
+    if not isinstance(who, str):
+        code = who.forward if isinstance(who, nn.Module) else who
+        who = f"surrogate '{name_of(who)}' ({location(code)})"
+    if not fits:
         fail(
             SurrogateError,
             f"{who} must give a result of shape {shape_text(like.shape)}, the shape of the result it stands "
-            f"for; it gives {what(given)}",
+            f"for; it gives {what(given)}. Reduce or expand it",
         )
-    if given.is_complex() != like.is_complex():
+    else:
         kinds, remedy = ("real", "complex"), "Take its real part"
         if like.is_complex():
             kinds, remedy = ("complex", "real"), "Make it complex"

@@ -180,11 +180,16 @@ def _shown(value: Any) -> str:
 
 def _refuse(surrogate: Surrogate, grad_output: Any, input: Tensor) -> None:
     if input.is_complex():
-        fail(UnsupportedError, f"surrogate {_printed(surrogate)} is for real tensors; its input is of {input.dtype}")
+        fail(
+            UnsupportedError,
+            f"surrogate {_printed(surrogate)} is for real tensors; its input is of {input.dtype}. Give "
+            "straight_through a function of complex tensors",
+        )
     fail(
         SurrogateError,
         f"surrogate {_printed(surrogate)} must be of a function whose result has the shape of its first differentiable "
-        f"argument, {shape_text(input.shape)}; the gradient of its result is {what(grad_output)}",
+        f"argument, {shape_text(input.shape)}; the gradient of its result is {what(grad_output)}. "
+        "Give such a function, or another rule",
     )
 
 

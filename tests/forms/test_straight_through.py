@@ -1,5 +1,7 @@
 """`straight_through`: exact values, and the gradient of the identity or of a surrogate. Contract, section 3."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -264,10 +266,10 @@ def test_surrogate_of_another_shape_is_an_error_with_both_shapes():
         return x.sum()
 
     decorated = go.straight_through(torch.round, surrogate=total)
-    with pytest.raises(go.SurrogateError, match=r"(?s)total") as caught:
+    who = rf"surrogate 'total' \({re.escape(__file__)}:\d+\) of 'round' \(built in\)"
+    text = r"must give a result of shape \(3,\), .*; it gives a tensor of shape \(\)\. Reduce or expand it"
+    with pytest.raises(go.SurrogateError, match=f"{who} {text}"):
         decorated(noise(3)).sum().backward()
-    assert "(3,)" in str(caught.value)
-    assert "()" in str(caught.value)
 
 
 def test_first_differentiable_argument_that_wants_no_gradient_is_warned_of():
