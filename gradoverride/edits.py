@@ -21,7 +21,7 @@ from gradoverride._core.call import is_differentiable
 from gradoverride._core.contract import Meta, what
 from gradoverride._core.edit import ask, ask_several, edit
 from gradoverride._core.edited_result import EditedLeaf, EditedResult
-from gradoverride._core.nodes import leaf_of, nodes_behind
+from gradoverride._core.nodes import hook_on, leaf_of, nodes_behind
 from gradoverride._core.private import fail, hook_on_result, is_freed, results_of
 from gradoverride._core.reading import Reading, Readings
 from gradoverride._core.signature import Forward, Rule
@@ -108,15 +108,15 @@ def edit_gradient_(tensor_or_node: Tensor | Node, rule: Callable[..., Any]) -> G
 class GradientEdit:
     """An edit of a built graph, in force until it is left or removed."""
 
-    def __init__(self, what: str, remove: Callable[[], None]) -> None:
+    def __init__(self, what: str, *parts: Callable[[], object]) -> None:
         self._what = what
-        self._remove: Callable[[], None] | None = remove
+        self._parts = parts  # what takes each of them off
 
     def remove(self) -> None:
         """Take the edit back. Once more does nothing."""
-        remove, self._remove = self._remove, None
-        if remove is not None:
-            remove()
+        parts, self._parts = self._parts, ()
+        for take_off in parts:
+            take_off()
 
     def __enter__(self) -> GradientEdit:
         return self
@@ -125,7 +125,7 @@ class GradientEdit:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"GradientEdit({self._what}{'' if self._remove else ', removed'})"
+        return f"GradientEdit({self._what}{'' if self._parts else ', removed'})"
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
@@ -162,6 +162,19 @@ def _edit_tensor(tensor: Tensor, rule: Any) -> GradientEdit:
     if reading.sources:  # a leaf is written into by its optimizer, and edited again
         value = weakref.ref(tensor) if tensor.is_leaf else _Value(tensor)
 
+    answer = _asking(rule, reading, value)
+    name = f"a tensor of shape {tuple(tensor.shape)}"
+    if tensor.grad_fn is None:
+        return GradientEdit(name, hook_on(tensor, EditedLeaf(rule, answer)))
+    _refuse_freed(tensor.grad_fn)
+    result = EditedResult(tensor.grad_fn, tensor.output_nr, rule, answer)
+    return GradientEdit(name, result.forget, hook_on(tensor, result))
+
+
+def _asking(
+    rule: Any, reading: Reading, value: Callable[[], Tensor | None] | None = None
+) -> Callable[[Tensor | None], Tensor | None]:
+    """What gives the answer of `rule` for a gradient, under the autocast of now."""
     autocast = Autocast()
 
     def answer(grad: Tensor | None) -> Tensor | None:
@@ -170,26 +183,7 @@ def _edit_tensor(tensor: Tensor, rule: Any) -> GradientEdit:
         with autocast.restored():
             return ask(rule, reading, grad, value() if value else None)
 
-    name = f"a tensor of shape {tuple(tensor.shape)}"
-    if tensor.grad_fn is None:
-        return GradientEdit(name, _hook_on_leaf(tensor, EditedLeaf(rule, answer)))
-    _refuse_freed(tensor.grad_fn)
-    result = EditedResult(tensor.grad_fn, tensor.output_nr, rule, answer)
-    hook = tensor.register_hook(result)
-    return GradientEdit(name, lambda: result.forget(hook.remove))
-
-
-def _hook_on_leaf(leaf: Tensor, hook: EditedLeaf) -> Callable[[], None]:
-    handle = leaf.register_hook(hook)
-    hooks, held = leaf._backward_hooks, weakref.ref(leaf)
-
-    def remove() -> None:
-        handle.remove()
-        leaf = held()
-        if leaf is not None and leaf._backward_hooks is hooks and not hooks:
-            leaf._backward_hooks = None  # as it was: torch leaves an empty dict
-
-    return remove
+    return answer
 
 
 class _Value:
@@ -231,15 +225,7 @@ def _edit_node(node: Node, rule: Any) -> GradientEdit:
             "the tensor"
         )
     if len(metas) == 1:
-        autocast = Autocast()
-
-        def answer(grad: Tensor | None) -> Tensor | None:
-            if grad is None:
-                return None
-            with autocast.restored():
-                return ask(rule, reading, grad, None)
-
-        results = [EditedResult(node, 0, rule, answer)]
+        results = [EditedResult(node, 0, rule, _asking(rule, reading))]
         hooks: list[Callable[[Any], Any]] = [results[0]]
     else:
         several = _Several(rule, reading, metas)
@@ -251,14 +237,7 @@ def _edit_node(node: Node, rule: Any) -> GradientEdit:
         raise UnsupportedError(
             "edit_gradient_: this version of torch lets nobody edit the gradient of a node's result. Give it the tensor"
         )
-
-    def remove() -> None:
-        for result in results:
-            result.forget()
-        for off in offs:
-            off()
-
-    return GradientEdit(f"the node {node.name()}", remove)
+    return GradientEdit(f"the node {node.name()}", *[result.forget for result in results], *offs)
 
 
 class _Several:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from gradoverride._core.nodes import leaves_behind, nodes_behind
+from gradoverride._core.nodes import hook_on, leaves_behind, nodes_behind
 from gradoverride._core.private import after_backward, keeps_graph, pass_id, passes_now
 from gradoverride.errors import GraphError, UnsupportedError
 
@@ -42,22 +42,20 @@ class Connection:
                 f"connect_: the graph of 'inputs' must not start at 'leaf' itself; the tensor of shape {self._shape} "
                 "leads to them, and its gradient would go round for ever. Detach what leads back"
             )
-        self._handles = [leaf.register_hook(self._arrive)]
+        self._take_off: Callable[[], None] | None = hook_on(leaf, self._arrive)
         watched = {id(tensor): tensor for tensor in (*inputs, *starts) if tensor.requires_grad}
         self._watches = [_Watch(self, tensor) for tensor in watched.values()]
         _connections.add(self)
 
     def remove(self) -> None:
         """Take the connection away. Once more does nothing."""
-        handles, self._handles = self._handles, []
+        take_off, self._take_off = self._take_off, None
+        if take_off is None:
+            return
         _connections.discard(self)
-        for handle in handles:
-            handle.remove()
+        take_off()
         for watch in self._watches:
             watch.end()
-        leaf = self._leaf()
-        if leaf is not None and handles:  # as it was: torch leaves an empty dict
-            leaf._backward_hooks = leaf._backward_hooks or None
 
     def __enter__(self) -> Connection:
         return self
@@ -66,7 +64,7 @@ class Connection:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Connection(a leaf of shape {self._shape}{'' if self._handles else ', removed'})"
+        return f"Connection(a leaf of shape {self._shape}{'' if self._take_off else ', removed'})"
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
@@ -131,8 +129,7 @@ class _Watch:
 
     def __init__(self, connection: Connection, tensor: Tensor) -> None:
         self.connection = weakref.ref(connection)
-        self.tensor = weakref.ref(tensor)
-        self.handle = tensor.register_hook(self)
+        self.end = hook_on(tensor, self)
         weakref.finalize(connection, self.end).atexit = False
 
     def __call__(self, grad: Tensor) -> None:
@@ -151,13 +148,6 @@ class _Watch:
                     f"'inputs' or behind them, of shape {tuple(grad.shape)}, would lack the share of the leaf. Use "
                     "backward(), or connect before the graph is built"
                 )
-
-    def end(self) -> None:
-        """Take it off. Once more does nothing."""
-        self.handle.remove()
-        tensor = self.tensor()
-        if tensor is not None and tensor.is_leaf:  # as it was: torch leaves an empty dict
-            tensor._backward_hooks = tensor._backward_hooks or None
 
 
 def _edge_of(tensor_or_edge: Any) -> GradientEdge:

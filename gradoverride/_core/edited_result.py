@@ -38,14 +38,13 @@ class EditedResult:
         self.metadata: dict[Any, Any] = node.metadata  # type: ignore[assignment]  # a property, in truth
         self.metadata.setdefault(EDITED, []).append(weakref.ref(self))
 
-    def forget(self, then: Callable[[], None] = lambda: None) -> None:
-        """Take it off the list of its node, and call `then`."""
+    def forget(self) -> None:
+        """Take it off the list of its node."""
         listed = self.metadata.get(EDITED, [])
         if weakref.ref(self) in listed:
             listed.remove(weakref.ref(self))
         if not listed:
             self.metadata.pop(EDITED, None)
-        then()
 
     def __call__(self, grad: Tensor | None) -> Tensor | None:
         answer = self.answer(grad)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.autograd.graph import Node
 from gradoverride._core.function import Alias, General, KeptAlias, Transformed
 from gradoverride._core.private import function_of
 
-__all__ = ["leaf_of", "leaves_behind", "nodes_behind", "rule_of"]
+__all__ = ["hook_on", "leaf_of", "leaves_behind", "nodes_behind", "rule_of"]
 
 
 def nodes_behind(start: Node) -> Iterator[Node]:
@@ -51,6 +52,19 @@ def leaf_of(node: Any) -> Tensor | None:
     leaf = getattr(node, "variable", None)
     # A Function of somebody's may call so what it keeps in its context, which is the node.
     return leaf if isinstance(leaf, Tensor) and not node.next_functions else None
+
+
+def hook_on(tensor: Tensor, hook: Callable[[Any], Any]) -> Callable[[], None]:
+    """Register `hook`; gives what takes it off again. Once more does nothing."""
+    handle, held = tensor.register_hook(hook), weakref.ref(tensor)
+
+    def take_off() -> None:
+        handle.remove()
+        tensor = held()
+        if tensor is not None and tensor.is_leaf and not tensor._backward_hooks:
+            tensor._backward_hooks = None  # as it was: torch leaves an empty dict
+
+    return take_off
 
 
 def rule_of(node: Any) -> tuple[Any, bool]:
