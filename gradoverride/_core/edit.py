@@ -197,26 +197,26 @@ def _settled(rule: Any, reading: Reading, grad_output: Tensor, version: int, ans
         and ((answer.is_cpu and grad_output.is_cpu) or answer.device == grad_output.device)
     ):
         return answer
-    call = _call(rule, reading)
+    return _read(reading.plan_for(rule), EAGER, grad_output, answer)
+
+
+def _read(plan: Plan, mode: str, grad_output: Tensor, answer: Any) -> Tensor | None:
+    call = Call(plan, plan.layout(0, ()), mode)
     call.describe_plain([0], [Meta(grad_output)], [True])
     return read_answer(call, answer)[0][0]
 
 
 def ask_several(rule: Any, reading: Reading, grads: tuple[Tensor, ...]) -> list[Tensor | None]:
     """The same for a tuple of gradients: of all results of a node."""
-    call = _call(rule, reading)
+    plan = reading.plan_for(rule)
+    call = Call(plan, plan.layout(0, ()), EAGER)
     call.describe_tuple([Meta(grad) for grad in grads])
     try:
         answer = rule(tuple([grad.clone() for grad in grads]) if reading.writes or reading.holds else grads)
     except Exception as error:
-        call.plan.note(error)
+        plan.note(error)
         raise
     return read_answer(call, answer)[0]
-
-
-def _call(rule: Any, reading: Reading) -> Call:
-    plan = reading.plan_for(rule)
-    return Call(plan, plan.layout(0, ()), EAGER)
 
 
 # --- while Dynamo traces
@@ -284,14 +284,7 @@ def _backward_traced(ctx: Any, grad_output: Tensor) -> tuple[None, Any]:
         and answer.device == grad_output.device
     ):
         return None, answer
-    return None, _read_traced(rule, grad_output, answer)
-
-
-def _read_traced(rule: Any, grad_output: Tensor, answer: Any) -> Tensor | None:
-    plan = kept_plan(_name_of_plan(*unbound(rule)))
-    call = Call(plan, plan.layout(0, ()), TRACED)
-    call.describe_plain([0], [Meta(grad_output)], [True])
-    return read_answer(call, answer)[0][0]
+    return None, _read(kept_plan(_name_of_plan(*unbound(rule))), TRACED, grad_output, answer)
 
 
 _NotKeeping = alias_function("edit_gradient", _backward_traced, keeps=False)
