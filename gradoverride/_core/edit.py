@@ -170,8 +170,7 @@ _apply_keeping = fast_apply(alias_function("edit_gradient", _backward_keeping, k
 
 def ask(rule: Any, reading: Reading, grad_output: Tensor, value: Tensor | None) -> Tensor | None:
     """The answer of `rule` for the gradient of a tensor, checked. `value`: that tensor, if the rule asks for it."""
-    copied = reading.hands_copy(rule) if reading.holds else reading.writes
-    handed = grad_output.clone() if copied else grad_output
+    handed = grad_output.clone() if reading.hands_copy(rule) else grad_output
     version = grad_output._version
     try:
         if not reading.sources:
@@ -212,7 +211,7 @@ def ask_several(rule: Any, reading: Reading, grads: tuple[Tensor, ...]) -> list[
     call = Call(plan, plan.layout(0, ()), EAGER)
     call.describe_tuple([Meta(grad) for grad in grads])
     try:
-        answer = rule(tuple([grad.clone() for grad in grads]) if reading.writes or reading.holds else grads)
+        answer = rule(tuple([grad.clone() for grad in grads]))  # it may write into them
     except Exception as error:
         plan.note(error)
         raise

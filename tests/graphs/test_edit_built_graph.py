@@ -725,6 +725,24 @@ def test_wrong_shape_pollutes_no_grad():
     closely(chain.x.grad, chain.grad_of_more_operations * chain.of_operation)
 
 
+class Twice:
+    def __mul__(self, tensor):
+        return tensor.mul_(2)
+
+
+twice = Twice()
+
+
+def test_write_that_the_code_does_not_show_spares_the_gradients_of_others():
+    x = noise(4)
+    parts = (x * 1).chunk(2)
+    given = [torch.ones_like(part) for part in parts]
+    go.edit_gradient_(parts[0].grad_fn, lambda grads: (twice * grads[0], grads[1]))
+    torch.autograd.backward(parts, given)
+    assert x.grad.tolist() == [2, 2, 1, 1]
+    assert all((grad == 1).all() for grad in given)
+
+
 def test_wrong_count_of_a_node_with_several_results():
     x = noise(6)
     left, right = (x * 1).chunk(2)
