@@ -202,16 +202,12 @@ def _tensor_names(surrogate: Any) -> Iterator[str]:
         yield from captured.captured_names(surrogate, receiver=owner)
 
 
-def _passing(forward: Forward) -> Any:
-    rule = Rule(pass_through, name="straight_through", straight_through=True)
-    return make_wrapper(Plan(forward, rule), forward.fn)
-
-
 def _second(lent: Tensor, value: Tensor) -> Tensor:
     return value
 
 
-_lend = _passing(Forward(_second, name="surrogate"))
+_pass = Rule(pass_through, name="straight_through", straight_through=True)
+_lend = make_wrapper(Plan(Forward(_second, name="surrogate"), _pass), _second)
 
 
 def _check_shape(who: Any, given: Any, like: Tensor) -> None:
@@ -228,12 +224,10 @@ def _check_shape(who: Any, given: Any, like: Tensor) -> None:
             f"{who} must give a result of shape {shape_text(like.shape)}, the shape of the result it stands "
             f"for; it gives {what(given)}. Reduce or expand it",
         )
-    else:
-        kinds, remedy = ("real", "complex"), "Take its real part"
-        if like.is_complex():
-            kinds, remedy = ("complex", "real"), "Make it complex"
-        fail(
-            SurrogateError,
-            f"{who} must give a {kinds[0]} result, for the result it stands for is {kinds[0]}; it gives a {kinds[1]} "
-            f"one. {remedy}",
-        )
+    needed, came, remedy = "real", "complex", "Take its real part"
+    if like.is_complex():
+        needed, came, remedy = "complex", "real", "Make it complex"
+    fail(
+        SurrogateError,
+        f"{who} must give a {needed} result, for the result it stands for is {needed}; it gives a {came} one. {remedy}",
+    )
