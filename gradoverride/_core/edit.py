@@ -91,6 +91,8 @@ def _general(plan: Plan, x: Any, rule: Any) -> Any:
             f"got {what(x)}{f' of {x.dtype}' if isinstance(x, Tensor) else ''}. Convert it, or leave the edit out",
         )
     refuse_within("edit_gradient", "x", spec, "for their gradients to be edited")
+    if not (torch.is_grad_enabled() or in_forward_ad()):  # also in a transform: it goes on as what was given
+        return x
     result = differentiate(plan, plan.layout(0, ()), None, (x,), rule)
     if in_functorch() or in_forward_ad():  # `requires_grad` does not tell
         return result

@@ -338,6 +338,18 @@ def saved_bytes(run):
     return sum(saved)
 
 
+def test_without_grad_mode_in_a_transform_it_is_the_tensor_itself():
+    def unedited(x):
+        with torch.no_grad():
+            y, pair = go.edit_gradient(x, double), go.edit_gradient((x, 3), lambda g: g)
+        assert y is pair[0] is x
+        return y.sin().sum()
+
+    x = noise(4, grad=False)
+    closely(torch.func.grad(unedited)(x), x.cos())
+    closely(torch.func.vmap(torch.func.grad(unedited))(x[:, None])[:, 0], x.cos())
+
+
 def test_rule_of_the_gradient_alone_saves_nothing():
     x = noise(3, 4)
     assert saved_bytes(lambda: go.edit_gradient(x, double)) == 0
