@@ -1,5 +1,6 @@
 """Overrides before and after `torch.compile`, and undone. Contract, section 5."""
 
+import copy
 import operator
 
 import pytest
@@ -172,6 +173,26 @@ def test_nested_overrides_compile_to_what_they_are_in_eager(x):
     with go.override(model, {nn.ReLU: guided}), go.override(model, {"1": doubled, "3": doubled}):
         expected = gradient(model, x)
         closely(gradient(compiled(model), x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo looks for one
+@pytest.mark.parametrize("first", ["override", "compile"])
+@pytest.mark.parametrize("outer", [doubled, negated])
+def test_overridden_module_may_have_compiled_ones_within_that_have_rules_of_their_own(outer, first, x):
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)).double()
+
+    def compile_parts():
+        for part in model:
+            part.compile(backend="aot_eager", fullgraph=True)
+
+    if first == "compile":
+        compile_parts()
+    go.override(model, {nn.ReLU: doubled, nn.Linear: doubled})
+    go.override(model, {model: outer})
+    eager = copy.deepcopy(model)
+    if first == "override":
+        compile_parts()
+    closely(gradient(model, x), gradient(eager, x))
 
 
 def test_override_of_a_model_with_keywords_and_a_dict_compiles(x):
