@@ -32,6 +32,7 @@ from gradoverride._core.private import (
     can_call_directly,
     fail,
     fast_apply,
+    has_memory_alone,
     in_forward_ad,
     in_functorch,
     made_at_import,
@@ -85,9 +86,10 @@ def fresh(tensor: Tensor) -> Tensor:
     """A new tensor object with the storage of `tensor`: torch would make `tensor` itself a node's output, and turn a
     parameter or a cached buffer that a forward returns into a non-leaf.
     """
+    # A view of what others have stays one, so that torch refuses to write into it (it could not tell its base).
+    stays = tensor._is_view() and not has_memory_alone(tensor)
     alias = tensor.detach()
-    # A view stays one, so that torch refuses to write into it in place (it could not tell its base).
-    return alias.view_as(alias) if tensor._is_view() else alias
+    return alias.view_as(alias) if stays else alias
 
 
 def trackable(tensor: Tensor) -> Tensor:

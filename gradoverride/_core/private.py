@@ -48,6 +48,7 @@ __all__ = [
     "version_of",
     "counted_once",
     "use_count",
+    "has_memory_alone",
     "saves_plainly",
     "results_of",
     "function_of",
@@ -238,6 +239,23 @@ counted_once = None if _set_versions is None else _counted_once
 
 # How many C++ owners a tensor has. Without it a result is taken for shared, and detached.
 use_count: Callable[[torch.Tensor], int] = getattr(torch.Tensor, "_use_count", lambda tensor: 2)
+
+
+def has_memory_alone(view: torch.Tensor) -> bool:
+    """Whether nobody else has what this is a view of: a tensor that was made on the way to it, and let go. Without the
+    counts it is taken for somebody's.
+    """
+    return type(view) is torch.Tensor and _owners(view) == _ALONE
+
+
+def _owners(view: torch.Tensor) -> tuple[int, int, int]:
+    """How many there are in Python, and in C++, of what it is a view of, and how many of the memory."""
+    base: Any = view._base
+    return sys.getrefcount(base), use_count(base), _storage_use_count(view.untyped_storage()._cdata)
+
+
+_storage_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+_ALONE = None if _storage_use_count is None else _owners(made_at_import().view(1))
 
 
 def saves_plainly() -> bool:

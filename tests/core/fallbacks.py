@@ -44,6 +44,7 @@ REFUSED = (
     "and that cannot be looked at where it is traced",  # torch's older vmap, of torch.autograd.functional
     "it must be made outside of the code that is compiled",  # in an error of torch's own then
     "offers 'args', 'kwargs'",  # an operator of torch.library.custom_op, whose function is not known
+    "is a view and is being modified inplace",  # whose it is cannot be told
     "records the forward of",  # torch.func.linearize cannot be told from make_fx, so it is warned of
 )
 

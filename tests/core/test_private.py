@@ -41,7 +41,7 @@ def test_installed_torch_has_each_private_name_that_a_call_is_fast_by():
     fallbacks = [private._Tracers, private._Levels, type(lambda: None)]
     for name in ("fx_tracer", "jit_tracer", "dual_levels", "use_count", "in_functorch", "keeps_graph", "any_autocast"):
         assert type(getattr(private, name)) not in fallbacks, name
-    for name in ("_run_backward", "_hooks", "_ENGINE_CODE", "_transforms"):
+    for name in ("_run_backward", "_hooks", "_ENGINE_CODE", "_transforms", "_ALONE"):
         assert getattr(private, name) is not None, name
     assert private.can_call_directly()
 

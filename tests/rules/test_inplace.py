@@ -592,6 +592,72 @@ def test_writing_into_a_result_that_is_a_view_of_an_argument_is_refused_as_torch
         out.mul_(2)
 
 
+def folded(x):
+    return (x * 2).view(3, 1)
+
+
+@pytest.mark.parametrize(
+    "rule", [lambda grad_output: 2 * grad_output.reshape(3), lambda grad_output, vjp: vjp(grad_output)]
+)
+def test_result_that_is_a_view_of_what_the_forward_made_may_be_written_into(rule):
+    x = noise(3)
+    y = go.custom_backward(rule)(folded)(x)
+    y.relu_()
+    y.sum().backward()
+    exactly(y.detach(), folded(x.detach()).clamp(min=0))
+    exactly(x.grad, 2.0 * (x > 0).double())
+
+
+@pytest.mark.parametrize(
+    "rule", [lambda grad_output, vjp: vjp(grad_output), lambda grad_output, module: grad_output @ module.weight]
+)
+def test_a_linear_layer_of_tokens_may_have_a_rule_where_an_in_place_relu_comes_next(rule):
+    """torch makes the result of a view there."""
+    layers = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)).double()
+    x = noise(2, 3, 4)
+    expected = torch.autograd.grad(layers(x).sum(), [x, *layers.parameters()])
+    with go.override(layers, {nn.Linear: rule}):
+        result = layers(x)
+    closely(torch.autograd.grad(result.sum(), [x, *layers.parameters()]), expected)
+
+
+class Keeping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("state", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.state.add_(x.detach()).view(3, 1)
+
+
+class Noting(nn.Module):
+    def forward(self, x):
+        self.noted = x * 2
+        return self.noted.view(3, 1)
+
+
+OF_OTHERS = {
+    "a buffer": (Keeping(), lambda result: result),
+    "an attribute": (Noting(), lambda result: result),
+    "another result": (lambda x: tuple(torch.cat([x, x]).chunk(2)), lambda result: result[0]),
+}
+
+
+@pytest.mark.parametrize(("forward", "written"), OF_OTHERS.values(), ids=OF_OTHERS)
+def test_writing_into_a_result_that_is_a_view_of_what_others_have_is_refused_as_torch_does(forward, written):
+    def rule(grad_output):
+        one = grad_output[0] if isinstance(grad_output, tuple) else grad_output
+        return one.reshape(3)
+
+    if isinstance(forward, nn.Module):
+        go.override(forward, {forward: rule})
+    else:
+        forward = go.custom_backward(rule)(forward)
+    result = forward(noise(3))
+    with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+        written(result).mul_(2)
+
+
 def test_values_of_the_arguments_are_unchanged_by_a_forward_that_does_not_write():
     x = noise(3)
     before, version = x.detach().clone(), x._version
