@@ -36,7 +36,7 @@ from gradoverride._core.overridden import (
     take_off,
 )
 from gradoverride._core.path_patch import check_names, check_path, layers_on_paths
-from gradoverride._core.paths import find
+from gradoverride._core.paths import find, place_of
 from gradoverride._core.private import uncompiled
 from gradoverride._core.puts import ModulePut, Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
 from gradoverride._core.signature import Forward, Rule, kind_of
@@ -218,11 +218,11 @@ def _resolved(target: Target, rule: Rule) -> Target:
 
 def _called(entries: Sequence[Entry]) -> list[tuple[Function | ImportPath, Rule]]:
     """The functions among the targets, each once: a later entry wins."""
-    found: dict[str, tuple[Function | ImportPath, Rule]] = {}
+    found: dict[Any, tuple[Function | ImportPath, Rule]] = {}
     for entry in entries:
         for target in entry.targets:
             if isinstance(target, (Function, ImportPath)):
-                found[target.name] = target, entry.rule
+                found[place_of(target.name) if isinstance(target, ImportPath) else target.name] = target, entry.rule
     return list(found.values())
 
 

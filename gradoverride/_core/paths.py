@@ -15,7 +15,7 @@ from torch.autograd import Function
 from gradoverride._core.imports import on_import, resolve_path
 from gradoverride.errors import GradOverrideError, GradOverrideWarning, TargetError, TargetNotFoundError
 
-__all__ = ["PENDING", "find", "parts_of", "way_to_apply", "when_imported"]
+__all__ = ["PENDING", "find", "parts_of", "place_of", "way_to_apply", "when_imported"]
 
 PENDING = object()
 """What a path names whose module has not been imported yet."""
@@ -32,18 +32,32 @@ def find(path: str) -> Any:
         return resolve_path(module, attribute)[2]
     except AttributeError:
         owner: Any = module
-        for part in attribute.split(".")[:-1]:
-            owner = getattr(owner, part, None)
+        parts = attribute.split(".")
+        there = 0
+        while there < len(parts) - 1 and hasattr(owner, parts[there]):
+            owner = getattr(owner, parts[there])
+            there += 1
         names = [name for name in dir(owner) if not name.startswith("__")]
-        close = difflib.get_close_matches(attribute.rpartition(".")[2], names, n=3, cutoff=0.5)
+        close = difflib.get_close_matches(parts[there], names, n=3, cutoff=0.5)
         hint = (
             f"The closest names are {', '.join(map(repr, close))}"
             if close
             else f"None of its {len(names)} names is like it"
         )
         raise TargetNotFoundError(
-            f"override of path '{path}': the module '{module_name}' must have '{attribute}'; it has not. {hint}"
+            f"override of path '{path}': the module '{module_name}' must have '{'.'.join(parts[: there + 1])}'; it has "
+            f"not. {hint}"
         ) from None
+
+
+def place_of(path: str) -> Any:
+    """What is the same for two paths that name one function."""
+    module_name, attribute = parts_of(path)
+    module = sys.modules.get(module_name)
+    if module is None:
+        return path
+    parent, name, value = resolve_path(module, attribute)
+    return (parent, name) if isinstance(parent, type) else id(value)  # a class may have it from another
 
 
 def parts_of(path: str) -> tuple[str, str]:

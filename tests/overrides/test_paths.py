@@ -530,6 +530,22 @@ class TestInAModel:
         second.remove()
         assert functions.cube is before is users.cube
 
+    @pytest.mark.parametrize("whole", [False, True], ids=["in a model", "in the whole process"])
+    @pytest.mark.parametrize(
+        ("paths", "call"),
+        [
+            ((CUBE, "thirdparty.users:cube"), lambda users: users.Model()),
+            (("thirdparty.functions:Block.still", "thirdparty.users:Block.still"), lambda users: users.Block()),
+        ],
+    )
+    def test_of_two_paths_of_one_function_in_an_override_the_later_wins(self, users, x, paths, call, whole):
+        model = nn.Sequential(call(users))
+        one, both = {paths[0]: tripled}, {paths[1]: doubled, paths[0]: tripled}
+        with go.override(one) if whole else go.override(model, one):
+            expected = gradient(model, x)
+        with go.override(both) if whole else go.override(model, both):
+            closely(gradient(model, x), expected)
+
 
 class TestFunctionOfTorch:
     def test_is_one_in_all_its_spellings(self, x):
@@ -551,6 +567,7 @@ class TestErrors:
         [
             ("thirdparty.functions:cub", "must have 'cub'; it has not. The closest names are 'cube'"),
             ("thirdparty.functions:Block.stp", "must have 'Block.stp'; it has not. The closest names are 'step'"),
+            ("thirdparty.functions:Blok.step", "must have 'Blok'; it has not. The closest names are 'Block'"),
             ("thirdparty.functons:cube", "a module 'thirdparty.functons' must be there, to be imported later"),
             ("thirdprty.functions:cube", "a module 'thirdprty' must be there"),
             ("thirdparty.functions.more:cube", "a module 'thirdparty.functions.more' must be there"),
