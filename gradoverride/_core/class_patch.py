@@ -83,10 +83,11 @@ class _Patch:
 
 def check_class(target: Class) -> None:
     """Raise what is in the way of an override of all modules of a class, before anything is changed."""
-    if issubclass(target.value, GraphModule):
+    if issubclass(target.value, GraphModule) or issubclass(GraphModule, target.value):  # which `nn.Module` is a base of
         raise UnsupportedError(
-            f"{_who(target)}: each of its modules has a forward of its own, which torch makes anew when the graph "
-            "changes; a class to be overridden in the whole process must have one. Give the model first"
+            f"{_who(target)}: a GraphModule, which is one of its modules, has a forward of its own, which torch makes "
+            "anew when the graph changes; a class to be overridden in the whole process must have one. Name other "
+            "classes, or give the model first"
         )
     for cls in _to_be_patched(target.value):
         other = everywhere.no_method(cls)

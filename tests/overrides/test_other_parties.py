@@ -1126,7 +1126,10 @@ def test_graph_module_may_be_recompiled_while_it_is_overridden(target, traced, x
     exactly(gradient(traced, x), -plain)
 
 
-def test_graph_modules_are_not_overridden_as_a_class_in_the_whole_process(traced):
-    text = "override of the class 'GraphModule': each of its modules has a forward of its own.* Give the model first"
+@pytest.mark.parametrize("cls", [torch.fx.GraphModule, nn.Module])
+@pytest.mark.usefixtures("traced")
+def test_graph_modules_are_not_overridden_as_a_class_in_the_whole_process(cls):
+    text = f"override of the class '{cls.__name__}': a GraphModule.* has a forward of its own.* give the model first"
     with pytest.raises(go.UnsupportedError, match=text):
-        go.override({torch.fx.GraphModule: doubled})
+        go.override({cls: doubled})
+    assert not go.explain()
