@@ -422,7 +422,8 @@ def _called_of(function: FunctionType, owner: str) -> Iterator[str]:
     owner = code.co_varnames[0] if owner == "self" and code.co_argcount else owner
     steps = [step for step in scan.instructions(code) if step.opname not in _NO_STEPS]
     for before, step in itertools.pairwise(steps):
-        if before.opname.startswith(("LOAD_FAST", "LOAD_GLOBAL")) and before.argval == owner:
+        loaded = before.argval[-1] if isinstance(before.argval, tuple) else before.argval  # Python 3.13 joins two steps
+        if before.opname.endswith(_LOADS) and loaded == owner:
             is_method = step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL" in step.argrepr)
             # What a global has is called so or so, if it was imported.
             if is_method or (step.opname == "LOAD_ATTR" and before.opname == "LOAD_GLOBAL"):
@@ -447,12 +448,12 @@ def _methods_of(cls: type, function: FunctionType) -> Iterator[FunctionType]:
 
 def _is_one_call(function: FunctionType) -> bool:
     """Whether it makes one call, and does nothing else with what that gives than to return it as it is."""
-    steps = list(dis.get_instructions(function.__code__))
+    steps = list(scan.instructions(function.__code__))
     calls = sum([step.opname in _CALLS for step in steps])
     for step in reversed(steps):
         if step.opname in _CALLS:
             break
-        if step.opname.startswith("BUILD_"):  # a tuple or a dict around it
+        if not step.opname.startswith(_HANDED_ON):  # a part of it, a tuple or a dict around it
             return False
     calls -= sum([step.opname == "LOAD_GLOBAL" and step.argval == "super" for step in steps])  # called for its method
     return calls == 1 and not any([_is_work(step) for step in steps])
@@ -464,6 +465,11 @@ def _is_work(step: dis.Instruction) -> bool:
 
 # The last one is what calls `super`, from Python 3.12 on.
 _CALLS = (*scan.CALLS, "CALL_FUNCTION_EX", "LOAD_SUPER_ATTR")
-_WORK = ("BINARY_", "UNARY_", "COMPARE_", "FOR_", "STORE_ATTR", "STORE_SUBSCR", "POP_JUMP")
+_WORK = ("BINARY_", "UNARY_", "COMPARE_", "FOR_", "STORE_ATTR", "STORE_SUBSCR", "STORE_SLICE", "POP_JUMP")
+_HANDED_ON = (
+    *("LOAD_FAST", "STORE_FAST", "DELETE_FAST", "LOAD_DEREF", "STORE_DEREF"),
+    *("RETURN_", "POP_TOP", "COPY", "DUP"),
+)
+_LOADS = ("LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW", "LOAD_GLOBAL")
 _NO_STEPS = ("CACHE", "PRECALL", "PUSH_NULL")
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})

@@ -677,6 +677,14 @@ class ByAnAttribute(nn.Module):
         return self.function(x)
 
 
+class ByAnAttributeOfAnotherName(nn.Module):
+    function = staticmethod(F.relu)
+
+    def forward(self, x):
+        y = x
+        return self.function(y)
+
+
 class Holding(nn.Module):
     """Has its function for itself, as the activations of Hugging Face have."""
 
@@ -707,10 +715,33 @@ class ScaledBySuper(nn.ReLU):
         return super().forward(x) * 1
 
 
+class Zeroed(nn.Module):
+    def forward(self, x):
+        y = torch.neg(x)
+        y[1:] = 0
+        return y
+
+
+class Positive(nn.Module):
+    def forward(self, x):
+        return +F.relu(x)
+
+
 class Turned(nn.Module):
     def forward(self, x):
         y = F.relu(x)
         return y.T
+
+
+class LargestByName(nn.Module):
+    def forward(self, x):
+        return x.max(0).values
+
+
+class LargestUnpacked(nn.Module):
+    def forward(self, x):
+        values, _ = torch.max(x, 0)
+        return values
 
 
 class InADict(nn.Module):
@@ -760,7 +791,11 @@ class TestOneRulePerCall:
     """A module whose forward is a call of a function and nothing else is that call: it has one rule of an override."""
 
     @pytest.mark.parametrize(
-        "cls", [BySuper, BySuperOfAName, BySuperTwice, Inherited, ByName, ByAMethod, ByAnAttribute, nn.ReLU]
+        "cls",
+        [
+            *(BySuper, BySuperOfAName, BySuperTwice, Inherited, ByName, ByAMethod, ByAnAttribute),
+            *(ByAnAttributeOfAnotherName, nn.ReLU),
+        ],
     )
     def test_a_module_that_is_nothing_but_a_call_has_that_of_its_class(self, x, cls):
         def of_the_function(grad_output, vjp):
@@ -784,9 +819,9 @@ class TestOneRulePerCall:
             closely(gradient(model, x), 4 * plain)
         assert told == ["function", "class"]
 
-    @pytest.mark.parametrize("cls", [Scaled, ScaledBySuper, Turned, ManyTimes, Around])
+    @pytest.mark.parametrize("cls", [Scaled, ScaledBySuper, Zeroed, Positive, Turned, ManyTimes, Around])
     def test_a_call_in_a_module_that_does_more_is_one_of_its_own(self, x, cls):
-        model, rules = cls(), {cls: tripled, F.relu: doubled}
+        model, rules = cls(), {cls: tripled, torch.neg if cls is Zeroed else F.relu: doubled}
         plain = gradient(model, x)
         with go.override(model, rules):
             closely(gradient(model, x), 6 * plain)
@@ -807,6 +842,37 @@ class TestOneRulePerCall:
             closely(gradient(part, x), 2 * plain)
         with go.override(model, passed), go.override(model, {F.relu: doubled}):
             closely(gradient(part, x), 2 * plain)
+
+    @pytest.mark.parametrize("cls", [LargestByName, LargestUnpacked])
+    def test_a_call_of_whose_result_a_part_is_returned_is_one_of_its_own(self, x, cls):
+        def of_the_function(grad_output, vjp):
+            values, indices = grad_output  # as the function has them, not the module
+            return vjp(type(grad_output)((2 * values, indices)))
+
+        model = cls()
+        plain = gradient(model, x)
+        with go.override(model, {cls: tripled, torch.max: of_the_function}):
+            closely(gradient(model, x), 6 * plain)
+        with go.override(model, {cls: tripled}), go.override(model, {torch.max: of_the_function}):
+            closely(gradient(model, x), 6 * plain)
+
+    def test_a_function_that_is_held_by_the_name_of_another_is_the_one_that_is_called(self, x):
+        class Held(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.relu = F.gelu
+
+            def forward(self, x):
+                y = x
+                return self.relu(y)
+
+        model = Held()
+        plain = gradient(model, x)
+        with go.override(model, {Held: tripled}), go.override(model, {F.gelu: negated}):
+            gradient(model, x)
+        warned = pytest.warns(go.GradOverrideWarning, match="'relu' never ran")
+        with warned, go.override(model, {Held: tripled}), go.override(model, {F.relu: doubled}):
+            closely(gradient(model, x), 3 * plain)
 
     def test_a_function_that_a_module_of_a_model_holds_is_what_it_calls(self, x):
         def of_the_function(grad_output, vjp):
