@@ -29,7 +29,7 @@ from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode
 
 from gradoverride._core import everywhere
-from gradoverride._core.functions import every_spelling, opened, reaching, signature_of, spellings, turned
+from gradoverride._core.functions import INLINED, every_spelling, opened, reaching, signature_of, spellings, turned
 from gradoverride._core.generators import RUN_LATER, in_steps
 from gradoverride._core.higher_order import run_under
 from gradoverride._core.layers import FunctionLayer, FunctionRule
@@ -83,6 +83,7 @@ class FunctionMode(TorchFunctionMode):
                 runs[function] = _run(function, of_name)
         own = frozenset(value for value in vars(Tensor).values() if isinstance(value, FunctionType))
         self.keys = keys
+        self.unseen = tuple([name for name in names if name in INLINED])  # where Dynamo traces
         self.runs = runs  # all at once: the thread that has it may be running
         self.operators = tuple([(function, run) for function, run in runs.items() if function in own])
         self.bodies = reaching(names)  # what the code of these calls is to be seen too
@@ -96,6 +97,7 @@ class FunctionMode(TorchFunctionMode):
                     with self:
                         return _by_what_is_given(func, types, args, kwargs)
         else:  # Dynamo does not find those that are Python code, as of `x**2`, in a dict
+            _refuse_unseen(self.unseen)
             for operator, under_rules in self.operators:
                 if operator is func:
                     return under_rules(*args, **kwargs)
@@ -117,6 +119,15 @@ class FunctionMode(TorchFunctionMode):
             if getattr(Tensor, name, None) is func:  # Dynamo knows the methods of a tensor, not what is behind some
                 return getattr(args[0], name)(*args[1:], **kwargs)
         return func(*args, **kwargs)
+
+
+def _refuse_unseen(names: tuple[str, ...]) -> None:
+    for name in names:
+        fail(
+            UnsupportedError,
+            f"override of function '{name}': its calls must be seen, and torch.compile shows them to no "
+            "TorchFunctionMode. Leave the model uncompiled, or override what the function calls",
+        )
 
 
 def _by_what_is_given(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -306,6 +317,8 @@ def scope_of(keys: tuple[FunctionRule, ...], layers_of: Any) -> Callable[..., An
                 return method(self, *args, **kwargs)
             if compiling() and not dynamo_shows():
                 fail(UnsupportedError, _NOT_SHOWN)
+            if compiling():
+                _refuse_unseen(mode.unseen)
             with mode:
                 result = method(self, *args, **kwargs)
         finally:

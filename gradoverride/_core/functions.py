@@ -24,6 +24,7 @@ from gradoverride._core.everywhere import bare_forward, originals
 from gradoverride._core.reach import of_modules
 
 __all__ = [
+    "INLINED",
     "calls_that_are",
     "every_spelling",
     "is_of_torch",
@@ -79,6 +80,15 @@ def every_spelling() -> Iterator[Any]:
     """All functions that a mode is shown."""
     for group in _known().values():
         yield from group
+    yield from _unlisted()
+
+
+@functools.cache
+def _unlisted() -> dict[FunctionType, None]:
+    """Functions in Python that torch shows to no mode, for what they call is shown. Dynamo takes them as a whole."""
+    names = [*dir(torch.masked), "upsample", "upsample_bilinear", "upsample_nearest"]
+    found = [getattr(space, name, None) for space in (torch.masked, F) for name in names if name[0] != "_"]
+    return dict.fromkeys([one for one in found if isinstance(one, FunctionType) and name_of_function(one) is None])
 
 
 @functools.cache
@@ -111,7 +121,7 @@ def _listed() -> list[tuple[str, Any, str]]:
                 name = name_of_function(value)
                 if name is not None:
                     found.append((name, value, attribute))
-    return found
+    return [*found, ("pad", torch._C._nn.pad, "pad")]  # what Dynamo shows instead of F.pad
 
 
 @functools.cache
@@ -130,6 +140,9 @@ _SPACES = {
 _NOTHING_BUT: dict[Any, Any] = {F.tanh: torch.tanh, F.sigmoid: torch.sigmoid}
 # torch says that these cannot be overridden, and shows them to a mode.
 _SHOWN = frozenset({F.hardsigmoid, F.hardswish, Tensor.unflatten, torch.as_strided, torch.fill})
+
+# Dynamo traces into these without a word to a mode.
+INLINED = frozenset({"linear_cross_entropy", "lu", "triplet_margin_with_distance_loss"})
 
 _ARITHMETIC = ("add", "sub", "mul", "matmul", "pow")
 _DUNDERS = {
@@ -185,6 +198,8 @@ def turned(fn: Any) -> tuple[Callable[..., Any], Callable[..., tuple[Any, ...]]]
             return n, self
 
         return polygamma, of_polygamma
+    if fn is torch._C._nn.pad:
+        return F.pad, lambda input, pad, mode="constant", value=None: (input, pad, mode, value)
     if fn is Tensor.__rpow__:
 
         def power(input: Any, exponent: Any) -> Any:
@@ -253,7 +268,7 @@ def _calls_what_it_is_given(function: FunctionType) -> bool:
 @functools.cache
 def _mentioned() -> dict[FunctionType, set[str]]:
     """By function of torch in Python, the names and operators in its code and in that of its helpers."""
-    functions = [function for group in _known().values() for function in group if isinstance(function, FunctionType)]
+    functions = [function for function in every_spelling() if isinstance(function, FunctionType)]
     own: dict[FunctionType, set[str]] = {}
 
     def within(function: FunctionType, seen: set[FunctionType]) -> set[str]:
@@ -270,7 +285,8 @@ def _mentioned() -> dict[FunctionType, set[str]]:
     found = {function: within(function, set()) for function in functions}
     by_name: dict[str, set[str]] = {}
     for function, mentioned in found.items():
-        by_name.setdefault(function.__name__, set()).update(mentioned)
+        if function not in _unlisted():  # such as `torch.masked.sum`
+            by_name.setdefault(function.__name__, set()).update(mentioned)
     for mentioned in found.values():
         ahead = [*mentioned]
         while ahead:  # one may call another
@@ -338,7 +354,7 @@ def _may_call(cls: type, forward: Any) -> frozenset[str] | None:
             if isinstance(value, FunctionType) and value not in known and not _is_of(value, *_CALLING_NONE):
                 ahead.append(value)
     for function, within in known.items():
-        if function.__name__ in mentioned:
+        if function.__name__ in mentioned and function not in _unlisted():
             if _calls_what_it_is_given(function):
                 return None
             mentioned = mentioned | within

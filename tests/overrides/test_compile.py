@@ -267,3 +267,33 @@ def test_operator_in_compiled_code_has_the_rule_of_its_function(name, x):
     expected = 10 * gradient(Calls(function), x)
     with go.override(model := Calls(function), {target: lambda grad_output, vjp: vjp(grad_output * 10)}):
         closely(gradient(compiled(model), x), expected)
+
+
+UNLISTED = {
+    "F.pad": (F.pad, lambda x: F.pad(x, (1, 1), value=2.0), True),
+    "F.pad by name": (F.pad, lambda x: F.pad(input=x, pad=(1, 1), mode="reflect"), True),
+    "masked.softmax": (F.softmax, lambda x: torch.masked.softmax(x, -1, mask=x > -1), False),
+    "masked.sum": (torch.sum, lambda x: torch.masked.sum(x, -1, mask=x > 0), False),
+    "F.upsample_nearest": (F.interpolate, lambda x: F.upsample_nearest(x[None], scale_factor=2), False),
+}
+
+
+@pytest.mark.parametrize("name", UNLISTED)
+@pytest.mark.filterwarnings("ignore:.*not a leaf Tensor is being accessed:UserWarning")  # by Dynamo itself
+@pytest.mark.filterwarnings("ignore:.*is deprecated:UserWarning")
+def test_function_that_dynamo_shows_to_no_mode_has_its_rule_in_compiled_code(name, x):
+    target, function, in_one_graph = UNLISTED[name]
+    expected = 10 * gradient(Calls(function), x)
+    with go.override(model := Calls(function), {target: lambda grad_output, vjp: vjp(grad_output * 10)}):
+        torch.compiler.reset()
+        closely(gradient(torch.compile(model, backend="aot_eager", fullgraph=in_one_graph), x), expected)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["in a model", "in the whole process"])
+@pytest.mark.filterwarnings("ignore:.*never ran:gradoverride.GradOverrideWarning")
+def test_function_that_dynamo_traces_into_unseen_is_refused_in_compiled_code(whole, x):
+    model = Calls(lambda x: F.triplet_margin_with_distance_loss(x, x + 1, x - 1))
+    rules = {F.triplet_margin_with_distance_loss: doubled}
+    text = "override of function 'triplet_margin_with_distance_loss': its calls must be seen, and torch.compile shows"
+    with go.override(rules) if whole else go.override(model, rules), pytest.raises(Exception, match=text):
+        compiled(model)(x)
