@@ -125,6 +125,7 @@ IGNORED: list[tuple[str, type[Warning]]] = [
     (r"Anomaly Detection has been enabled", UserWarning),
     (r"(?s).*Dynamo does not know how to trace", UserWarning),  # it breaks the graph of a compiled backward there
     (r"(?s).*Complex modules are a new feature", UserWarning),
+    (r"Guards may run slower on Python 3\.13\.0", RuntimeWarning),
 ]
 
 
