@@ -228,7 +228,6 @@ ONCE = {
 }
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="before, what is called is not told from what is loaded")
 @pytest.mark.parametrize("name", ONCE)
 def test_which_rules_call_vjp_once(name):
     rule, once = ONCE[name]
