@@ -581,7 +581,8 @@ class _OfThread:
 
     @property
     def _is_fx_tracing_flag(self) -> bool:
-        return getattr(_by_thread, "flag", False)
+        found: bool = _by_thread.__dict__.get("flag", False)  # `getattr` takes 20 times as long where there is none
+        return found
 
 
 _symbolic = getattr(torch.fx, "_symbolic_trace", None)
