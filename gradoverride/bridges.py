@@ -47,8 +47,9 @@ def bridge(rule: Callable[..., Any], *, dtype: Any = None) -> Callable[[F], F]:
     have the common dtype of the floating tensors that were given; integers stay what they are. `dtype="float64"` has
     the work done in that: floating tensors are cast on their way in, results back on their way out.
 
-    Under `vmap` it is called once for each in the batch. `torch.compile` breaks its graph there. Second derivatives
-    and forward mode are refused (`UnsupportedError`), for the rule has no derivative, and to make one in compiled code.
+    Under `vmap` it is called once for each in the batch. `torch.compile` breaks its graph there. Refused
+    (`UnsupportedError`) are second derivatives and forward mode, for the rule has no derivative; `make_fx` and
+    `torch.export`, which would record one result for all; and to make one in compiled code.
 
     Raises `RuleSignatureError` and `RuleResultError` as `custom_backward` does, `DecorationError` for what is no
     function or no dtype, `MissingExtraError` without NumPy.

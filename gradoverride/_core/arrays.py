@@ -21,6 +21,7 @@ from gradoverride._core.function import ByLoop, tied
 from gradoverride._core.private import fail, in_forward_ad, in_functorch
 from gradoverride._core.signature import Forward, Rule, signature_asking
 from gradoverride._core.structure import flatten, unflatten
+from gradoverride._core.tracers import EXPORT, MAKE_FX, tracer_now
 from gradoverride.errors import ForwardResultError, UnsupportedError
 
 __all__ = ["ArrayForward", "ArrayRule", "Kind"]
@@ -104,6 +105,13 @@ class _Run:
         self.result: Any = None  # its structure
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if tracer_now(()) in (EXPORT, MAKE_FX):
+            fail(
+                UnsupportedError,
+                f"{self.who} must not be recorded by make_fx or torch.export: it works on NumPy arrays "
+                "(gradoverride.bridge), and what comes out would be a constant of the graph. Trace what is before it "
+                "and what is after it",
+            )
         args, kwargs = unflatten(self.spec, iter([self.kind.array(tensor, self.who) for tensor in tensors]))
         result = self.fn(*args, **kwargs)
         arrays: list[Any] = []

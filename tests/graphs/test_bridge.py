@@ -12,6 +12,7 @@ import scipy.fft
 import torch
 from oracles import closely, exactly, float64, noise
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gradoverride as go
 
@@ -472,6 +473,23 @@ def test_a_bridge_that_is_made_in_compiled_code_is_refused(fullgraph):
     torch._dynamo.reset()
     with pytest.raises(go.UnsupportedError, match="bridge: it must be made outside of the code that is compiled"):
         torch.compile(fn, backend="aot_eager", fullgraph=fullgraph)(float64(1, 2))
+
+
+def test_what_records_operations_of_torch_is_refused():
+    """It would record the result for the tensors that it was traced with."""
+    text = r"'cube' \(.*\) must not be recorded by make_fx or torch.export: .* Trace what is before it"
+    x = noise(3, grad=False)
+    with torch.no_grad(), pytest.raises(go.UnsupportedError, match=text):
+        make_fx(cube)(x)
+    with pytest.raises(go.UnsupportedError, match=text):
+        make_fx(torch.func.grad(lambda x: cube(x).sum()))(x)
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return cube(x)
+
+    with torch.no_grad(), pytest.raises(go.UnsupportedError, match=text):
+        torch.export.export(Model(), (x,), strict=False)
 
 
 def test_checkpoint():
