@@ -92,17 +92,17 @@ def is_array(value: Any) -> bool:
     return isinstance(value, (numpy.ndarray, numpy.generic)) and value.dtype.kind in "biufc"
 
 
+@dataclasses.dataclass(eq=False)
 class _Run:
     """A function of arrays on plain tensors: all that it is given besides is in it."""
 
-    def __init__(self, fn: Callable[..., Any], kind: Kind, like: Like, spec: Any, who: str, refusal: str) -> None:
-        self.fn = fn
-        self.kind = kind
-        self.like = like
-        self.spec = spec
-        self.who = who
-        self.refusal = refusal
-        self.result: Any = None  # its structure
+    fn: Callable[..., Any]
+    kind: Kind
+    like: Like
+    spec: Any
+    who: str
+    refusal: str
+    result: Any = None  # its structure
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         if tracer_now(()) in (EXPORT, MAKE_FX):
