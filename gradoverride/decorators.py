@@ -23,7 +23,7 @@ from gradoverride._core.contract import what
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import hidden_from_dynamo, uncompiled
 from gradoverride._core.scan import location, mentions
-from gradoverride._core.signature import Forward, Rule, name_of
+from gradoverride._core.signature import Forward, Rule, kind_of, name_of
 from gradoverride._core.standin import around
 from gradoverride._core.surrogate import StraightThrough, SurrogateRule, is_learnable, pass_through
 from gradoverride._core.surrogate_class import Learnable, Surrogate, has_tensors
@@ -141,9 +141,10 @@ def straight_through(fn: Any = None, /, *, surrogate: Callable[..., Any] | None 
 
     Source: Bengio, Leonard, Courville, "Estimating or propagating gradients through stochastic neurons" (2013).
     """
-    if surrogate is not None and not callable(surrogate):
+    if surrogate is not None and (isinstance(surrogate, type) or not callable(surrogate)):
         raise DecorationError(
-            f"straight_through: 'surrogate' must be a function of one tensor, such as torch.tanh; got {what(surrogate)}"
+            "straight_through: 'surrogate' must be a function of one tensor, such as torch.tanh or surrogates.atan(); "
+            f"got {kind_of(surrogate)}"
         )
     if fn is None:
         return functools.partial(_straight_through, surrogate)

@@ -449,7 +449,7 @@ def test_a_surrogate_of_another_shape_is_an_error():
     assert str(caught.value).startswith(f"surrogate 'Sum' ({__file__}:")
     assert str(caught.value).endswith(
         ") must give a result of shape (3,), the shape of the result it stands for; it gives a tensor of shape (). "
-        "Reduce or expand it"
+        "Give one with that result"
     )
 
 

@@ -222,7 +222,7 @@ def _check_shape(who: Any, given: Any, like: Tensor) -> None:
         fail(
             SurrogateError,
             f"{who} must give a result of shape {shape_text(like.shape)}, the shape of the result it stands "
-            f"for; it gives {what(given)}. Reduce or expand it",
+            f"for; it gives {what(given)}. Give one with that result",
         )
     needed, came, remedy = "real", "complex", "Take its real part"
     if like.is_complex():

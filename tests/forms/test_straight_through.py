@@ -267,7 +267,7 @@ def test_surrogate_of_another_shape_is_an_error_with_both_shapes():
 
     decorated = go.straight_through(torch.round, surrogate=total)
     who = rf"surrogate 'total' \({re.escape(__file__)}:\d+\) of 'round' \(built in\)"
-    text = r"must give a result of shape \(3,\), .*; it gives a tensor of shape \(\)\. Reduce or expand it"
+    text = r"must give a result of shape \(3,\), .*; it gives a tensor of shape \(\)\. Give one with that result"
     with pytest.raises(go.SurrogateError, match=f"{who} {text}"):
         decorated(noise(3)).sum().backward()
 
@@ -378,8 +378,11 @@ def test_surrogate_of_another_kind_of_number_is_an_error_at_the_call():
 
 
 def test_surrogate_that_is_not_callable_is_refused():
-    with pytest.raises(go.GradOverrideError, match="surrogate"):
+    text = "straight_through: 'surrogate' must be a function of one tensor, such as torch.tanh or .*; got "
+    with pytest.raises(go.DecorationError, match=f"^{text}an int$"):
         go.straight_through(torch.round, surrogate=3)
+    with pytest.raises(go.DecorationError, match=f"^{text}the class 'atan'$"):
+        go.straight_through(surrogate=go.surrogates.atan)
 
 
 def test_class_without_forward_is_refused():
