@@ -33,6 +33,7 @@ def cases() -> list[Case]:
         *(ratio(f"eager: gradient alone, n={n:g}", limit, partial(gradient_alone, n)) for n, limit in sizes),
         *(ratio(f"eager: gradient alone by calls, n={n:g}", limit, partial(clamped, n)) for n, limit in sizes[:2]),
         ratio("eager: gradient alone, against setup_context", 0.65, against_setup_context),
+        ratio("eager: straight through a builtin", 1.10, rounded),
         ratio("eager: two tensors", 1.02, two_tensors),
         ratio("eager: two tensors by calls", 1.02, two_tensors_by_calls),
         ratio("eager: keyword arguments and defaults", 1.05, keywords),
@@ -110,6 +111,20 @@ def clamped(n: int) -> Pair:
         return x * 2
 
     return compared(n, double, DoubleClamped.apply, tensors=1)
+
+
+class Rounded(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def rounded() -> Pair:
+    return compared(TINY, go.straight_through(torch.round), Rounded.apply, tensors=1)
 
 
 def under_no_grad() -> Pair:

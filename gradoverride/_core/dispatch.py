@@ -28,7 +28,7 @@ def make_dispatch(plan: Plan) -> tuple[Callable[..., Any], Runs | None]:
             layout = plan.layout(len(star), tuple(named))
             return differentiate(plan, layout, receiver, (*positional, *star, *named.values()))
 
-        return variadic, None
+        return variadic, Runs(plan, None) if parameters is None and is_plain(plan) else None
     layout = plan.layout(0, tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))
 
     def fixed(receiver: Any, *values: Any) -> Any:

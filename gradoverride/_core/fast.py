@@ -40,10 +40,10 @@ __all__ = ["Runs", "ShortPath", "guessed_places", "is_plain"]
 
 def is_plain(plan: Plan) -> bool:
     """Whether calls of `plan` can take the short path at all."""
-    parameters = plan.forward.parameters or ()
+    parameters = plan.forward.parameters
     return (
-        bool(parameters)
-        and all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+        parameters != []
+        and all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters or ())
         and (not plan.takes_receiver or _is_plain_method(plan))
         and not plan.hands_over
         and not plan.keeps_given
@@ -103,24 +103,25 @@ def is_number(module: nn.Module, name: str) -> bool:
 
 
 class Runs(dict[tuple[type, ...], Callable[..., Any]]):
-    """By the types of the arguments, the code for such a call. It is made when they are first met."""
+    """By the types of the arguments, the code for such a call. It is made when they are first met.
 
-    def __init__(self, plan: Plan, layout: Layout) -> None:
+    `layout`: None for a builtin without a signature, which may be given any number of them.
+    """
+
+    def __init__(self, plan: Plan, layout: Layout | None) -> None:
         self.plan = plan
         self.layout = layout
 
     def __missing__(self, kinds: tuple[type, ...]) -> Callable[..., Any]:
+        layout = self.plan.layout(len(kinds), ()) if self.layout is None else self.layout
         places = [index for index, kind in enumerate(kinds) if kind is Tensor or kind is nn.Parameter]
         others = [kind for index, kind in enumerate(kinds) if index not in places]
         if places and all(kind in SCALARS for kind in others):
-            run = ShortPath(self.plan, self.layout, places).run()
+            run = ShortPath(self.plan, layout, places).run()
         else:
-            run = self._general
+            run = lambda *values: differentiate(self.plan, layout, None, values)  # noqa: E731
         self[kinds] = run
         return run
-
-    def _general(self, *values: Any) -> Any:
-        return differentiate(self.plan, self.layout, None, values)
 
 
 class ShortPath:

@@ -438,8 +438,10 @@ def _called_of(function: FunctionType, owner: str) -> Iterator[str]:
     owner = code.co_varnames[0] if owner == "self" and code.co_argcount else owner
     steps = [step for step in scan.instructions(code) if step.opname not in _NO_STEPS]
     for before, step in itertools.pairwise(steps):
+        if not before.opname.endswith(_LOADS):
+            continue
         loaded = before.argval[-1] if isinstance(before.argval, tuple) else before.argval  # Python 3.13 joins two steps
-        if before.opname.endswith(_LOADS) and loaded == owner:
+        if loaded == owner:
             is_method = step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL" in step.argrepr)
             # What a global has is called so or so, if it was imported.
             if is_method or (step.opname == "LOAD_ATTR" and before.opname == "LOAD_GLOBAL"):

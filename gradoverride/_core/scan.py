@@ -257,6 +257,8 @@ def is_algebra(fn: Any) -> bool:
 def _is_expression(
     fn: Any, functions: frozenset[str], attributes: frozenset[str], operators: frozenset[str], *, free: bool
 ) -> bool:
+    if isinstance(fn, BuiltinFunctionType):
+        return fn.__name__ in functions and getattr(sys.modules.get("torch"), fn.__name__, None) is fn
     if not isinstance(fn, FunctionType) or (fn.__closure__ and not free) or writes(fn):
         return False
     named = calls = 0
@@ -282,7 +284,8 @@ def is_scaling(fn: Any, *, free: bool = False) -> bool:
     If `free`, what is in its closure is taken for such numbers.
     """
     return (
-        is_arithmetic(fn, free=free)
+        isinstance(fn, FunctionType)
+        and is_arithmetic(fn, free=free)
         and fn.__code__.co_argcount == fn.__code__.co_nlocals == 1
         and not fn.__code__.co_names
         and not any(step.opname in (*_BUILDS, "COMPARE_OP") for step in instructions(fn.__code__))
@@ -330,7 +333,7 @@ def writes_nothing(fn: Any, known_method: Callable[[str], bool]) -> bool:
         return True
     found = list(reachable(fn))
     if not found or writes(fn):
-        return False
+        return is_arithmetic(fn)  # a builtin
     own = {function.__module__ for function, _ in found}
     for function, code in found:
         for name in global_names(code):

@@ -115,7 +115,13 @@ def make_refusal(error: RuleSignatureError) -> Callable[..., Any]:
 def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
     signature = plan.forward.signature
     if signature is None:
-        head = ["def wrapper(*args, **kwargs):", *_without_graph(plan, "None")]
+        then = [] if plan.hands_over else ["        return _go_fn(*args, **kwargs)"]
+        head = ["def wrapper(*args, **kwargs):", *_without_graph(plan, "None", *then)]
+        if short:
+            head += [
+                "    if not kwargs and not _go_compiling():",
+                "        return _go_runs[*map(_go_type, args),](*args)",
+            ]
         return "\n".join([*head, "    return _go_general(None, (), args, kwargs)\n"])
     parameters = list(signature.parameters.values())
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

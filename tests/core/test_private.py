@@ -46,13 +46,17 @@ def test_installed_torch_has_each_private_name_that_a_call_is_fast_by():
     assert private.can_call_directly()
 
 
-def test_plain_calls_take_the_short_path(monkeypatch):
-    scale = go.custom_backward(lambda grad_output, x: 3 * grad_output * x)(lambda x: x * 2)
+@pytest.mark.parametrize("forward", [lambda x: x * 2, torch.exp, torch.sign, torch.Tensor.exp])
+@pytest.mark.parametrize("rule", [lambda grad_output, input: 3 * grad_output * input, None])
+def test_plain_calls_take_the_short_path(rule, forward, monkeypatch):
+    decorated = go.straight_through(forward) if rule is None else go.custom_backward(rule)(forward)
     for module in (dispatch, fast):
         monkeypatch.setattr(module, "differentiate", None)  # the general path: to call it would fail
     x = float64(1.0, 2.0)
-    scale(x).sum().backward()
-    exactly(x.grad, 3 * x.detach())
+    result = decorated(x)
+    exactly(result, forward(x.detach()))
+    result.sum().backward()
+    exactly(x.grad, torch.ones_like(x) if rule is None else 3 * x.detach())
 
 
 def test_a_tracer_is_seen_while_it_is_at_work():
