@@ -6,13 +6,14 @@ One way to find it for each way that a call is run:
     TracedGraph  the same as Dynamo traces it (`traced_graph.py`)
     Replay       under torch.func, where a graph does not outlive its transform: the forward once more (`replay.py`)
 
-The tensors are those of a call in their order: the leaves, then the aliased parameters.
+Each gives the aliases that the forward is to run on (`start`), has saved what the backward needs (`save`), and is asked
+for gradients there (`pull`). The tensors are those of a call in their order: the leaves, then the aliased parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,36 +22,12 @@ from gradoverride._core.kept_graph import KeptGraph, shares_versions
 from gradoverride._core.replay import Replay
 from gradoverride._core.traced_graph import TracedGraph
 
-if TYPE_CHECKING:
-    from gradoverride._core.saver import Saver
-
 __all__ = ["inner_graph"]
 
 
-class InnerGraph(Protocol):
-    """What a call and its backward ask of it."""
-
-    def start(self) -> list[Tensor]:
-        """The aliases that the forward is to run on. They are not kept here."""
-
-    def save(self, call: Call, saver: Saver, outs: Sequence[Tensor], values: Sequence[Any]) -> None:
-        """The forward ran on the arguments `values` and gave `outs`: have saved what the backward needs."""
-
-    def pull(
-        self,
-        saved: Sequence[Tensor],
-        grads: Sequence[Any],
-        which: Sequence[int],
-        parameters: Sequence[Any] = (),
-        last: bool = False,
-    ) -> list[Any]:
-        """The gradients of the tensors `which`, for the gradients `grads` of the results; `saved`: all that was saved.
-
-        `parameters` and `last` are for eager mode: see `KeptGraph.pull`.
-        """
-
-
-def inner_graph(call: Call, module: nn.Module | None, receiver: Any, tensors: Sequence[Tensor]) -> InnerGraph:
+def inner_graph(
+    call: Call, module: nn.Module | None, receiver: Any, tensors: Sequence[Tensor]
+) -> KeptGraph | TracedGraph | Replay:
     """Such a one for `call`, before its forward runs."""
     if call.mode == TRACED:
         return TracedGraph(call, tensors)
