@@ -386,9 +386,9 @@ class Override:
     def remove(self) -> None:
         """Take the rules off again. Warns of one that never ran and is not optional. A second time it does nothing."""
         self._is_over = self._is_over or "has been removed"
-        self._remove(stacklevel=3)
+        self._remove()
 
-    def _remove(self, stacklevel: int) -> None:
+    def _remove(self) -> None:
         idle, awaited = self._take_off()
         for layer in awaited:
             warnings.warn(
@@ -396,7 +396,7 @@ class Override:
                 "and a reentrant checkpoint is still to run its block again, then without it. Leave the override after "
                 "backward(), or give checkpoint(use_reentrant=False), which raises where the two differ",
                 GradOverrideWarning,
-                stacklevel=stacklevel,
+                stacklevel=3,
             )
         for layer in idle:
             called = f"'{layer.path}' was" if layer.path not in ("", EVERYWHERE) else "it was"
@@ -409,7 +409,7 @@ class Override:
                 f"override of {self._owner}: the rule {layer.rule.who} of the {layer.target} never ran while it was in "
                 f"force; {called} not called. {hint}",
                 GradOverrideWarning,
-                stacklevel=stacklevel,
+                stacklevel=3,
             )
 
     def __enter__(self) -> Override:
@@ -425,7 +425,7 @@ class Override:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self._remove(stacklevel=3)
+            self._remove()
         else:
             self._take_off()
 

@@ -336,8 +336,7 @@ class Call:
                 found[tensor] = Param(name, tensor, Meta(tensor))
             else:
                 self.frozen[name] = tensor
-        params = list(found.values())
-        params = self._with_parametrized(module, params)
+        params = self._with_parametrized(module, list(found.values()))
         # A buffer or parameter called `params` comes before the reserved name.
         asks_all = plan.asks_params and "params" not in module._buffers and "params" not in module._parameters
         for param in params:
@@ -443,10 +442,7 @@ class Call:
         return self.metas[self.ends[index - 1] if index else 0 : self.ends[index]]
 
     def name_of_leaf(self, leaf: int) -> str:
-        for name, end in zip(self.names, self.ends, strict=True):
-            if leaf < end:
-                return name
-        raise AssertionError("a leaf belongs to an argument")
+        return next(name for name, end in zip(self.names, self.ends, strict=True) if leaf < end)
 
     # --- what the Function calls ---
 

@@ -187,10 +187,7 @@ def put_on(module: nn.Module, added: Sequence[Layer | FunctionLayer], shared: di
     """
     with _lock:
         record = module.__dict__.get(RECORD)
-        layers: tuple[Layer, ...] = ()
-        functions: tuple[FunctionLayer, ...] = ()
-        if record is not None:
-            layers, functions = record.layers, record.functions
+        layers, functions = layers_of(module), functions_of(module)
         for layer in added:
             if isinstance(layer, FunctionLayer):
                 functions = (*functions, layer)

@@ -203,17 +203,11 @@ class Plan:
         key = (extra, keywords, given)
         found = self._layouts.get(key)
         if found is None:
-            parameters = self.forward.parameters
-            names: list[str] = []
-            variadic = None
-            if parameters is None:
+            parameters = self.forward.parameters or ()
+            names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            variadic = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+            if self.forward.parameters is None:
                 variadic = "args"
-            else:
-                for parameter in parameters:
-                    if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-                        names.append(parameter.name)
-                    elif parameter.kind is parameter.VAR_POSITIONAL:
-                        variadic = parameter.name
             for name in keywords:
                 if name in names or name == variadic:
                     self._refuse_twice(name)
