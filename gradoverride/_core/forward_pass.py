@@ -378,10 +378,8 @@ class ForwardPass:
                     return
             captured.refuse(forward.who, self.plan.captured_names())
         stops = {param.tensor.grad_fn for param in call.natural}
-        known = {
-            id(TOKEN),
-            *[id(param.tensor) for param in call.natural],
-        }  # where a compiled call inside starts its graph
+        known = {id(param.tensor) for param in call.natural}
+        known.add(id(TOKEN))  # where a compiled call inside starts its graph
         if call.graph is not None:
             call.graph.stops(known, stops)
         # Of an alias that the forward told to require grad none is lost.
