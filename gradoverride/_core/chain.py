@@ -11,6 +11,7 @@ from gradoverride._core.function_mode import quieted, scope_of, scoped
 from gradoverride._core.layers import ClassLayer, FunctionLayer, FunctionRule, Layer, Order
 from gradoverride._core.plan import Plan
 from gradoverride._core.signature import Forward, Rule, passing
+from gradoverride._core.tally import Trace
 from gradoverride._core.targets import RECORD
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import UnsupportedError
@@ -89,18 +90,18 @@ def _check_outside(base: Any, layer: FunctionLayer, earlier: Layer, plain: bool)
 class Chain:
     """The forward of a class under rules. Modules of a class under the same rules share it."""
 
-    __slots__ = ("forward", "scope", "traced")
+    __slots__ = ("forward", "scope", "trace")
 
     def __init__(self, base: Any, innermost: Any, found: Links) -> None:
         """`innermost`: the forward of the base, which somebody may replace."""
-        self.traced = False  # whether it was compiled: calls of compiled code are not counted
+        self.trace = Trace()
         forward: Callable[..., Any] = innermost
         self.scope = scope_of(found.scope, _functions_on) if found.scope else None  # what calls its other methods
         if self.scope is not None:
             forward = scoped(forward, self.scope)
 
         def on_trace() -> None:
-            self.traced = True
+            self.trace.note()
             if everywhere.bare_forward(base) is not innermost:
                 raise UnsupportedError(
                     f"'{base.__name__}' must keep its 'forward' while one is overridden and compiled; it has been "

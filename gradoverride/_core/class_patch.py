@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.jit import ScriptModule
 
 from gradoverride._core import everywhere
-from gradoverride._core.chain import Chain, chain_of, links
+from gradoverride._core.chain import chain_of, links
 from gradoverride._core.functions import calls_that_are
 from gradoverride._core.layers import ClassLayer
 from gradoverride._core.record import refresh_all
@@ -44,7 +44,6 @@ class _Patch:
         original = self.original if type(self.original) is FunctionType else cls.forward
         self.runs: dict[type, Callable[..., Any]] = {}
         self.counted: dict[type, Sequence[Any]] = {}
-        self.chains: dict[type, Chain] = {}
         runs, counted = self.runs, self.counted
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -64,9 +63,11 @@ class _Patch:
         """Have the rules that are in force on these classes now. Modules of theirs may run meanwhile, in threads."""
         for cls in classes:
             found = links(cls, (), (), called=calls_that_are(cls), plain=True)
-            chain = self.chains[cls] = chain_of(cls, found)
+            chain = chain_of(cls, found)
+            for layer in found.counted:
+                chain.trace.tell(layer.tally)
             self.counted[cls], self.runs[cls] = found.counted, chain.forward
-        for table in (self.runs, self.counted, self.chains):
+        for table in (self.runs, self.counted):
             for cls in table.keys() - classes:
                 del table[cls]
 
@@ -155,13 +156,7 @@ def take_off_class(layer: ClassLayer) -> None:
 
 def calls_on_class(layer: ClassLayer) -> int | None:
     """How often modules were called under a layer on their class. None if that is not known: compiled code."""
-    with _lock:
-        traced = any(
-            chain.traced and layer in patch.counted[cls]
-            for patch in _patches.values()
-            for cls, chain in patch.chains.items()
-        )
-    return layer.tally.known(traced=traced)
+    return layer.tally.known()
 
 
 def refresh() -> None:

@@ -213,7 +213,7 @@ def calls_under(module: nn.Module, layer: Layer) -> int | None:
     record = module.__dict__.get(RECORD)
     if record is None or layer not in record.layers:
         return None
-    return record.tally.known(traced=record.tally.traced or record.chain.traced, since=layer.since)
+    return record.tally.known(since=layer.since)
 
 
 def awaits_replay(module: nn.Module) -> bool:

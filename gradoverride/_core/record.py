@@ -19,13 +19,12 @@ __all__ = ["ModuleTally", "Record", "refresh_all"]
 class ModuleTally(Tally):
     """The calls of a module, and what else has happened to it, while it was overridden."""
 
-    __slots__ = ("copied", "forward", "traced")
+    __slots__ = ("copied", "forward")
 
     def __init__(self, copied: bool = False) -> None:
         super().__init__()
         self.copied = copied
         self.forward: Any = None  # that of its class, if it was on the instance too, where it would hide the rules
-        self.traced = False  # whether it was compiled under rules that have changed since
 
 
 class Record:
@@ -64,8 +63,8 @@ class Record:
             if like is None:
                 self.refresh()
             else:
-                self.seen, self.counted, self.chain = like.seen, like.counted, like.chain
-                self.forward, self.scope = like.forward, like.scope
+                self.seen, self.counted = like.seen, like.counted
+                self._use(like.chain)
             _records.add(self)
 
     def refresh(self) -> None:
@@ -74,12 +73,16 @@ class Record:
         self.seen = base.forward
         found = links(base, self.layers, self.functions, called=self.called, plain=self.plain)
         self.counted = found.counted
-        self.chain = chain_of(base, found)
-        self.forward, self.scope = self.chain.forward, self.chain.scope
+        self._use(chain_of(base, found))
+
+    def _use(self, chain: Chain) -> None:
+        self.chain = chain
+        self.forward, self.scope = chain.forward, chain.scope
+        for one in (self, *self.counted):
+            chain.trace.tell(one.tally)
 
     def but(self, layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
         """The same with these layers instead."""
-        self.tally.traced |= self.chain.traced
         return Record(self.base, layers, functions, self.tally, self.called, self.plain)
 
     def __deepcopy__(self, memo: Any) -> Record:

@@ -209,6 +209,27 @@ def test_rule_that_ran_in_compiled_code_alone_is_not_reported(x):
         assert str(plan).splitlines()[1].endswith("compiled")
 
 
+PLACES = {
+    "a class in the model": lambda model, rule: go.override(model, {nn.Tanh: rule}),
+    "a function in the model": lambda model, rule: go.override(model, {torch.tanh: rule}),
+    "a class in the process": lambda model, rule: go.override({nn.Tanh: rule}),
+    "a function in the process": lambda model, rule: go.override({torch.tanh: rule}),
+}
+
+
+@pytest.mark.parametrize("second", PLACES)
+@pytest.mark.parametrize("first", PLACES)
+def test_none_of_two_rules_that_ran_in_compiled_code_alone_is_reported(x, first, second):
+    model = nn.Sequential(nn.Tanh())
+    plain = gradient(model, x)
+    run = compiled(model)
+    for _ in range(2):
+        with PLACES[first](model, doubled) as one, PLACES[second](model, guided) as two:
+            gradient(run, x)
+            assert [row.calls for row in (*one.table, *two.table)] == ["compiled", "compiled"]
+    closely(gradient(run, x), plain)
+
+
 def test_class_forward_replaced_while_overridden_is_refused_in_compiled_code(x):
     class Own(nn.Linear):
         pass
