@@ -21,6 +21,7 @@ from torch.overrides import get_ignored_functions, resolve_name
 
 from gradoverride._core import scan
 from gradoverride._core.everywhere import bare_forward, originals
+from gradoverride._core.private import PAD
 from gradoverride._core.reach import of_modules
 
 __all__ = [
@@ -121,7 +122,7 @@ def _listed() -> list[tuple[str, Any, str]]:
                 name = name_of_function(value)
                 if name is not None:
                     found.append((name, value, attribute))
-    return [*found, ("pad", torch._C._nn.pad, "pad")]  # what Dynamo shows instead of F.pad
+    return found if PAD is None else [*found, ("pad", PAD, "pad")]
 
 
 @functools.cache
@@ -142,7 +143,9 @@ _NOTHING_BUT: dict[Any, Any] = {F.tanh: torch.tanh, F.sigmoid: torch.sigmoid}
 _SHOWN = frozenset({F.hardsigmoid, F.hardswish, Tensor.unflatten, torch.as_strided, torch.fill})
 
 # Dynamo traces into these without a word to a mode.
-INLINED = frozenset({"linear_cross_entropy", "lu", "triplet_margin_with_distance_loss"})
+INLINED = frozenset(
+    {"linear_cross_entropy", "lu", "triplet_margin_with_distance_loss", *(["pad"] if PAD is None else [])}
+)
 
 _ARITHMETIC = ("add", "sub", "mul", "matmul", "pow")
 _DUNDERS = {
@@ -198,7 +201,7 @@ def turned(fn: Any) -> tuple[Callable[..., Any], Callable[..., tuple[Any, ...]]]
             return n, self
 
         return polygamma, of_polygamma
-    if fn is torch._C._nn.pad:
+    if fn is PAD:
         return F.pad, lambda input, pad, mode="constant", value=None: (input, pad, mode, value)
     if fn is Tensor.__rpow__:
 

@@ -91,6 +91,7 @@ __all__ = [
     "hidden_from_dynamo",
     "let_dynamo_show",
     "dynamo_shows",
+    "PAD",
     "is_compiled_graph",
     "keep_own_frames_whole",
     # Dynamo: what it knows while it traces
@@ -687,6 +688,10 @@ _shown: list[Any] = []
 def dynamo_shows(function: Any = torch.relu_) -> bool:
     """Whether Dynamo, which traces now, shows a function in place to modes."""
     return any(function in getattr(module, "get_overridable_functions", set)() for module in _shown)
+
+
+# What Dynamo shows to modes instead of `F.pad`. Without it a rule for that is refused in compiled code.
+PAD: Any = getattr(torch._C._nn, "pad", None)
 
 
 def is_compiled_graph(frame: FrameType | None) -> bool:
