@@ -1526,6 +1526,16 @@ def test_a_function_that_the_library_uses_itself_has_the_rule_only_where_it_is_c
         assert [row.calls for row in plan.table if "detach" in row.target] == ["1"]
 
 
+def test_a_rule_may_call_the_forward_of_a_model_when_the_override_has_been_left(x):
+    def scaled(grad_output, input, forward):
+        return grad_output * forward(input)
+
+    model = Calls(lambda model, x: F.relu(x))
+    with go.override(model, {F.relu: doubled, model: scaled}):
+        result = model(x)
+    closely(torch.autograd.grad(result.sum(), x)[0], x.detach().clamp(min=0))
+
+
 REGION = torch.compiler.nested_compile_region(lambda x: F.relu(x))
 
 
