@@ -1,5 +1,5 @@
-"""What surrounds a call: the autocast state, and for a replay the random state, which must surround its backward too;
-hooks on saved tensors, which are for what the user computes alone.
+"""What surrounds a call: the autocast state, and for a replay the random state and the rules of functions, which must
+surround its backward too; hooks on saved tensors, which are for what the user computes alone.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ import contextlib
 import pickle
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,20 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from gradoverride._core.private import any_autocast, evaluated_while_tracing, saves_plainly
 
-__all__ = ["Autocast", "RandomState", "autocast_while_tracing", "under_traced", "unseen_by_hooks"]
+if TYPE_CHECKING:
+    from torch.overrides import TorchFunctionMode
+
+    from gradoverride._core.layers import FunctionLayer
+
+__all__ = [
+    "Autocast",
+    "FunctionRules",
+    "RandomState",
+    "autocast_while_tracing",
+    "here",
+    "under_traced",
+    "unseen_by_hooks",
+]
 
 T = TypeVar("T")
 
@@ -99,6 +113,42 @@ def under_traced(states: tuple[tuple[str, torch.dtype | None], ...], call: Calla
 def _device_types() -> tuple[str, ...]:
     accelerator = torch.accelerator.current_accelerator()
     return ("cpu",) if accelerator is None or accelerator.type == "cpu" else ("cpu", accelerator.type)
+
+
+class _Here(threading.local):
+    """What is in force in this thread now."""
+
+    def __init__(self) -> None:
+        # Of the instance from the start: Dynamo guards whether it has them, and the first traced call would give them.
+        # By their marks: in the body of a higher-order operator Dynamo lets what is noted be changed and put back if it
+        # is a constant.
+        self.active: tuple[str, ...] = ()  # rules of functions, entered by the modules around
+        self.quiet: tuple[str, ...] = ()  # of these, not to be applied here
+        self.layers: tuple[FunctionLayer, ...] = ()  # whose calls are counted
+        self.modes: tuple[TorchFunctionMode, ...] = ()  # that these modules have entered, and the thread
+
+
+here = _Here()
+
+
+class FunctionRules:
+    """The rules of functions that are in force where a forward runs."""
+
+    def __init__(self) -> None:
+        self.state = here.active, here.quiet, here.layers, here.modes
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """A context in which they are in force, for it to run again."""
+        before = here.active, here.quiet, here.layers, here.modes
+        with contextlib.ExitStack() as stack:
+            for mode in self.state[-1]:  # also where it is entered: torch leaves it for as long as it shows it a call
+                stack.enter_context(mode)
+            here.active, here.quiet, here.layers, here.modes = self.state
+            try:
+                yield
+            finally:
+                here.active, here.quiet, here.layers, here.modes = before
 
 
 class RandomState:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import (
@@ -29,10 +28,11 @@ from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode
 
 from gradoverride._core import everywhere
+from gradoverride._core.ambient import here
 from gradoverride._core.functions import INLINED, every_spelling, opened, reaching, signature_of, spellings, turned
 from gradoverride._core.generators import RUN_LATER, in_steps
 from gradoverride._core.higher_order import run_under
-from gradoverride._core.layers import FunctionLayer, FunctionRule
+from gradoverride._core.layers import FunctionRule
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import (
     HigherOrderOperator,
@@ -48,21 +48,6 @@ from gradoverride._core.wrapper import make_refusal, make_wrapper
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
 __all__ = ["FunctionMode", "count", "here", "note_unrecorded", "quieted", "scope_of", "scoped"]
-
-
-class _Here(threading.local):
-    """What is in force in this thread now."""
-
-    def __init__(self) -> None:
-        # Of the instance from the start: Dynamo guards whether it has them, and the first traced call would give them.
-        # By their marks: in the body of a higher-order operator Dynamo lets what is noted be changed and put back if it
-        # is a constant.
-        self.active: tuple[str, ...] = ()  # entered by the modules around
-        self.quiet: tuple[str, ...] = ()  # of these, not to be applied here
-        self.layers: tuple[FunctionLayer, ...] = ()  # whose calls are counted
-
-
-here = _Here()
 
 
 class FunctionMode(TorchFunctionMode):
@@ -307,11 +292,14 @@ def scope_of(keys: tuple[FunctionRule, ...], layers_of: Any) -> Callable[..., An
 
     def scope(method: Callable[..., Any], self: Any, /, *args: Any, **kwargs: Any) -> Any:
         active, layers = here.active, here.layers
+        modes: tuple[TorchFunctionMode, ...] = ()
         if all([mark in active for mark in marks]):
             return method(self, *args, **kwargs)
         here.active = (*active, *marks)
         if not compiling():
+            modes = here.modes
             here.layers = tuple(dict.fromkeys((*layers, *layers_of(self))))
+            here.modes = (*modes, mode)
         try:
             if not mode.runs:
                 return method(self, *args, **kwargs)
@@ -324,7 +312,7 @@ def scope_of(keys: tuple[FunctionRule, ...], layers_of: Any) -> Callable[..., An
         finally:
             here.active = active
             if not compiling():
-                here.layers = layers
+                here.layers, here.modes = layers, modes
         return result if type(result) not in RUN_LATER else _in_scope(scope, self, result)
 
     return scope

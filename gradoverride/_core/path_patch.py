@@ -29,7 +29,8 @@ from torch.autograd import Function
 from torch.compiler import is_dynamo_compiling as compiling
 
 from gradoverride._core import everywhere, scan
-from gradoverride._core.function_mode import count, here, note_unrecorded
+from gradoverride._core.ambient import here
+from gradoverride._core.function_mode import count, note_unrecorded
 from gradoverride._core.imports import resolve_path
 from gradoverride._core.layers import FunctionLayer, FunctionRule
 from gradoverride._core.paths import PENDING, parts_of, way_to_apply

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from gradoverride._core import everywhere
+from gradoverride._core.ambient import here
 from gradoverride._core.class_patch import refresh
 from gradoverride._core.function_mode import FunctionMode
 from gradoverride._core.layers import FunctionLayer
@@ -62,9 +63,11 @@ class _Standing:
         if self.layers and not self.entered:
             take_off_stack(self.mode)  # torch has put it back, where it was running when it was taken off
             put_under_stack(self.mode)
+            here.modes = (self.mode, *here.modes)
             self.entered = True
         elif not self.layers and self.entered:
             self.entered = not take_off_stack(self.mode)
+            here.modes = tuple([mode for mode in here.modes if mode is not self.mode])
 
 
 _here = threading.local()

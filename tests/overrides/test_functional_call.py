@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, grad_and_value, jacfwd, jacrev, jv
 from torch.nn.utils import parametrizations, parametrize, stateless
 
 import gradoverride as go
-from overrides.models import doubled, guided, mlp
+from overrides.models import doubled, guided, mlp, negated
 
 
 def scaled(tensor, factor):
@@ -465,3 +465,88 @@ def test_override_put_on_in_a_transform_holds_there_and_goes(model, x):
     expected = grad(loss_of(by_hand(model, (2, 1, 1))), (0, 1))(parameters_of(model), x)
     closely(flat(grad(loss, (0, 1))(parameters_of(model), x)), flat(expected))
     assert str(go.explain(model)) == "nothing is overridden"
+
+
+# --- what runs again in the backward of a transform ---
+
+
+@go.custom_backward(doubled)
+def weighed(x):
+    return torch.relu(torch.tanh(x)) * x
+
+
+class Weighing(nn.Module):
+    """A model that calls a decorated function, and a part of its own in a decorated method."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Tanh()
+
+    @go.custom_backward(doubled)
+    def weighed(self, x):
+        return torch.relu(self.part(x)) * x
+
+    def forward(self, x):
+        return weighed(x) + self.weighed(x)
+
+
+def slope(x, of_relu=None, of_tanh=None):
+    """The derivative of `weighed`, with these for those of relu and tanh."""
+    tanh = x.tanh()
+    of_relu = (tanh > 0).double() if of_relu is None else of_relu
+    of_tanh = 1 - tanh**2 if of_tanh is None else of_tanh
+    return 2 * (tanh.clamp(min=0) + x * of_relu * of_tanh)
+
+
+OF_WHAT_IS_CALLED = {
+    "relu": (torch.relu, lambda x: 2 * slope(x, of_relu=-1.0)),
+    "tanh": (torch.tanh, lambda x: 2 * slope(x, of_tanh=-1.0)),
+    "module": (nn.Tanh, lambda x: slope(x) + slope(x, of_tanh=-1.0)),
+}
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize(("target", "expected"), OF_WHAT_IS_CALLED.values(), ids=OF_WHAT_IS_CALLED)
+def test_what_a_decorated_call_calls_has_the_rules_in_force_when_it_runs_again(target, expected, everywhere):
+    model, x = Weighing(), noise(5, grad=False)
+    rules = {target: negated}
+    with go.override(rules) if everywhere else go.override(model, rules):
+        closely(grad(lambda x: model(x).sum())(x), expected(x))
+        closely(vmap(grad(model))(x), expected(x))
+        closely(jvp(model, (x,), (torch.ones_like(x),))[1], expected(x))
+        value, pullback = vjp(model, x)
+        closely(pullback(torch.ones_like(value))[0], expected(x))
+
+
+def test_what_a_decorated_call_calls_has_no_rules_that_came_later():
+    model, x = Weighing(), noise(5, grad=False)
+    value, pullback = vjp(model, x)
+    with go.override(model, {torch.relu: negated}) as plan:
+        closely(pullback(torch.ones_like(value))[0], 2 * slope(x))
+        closely(grad(lambda x: model(x).sum())(x), 2 * slope(x, of_relu=-1.0))
+    assert plan.table[0].calls != "0"
+
+
+OTHERS = {
+    "module": lambda model: go.override(model, {nn.Tanh: negated}),
+    "class": lambda model: go.override({nn.Tanh: negated}),
+    "function": lambda model: go.override({torch.relu: negated}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* never ran while it was in force")
+@pytest.mark.parametrize("first", ["override", "vjp"])
+@pytest.mark.parametrize("override", OTHERS.values(), ids=OTHERS)
+def test_a_forward_that_would_run_again_under_other_rules_is_refused(override, first):
+    """A pullback is called when an override of what is called within has gone, or has come."""
+    model, x = Weighing(), noise(5, grad=False)
+    refused = pytest.raises(go.UnsupportedError, match=r"'weighed' .* must run under the same rules when .* run again")
+    if first == "override":
+        with override(model):
+            value, pullback = vjp(model, x)
+        with refused:
+            pullback(torch.ones_like(value))
+    else:
+        value, pullback = vjp(model, x)
+        with override(model), refused:
+            pullback(torch.ones_like(value))
