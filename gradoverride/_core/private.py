@@ -246,7 +246,7 @@ def has_memory_alone(view: torch.Tensor) -> bool:
     """Whether nobody else has what this is a view of: a tensor that was made on the way to it, and let go. Without the
     counts it is taken for somebody's.
     """
-    return type(view) is torch.Tensor and _owners(view) == _ALONE
+    return _ALONE is not None and type(view) is torch.Tensor and _owners(view) == _ALONE
 
 
 def _owners(view: torch.Tensor) -> tuple[int, int, int]:
