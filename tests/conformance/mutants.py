@@ -168,21 +168,22 @@ MUTANTS = [
     ),
     Mutant(
         "what is in force in a thread belongs to all threads",
-        "_core/function_mode.py",
+        "_core/ambient.py",
         "class _Here(threading.local):\n",
         "class _Here:\n",
         "threads: ",
     ),
     Mutant(
         "what a thread has is not there from the start: Dynamo guards it",
-        "_core/function_mode.py",
+        "_core/ambient.py",
         "        # By their marks: in the body of a higher-order operator Dynamo lets what is noted be changed and put "
         "back if it\n"
         "        # is a constant.\n"
-        "        self.active: tuple[str, ...] = ()  # entered by the modules around\n"
+        "        self.active: tuple[str, ...] = ()  # rules of functions, entered by the modules around\n"
         "        self.quiet: tuple[str, ...] = ()  # of these, not to be applied here\n"
-        "        self.layers: tuple[FunctionLayer, ...] = ()  # whose calls are counted\n",
-        "        pass\n\n    active = quiet = layers = ()\n",
+        "        self.layers: tuple[FunctionLayer, ...] = ()  # whose calls are counted\n"
+        "        self.modes: tuple[TorchFunctionMode, ...] = ()  # that these modules have entered, and the thread\n",
+        "        pass\n\n    active = quiet = layers = modes = ()\n",
         "compile: (aot_eager|inside a compiled parent|override after .*|graph break .*) / override by function",
     ),
     Mutant(
