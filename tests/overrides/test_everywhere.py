@@ -174,11 +174,12 @@ class TestClass:
             closely(gradient(Own(), x), 2 * plain)
 
     def test_one_whose_modules_are_not_called_is(self, x):
-        handle = go.override({nn.ReLU: doubled, Own: negated})
+        rules = {nn.ReLU: lambda grad_output: grad_output * 2, Own: lambda grad_output: -grad_output}
+        handle = go.override(rules)
         gradient(nn.ReLU(), x)
-        with pytest.warns(go.GradOverrideWarning, match=r"'negated' .* of the class 'Own' never ran"):
+        with pytest.warns(go.GradOverrideWarning, match=r"of the class 'Own' never ran"):
             handle.remove()
-        handle = go.override({nn.ReLU: doubled, Own: negated})
+        handle = go.override(rules)
         with pytest.warns(go.GradOverrideWarning, match="never ran") as seen:
             handle.remove()
         assert len(seen) == 2
