@@ -116,12 +116,13 @@ class Runs(dict[tuple[type, ...], Callable[..., Any]]):
         layout = self.plan.layout(len(kinds), ()) if self.layout is None else self.layout
         places = [index for index, kind in enumerate(kinds) if kind is Tensor or kind is nn.Parameter]
         others = [kind for index, kind in enumerate(kinds) if index not in places]
-        if places and all(kind in SCALARS for kind in others):
-            run = ShortPath(self.plan, layout, places).run()
-        else:
-            run = lambda *values: differentiate(self.plan, layout, None, values)  # noqa: E731
-        self[kinds] = run
-        return run
+
+        def general(*values: Any) -> Any:
+            return differentiate(self.plan, layout, None, values)
+
+        short = places and all(kind in SCALARS for kind in others)
+        self[kinds] = ShortPath(self.plan, layout, places).run() if short else general
+        return self[kinds]
 
 
 class ShortPath:

@@ -35,6 +35,10 @@ RULES = {
     "an argument that is called": (lambda g, vjp: vjp(g), False, False),
     "a new tensor": (lambda g: torch.zeros(3) + g, False, False),
     "an attribute of an argument": (lambda g, x: g @ x.weight, False, False),
+    "a builtin": (torch.neg, True, True),
+    "a builtin that gives a view": (torch.transpose, False, True),
+    "a builtin that writes": (torch.relu_, False, False),
+    "a builtin of Python": (abs, False, False),
 }
 
 
@@ -42,6 +46,17 @@ RULES = {
 def test_which_rules_are_expressions_of_their_arguments(name):
     rule, arithmetic, algebra = RULES[name]
     assert (scan.is_arithmetic(rule), scan.is_algebra(rule)) == (arithmetic, algebra)
+
+
+def test_what_runs_when_an_object_is_called_is_not_that_of_its_metaclass():
+    class Meta(type):
+        def __call__(cls):
+            return super().__call__()
+
+    class Plain(metaclass=Meta):
+        pass
+
+    assert scan.python_function(Plain()) is None
 
 
 def test_algebra_is_checked_all_the_same():
