@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from gradoverride._core.ambient import Autocast
-from gradoverride._core.call import is_differentiable, is_tensor
 from gradoverride._core.connection import Connection
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.forward_pass import tie
@@ -25,6 +24,7 @@ from gradoverride._core.private import evaluated_while_tracing, fail, in_forward
 from gradoverride._core.reading import Readings, keep_plan, kept_plan, unbound
 from gradoverride._core.signature import RESERVED, Forward
 from gradoverride._core.structure import flatten, unflatten
+from gradoverride._core.tensors import is_differentiable, is_tensor
 from gradoverride._core.tracers import FX, record_function, tracer_now
 from gradoverride.errors import GraphError, UnsupportedError
 

@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from gradoverride._core.call import is_tensor
 from gradoverride._core.connection import ends_of_connections
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.edited_result import edits_of
@@ -24,6 +23,7 @@ from gradoverride._core.nodes import leaf_of, rule_of
 from gradoverride._core.private import results_of
 from gradoverride._core.signature import name_of
 from gradoverride._core.structure import flatten
+from gradoverride._core.tensors import is_tensor
 from gradoverride.errors import DrawingError, GraphError
 
 __all__ = ["DrawnEdge", "DrawnNode", "GraphDrawing", "show_graph"]

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from gradoverride._core.ambient import Autocast
-from gradoverride._core.call import is_differentiable
 from gradoverride._core.contract import Meta, what
 from gradoverride._core.edit import ask, ask_several, edit
 from gradoverride._core.edited_result import EditedLeaf, EditedResult
@@ -25,6 +24,7 @@ from gradoverride._core.nodes import hook_on, leaf_of, nodes_behind
 from gradoverride._core.private import fail, hook_on_result, is_freed, results_of
 from gradoverride._core.reading import Reading, Readings
 from gradoverride._core.signature import Forward, Rule
+from gradoverride._core.tensors import is_differentiable
 from gradoverride.errors import GraphError, RuleSignatureError, UnsupportedError
 
 __all__ = ["GradientEdit", "edit_gradient", "edit_gradient_", "find_nodes"]

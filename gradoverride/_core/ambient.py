@@ -1,5 +1,5 @@
-"""What surrounds a call: the autocast state, and for a replay the random state and the rules of functions, which must
-surround its backward too; hooks on saved tensors, which are for what the user computes alone.
+"""What surrounds a call: who runs it; the autocast state, and for a replay the random state and the rules of functions,
+which must surround its backward too; hooks on saved tensors, which are for what the user computes alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from gradoverride._core.layers import FunctionLayer
 
 __all__ = [
+    "EAGER",
+    "TRACED",
+    "TRANSFORMED",
     "Autocast",
     "FunctionRules",
     "RandomState",
@@ -34,6 +37,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+EAGER, TRACED, TRANSFORMED = "eager", "traced", "transformed"
+"""How a call is run: by torch alone; traced by Dynamo; under torch.func, or in forward mode."""
 
 _NOTHING = contextlib.nullcontext()
 

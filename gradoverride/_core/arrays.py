@@ -15,12 +15,12 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from gradoverride._core.call import is_tensor
 from gradoverride._core.contract import shape_text
 from gradoverride._core.function import ByLoop, tied
 from gradoverride._core.private import fail, in_forward_ad, in_functorch
 from gradoverride._core.signature import Forward, Rule, signature_asking
 from gradoverride._core.structure import flatten, unflatten
+from gradoverride._core.tensors import is_tensor
 from gradoverride._core.tracers import EXPORT, MAKE_FX, tracer_now
 from gradoverride.errors import ForwardResultError, UnsupportedError
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradoverride._core.ambient import RandomState, under_traced
+from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED, RandomState, under_traced
 from gradoverride._core.collector import Collector
 from gradoverride._core.contract import conform_output, read_answer, read_params, what
 from gradoverride._core.function import tied
@@ -45,10 +45,10 @@ class Backward:
         self.ctx = ctx
         # Where nothing was saved, a second pass needs no retained graph.
         self.saved: Sequence[Tensor] = ctx.saved_tensors if call.saved or call.graph is not None else ()
-        self.eager = call.eager
-        self.traced = call.traced
+        self.eager = call.mode == EAGER
+        self.traced = call.mode == TRACED
         self.again = torch.is_grad_enabled()
-        if call.transformed:
+        if call.mode == TRANSFORMED:
             # In the backward of a forward that was replayed, its transform has been left.
             self.saved = [out_of_left_transforms(tensor) for tensor in self.saved]
         self.own: dict[str, Tensor | None] = {}  # parameters left to autograd whose gradients are known already

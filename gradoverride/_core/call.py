@@ -12,68 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.func import debug_unwrap
 from torch.nn.parameter import is_lazy
 
-from gradoverride._core.ambient import Autocast, autocast_while_tracing
+from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED, Autocast, autocast_while_tracing
 from gradoverride._core.backward_pass import Backward
 from gradoverride._core.contract import Meta
 from gradoverride._core.forward_mode import transpose
 from gradoverride._core.function import fresh
 from gradoverride._core.nodes import leaves_behind
 from gradoverride._core.plan import Layout, Plan
-from gradoverride._core.private import fail, in_forward_ad, version_of
+from gradoverride._core.private import fail, version_of
 from gradoverride._core.scan import class_normalizes, mentions
 from gradoverride._core.snapshot import Snapshot
 from gradoverride._core.stale import Stale
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten
+from gradoverride._core.tensors import is_differentiable, is_tracked
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
-__all__ = [
-    "EAGER",
-    "TRACED",
-    "TRANSFORMED",
-    "Asked",
-    "Call",
-    "Param",
-    "is_differentiable",
-    "is_tensor",
-    "may_want_gradient",
-    "requires_grad_anywhere",
-]
-
-EAGER, TRACED, TRANSFORMED = "eager", "traced", "transformed"
-
-
-def is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
-def is_differentiable(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def is_tracked(tensor: Tensor) -> bool:
-    """Whether a transform tracks this tensor. `requires_grad` does not tell: it is False in forward mode."""
-    if in_forward_ad() and forward_ad.unpack_dual(tensor).tangent is not None:
-        return True
-    return debug_unwrap(tensor, recurse=False) is not tensor
-
-
-def may_want_gradient(tensor: Tensor) -> bool:
-    """Whether a transform may want a gradient for it, forward mode too, where `requires_grad` does not tell."""
-    return requires_grad_anywhere(tensor) or (in_forward_ad() and is_tracked(tensor))
-
-
-def requires_grad_anywhere(tensor: Tensor) -> bool:
-    """Whether the tensor, or one that a transform has wrapped in it, requires grad."""
-    while not tensor.requires_grad:
-        inner = debug_unwrap(tensor, recurse=False)
-        if inner is tensor:
-            return False
-        tensor = inner
-    return True
+__all__ = ["Asked", "Call", "Param"]
 
 
 def training_of(module: nn.Module) -> dict[str, bool]:
@@ -256,21 +212,6 @@ class Call:
         now = training_of(self.module)
         changed = [prefix for prefix, was in self.training.items() if now.get(prefix, was) is not was]
         return {prefix: Snapshot({"training": self.training[prefix]}, {}, {}) for prefix in changed}
-
-    @property
-    def eager(self) -> bool:
-        """Whether neither Dynamo nor a transform runs it."""
-        return self.mode == EAGER
-
-    @property
-    def traced(self) -> bool:
-        """Whether Dynamo traces it."""
-        return self.mode == TRACED
-
-    @property
-    def transformed(self) -> bool:
-        """Whether it is under torch.func, or in forward mode."""
-        return self.mode == TRANSFORMED
 
     # --- taking the call apart ------------------------------------------------------------------------------
 

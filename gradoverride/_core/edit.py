@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradoverride._core.ambient import Autocast, autocast_while_tracing, under_traced
-from gradoverride._core.call import EAGER, TRACED, Call, is_differentiable
+from gradoverride._core.ambient import EAGER, TRACED, Autocast, autocast_while_tracing, under_traced
+from gradoverride._core.call import Call
 from gradoverride._core.contract import Meta, read_answer, what
 from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.function import alias_function
@@ -38,6 +38,7 @@ from gradoverride._core.reading import Reading, Readings, holds_numbers, keep_pl
 from gradoverride._core.short_function import FLOATING
 from gradoverride._core.signature import Forward
 from gradoverride._core.structure import flatten, unflatten
+from gradoverride._core.tensors import is_differentiable
 from gradoverride._core.tracers import FX, exporting, record_function, tracer_now
 from gradoverride.errors import GraphError
 

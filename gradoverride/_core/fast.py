@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradoverride._core.aliases import has_other_data
-from gradoverride._core.call import EAGER
+from gradoverride._core.ambient import EAGER
 from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.kept_graph import KeptGraph, shares_versions
 from gradoverride._core.plan import Layout, Plan

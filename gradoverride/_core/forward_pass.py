@@ -18,16 +18,8 @@ from torch import Tensor, nn
 
 from gradoverride._core import captured
 from gradoverride._core.aliases import alias_of, carry_data, copy_attributes, places_of, share_attributes
-from gradoverride._core.call import (
-    EAGER,
-    TRACED,
-    TRANSFORMED,
-    Call,
-    is_differentiable,
-    is_tensor,
-    may_want_gradient,
-    requires_grad_anywhere,
-)
+from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED
+from gradoverride._core.call import Call
 from gradoverride._core.contract import Meta, what
 from gradoverride._core.function import TOKEN, fresh, trackable
 from gradoverride._core.held import refuse_held
@@ -48,6 +40,7 @@ from gradoverride._core.saver import Saver
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import Copied, is_parametrized, stand_in, with_parameters, write_back
 from gradoverride._core.structure import LEAF, alike, flatten, skeleton, unchanged, unflatten
+from gradoverride._core.tensors import is_differentiable, is_tensor, may_want_gradient, requires_grad_anywhere
 from gradoverride._core.traced_graph import distinct
 from gradoverride._core.tracers import FX, drops_rule, record_call, tracer_now
 from gradoverride._core.writes import Writes

@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradoverride._core.call import EAGER, TRACED, Call
+from gradoverride._core.ambient import EAGER, TRACED
+from gradoverride._core.call import Call
 from gradoverride._core.kept_graph import KeptGraph, shares_versions
 from gradoverride._core.replay import Replay
 from gradoverride._core.traced_graph import TracedGraph

@@ -17,13 +17,14 @@ from torch.func import debug_unwrap
 from gradoverride._core import everywhere
 from gradoverride._core.aliases import alias_of
 from gradoverride._core.ambient import FunctionRules, RandomState
-from gradoverride._core.call import Call, is_differentiable, is_tensor, may_want_gradient
+from gradoverride._core.call import Call
 from gradoverride._core.private import fail, in_modes
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.snapshot import snapshots
 from gradoverride._core.standin import stand_in
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride._core.targets import RECORD
+from gradoverride._core.tensors import is_differentiable, is_tensor, may_want_gradient
 from gradoverride.errors import UnsupportedError
 
 if TYPE_CHECKING:

@@ -8,10 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradoverride._core import scan
-from gradoverride._core.call import TRACED, TRANSFORMED, Asked, Call, is_differentiable, is_tensor
+from gradoverride._core.ambient import TRACED, TRANSFORMED
+from gradoverride._core.call import Asked, Call
 from gradoverride._core.function import trackable
 from gradoverride._core.private import fail
 from gradoverride._core.structure import LEAF, Node, flatten
+from gradoverride._core.tensors import is_differentiable, is_tensor
 from gradoverride.errors import RuleSignatureError
 
 __all__ = ["Saver"]

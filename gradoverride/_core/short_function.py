@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gradoverride._core.ambient import Autocast
-from gradoverride._core.call import EAGER, TRACED, Call
+from gradoverride._core.ambient import EAGER, TRACED, Autocast
+from gradoverride._core.call import Call
 from gradoverride._core.contract import Meta, conform_output, read_answer, read_params
 from gradoverride._core.forward_pass import ForwardPass
 from gradoverride._core.function import plain_function

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from gradoverride._core import captured
 from gradoverride._core.ambient import unseen_by_hooks
-from gradoverride._core.call import is_differentiable
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import (
@@ -31,6 +30,7 @@ from gradoverride._core.private import (
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, Rule, name_of
 from gradoverride._core.structure import flatten
+from gradoverride._core.tensors import is_differentiable
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import CapturedTensorError, ForwardResultError, SurrogateError, UnsupportedError
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradoverride._core.ambient import autocast_while_tracing
-from gradoverride._core.call import TRACED
+from gradoverride._core.ambient import TRACED, autocast_while_tracing
 from gradoverride._core.fast import FittingClasses, is_number
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import evaluated_while_tracing, in_functorch, keep_own_frames_whole

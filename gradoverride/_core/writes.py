@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from gradoverride._core.call import EAGER, TRACED, Call, is_differentiable, is_tensor
+from gradoverride._core.ambient import EAGER, TRACED
+from gradoverride._core.call import Call
 from gradoverride._core.kept_graph import shares_versions
 from gradoverride._core.private import fail, is_updated_while_tracing, version_of, versions_while_tracing
 from gradoverride._core.structure import flatten
+from gradoverride._core.tensors import is_differentiable, is_tensor
 from gradoverride.errors import ForwardResultError
 
 __all__ = ["Writes"]

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gradoverride._core.call import is_differentiable
 from gradoverride._core.contract import what
 from gradoverride._core.private import fail
 from gradoverride._core.structure import flatten, is_container, unflatten
+from gradoverride._core.tensors import is_differentiable
 from gradoverride.errors import RuleResultError
 
 __all__ = ["Each", "each", "gradients_in", "of_values"]
