@@ -29,7 +29,8 @@ from gradoverride._core.vjp import Vjp
 from gradoverride.errors import RuleResultError, UnsupportedError
 
 if TYPE_CHECKING:
-    from gradoverride._core.call import Call, Param
+    from gradoverride._core.call import Call
+    from gradoverride._core.params import Param
 
 __all__ = ["Backward"]
 

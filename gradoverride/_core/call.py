@@ -1,8 +1,6 @@
 """One invocation: what is known of it, from its forward to its backward.
 
-`forward_pass.py` fills it in, `backward_pass.py` reads it. A parameter of the module is *aliased* when the rule or the
-kept graph answers for it, so that the forward met an alias; and *natural* when it is left to torch's own graph, so
-that the forward met the parameter itself.
+`forward_pass.py` fills it in, `backward_pass.py` reads it.
 """
 
 from __future__ import annotations
@@ -12,60 +10,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED, Autocast, autocast_while_tracing
 from gradoverride._core.backward_pass import Backward
 from gradoverride._core.contract import Meta
 from gradoverride._core.forward_mode import transpose
 from gradoverride._core.function import fresh
-from gradoverride._core.nodes import leaves_behind
+from gradoverride._core.params import Param
 from gradoverride._core.plan import Layout, Plan
-from gradoverride._core.private import fail, version_of
-from gradoverride._core.scan import class_normalizes, mentions
+from gradoverride._core.private import version_of
+from gradoverride._core.scan import class_normalizes
 from gradoverride._core.snapshot import Snapshot
 from gradoverride._core.stale import Stale
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten
-from gradoverride._core.tensors import is_differentiable, is_tracked
-from gradoverride.errors import RuleSignatureError, UnsupportedError
+from gradoverride._core.tensors import is_differentiable
 
-__all__ = ["Asked", "Call", "Param"]
+__all__ = ["Asked", "Call"]
 
 
 def training_of(module: nn.Module) -> dict[str, bool]:
     """By prefix, whether each part of `module` is in training."""
     return {f"{name}." if name else "": part.training for name, part in module.named_modules()}
-
-
-def _behind_attributes(module: nn.Module, fn: Any) -> set[int]:
-    """The ids of parameters that attributes of `module` were computed from before `fn`, which meets these: by the hooks
-    of `prune` and of the older `weight_norm` and `spectral_norm`.
-    """
-    computed = [(name, one.grad_fn) for name, one in vars(module).items() if isinstance(one, Tensor)]
-    nodes = [node for name, node in computed if node is not None and mentions(fn, name)]
-    return {id(leaf) for leaf in leaves_behind(nodes) if not leaf._backward_hooks}
-
-
-def sharded_part(module: nn.Module, name: str) -> str | None:
-    """The part of `module` on the way to the parameter `name` that FSDP2 shards on its own."""
-    from torch.distributed.fsdp import FSDPModule
-
-    steps = name.split(".")[:-1]
-    paths = [".".join(steps[: index + 1]) for index in range(len(steps))]
-    return next((path for path in paths if isinstance(module.get_submodule(path), FSDPModule)), None)
-
-
-class Param:
-    """A trainable parameter of the module, in one call."""
-
-    __slots__ = ("asked", "meta", "name", "names", "tensor")
-
-    def __init__(self, name: str, tensor: Any, meta: Meta) -> None:
-        self.name = name
-        self.names = [name]  # a tied parameter has several
-        self.tensor = tensor
-        self.meta = meta
-        self.asked = False
 
 
 class Asked:
@@ -103,7 +68,7 @@ class Call:
     n_leaves: int  # a leaf is a floating or complex tensor among the arguments
     metas: list[Meta]  # by leaf, what its gradient must be like
     wanted: list[bool]  # by leaf, whether a gradient is wanted
-    # From the module (`find_params`):
+    # From the module (`params.find_params`):
     params: list[Param]
     aliased: list[Param]
     natural: list[Param]
@@ -259,98 +224,10 @@ class Call:
         self.wanted = [True] * len(metas)
 
     def describe_params(self, names: Sequence[str], metas: Sequence[Meta]) -> None:
-        """As `find_params`, for parameters that the rule asks for."""
+        """As `params.find_params`, for parameters that the rule asks for."""
         self.params = [Param(name, None, meta) for name, meta in zip(names, metas, strict=True)]
         for param in self.params:
             param.asked = True
-
-    def find_params(self, module: nn.Module) -> None:
-        """Sort the trainable parameters of `module` into those the rule answers for and those left to autograd."""
-        plan = self.plan
-        found: dict[Tensor, Param] = {}
-        for name, tensor in module.named_parameters(remove_duplicate=False):
-            if self.mode == EAGER and type(tensor) is not nn.Parameter:
-                self._check_present(module, name, tensor)
-            if tensor in found:
-                found[tensor].names.append(name)
-            elif tensor.requires_grad or (self.mode == TRANSFORMED and is_tracked(tensor)):
-                found[tensor] = Param(name, tensor, Meta(tensor))
-            else:
-                self.frozen[name] = tensor
-        params = self._with_parametrized(module, list(found.values()))
-        # A buffer or parameter called `params` comes before the reserved name.
-        asks_all = plan.asks_params and "params" not in module._buffers and "params" not in module._parameters
-        for param in params:
-            names = plan.asked_of_module.intersection(param.names)
-            param.asked = asks_all or plan.class_form or bool(names - plan.may_be_residuals)
-            self.unsettled = self.unsettled or (bool(names) and not param.asked)
-            if asks_all and not plan.class_form and all([name in self.groups for name in param.names]):
-                self._refuse_same_name(param.name)
-        # Left to autograd, but reached through an alias: where the rule may answer for it all the same, and where
-        # torch would run the parameter's hooks once more when the kept graph is asked for its gradient.
-        explicit = self.mode == TRANSFORMED or plan.through_aliases or self.unsettled
-        explicit = explicit or any(name in plan.may_answer for param in params for name in param.names)
-        explicit = explicit or (self.mode == EAGER and any(param.tensor._backward_hooks for param in params))
-        kept = _behind_attributes(module, plan.fn) if explicit and self.mode == EAGER else ()
-        # (Dynamo would guard each id that it sees.)
-        aliased = [param.asked or (explicit and not (kept and id(param.tensor) in kept)) for param in params]
-        self.aliased = [param for param, through_alias in zip(params, aliased, strict=True) if through_alias]
-        self.natural = [param for param, through_alias in zip(params, aliased, strict=True) if not through_alias]
-        if plan.class_form and plan.asks_vjp:
-            for param in params:
-                param.asked = False
-        self.params = [*self.aliased, *self.natural]
-
-    def settle_params(self, residuals: dict[str, Any]) -> None:
-        """The forward has run and handed these over: what else it could have is a parameter, and asked for."""
-        for param in self.aliased:
-            param.asked = param.asked or any(
-                [name in self.plan.asked_of_module and name not in residuals for name in param.names]
-            )
-        if not self.plan.asks_vjp and all([param.asked for param in self.aliased]):
-            self.graph = None  # was kept for their own gradients
-
-    def _refuse_same_name(self, name: str) -> None:
-        fail(
-            RuleSignatureError,
-            f"rule {self.plan.rule.who} of {self.plan.forward.who} asks for 'params' and could not answer for the "
-            f"parameter '{name}', for an argument of the forward has that name and comes first. Rename the argument, "
-            "or ask for other parameters by name",
-        )
-
-    def _check_present(self, module: nn.Module, name: str, tensor: Tensor) -> None:
-        who = self.plan.forward.who
-        if is_lazy(tensor):
-            fail(
-                UnsupportedError,
-                f"{who} must have all its parameters when a gradient is wanted; '{name}' of "
-                f"'{type(module).__name__}' is lazy and not there yet. Call the module once under torch.no_grad()",
-            )
-        part = sharded_part(module, name) if hasattr(tensor, "full_tensor") else None
-        if part is not None:
-            fail(
-                UnsupportedError,
-                f"{who} must have all its parameters when a gradient is wanted; '{name}' is put together later, for "
-                f"'{part}' is sharded on its own. Override '{part}' and the other parts instead, or shard "
-                "the whole at once",
-            )
-
-    def _with_parametrized(self, module: nn.Module, params: list[Param]) -> list[Param]:
-        """A parametrized weight that the rule asks for under its plain name stands in for what it is computed from."""
-        if "parametrizations" not in module._modules:
-            return params
-        table: Any = module._modules["parametrizations"]
-        asked = [name for name, source in self.plan.sources.items() if source == "deferred"]
-        for name in list(table._modules):
-            if name in asked or self.plan.class_form:
-                prefix = f"parametrizations.{name}."
-                value = getattr(module, name)
-                params = [param for param in params if not param.name.startswith(prefix)]
-                if value.requires_grad or self.mode == TRANSFORMED:
-                    params.append(Param(name, value, Meta(value)))
-                else:
-                    self.frozen[name] = value
-        return params
 
     @property
     def answers_dict_bare(self) -> bool:

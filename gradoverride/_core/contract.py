@@ -19,7 +19,8 @@ from gradoverride._core.structure import LEAF, Node, describe, has_leaf, holds_v
 from gradoverride.errors import RuleResultError
 
 if TYPE_CHECKING:
-    from gradoverride._core.call import Call, Param
+    from gradoverride._core.call import Call
+    from gradoverride._core.params import Param
     from gradoverride._core.plan import Plan
 
 __all__ = ["Meta", "answers_by_name", "conform_output", "read_answer", "read_params", "shape_text", "what"]

@@ -25,6 +25,7 @@ from gradoverride._core.function import TOKEN, fresh, trackable
 from gradoverride._core.held import refuse_held
 from gradoverride._core.inner_graph import inner_graph
 from gradoverride._core.kept_graph import outer_of
+from gradoverride._core.params import find_params
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import (
     counted_once,
@@ -67,7 +68,7 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
         receiver = with_parameters(receiver)
     module = receiver if isinstance(receiver, nn.Module) else None
     if module is not None:
-        call.find_params(module)
+        find_params(call, module)
     else:
         if plan.takes_receiver and plan.asks_params:
             raise unknown_name(plan.rule, plan.forward, "params", ())

@@ -11,6 +11,7 @@ from gradoverride._core import scan
 from gradoverride._core.ambient import TRACED, TRANSFORMED
 from gradoverride._core.call import Asked, Call
 from gradoverride._core.function import trackable
+from gradoverride._core.params import settle_params
 from gradoverride._core.private import fail
 from gradoverride._core.structure import LEAF, Node, flatten
 from gradoverride._core.tensors import is_differentiable, is_tensor
@@ -35,7 +36,7 @@ class Saver:
         """Find each value that the rule asks for, and say where its tensors are to be saved from."""
         call, plan = self.call, self.plan
         if call.unsettled:
-            call.settle_params(residuals)
+            settle_params(call, residuals)
         own = {name: index for index, param in enumerate(call.params) for name in param.names}
         sources = {**plan.jvp_sources, **plan.sources} if call.mode == TRANSFORMED else plan.sources
         for name, source in sources.items():

@@ -23,6 +23,7 @@ from gradoverride._core.contract import Meta, conform_output, read_answer, read_
 from gradoverride._core.forward_pass import ForwardPass
 from gradoverride._core.function import plain_function
 from gradoverride._core.kept_graph import KeptGraph
+from gradoverride._core.params import find_params
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import any_autocast, use_count
 from gradoverride._core.vjp import ShortVjp
@@ -299,7 +300,7 @@ class ShortFunction:
         call.graph = graph
         leaves = call.take_apart(values)
         if receiver is not None:
-            call.find_params(receiver)
+            find_params(call, receiver)
         forward_pass = ForwardPass(call, receiver, receiver, leaves, values, before, on_leaves)
         return forward_pass.finish(given, result, {})
 
