@@ -245,9 +245,13 @@ class Call:
             **wanted,  # an argument comes before a parameter of its name
         }
 
+    def places_of(self, index: int) -> range:
+        """Where those of the argument at `index` stand among the leaves."""
+        return range(self.ends[index - 1] if index else 0, self.ends[index])
+
     def wants(self, index: int) -> bool:
         """Whether a gradient is wanted for the argument at `index`."""
-        return any(self.wanted[self.ends[index - 1] if index else 0 : self.ends[index]])
+        return any([self.wanted[place] for place in self.places_of(index)])
 
     @property
     def passed_alone(self) -> int | None:
@@ -257,7 +261,7 @@ class Call:
         return passed[0] if len(passed) == 1 else None
 
     def metas_of(self, index: int) -> list[Meta]:
-        return self.metas[self.ends[index - 1] if index else 0 : self.ends[index]]
+        return [self.metas[place] for place in self.places_of(index)]
 
     def name_of_leaf(self, leaf: int) -> str:
         return next(name for name, end in zip(self.names, self.ends, strict=True) if leaf < end)

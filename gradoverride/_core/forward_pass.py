@@ -265,8 +265,7 @@ class ForwardPass:
 
     def _meets_own(self, index: int, aliases: Sequence[Tensor]) -> bool:
         """Whether the forward meets the tensors of this argument themselves, for none of them has a gradient."""
-        places = range(self.call.ends[index - 1] if index else 0, self.call.ends[index])
-        return all([aliases[place] is self.leaves[place] for place in places])
+        return all([aliases[place] is self.leaves[place] for place in self.call.places_of(index)])
 
     def _refuse_changed(self, arguments: Sequence[Any], aliases: Sequence[Tensor]) -> None:
         """A container of tensors with a gradient was given as a copy, with aliases: what was put there would be lost.
@@ -281,8 +280,8 @@ class ForwardPass:
             own = self._meets_own(index, aliases)
             if own and not self.writes.asked_as(name):
                 continue
-            given = aliases[call.ends[index - 1] if index else 0 : call.ends[index]]
-            if unchanged(spec, iter(given), arguments[index]):
+            given = iter([aliases[place] for place in call.places_of(index)])
+            if unchanged(spec, given, arguments[index]):
                 continue
             if own:
                 self.writes.refuse_asked(name)

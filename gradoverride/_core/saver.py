@@ -88,8 +88,7 @@ class Saver:
         call = self.call
         spec = call.specs[index]
         if spec is LEAF or (type(spec) is Node and spec.bare):
-            places = range(call.ends[index - 1] if index else 0, call.ends[index])
-            call.asked.append(Asked(name, spec, [self.slot(place) for place in places]))
+            call.asked.append(Asked(name, spec, [self.slot(place) for place in call.places_of(index)]))
         else:  # tensors without a gradient may be in it, and values
             self._ask(name, value)
 

@@ -39,8 +39,8 @@ class TracedGraph:
         self.given = [alias.clone() for alias in self.aliases] if copies else list(self.aliases)
         for index in call.holders:
             if call.specs[index] is not LEAF and not call.wants(index):
-                places = slice(call.ends[index - 1] if index else 0, call.ends[index])
-                self.given[places] = tensors[places]
+                for place in call.places_of(index):
+                    self.given[place] = tensors[place]
 
     def start(self) -> list[Tensor]:
         """What the forward is to run on. It is not kept."""
