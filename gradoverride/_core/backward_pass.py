@@ -170,7 +170,7 @@ class Backward:
             shown[name] = now
             if not torch.allclose(now, self.saved[slot], equal_nan=True):
                 text = (
-                    f"rule {self.plan.rule.who} of {self.plan.forward.who} must read '{name}' of the module as that "
+                    f"{self.plan.who} must read '{name}' of the module as that "
                     "forward computed it, and with create_graph that is to be computed again; it came out otherwise (a "
                     "parametrization draws random numbers, or updates buffers in training). Ask for it by its name, or "
                     "put the module in eval mode"
@@ -295,7 +295,7 @@ class Backward:
         if overruled and self.traced:
             fail(
                 RuleResultError,
-                f"rule {self.plan.rule.who} of {self.plan.forward.who} answers for the parameter '{overruled[0]}' and "
+                f"{self.plan.who} answers for the parameter '{overruled[0]}' and "
                 "must ask for it where it is compiled, by its name or by 'params'",
             )
         if self.eager and torch.is_grad_enabled() and any(call.wanted):
@@ -377,7 +377,7 @@ class Backward:
         if len(found) != call.n_outs or not alike(call.result, spec):
             fail(
                 RuleResultError,
-                f"vjp in the rule {self.plan.rule.who} of {self.plan.forward.who} takes a gradient in the structure "
+                f"vjp in the {self.plan.who} takes a gradient in the structure "
                 f"of the forward's result, {describe(call.result)} with a tensor for each *; it got {what(value)}. "
                 "Hand over grad_output, or what is made of it part by part",
             )

@@ -164,7 +164,7 @@ class Call:
             if version_of(tensor) != self.then.get(name, version_of(tensor)):
                 shown[name] = Stale.of(
                     tensor,
-                    f"rule {self.plan.rule.who} of {self.plan.forward.who} must read '{name}' of the module as it was "
+                    f"{self.plan.who} must read '{name}' of the module as it was "
                     "in that forward, and it was written into since. Hand a copy over by save_for_backward, ask for "
                     "'vjp', or write after the backward",
                 )
@@ -183,45 +183,36 @@ class Call:
     def take_apart(self, values: Sequence[Any]) -> list[Tensor]:
         """The differentiable tensors among the arguments; notes their structure and what their gradients look like."""
         leaves: list[Tensor] = []
-        self.specs = []
-        self.ends = []
-        holders = []
-        for index, value in enumerate(values):
-            before = len(leaves)
-            self.specs.append(flatten(value, is_differentiable, leaves))
-            self.ends.append(len(leaves))
-            if len(leaves) > before:
-                holders.append(index)
-        self.holders = holders
-        self.single = holders[0] if len(holders) == 1 else None
-        self.n_leaves = len(leaves)
-        self.metas = [Meta(leaf) for leaf in leaves]
+        specs, ends = [], []
+        for value in values:
+            specs.append(flatten(value, is_differentiable, leaves))
+            ends.append(len(leaves))
         everywhere = self.mode == TRANSFORMED
-        self.wanted = [everywhere or leaf.requires_grad for leaf in leaves]
+        wanted = [everywhere or leaf.requires_grad for leaf in leaves]
         if everywhere and self.plan.tensor_defaults:  # these no transform can track
             defaults = list(map(id, self.plan.tensor_defaults.values()))
-            self.wanted = [leaf.requires_grad or id(leaf) not in defaults for leaf in leaves]
+            wanted = [leaf.requires_grad or id(leaf) not in defaults for leaf in leaves]
+        self._describe(specs, ends, [Meta(leaf) for leaf in leaves], wanted)
         return leaves
 
     def describe_plain(self, places: Sequence[int], metas: list[Meta], wanted: Sequence[bool]) -> None:
         """As `take_apart`, for a call whose arguments at `places` were tensors and the others scalars."""
-        self.specs = [LEAF if index in places else Constant(None) for index in range(len(self.names))]
-        self.ends = [sum(place <= index for place in places) for index in range(len(self.names))]
-        self.holders = list(places)
-        self.single = places[0] if len(places) == 1 else None
-        self.n_leaves = len(places)
-        self.metas = metas
-        self.wanted = list(wanted)
+        indices = range(len(self.names))
+        specs = [LEAF if index in places else Constant(None) for index in indices]
+        self._describe(specs, [sum(place <= index for place in places) for index in indices], metas, list(wanted))
 
     def describe_tuple(self, metas: list[Meta]) -> None:
         """As `take_apart`, for a call whose only argument was a tuple of tensors."""
-        self.specs = [Node(tuple, None, [LEAF] * len(metas))]
-        self.ends = [len(metas)]
-        self.holders = [0]
-        self.single = 0
+        self._describe([Node(tuple, None, [LEAF] * len(metas))], [len(metas)], metas, [True] * len(metas))
+
+    def _describe(self, specs: list[Any], ends: list[int], metas: list[Meta], wanted: list[bool]) -> None:
+        self.specs = specs
+        self.ends = ends
+        self.holders = [index for index in range(len(ends)) if len(self.places_of(index))]
+        self.single = self.holders[0] if len(self.holders) == 1 else None
         self.n_leaves = len(metas)
         self.metas = metas
-        self.wanted = [True] * len(metas)
+        self.wanted = wanted
 
     def describe_params(self, names: Sequence[str], metas: Sequence[Meta]) -> None:
         """As `params.find_params`, for parameters that the rule asks for."""
@@ -312,6 +303,5 @@ class Call:
             leaf_grads, param_grads, _ = backward.gradients(list(grads))
             return [*leaf_grads, *param_grads]
 
-        who = f"rule {self.plan.rule.who} of {self.plan.forward.who}"
-        found = transpose(gradients, self.out_metas, list(tangents[:count]), who)
+        found = transpose(gradients, self.out_metas, list(tangents[:count]), self.plan.who)
         return (*found, *zeros)

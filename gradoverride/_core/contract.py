@@ -145,7 +145,7 @@ def conform_output(plan: Plan, value: Any, meta: Meta) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != meta.shape:
         fail(
             RuleResultError,
-            f"vjp in the rule {plan.rule.who} of {plan.forward.who} takes a gradient of shape {meta.text}, the shape "
+            f"vjp in the {plan.who} takes a gradient of shape {meta.text}, the shape "
             f"of the result; it got {what(value)}. Hand over grad_output, or what is made of it",
         )
     return conform(plan, ("output",), value, meta)
@@ -340,4 +340,4 @@ def _a(name: str) -> str:
 
 
 def _refuse(plan: Plan, text: str) -> NoReturn:
-    fail(RuleResultError, f"rule {plan.rule.who} of {plan.forward.who} {text}")
+    fail(RuleResultError, f"{plan.who} {text}")

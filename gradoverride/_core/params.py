@@ -134,7 +134,7 @@ def _with_parametrized(call: Call, module: nn.Module, params: list[Param]) -> li
 def _refuse_same_name(call: Call, name: str) -> None:
     fail(
         RuleSignatureError,
-        f"rule {call.plan.rule.who} of {call.plan.forward.who} asks for 'params' and could not answer for the "
+        f"{call.plan.who} asks for 'params' and could not answer for the "
         f"parameter '{name}', for an argument of the forward has that name and comes first. Rename the argument, "
         "or ask for other parameters by name",
     )

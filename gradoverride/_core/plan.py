@@ -135,6 +135,11 @@ class Plan:
         self._own_signature = inspect.Signature(forward.parameters) if forward.as_given else None
         self._recorded: Callable[..., Any] | None = None
 
+    @property
+    def who(self) -> str:
+        """How messages about the rule begin."""
+        return f"rule {self.rule.who} of {self.forward.who}"
+
     @functools.cached_property
     def mark(self) -> Tensor:
         """A tensor without values, whose shape identifies the rule.
@@ -332,7 +337,7 @@ class Plan:
 
     def note(self, error: Exception) -> None:
         """Note on an exception that the rule raised whose rule it was."""
-        note = f"in the rule {self.rule.who} of {self.forward.who}"
+        note = f"in the {self.who}"
         if self.class_form and isinstance(error, TypeError) and "NoneType" in str(error):
             note += (
                 ", where the grad of each parameter is None until it is assigned: autograd adds it to what was "
@@ -344,7 +349,7 @@ class Plan:
         """The rule wrote into the gradient itself."""
         fail(
             RuleResultError,
-            f"rule {self.rule.who} of {self.forward.who} must not write into the gradient it is given, "
+            f"{self.who} must not write into the gradient it is given, "
             "which other gradients share; it did. Write into grad_output.clone()",
         )
 
