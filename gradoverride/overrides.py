@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from gradoverride._core import everywhere
-from gradoverride._core.class_patch import calls_on_class, check_class
+from gradoverride._core.class_patch import check_class
 from gradoverride._core.functions import name_of_function, signature_of
 from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, next_order
 from gradoverride._core.overridden import (
@@ -38,7 +38,7 @@ from gradoverride._core.overridden import (
 from gradoverride._core.path_patch import check_names, check_path, layers_on_paths
 from gradoverride._core.paths import find, place_of
 from gradoverride._core.private import uncompiled
-from gradoverride._core.puts import ModulePut, Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
+from gradoverride._core.puts import Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
 from gradoverride._core.signature import Forward, Rule, kind_of
 from gradoverride._core.targets import Class, Entry, Function, ImportPath, Match, Target, class_of, matches, modules_of
 from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
@@ -296,7 +296,7 @@ def explain(model: nn.Module | None = None) -> Table:
             known.add(id(module))
             of_class = everywhere.layers_on(base_of(module)) if has_forward(module) else []
             for layer in of_class:
-                rows.append(_row(path, class_of(module).__name__, layer, calls_on_class(layer)))
+                rows.append(_row(path, class_of(module).__name__, layer, layer.known_calls))
             for own in layers_of(module):
                 rows.append(_row(path, class_of(module).__name__, own, calls_under(module, own)))
             for function in functions_of(module):
@@ -305,7 +305,7 @@ def explain(model: nn.Module | None = None) -> Table:
                     rows.append(_row(path, class_of(module).__name__, function, function.known_calls))
     else:
         for target, layer in everywhere.classes:
-            rows.append(_row(EVERYWHERE, target.value.__name__, layer, calls_on_class(layer)))
+            rows.append(_row(EVERYWHERE, target.value.__name__, layer, layer.known_calls))
     for function in (*everywhere.functions, *layers_on_paths()):
         rows.append(_row(EVERYWHERE, "", function, function.known_calls))
     return Table(rows)
@@ -329,7 +329,7 @@ class Override:
         self._model = None if model is None else weakref.ref(model)
         self._of_copy: Layer | FunctionLayer | None = None
         self._lock = threading.Lock()
-        self._puts: list[Put | ModulePut] = []
+        self._puts: list[Put] = []
         self._rows: list[Row] = []
         self._is_over = ""  # why it cannot be entered
         try:

@@ -27,7 +27,7 @@ from gradoverride._core.record import refresh_all
 from gradoverride._core.targets import BASE, RECORD, Class, class_of, family
 from gradoverride.errors import GradOverrideWarning, UnsupportedError
 
-__all__ = ["calls_on_class", "check_class", "put_on_class", "refresh", "take_off_class"]
+__all__ = ["check_class", "put_on_class", "refresh", "take_off_class"]
 
 _lock = threading.RLock()
 _patches: dict[type, _Patch] = {}
@@ -152,11 +152,6 @@ def take_off_class(layer: ClassLayer) -> None:
         if len(left) != len(everywhere.classes):
             everywhere.classes[:] = left
             refresh()
-
-
-def calls_on_class(layer: ClassLayer) -> int | None:
-    """How often modules were called under a layer on their class. None if that is not known: compiled code."""
-    return layer.tally.known()
 
 
 def refresh() -> None:

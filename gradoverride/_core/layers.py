@@ -79,6 +79,11 @@ class ClassLayer(Layer):
         super().__init__(rule, path, target, order)
         self.tally = Tally()
 
+    @property
+    def known_calls(self) -> int | None:
+        """How often it was called. None if that is not known: compiled code."""
+        return self.tally.known()
+
 
 def _layer_again(rule: Callable[..., Any], path: str, target: str, process: str, order: Order) -> Layer:
     return Layer(Rule.of(rule), path, target, _order_again(process, order))
@@ -119,6 +124,7 @@ class FunctionLayer:
 
     @property
     def known_calls(self) -> int | None:
+        """The same of calls of the function."""
         return self.tally.known(traced=self.key.traced)
 
     def __deepcopy__(self, memo: Any) -> FunctionLayer:

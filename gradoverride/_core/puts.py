@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gradoverride._core import overridden
-from gradoverride._core.class_patch import calls_on_class, put_on_class, take_off_class
+from gradoverride._core.class_patch import put_on_class, take_off_class
 from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, Order
 from gradoverride._core.path_patch import check_path, put_on_path, take_off_path
 from gradoverride._core.paths import PENDING, find, when_imported
@@ -18,7 +18,7 @@ from gradoverride._core.targets import Class, class_of, modules_of
 from gradoverride._core.thread_mode import put_on_thread, take_off_thread
 from gradoverride.errors import GradOverrideWarning
 
-__all__ = ["ModulePut", "Put", "Puts", "on_class", "on_copies", "on_modules", "on_none", "on_path", "on_thread"]
+__all__ = ["Put", "Puts", "on_class", "on_copies", "on_modules", "on_none", "on_path", "on_thread"]
 
 
 class Put(NamedTuple):
@@ -31,24 +31,7 @@ class Put(NamedTuple):
     awaits: Callable[[], bool]  # whether a reentrant checkpoint is to run it again
 
 
-class ModulePut(NamedTuple):
-    """The same of a layer on a module."""
-
-    layer: Layer
-    cls: str
-    module: weakref.ref[nn.Module]
-    take_off: Callable[[], None]
-
-    def calls(self) -> int | None:
-        module = self.module()
-        return None if module is None else overridden.calls_under(module, self.layer)
-
-    def awaits(self) -> bool:
-        module = self.module()
-        return module is not None and overridden.awaits_replay(module)
-
-
-Puts = Sequence[Put | ModulePut]
+Puts = Sequence[Put]
 Placed = Sequence[tuple[nn.Module, Sequence[Layer | FunctionLayer]]]
 
 
@@ -80,19 +63,34 @@ def _puts_on(model: nn.Module, placed: Placed, take_off: Callable[[], None]) -> 
         for layer in layers:
             on.setdefault(layer, module)
     return [
-        _of_functions(layer, class_of(model).__name__, take_off)
+        _of_calls(layer, class_of(model).__name__, take_off)
         if isinstance(layer, FunctionLayer)
-        else ModulePut(layer, class_of(module).__name__, weakref.ref(module), take_off)
+        else _of_module(layer, module, take_off)
         for layer, module in on.items()
     ]
 
 
+def _of_module(layer: Layer, module: nn.Module, take_off: Callable[[], None]) -> Put:
+    reference = weakref.ref(module)
+
+    def calls() -> int | None:
+        module = reference()
+        return None if module is None else overridden.calls_under(module, layer)
+
+    def awaits() -> bool:
+        module = reference()
+        return module is not None and overridden.awaits_replay(module)
+
+    return Put(layer, class_of(module).__name__, calls, take_off, awaits)
+
+
 def on_none(model: nn.Module, layer: FunctionLayer) -> Puts:
     """A rule for a function that no module of the model can call: to be told of, and warned of as never called."""
-    return [_of_functions(layer, class_of(model).__name__, lambda: None)._replace(calls=lambda: 0)]
+    return [_of_calls(layer, class_of(model).__name__, lambda: None)._replace(calls=lambda: 0)]
 
 
-def _of_functions(layer: FunctionLayer, cls: str, take_off: Callable[[], None]) -> Put:
+def _of_calls(layer: ClassLayer | FunctionLayer, cls: str, take_off: Callable[[], None]) -> Put:
+    """One that counts its own calls."""
     return Put(layer, cls, lambda: layer.known_calls, take_off, lambda: layer.tally.awaits_replay)
 
 
@@ -113,19 +111,18 @@ def _taking_off(placed: Placed) -> Callable[[], None]:
 def on_class(target: Class, layer: ClassLayer) -> Puts:
     """A rule for all modules of a class."""
     put_on_class(target, layer)
-    name, tally = target.value.__name__, layer.tally
-    return [Put(layer, name, lambda: calls_on_class(layer), lambda: take_off_class(layer), lambda: tally.awaits_replay)]
+    return [_of_calls(layer, target.value.__name__, lambda: take_off_class(layer))]
 
 
 def on_thread(layer: FunctionLayer) -> Puts:
     """A rule for a function of torch in this thread."""
     put_on_thread(layer)
-    return [_of_functions(layer, "", lambda: take_off_thread(layer))]
+    return [_of_calls(layer, "", lambda: take_off_thread(layer))]
 
 
 def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
     """A rule for what a path names, now or when it is imported; if `scoped`, in modules that have the layer too."""
-    puts: list[Put | ModulePut] = []
+    puts: list[Put] = []
     call_off: Callable[[], None] | None = None
 
     def put(value: Any) -> None:
@@ -160,7 +157,7 @@ def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
         call_off = when_imported(path, put_if_it_fits)
     else:
         put(value)
-    own = _of_functions(layer, "", take_off)
+    own = _of_calls(layer, "", take_off)
     return [
         own._replace(
             calls=lambda: (puts or [own])[0].calls(),
