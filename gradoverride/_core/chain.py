@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from gradoverride._core import everywhere
 from gradoverride._core.function_mode import quieted, scope_of, scoped
+from gradoverride._core.functions import calls_that_are
 from gradoverride._core.layers import ClassLayer, FunctionLayer, FunctionRule, Layer, Order
 from gradoverride._core.plan import Plan
 from gradoverride._core.signature import Forward, Rule, passing
@@ -16,12 +17,24 @@ from gradoverride._core.targets import RECORD
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import UnsupportedError
 
-__all__ = ["Chain", "chain_of", "forward_of", "links"]
+__all__ = ["Chain", "Subject", "chain_of", "forward_of", "links"]
 
 
 def forward_of(base: Any, fn: Any = None) -> Forward:
     """The forward of a class of modules, or what stands for it, as a rule sees it."""
     return Forward(everywhere.bare_forward(base) if fn is None else fn, name=base.__name__, method=True)
+
+
+class Subject(NamedTuple):
+    """What a module is to rules: those that are the same share what is made of these."""
+
+    base: Any  # its class, or that of which ours is derived
+    called: frozenset[str]  # the functions of torch that it is nothing but a call of
+    plain: bool  # whether it has no parameters
+
+    @classmethod
+    def of(cls, base: Any, module: Any) -> Subject:
+        return cls(base, calls_that_are(base, module), not module._parameters)
 
 
 class Links(NamedTuple):
@@ -35,35 +48,28 @@ class Links(NamedTuple):
     ]  # whose rules are among `rules`, and that are not of this module alone
 
 
-def links(
-    base: Any,
-    layers: Sequence[Layer],
-    functions: Sequence[FunctionLayer],
-    *,
-    called: frozenset[str],
-    plain: bool,
-) -> Links:
-    """What is in force on a module of the class `base` that has these layers of its own, and in which order.
+def links(subject: Subject, layers: Sequence[Layer], functions: Sequence[FunctionLayer]) -> Links:
+    """What is in force on such a module that has these layers of its own, and in which order.
 
     A module that is nothing but a call of a function has one rule of each override: its own, not that of the function;
     and where only a later override has one for the function, that is outside of the earlier ones, as a rule of the
-    module. `called`: those functions (`calls_that_are`); `plain`: it has no parameters.
+    module.
     """
     if not functions and not everywhere.classes and not everywhere.functions:
         return Links(tuple([layer.rule for layer in layers]), (), (), ())
-    of_class = everywhere.layers_on(base)
+    of_class = everywhere.layers_on(subject.base)
     own = sorted((*layers, *of_class), key=_order)
     within = sorted((*functions, *everywhere.functions), key=_order)
     steps: list[tuple[Order, Rule]] = [(layer.order, layer.rule) for layer in own]
     quiet: list[FunctionRule] = []
     counted: list[ClassLayer | FunctionLayer] = sorted(of_class, key=_order)
     for layer in within if own else ():
-        if layer.key.name not in called:
+        if layer.key.name not in subject.called:
             continue
         if any(layer.order == other.order for other in own):
             quiet.append(layer.key)
         elif layer.order > own[0].order:
-            _check_outside(base, layer, own[0], plain)
+            _check_outside(subject, layer, own[0])
             steps.append((layer.order, layer.rule))
             quiet.append(layer.key)
             counted.append(layer)
@@ -75,10 +81,11 @@ def links(
 _order = operator.attrgetter("order")
 
 
-def _check_outside(base: Any, layer: FunctionLayer, earlier: Layer, plain: bool) -> None:
-    """Whether a rule for a function can be one for modules of `base`, which are nothing but a call of it."""
+def _check_outside(subject: Subject, layer: FunctionLayer, earlier: Layer) -> None:
+    """Whether a rule for a function can be one for such modules, which are nothing but a call of it."""
+    base = subject.base
     forward = forward_of(base)
-    if not plain or len(forward.parameters or ()) != 1:
+    if not subject.plain or len(forward.parameters or ()) != 1:
         raise UnsupportedError(
             f"override of function '{layer.key.name}': the rule {layer.rule.who} must be outside of the earlier rule "
             f"{earlier.rule.who} of the '{base.__name__}' that calls it; it is one of the call inside. Give it the "

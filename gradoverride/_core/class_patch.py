@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.jit import ScriptModule
 
 from gradoverride._core import everywhere
-from gradoverride._core.chain import chain_of, links
+from gradoverride._core.chain import Subject, chain_of, links
 from gradoverride._core.functions import calls_that_are
 from gradoverride._core.layers import ClassLayer
 from gradoverride._core.record import refresh_all
@@ -62,7 +62,7 @@ class _Patch:
     def set(self, classes: Collection[type]) -> None:
         """Have the rules that are in force on these classes now. Modules of theirs may run meanwhile, in threads."""
         for cls in classes:
-            found = links(cls, (), (), called=calls_that_are(cls), plain=True)
+            found = links(Subject(cls, calls_that_are(cls), plain=True), (), ())
             chain = chain_of(cls, found)
             for layer in found.counted:
                 chain.trace.tell(layer.tally)

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from gradoverride._core import everywhere
-from gradoverride._core.chain import forward_of, links
-from gradoverride._core.functions import calls_that_are, may_call
+from gradoverride._core.chain import Subject, forward_of, links
+from gradoverride._core.functions import may_call
 from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.overridden_class import base_of_class, overridden, written_methods
 from gradoverride._core.plan import Plan
@@ -104,11 +104,9 @@ def check_order(module: nn.Module, added: Sequence[Layer | FunctionLayer]) -> No
     if not added or not (RECORD in module.__dict__ or everywhere.classes or everywhere.functions):
         return
     links(
-        base_of(module),
+        Subject.of(base_of(module), module),
         (*layers_of(module), *[layer for layer in added if isinstance(layer, Layer)]),
         (*functions_of(module), *[layer for layer in added if isinstance(layer, FunctionLayer)]),
-        called=calls_that_are(base_of(module), module),
-        plain=not module._parameters,
     )
 
 
@@ -169,7 +167,7 @@ def base_of(module: nn.Module) -> Any:
     """The class that an override of this module is derived from: for a parametrized module that beneath its own."""
     record = module.__dict__.get(RECORD)
     if record is not None:
-        return record.base
+        return record.subject.base
     cls: Any = type(module)
     return base_of_class(cls.__bases__[0] if _is_parametrized_class(module) else cls)
 
@@ -199,11 +197,10 @@ def put_on(module: nn.Module, added: Sequence[Layer | FunctionLayer], shared: di
         else:
             base = base_of(module)
             derived = overridden(base)  # a metaclass may refuse it: before anything is changed
-            called, plain = calls_that_are(base, module), not module._parameters
-            tally = ModuleTally()
+            subject, tally = Subject.of(base, module), ModuleTally()
             tally.forward = module.__dict__.pop("forward", None)
-            kind = base, tuple([layer.rule for layer in layers]), functions, called, plain
-            record = Record(base, layers, functions, tally, called, plain, like=shared.get(kind))
+            kind = subject, tuple([layer.rule for layer in layers]), functions
+            record = Record(subject, layers, functions, tally, like=shared.get(kind))
             module.__dict__[RECORD] = shared[kind] = record
             _derive(module, base, derived)
 
@@ -236,7 +233,8 @@ def take_off(module: nn.Module, gone: Sequence[Layer | FunctionLayer]) -> None:
             module.__dict__[RECORD] = record.but(layers, functions)
         else:
             del module.__dict__[RECORD]
-            _derive(module, overridden(record.base), record.base, record.tally.copied)
+            base = record.subject.base
+            _derive(module, overridden(base), base, record.tally.copied)
             if record.tally.forward is not None:
                 module.__dict__.setdefault("forward", record.tally.forward)
 

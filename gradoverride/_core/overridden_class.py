@@ -24,7 +24,7 @@ from torch.fx import GraphModule
 
 from gradoverride._core import everywhere, scan
 from gradoverride._core.by_class import once_per_class
-from gradoverride._core.functions import calls_that_are
+from gradoverride._core.chain import Subject
 from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.record import ModuleTally, Record
 from gradoverride._core.targets import BASE, RECORD
@@ -248,8 +248,7 @@ def give(module: nn.Module, state: _State) -> None:
     layers = tuple([layer.again() for layer in state.layers])
     cls: Any = type(module)
     base = base_of_class(cls)
-    called, plain = calls_that_are(base, module), not module._parameters
-    module.__dict__[RECORD] = Record(base, layers, state.functions, ModuleTally(copied=True), called, plain)
+    module.__dict__[RECORD] = Record(Subject.of(base, module), layers, state.functions, ModuleTally(copied=True))
 
 
 def _given(module: nn.Module, copied: Any, by: str, again: Callable[[_State], _State]) -> Any:
@@ -257,7 +256,7 @@ def _given(module: nn.Module, copied: Any, by: str, again: Callable[[_State], _S
     record = module.__dict__.get(RECORD)
     if record is not None and copied is not module:
         record.tally.copied = True
-        give(_of_ours(copied, record.base.__name__, by), again(_State(None, record.layers, record.functions)))
+        give(_of_ours(copied, record.subject.base.__name__, by), again(_State(None, record.layers, record.functions)))
     return copied
 
 

@@ -7,9 +7,7 @@ import threading
 import weakref
 from typing import Any
 
-from torch import nn
-
-from gradoverride._core.chain import Chain, chain_of, links
+from gradoverride._core.chain import Chain, Subject, chain_of, links
 from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer
 from gradoverride._core.tally import Tally
 
@@ -31,8 +29,7 @@ class Record:
     """What is in force on a module. It pickles as its layers."""
 
     __slots__ = (
-        *("__weakref__", "base", "chain", "counted", "forward", "functions", "layers", "plain"),
-        *("called", "scope", "seen", "tally"),
+        *("__weakref__", "chain", "counted", "forward", "functions", "layers", "scope", "seen", "subject", "tally"),
     )
 
     # What `refresh` finds:
@@ -44,21 +41,17 @@ class Record:
 
     def __init__(
         self,
-        base: Any,
+        subject: Subject,
         layers: tuple[Layer, ...],
         functions: tuple[FunctionLayer, ...],
         tally: ModuleTally,
-        called: frozenset[str],
-        plain: bool,
         like: Record | None = None,
     ) -> None:
-        """`like`: one of the same class under the same rules, in the same order."""
-        self.base = base
+        """`like`: one of the same subject under the same rules, in the same order."""
+        self.subject = subject
         self.layers = layers
         self.functions = functions
         self.tally = tally
-        self.called = called
-        self.plain = plain
         with _lock:
             if like is None:
                 self.refresh()
@@ -69,9 +62,9 @@ class Record:
 
     def refresh(self) -> None:
         """Look again at what is in force everywhere, and at the forward of the class."""
-        base = self.base
+        base = self.subject.base
         self.seen = base.forward
-        found = links(base, self.layers, self.functions, called=self.called, plain=self.plain)
+        found = links(self.subject, self.layers, self.functions)
         self.counted = found.counted
         self._use(chain_of(base, found))
 
@@ -83,17 +76,15 @@ class Record:
 
     def but(self, layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
         """The same with these layers instead."""
-        return Record(self.base, layers, functions, self.tally, self.called, self.plain)
+        return Record(self.subject, layers, functions, self.tally)
 
     def __deepcopy__(self, memo: Any) -> Record:
         self.tally.copied = True
         layers = tuple([layer.again() for layer in self.layers])
-        return Record(
-            self.base, layers, copy.deepcopy(self.functions, memo), ModuleTally(copied=True), self.called, self.plain
-        )
+        return Record(self.subject, layers, copy.deepcopy(self.functions, memo), ModuleTally(copied=True))
 
     def __reduce__(self) -> Any:
-        return _record_again, (self.base, self.layers, self.functions, self.called, self.plain)
+        return _record_again, (self.subject, self.layers, self.functions)
 
 
 _records: weakref.WeakSet[Record] = weakref.WeakSet()
@@ -107,11 +98,5 @@ def refresh_all() -> None:
             record.refresh()
 
 
-def _record_again(
-    base: type[nn.Module],
-    layers: tuple[Layer, ...],
-    functions: tuple[FunctionLayer, ...],
-    called: frozenset[str],
-    plain: bool,
-) -> Record:
-    return Record(base, layers, functions, ModuleTally(), called, plain)
+def _record_again(subject: Subject, layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
+    return Record(subject, layers, functions, ModuleTally())

@@ -85,7 +85,7 @@ MUTANTS = [
     Mutant(
         "the class of an overridden module is not put back",
         "_core/overridden.py",
-        "            _derive(module, overridden(record.base), record.base, record.tally.copied)\n",
+        "            _derive(module, overridden(base), base, record.tally.copied)\n",
         "            pass\n",
         "wraps: (exception|removal)",
     ),
