@@ -113,10 +113,9 @@ def make_refusal(error: RuleSignatureError) -> Callable[..., Any]:
 
 
 def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
-    signature = plan.forward.signature
+    signature, forward = plan.forward.signature, plan.forward
     if signature is None:
-        then = [] if plan.hands_over else ["        return _go_fn(*args, **kwargs)"]
-        head = ["def wrapper(*args, **kwargs):", *_without_graph(plan, "None", *then)]
+        head = ["def wrapper(*args, **kwargs):", *_without_graph(plan, "None", "*args, **kwargs")]
         if short:
             head += [
                 "    if not kwargs and not _go_compiling():",
@@ -129,65 +128,66 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
     star = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
     rest = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
     receiver = "_go_receiver"
-    if plan.forward.takes_self:
-        receiver, positional = positional[0], positional[1:]
-    if plan.forward.as_given:
-        receiver = "_go_self" if plan.forward.takes_self else receiver
-        declared = "_go_self, /, *_go_args, **_go_kwargs" if plan.forward.takes_self else "*_go_args, **_go_kwargs"
-        positional, keywords, star, rest = [], [], "_go_args", "_go_kwargs"
-    else:
+    if forward.takes_self:
+        receiver, *positional = positional
+    if not forward.as_given:
         declared = _declared(parameters, names)
+    else:
+        declared = "*_go_args, **_go_kwargs"
+        if forward.takes_self:
+            declared, receiver = f"_go_self, /, {declared}", "_go_self"
+        positional, keywords, star, rest = [], [], "_go_args", "_go_kwargs"
+    stars = ([f"*{star}"] if star else []) + [f"{name}={name}" for name in keywords] + ([f"**{rest}"] if rest else [])
+    passed = ", ".join([*([receiver] if plan.takes_receiver else []), *positional, *stars])
     head = [f"def wrapper({declared}):"]
-    first = [receiver] if plan.takes_receiver else []
-    stars = ([f"*{star}"] if star else []) + [f"{name}={name}" for name in keywords]
-    passed = [*first, *positional, *stars, *([f"**{rest}"] if rest else [])]
     if names["_go_as_function"] is not None:
         of_function = f"_go_isinstance({receiver}, _go_Tensor)"
-        if not plan.forward.named_so:
+        if not forward.named_so:
             of_function = f"not _go_isinstance({receiver}, _go_Module)"
-        head += [f"    if {of_function}:", f"        return _go_as_function({', '.join(passed)})"]
-    if plan.hands_over:
-        head += _without_graph(plan, receiver)
-    else:
-        head += _without_graph(plan, receiver, f"        return _go_fn({', '.join(passed)})")
-    if plan.forward.as_given:
-        return "\n".join([*head, f"    return _go_general({receiver}, _go_args, _go_kwargs)\n"])
-    if star or rest:
+        head += [f"    if {of_function}:", f"        return _go_as_function({passed})"]
+    head += _without_graph(plan, receiver, passed)
+    arguments = [*positional, *keywords]
+    values = ", ".join(arguments)
+    if forward.as_given:
+        values = "_go_args, _go_kwargs"
+    elif star or rest:
         pairs = [*(f"{name!r}: {name}" for name in keywords), *([f"**{rest}"] if rest else [])]
         values = f"({''.join(name + ', ' for name in positional)}), {star or '()'}, {{{', '.join(pairs)}}}"
-        return "\n".join([*head, f"    return _go_general({receiver}, {values})\n"])
-    values = ", ".join([*positional, *keywords])
-    if not short:
-        return "\n".join([*head, f"    return _go_general({receiver}, {values})\n"])
-    arguments = [*positional, *keywords]
-    general = f"return _go_general({receiver}, {values})"
-    kinds = ", ".join(f"_go_type({name})" for name in arguments)
-    otherwise = general if plan.takes_receiver else f"return _go_runs[{kinds},]({values})"
+    general = f"    return _go_general({receiver}, {values})"
+    return "\n".join([*head, *(_short(plan, names, arguments, receiver, general) if short else [general])]) + "\n"
+
+
+def _short(plan: Plan, names: dict[str, Any], arguments: list[str], receiver: str, general: str) -> list[str]:
+    """The code of calls that may take a short path; `general` is that of others."""
+    otherwise = general
+    if not plan.takes_receiver:
+        kinds = ", ".join(f"_go_type({name})" for name in arguments)
+        otherwise = f"    return _go_runs[{kinds},]({', '.join(arguments)})"
     places = guessed_places(plan)
     if not places:
-        return "\n".join([*head, f"    if _go_compiling():\n        {general}", f"    {otherwise}\n"])
-    path = ShortPath(plan, names["_go_runs"].layout, places)
+        return ["    if _go_compiling():", f"    {general}", otherwise]
+    layout = names["_go_runs"].layout
+    path, traced = ShortPath(plan, layout, places), TracedPath(plan, layout, places)
     names.update({**path.globals(), **names})
+    compiled = [general]
+    if traced.exists:
+        traced.define(names)
+        compiled = [f"    {line}" for line in traced.body(arguments, receiver)]
     others = [
         f"_go_type({name}) is not _go_Tensor" if index in places else f"_go_type({name}) not in _go_SCALARS"
         for index, name in enumerate(arguments)
     ]
-    traced = TracedPath(plan, names["_go_runs"].layout, places)
-    compiled = [f"    {general}"]
-    if traced.exists:
-        traced.define(names)
-        compiled = [f"    {line}" for line in traced.body(arguments, receiver)]
-    head.append("    if _go_compiling():")
-    head += [f"    {line}" for line in compiled]
-    head.append(f"    if {' or '.join(others)}:\n        {otherwise}")
-    return "\n".join([*head, *path.body(arguments, receiver)]) + "\n"
+    head = ["    if _go_compiling():", *(f"    {line}" for line in compiled)]
+    return [*head, f"    if {' or '.join(others)}:", f"    {otherwise}", *path.body(arguments, receiver)]
 
 
-def _without_graph(plan: Plan, receiver: str, *then: str) -> list[str]:
+def _without_graph(plan: Plan, receiver: str, passed: str) -> list[str]:
     """What is done where no graph is recorded."""
-    note = [] if plan.on_unrecorded is None else [f"        if not _go_compiling(): _go_unrecorded({receiver})"]
+    done = [] if plan.on_unrecorded is None else [f"        if not _go_compiling(): _go_unrecorded({receiver})"]
+    if not plan.hands_over:
+        done.append(f"        return _go_fn({passed})")
     asked = f"    if not _go_grad_enabled() and not _go_in_functorch() and not {IN_FORWARD_AD}:"
-    return [asked, *note, *then] if note or then else []
+    return [asked, *done] if done else []
 
 
 def _declared(parameters: list[inspect.Parameter], names: dict[str, Any]) -> str:
