@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import get_ignored_functions, resolve_name
 
 from gradoverride._core import scan
+from gradoverride._core.bytecode import CALLS, codes_in, instructions, is_method, last_loaded, without_preparations
 from gradoverride._core.everywhere import bare_forward, originals
 from gradoverride._core.private import PAD
 from gradoverride._core.reach import of_modules
@@ -301,8 +302,7 @@ def _mentioned() -> dict[FunctionType, set[str]]:
 
 def _names_in(code: CodeType) -> set[str]:
     """The names and operators in this code and in what is nested in it."""
-    nested = [_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return {*code.co_names, *_operators_in(code)}.union(*nested)
+    return {name for inner in codes_in(code) for name in (*inner.co_names, *_operators_in(inner))}
 
 
 _OPERATORS = {
@@ -318,7 +318,7 @@ _OPERATORS = {
 
 
 def _operators_in(code: CodeType) -> set[str]:
-    steps = list(dis.get_instructions(code))
+    steps = list(instructions(code))
     signs = {step.argrepr.rstrip("=") for step in steps if step.opname == "BINARY_OP"}
     negative = ["__neg__"] if any([step.opname == "UNARY_NEGATIVE" for step in steps]) else []
     return {*negative, *[f"__{name}__" for sign, name in _OPERATORS.items() if sign in signs]}
@@ -439,16 +439,11 @@ def _called_of(function: FunctionType, owner: str) -> Iterator[str]:
     """The attributes of what has this name in a function that it calls: `head` of `self.head(x)`."""
     code = function.__code__
     owner = code.co_varnames[0] if owner == "self" and code.co_argcount else owner
-    steps = [step for step in scan.instructions(code) if step.opname not in _NO_STEPS]
-    for before, step in itertools.pairwise(steps):
-        if not before.opname.endswith(_LOADS):
-            continue
-        loaded = before.argval[-1] if isinstance(before.argval, tuple) else before.argval  # Python 3.13 joins two steps
-        if loaded == owner:
-            is_method = step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL" in step.argrepr)
-            # What a global has is called so or so, if it was imported.
-            if is_method or (step.opname == "LOAD_ATTR" and before.opname == "LOAD_GLOBAL"):
-                yield step.argval
+    for before, step in itertools.pairwise(without_preparations(code)):
+        # What a global has is called so or so, if it was imported.
+        called = is_method(step) or (step.opname == "LOAD_ATTR" and before.opname == "LOAD_GLOBAL")
+        if called and before.opname.endswith(_LOADS) and last_loaded(before) == owner:
+            yield step.argval
 
 
 def _methods_of(cls: type, function: FunctionType) -> Iterator[FunctionType]:
@@ -469,7 +464,7 @@ def _methods_of(cls: type, function: FunctionType) -> Iterator[FunctionType]:
 
 def _is_one_call(function: FunctionType) -> bool:
     """Whether it makes one call, and does nothing else with what that gives than to return it as it is."""
-    steps = list(scan.instructions(function.__code__))
+    steps = list(instructions(function.__code__))
     calls = sum([step.opname in _CALLS for step in steps])
     for step in reversed(steps):
         if step.opname in _CALLS:
@@ -485,12 +480,11 @@ def _is_work(step: dis.Instruction) -> bool:
 
 
 # The last one is what calls `super`, from Python 3.12 on.
-_CALLS = (*scan.CALLS, "CALL_FUNCTION_EX", "LOAD_SUPER_ATTR")
+_CALLS = (*CALLS, "CALL_FUNCTION_EX", "LOAD_SUPER_ATTR")
 _WORK = ("BINARY_", "UNARY_", "COMPARE_", "FOR_", "STORE_ATTR", "STORE_SUBSCR", "STORE_SLICE", "POP_JUMP")
 _HANDED_ON = (
     *("LOAD_FAST", "STORE_FAST", "DELETE_FAST", "LOAD_DEREF", "STORE_DEREF"),
     *("RETURN_", "POP_TOP", "COPY", "DUP"),
 )
 _LOADS = ("LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW", "LOAD_GLOBAL")
-_NO_STEPS = ("CACHE", "PRECALL", "PUSH_NULL")
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})

@@ -25,6 +25,7 @@ from torch.func import debug_unwrap
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointFunction
 
+from gradoverride._core.bytecode import codes_in
 from gradoverride._core.imports import on_import
 
 __all__ = [
@@ -741,14 +742,7 @@ def _codes_in(module: Any) -> Iterator[CodeType]:
             # What is hidden is to be traced: it breaks the graph, and what it calls stays as it is.
             hides = function is hidden_from_dynamo
             if isinstance(function, FunctionType) and function.__module__ == module.__name__ and not hides:
-                yield from _nested(function.__code__)
-
-
-def _nested(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _nested(constant)
+                yield from codes_in(function.__code__)
 
 
 # --- Dynamo: what it knows while it traces ---

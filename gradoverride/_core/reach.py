@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gradoverride._core import scan
+from gradoverride._core.bytecode import ATTRIBUTES, instructions, is_method, last_loaded, loaded
 
 __all__ = ["SCALARS", "Reach", "attribute_names", "calls_unseen", "of_modules"]
 
@@ -134,13 +135,12 @@ def attribute_names(fn: Any, *, method: bool, cls: Any = None) -> tuple[str, ...
 def _attributes_but_of(receiver: str | None, code: CodeType) -> set[str]:
     """The attributes in `code` that are no called methods, but those of its `self`."""
     found = set()
-    loaded = None
-    for step in scan.instructions(code):
-        reads = step.opname in ("LOAD_ATTR", "STORE_ATTR", "DELETE_ATTR") and "NULL" not in step.argrepr
-        if reads and (receiver is None or loaded != receiver):
+    owner = None
+    for step in instructions(code):
+        reads = step.opname in ("LOAD_ATTR", "STORE_ATTR", "DELETE_ATTR") and not is_method(step)
+        if reads and (receiver is None or owner != receiver):
             found.add(step.argval)
-        loaded = step.argval if "FAST" in step.opname else None
-        loaded = loaded[-1] if isinstance(loaded, tuple) else loaded
+        owner = last_loaded(step) if "FAST" in step.opname else None
     return found
 
 
@@ -162,22 +162,18 @@ def _is_unseen(value: Any) -> bool:
 
 def _method_names(code: CodeType) -> set[str]:
     """The names of the methods that `code` calls."""
-    return {
-        step.argval
-        for step in scan.instructions(code)
-        if step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL" in step.argrepr)
-    }
+    return {step.argval for step in instructions(code) if is_method(step)}
 
 
 def of_modules(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, str, Any]]:
     """What `code` takes from modules, likewise: `F.relu` is where `F` has its `relu`, and may be replaced there."""
     module: Any = None
-    for step in scan.instructions(code):
+    for step in instructions(code):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             module = function.__globals__.get(step.argval)
         elif step.opname == "LOAD_DEREF" and step.argval in function.__code__.co_freevars:
             module = scan.content((function.__closure__ or ())[function.__code__.co_freevars.index(step.argval)])
-        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(module, ModuleType):
+        elif step.opname in ATTRIBUTES and isinstance(module, ModuleType):
             value = vars(module).get(step.argval, scan.NOTHING)
             if value is not scan.NOTHING:
                 yield vars(module), step.argval, value
@@ -233,7 +229,7 @@ def _depends_on_grad_mode(code: CodeType) -> bool:
     """Whether code may do another thing with a tensor that requires grad, or reach what its names do not show."""
     return any(name in _TELLING for name in code.co_names) or any(
         step.opname == "MATCH_CLASS" or (step.opname == "IMPORT_NAME" and not _is_of_library(step.argval))
-        for step in scan.instructions(code)
+        for step in instructions(code)
     )
 
 
@@ -254,14 +250,13 @@ def _attributes_of_first(code: CodeType) -> frozenset[str] | None:
     if first in code.co_cellvars:
         return None
     found: set[str] = set()
-    steps = list(scan.instructions(code))
+    steps = list(instructions(code))
     for index, step in enumerate(steps):
-        loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-        if first not in loaded or "FAST" not in step.opname:
+        if first not in loaded(step) or "FAST" not in step.opname:
             continue
         after = steps[index + 1]
-        read = "LOAD_FAST" in step.opname and loaded[-1] == first and loaded.count(first) == 1
-        if not read or after.opname != "LOAD_ATTR" or "NULL" in after.argrepr:
+        read = "LOAD_FAST" in step.opname and last_loaded(step) == first and loaded(step).count(first) == 1
+        if not read or after.opname != "LOAD_ATTR" or is_method(after):
             return None
         found.add(after.argval)
     return frozenset(found)

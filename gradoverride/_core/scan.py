@@ -16,16 +16,26 @@ from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodD
 from typing import Any
 
 from gradoverride._core.by_class import once_per_class
+from gradoverride._core.bytecode import (
+    ATTRIBUTES,
+    CALLS,
+    JUMPS,
+    codes_in,
+    instructions,
+    is_called,
+    is_method,
+    last_loaded,
+    loaded,
+    without_preparations,
+)
 
 __all__ = [
-    "CALLS",
     "NOTHING",
     "called_once",
     "calls",
     "class_normalizes",
     "content",
     "global_names",
-    "instructions",
     "is_algebra",
     "is_arithmetic",
     "is_scaling",
@@ -55,13 +65,6 @@ def python_function(fn: Any) -> FunctionType | None:
     return method if isinstance(method, FunctionType) else None
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
 def reachable(fn: Any, seen: set[FunctionType] | None = None) -> Iterator[tuple[FunctionType, CodeType]]:
     """The code of `fn`, what is nested in it, and the functions of the same module that it names."""
     seen = set() if seen is None else seen
@@ -71,7 +74,7 @@ def reachable(fn: Any, seen: set[FunctionType] | None = None) -> Iterator[tuple[
     if function is None or function in seen:
         return
     seen.add(function)
-    for code in _codes(function.__code__):
+    for code in codes_in(function.__code__):
         yield function, code
     for value in _named_values(function):
         helper = python_function(value) if isinstance(value, (FunctionType, functools.partial)) else None
@@ -81,7 +84,7 @@ def reachable(fn: Any, seen: set[FunctionType] | None = None) -> Iterator[tuple[
 
 def _named_values(function: FunctionType) -> Iterator[Any]:
     """What the function's free and global names stand for now."""
-    for code in _codes(function.__code__):
+    for code in codes_in(function.__code__):
         for _, _, value in named(function, code):
             yield value
 
@@ -115,11 +118,6 @@ def global_names(code: CodeType) -> list[str]:
     """The globals that `code` reads (`co_names` has the attributes too)."""
     loads = (step for step in instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     return list(dict.fromkeys(str(step.argval) for step in loads))
-
-
-def instructions(code: CodeType) -> Iterator[dis.Instruction]:
-    """What `code` does, step by step."""
-    return (step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG")  # a part of the next one
 
 
 def mentions(fn: Any, name: str) -> bool:
@@ -163,23 +161,12 @@ def called_once(fn: Any, name: str) -> bool:
     uses = calls = 0
     steps = list(instructions(function.__code__))
     for index, step in enumerate(steps):
-        if step.opcode in _JUMPS and step.argval <= step.offset:
+        if step.opcode in JUMPS and step.argval <= step.offset:
             return False  # a loop
-        loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-        if "LOAD_FAST" in step.opname and name in loaded:
-            uses += loaded.count(name)
-            after = steps[index + 1]
-            method = after.opname == "LOAD_METHOD" or (after.opname == "LOAD_ATTR" and "NULL" in after.argrepr)
-            calls += _last_loaded(step) == name and (method or _is_called(steps, index))
+        if "LOAD_FAST" in step.opname and name in loaded(step):
+            uses += loaded(step).count(name)
+            calls += last_loaded(step) == name and (is_method(steps[index + 1]) or is_called(steps, index))
     return uses == calls == 1
-
-
-def _last_loaded(step: dis.Instruction) -> Any:
-    """The variable that this step loads, the last one of two at once (from Python 3.13 on)."""
-    return step.argval[-1] if isinstance(step.argval, tuple) else step.argval
-
-
-_JUMPS = frozenset({*dis.hasjrel, *dis.hasjabs})
 
 
 def strings(fn: Any) -> frozenset[str]:
@@ -200,7 +187,7 @@ def supers_of_own_class(cls: type) -> set[str]:
     for owner in cls.__mro__:
         for name, value in vars(owner).items():
             function = None if name in ("__init__", "__new__") else python_function(_unwrapped(value))
-            for code in () if function is None else _codes(function.__code__):
+            for code in () if function is None else codes_in(function.__code__):
                 if "super" in code.co_names and _asks_for_own_class(code):
                     found.update(code.co_names)
     return found
@@ -212,12 +199,11 @@ def _unwrapped(value: Any) -> Any:
 
 def _asks_for_own_class(code: CodeType) -> bool:
     """Whether `super(self.__class__, ...)` or `super(type(self), ...)` is in it."""
-    left_out = ("CACHE", "PRECALL", "PUSH_NULL", "EXTENDED_ARG")
-    steps = [step for step in dis.get_instructions(code) if step.opname not in left_out]
+    steps = without_preparations(code)
     for step, first, second in zip(steps, steps[1:], steps[2:], strict=False):
         if step.opname == "LOAD_GLOBAL" and step.argval == "super":
             of_type = first.opname == "LOAD_GLOBAL" and first.argval == "type"
-            if of_type or (second.opname in _ATTRIBUTES and second.argval == "__class__"):
+            if of_type or (second.opname in ATTRIBUTES and second.argval == "__class__"):
                 return True
     return False
 
@@ -293,7 +279,6 @@ def is_scaling(fn: Any, *, free: bool = False) -> bool:
     )
 
 
-CALLS = ("CALL", "CALL_KW")
 _BUILDS = ("BUILD_TUPLE", "BUILD_MAP", "BUILD_CONST_KEY_MAP")
 _ARITHMETIC = frozenset(
     {
@@ -351,36 +336,36 @@ def _calls_what_is_harmless(
     steps = list(instructions(code))
     free = {name: value for cell, name, value in _free(function) if value is not cell}
     value: Any = None  # what the last steps have loaded, as far as that can be told
-    loaded = ""  # the variable of a function that the last step has loaded
+    variable = ""  # the variable of a function that the last step has loaded
     called = False  # whether what the last steps have loaded is called
     for index, step in enumerate(steps):
         name = step.argval
         if step.opname.startswith("IMPORT_") or (step.opname == "CALL_FUNCTION_EX" and step.arg != 0):
             return False  # what is imported, and the names in `**options`, the code does not show
-        if step.opname in _ATTRIBUTES:
-            method = step.opname == "LOAD_METHOD" or "NULL" in step.argrepr or _is_called(steps, index)
-            method = method or (called and steps[index + 1].opname not in _ATTRIBUTES)
+        if step.opname in ATTRIBUTES:
+            method = is_method(step) or is_called(steps, index)
+            method = method or (called and steps[index + 1].opname not in ATTRIBUTES)
             if isinstance(value, ModuleType):  # a method or not: an imported name is no object to Python's compiler
                 value = getattr(value, name, _Unknown)
                 if not _is_harmless(value, own):
                     return False
-            elif method and (loaded in _HOLDERS or not known_method(name) or not _is_plain(value)):
+            elif method and (variable in _HOLDERS or not known_method(name) or not _is_plain(value)):
                 return False
             else:
                 value = None
-            loaded = ""
+            variable = ""
         elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            value, loaded, called = function.__globals__.get(name), "", False
+            value, variable, called = function.__globals__.get(name), "", False
         elif "LOAD_FAST" in step.opname or step.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF"):
-            name = _last_loaded(step)
-            value, loaded = free.get(name) if "DEREF" in step.opname else None, name
-            called = _is_called(steps, index)
-            if called and value is None and name != "vjp" and steps[index + 1].opname not in _ATTRIBUTES:
+            name = last_loaded(step)
+            value, variable = free.get(name) if "DEREF" in step.opname else None, name
+            called = is_called(steps, index)
+            if called and value is None and name != "vjp" and steps[index + 1].opname not in ATTRIBUTES:
                 return False
-        elif step.opname.startswith("BINARY_") and _is_called(steps, index):
+        elif step.opname.startswith("BINARY_") and is_called(steps, index):
             return False  # an item
         elif step.opname != "PUSH_NULL":
-            value, loaded, called = None, "", False
+            value, variable, called = None, "", False
         if _may_be_told_to_write(value, steps, index):
             return False
     return True
@@ -390,14 +375,7 @@ class _Unknown:
     """What a module does not have: it is not harmless."""
 
 
-_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _HOLDERS = ("self", "cls", "module")  # what hangs there may have any name, and do anything
-
-
-def _is_called(steps: list[dis.Instruction], index: int) -> bool:
-    """Whether what this step loads, or an item or attribute of it, is called."""
-    beside = index - 1 if sys.version_info < (3, 13) else index + 1
-    return 0 <= beside < len(steps) and steps[beside].opname == "PUSH_NULL"
 
 
 def _may_be_told_to_write(value: Any, steps: list[dis.Instruction], index: int) -> bool:
@@ -410,7 +388,7 @@ def _may_be_told_to_write(value: Any, steps: list[dis.Instruction], index: int) 
         return False
     depth = 0
     for step in steps[index + 1 :]:
-        if step.opcode in _JUMPS:
+        if step.opcode in JUMPS:
             break  # which way it goes is not known
         depth += dis.stack_effect(step.opcode, step.arg)
         if step.opname in CALLS and depth <= 0:
