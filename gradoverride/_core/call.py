@@ -19,7 +19,7 @@ from gradoverride._core.function import fresh
 from gradoverride._core.params import Param
 from gradoverride._core.plan import Layout, Plan
 from gradoverride._core.private import version_of
-from gradoverride._core.scan import class_normalizes
+from gradoverride._core.purity import class_normalizes
 from gradoverride._core.snapshot import Snapshot
 from gradoverride._core.stale import Stale
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten

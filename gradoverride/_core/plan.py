@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from gradoverride._core import scan
+from gradoverride._core import purity, scan
 from gradoverride._core.captured import captured_names
 from gradoverride._core.contract import shape_text
 from gradoverride._core.function import General, Transformed, named
@@ -106,18 +106,18 @@ class Plan:
         self.asks_module = bool(self.reserved & {"module", "forward"}) or class_form
         self.reach = Reach.of(self.fn, method=self.takes_receiver)
         attributes = self.reach.attributes if self.reach is not None else frozenset[str]()
-        self.forward_is_arithmetic = scan.is_arithmetic(self.fn, attributes)
-        writes = scan.writes(self.fn)
+        self.forward_is_arithmetic = purity.is_arithmetic(self.fn, attributes)
+        writes = purity.writes(self.fn)
         # Modules of torch have one forward for both, and `self.inplace` says which it is.
-        self.inplace_tells = writes and "inplace" in attributes and not scan.writes(self.fn, but="inplace")
-        self.forward_may_write = not scan.writes_nothing(self.fn, is_known_method)
+        self.inplace_tells = writes and "inplace" in attributes and not purity.writes(self.fn, but="inplace")
+        self.forward_may_write = not purity.writes_nothing(self.fn, is_known_method)
         # What it may do with aliases: to attributes that not every tensor has, and to their data.
         self.attribute_names = attribute_names(self.fn, method=self.takes_receiver)
         self.uses_attributes = self.reach is None or bool(self.attribute_names)
         # As its code shows it: what gives data to an argument elsewhere is not worth a look at each short call.
         self.may_give_data = any(scan.mentions(self.fn, name) for name in ("data", "set_"))
         # Whether arguments that the rule asks for are to be kept as they were given: torch counts no write of these.
-        self.keeps_given = scan.normalizes(self.fn) and "argument" in self.sources.values()
+        self.keeps_given = purity.normalizes(self.fn) and "argument" in self.sources.values()
         self.rule_code = code = RuleCode.of(rule)
         # Calls read these here: each further dot is time, and a guard where Dynamo traces it.
         self.rule_writes = code.writes

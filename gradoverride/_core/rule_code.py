@@ -1,10 +1,10 @@
-"""What the code of a rule tells: which gradient it may be handed, and which path its calls can take (`scan.py`)."""
+"""What the code of a rule tells: which gradient it may be handed, and which path its calls can take (`purity.py`)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from gradoverride._core import scan
+from gradoverride._core import purity, scan
 from gradoverride._core.signature import Rule
 
 __all__ = ["RuleCode", "is_known_method"]
@@ -17,11 +17,11 @@ class RuleCode:
 
     def __init__(self, rule: Rule) -> None:
         fn = rule.fn
-        known = getattr(fn, "writes_nothing", False) or not scan.renormalizes(fn)
-        self.writes = not (known and scan.writes_nothing(fn, is_known_method))  # it is handed a copy
-        self.is_arithmetic = scan.is_arithmetic(fn)
-        self.is_algebra = self.is_arithmetic or scan.is_algebra(fn)
-        self.is_scaling = scan.is_scaling(fn)
+        known = getattr(fn, "writes_nothing", False) or not purity.renormalizes(fn)
+        self.writes = not (known and purity.writes_nothing(fn, is_known_method))  # it is handed a copy
+        self.is_arithmetic = purity.is_arithmetic(fn)
+        self.is_algebra = self.is_arithmetic or purity.is_algebra(fn)
+        self.is_scaling = purity.is_scaling(fn)
         self.strings = scan.strings(fn)  # a rule may answer for parameters whose names are among them
         self.names_by_name = scan.mentions(fn, "by_name")
         self.calls_vjp_once = scan.called_once(fn, "vjp")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradoverride._core import scan
+from gradoverride._core import purity
 from gradoverride._core.ambient import TRACED, TRANSFORMED
 from gradoverride._core.call import Asked, Call
 from gradoverride._core.function import trackable
@@ -59,7 +59,7 @@ class Saver:
             elif module is not None and name in module._buffers and module._buffers[name] is not None:
                 buffer: Any = module._buffers[name]
                 kind: Any = type(module)
-                written = call.mode != TRACED and scan.class_normalizes(kind)  # and torch does not count it
+                written = call.mode != TRACED and purity.class_normalizes(kind)  # and torch does not count it
                 self._ask(name, buffer.detach().clone() if written else buffer)
             elif source == "reserved":
                 if name == "input":

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import ReLU
 
 import gradoverride as go
-from gradoverride._core import scan
+from gradoverride._core import purity, scan
 from gradoverride._core.rule_code import is_known_method
 
 factor = torch.ones(3)
@@ -45,7 +45,7 @@ RULES = {
 @pytest.mark.parametrize("name", RULES)
 def test_which_rules_are_expressions_of_their_arguments(name):
     rule, arithmetic, algebra = RULES[name]
-    assert (scan.is_arithmetic(rule), scan.is_algebra(rule)) == (arithmetic, algebra)
+    assert (purity.is_arithmetic(rule), purity.is_algebra(rule)) == (arithmetic, algebra)
 
 
 def test_what_runs_when_an_object_is_called_is_not_that_of_its_metaclass():
@@ -225,7 +225,7 @@ HARMLESS = {
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_rule_that_shows_that_it_writes_nothing_is_given_the_gradient_itself(name):
-    assert scan.writes_nothing(HARMLESS[name], is_known_method)
+    assert purity.writes_nothing(HARMLESS[name], is_known_method)
 
 
 ONCE = {
