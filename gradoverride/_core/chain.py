@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gradoverride._core import everywhere
+from gradoverride._core.callers import calls_that_are
 from gradoverride._core.function_mode import quieted, scope_of, scoped
-from gradoverride._core.functions import calls_that_are
 from gradoverride._core.layers import ClassLayer, FunctionLayer, FunctionRule, Layer, Order
 from gradoverride._core.plan import Plan
 from gradoverride._core.signature import Forward, Rule, passing

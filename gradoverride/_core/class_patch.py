@@ -20,8 +20,8 @@ from torch.fx import GraphModule
 from torch.jit import ScriptModule
 
 from gradoverride._core import everywhere
+from gradoverride._core.callers import calls_that_are
 from gradoverride._core.chain import Subject, chain_of, links
-from gradoverride._core.functions import calls_that_are
 from gradoverride._core.layers import ClassLayer
 from gradoverride._core.record import refresh_all
 from gradoverride._core.targets import BASE, RECORD, Class, class_of, family

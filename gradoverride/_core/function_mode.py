@@ -29,7 +29,8 @@ from torch.overrides import TorchFunctionMode
 
 from gradoverride._core import everywhere
 from gradoverride._core.ambient import here
-from gradoverride._core.functions import INLINED, every_spelling, opened, reaching, signature_of, spellings, turned
+from gradoverride._core.callers import opened, reaching
+from gradoverride._core.functions import INLINED, every_spelling, signature_of, spellings, turned
 from gradoverride._core.generators import RUN_LATER, in_steps
 from gradoverride._core.higher_order import run_under
 from gradoverride._core.layers import FunctionRule

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from gradoverride._core import everywhere
+from gradoverride._core.callers import may_call
 from gradoverride._core.chain import Subject, forward_of, links
-from gradoverride._core.functions import may_call
 from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.overridden_class import base_of_class, overridden, written_methods
 from gradoverride._core.plan import Plan
