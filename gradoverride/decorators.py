@@ -22,8 +22,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from gradoverride._core.contract import what
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import hidden_from_dynamo, uncompiled
+from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location, mentions
-from gradoverride._core.signature import Forward, Rule, kind_of, name_of
+from gradoverride._core.signature import Forward, kind_of, name_of
 from gradoverride._core.standin import around
 from gradoverride._core.surrogate import StraightThrough, SurrogateRule, is_learnable, pass_through
 from gradoverride._core.surrogate_class import Learnable, Surrogate, has_tensors

@@ -23,7 +23,8 @@ from gradoverride._core.edited_result import EditedLeaf, EditedResult
 from gradoverride._core.nodes import hook_on, leaf_of, nodes_behind
 from gradoverride._core.private import fail, hook_on_result, is_freed, results_of
 from gradoverride._core.reading import Reading, Readings
-from gradoverride._core.signature import Forward, Rule
+from gradoverride._core.rule import Rule
+from gradoverride._core.signature import Forward
 from gradoverride._core.tensors import is_differentiable
 from gradoverride.errors import GraphError, RuleSignatureError, UnsupportedError
 

@@ -39,7 +39,8 @@ from gradoverride._core.path_patch import check_names, check_path, layers_on_pat
 from gradoverride._core.paths import find, place_of
 from gradoverride._core.private import uncompiled
 from gradoverride._core.puts import Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
-from gradoverride._core.signature import Forward, Rule, kind_of
+from gradoverride._core.rule import Rule
+from gradoverride._core.signature import Forward, kind_of
 from gradoverride._core.targets import Class, Entry, Function, ImportPath, Match, Target, class_of, matches, modules_of
 from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
 from gradoverride.registries import Registry, as_registry, entries_of, read_target, registry

@@ -14,8 +14,9 @@ from torch.autograd.function import BackwardCFunction
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.nodes import nodes_behind, rule_of
 from gradoverride._core.options import check, is_integer, is_number
+from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location
-from gradoverride._core.signature import Rule, name_of
+from gradoverride._core.signature import name_of
 from gradoverride._core.surrogate import StraightThrough, SurrogateRule
 from gradoverride.errors import ForwardResultError, MissingExtraError, RuleResultError, RuleSignatureError
 from gradoverride.rules.steps import spike

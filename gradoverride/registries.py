@@ -16,8 +16,9 @@ from torch import nn
 
 from gradoverride._core.functions import is_of_torch, name_of_function
 from gradoverride._core.paths import way_to_apply
+from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location
-from gradoverride._core.signature import RESERVED, Rule, kind_of, name_of, takes
+from gradoverride._core.signature import RESERVED, kind_of, name_of, takes
 from gradoverride._core.targets import Class, Entry, Function, Glob, ImportPath, Instance, Predicate, Target
 from gradoverride.errors import TargetError
 

@@ -11,7 +11,8 @@ from gradoverride._core.callers import calls_that_are
 from gradoverride._core.function_mode import quieted, scope_of, scoped
 from gradoverride._core.layers import ClassLayer, FunctionLayer, FunctionRule, Layer, Order
 from gradoverride._core.plan import Plan
-from gradoverride._core.signature import Forward, Rule, passing
+from gradoverride._core.rule import Rule, passing
+from gradoverride._core.signature import Forward
 from gradoverride._core.tally import Trace
 from gradoverride._core.targets import RECORD
 from gradoverride._core.wrapper import make_wrapper

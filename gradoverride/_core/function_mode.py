@@ -44,7 +44,8 @@ from gradoverride._core.private import (
     is_compiled_graph,
     let_dynamo_show,
 )
-from gradoverride._core.signature import Forward, passing
+from gradoverride._core.rule import passing
+from gradoverride._core.signature import Forward
 from gradoverride._core.wrapper import make_refusal, make_wrapper
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 

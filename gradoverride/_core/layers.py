@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from gradoverride._core.signature import Rule
+from gradoverride._core.rule import Rule
 from gradoverride._core.tally import Tally
 
 __all__ = ["ClassLayer", "FunctionLayer", "FunctionRule", "Layer", "Order", "next_order"]

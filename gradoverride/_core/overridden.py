@@ -22,7 +22,8 @@ from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.overridden_class import base_of_class, overridden, written_methods
 from gradoverride._core.plan import Plan
 from gradoverride._core.record import ModuleTally, Record
-from gradoverride._core.signature import Rule, unknown_name
+from gradoverride._core.rule import Rule
+from gradoverride._core.signature import unknown_name
 from gradoverride._core.targets import RECORD, class_of
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 

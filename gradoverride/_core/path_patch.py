@@ -38,7 +38,8 @@ from gradoverride._core.plan import Plan
 from gradoverride._core.private import fail
 from gradoverride._core.record import refresh_all
 from gradoverride._core.residuals import save_for_backward
-from gradoverride._core.signature import Forward, Made, Rule, kind_of, resolve
+from gradoverride._core.rule import Made, Rule
+from gradoverride._core.signature import Forward, kind_of, resolve
 from gradoverride._core.targets import family
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError

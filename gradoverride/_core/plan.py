@@ -29,8 +29,9 @@ from gradoverride._core.private import (
 )
 from gradoverride._core.reach import Reach, attribute_names, calls_unseen
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
+from gradoverride._core.rule import Rule
 from gradoverride._core.rule_code import RuleCode, is_known_method
-from gradoverride._core.signature import RESERVED, Forward, Rule, resolve, unknown_name
+from gradoverride._core.signature import RESERVED, Forward, resolve, unknown_name
 from gradoverride._core.tracers import EXPORT, recorded_as, warn
 from gradoverride.errors import (
     ForwardResultError,

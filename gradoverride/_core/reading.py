@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import as_dynamo_hands_on, defaults_while_tracing
 from gradoverride._core.purity import is_scaling
+from gradoverride._core.rule import Rule
 from gradoverride._core.rule_code import RuleCode
 from gradoverride._core.scan import content
-from gradoverride._core.signature import Forward, Rule, resolve
+from gradoverride._core.signature import Forward, resolve
 from gradoverride.errors import RuleSignatureError
 
 __all__ = ["Reading", "Readings", "holds_numbers", "keep_plan", "kept_plan", "unbound"]

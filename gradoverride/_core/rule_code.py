@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gradoverride._core import purity, scan
-from gradoverride._core.signature import Rule
+from gradoverride._core.rule import Rule
 
 __all__ = ["RuleCode", "is_known_method"]
 

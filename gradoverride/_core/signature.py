@@ -1,8 +1,8 @@
 """What a forward offers and what a rule asks for. Read once, when a rule is attached.
 
 A rule is a plain function: its first parameter is the gradient with respect to the forward's result, each other one
-asks for a value by name. This file turns that into two values, `Forward` and `Rule`, and into one error that lists
-what exists. It imports no torch: a second framework reads rules the same way.
+asks for a value by name. This file has the forward, and what of it meets the rule (`rule.py`): `resolve`, and one error
+that lists what exists.
 """
 
 from __future__ import annotations
@@ -10,41 +10,41 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import itertools
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MethodType
-from typing import Any, TypeVar
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from gradoverride._core import scan
 from gradoverride._core.private import written_as
 from gradoverride.errors import RuleSignatureError
 
+if TYPE_CHECKING:
+    from gradoverride._core.rule import Rule
+
 __all__ = [
+    "POSITIONAL",
     "RESERVED",
     "Forward",
-    "Made",
-    "Rule",
     "kind_of",
     "name_of",
-    "passing",
     "resolve",
+    "read_signature",
     "signature_asking",
     "takes",
     "unknown_name",
-    "writes_nothing",
 ]
 
-T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., Any])
+RESERVED = {
+    "input": "the first differentiable argument",
+    "output": "the forward's result",
+    "vjp": "the gradient without the rule",
+    "needs": "which gradients are wanted",
+    "params": "the module's trainable parameters",
+    "module": "the module",
+    "forward": "the undecorated forward",
+}
+"""The names that a rule can ask for whatever its forward is, and what they mean."""
 
-_numbers = itertools.count(1)
-
-RESERVED = ("input", "output", "vjp", "needs", "params", "module", "forward")
-
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _RECEIVERS = ("self", "cls", "mcs")
 
 
@@ -74,7 +74,7 @@ class Forward:
         place: str | None = None,
         method: bool | None = None,
         as_given: bool | None = None,
-        reserved: Sequence[str] = RESERVED,
+        reserved: Iterable[str] = RESERVED,
         lacks: str = "",
     ) -> None:
         self.fn = fn
@@ -83,7 +83,7 @@ class Forward:
         written = written_as(fn)
         self.name = name or _node_name(written)
         self.place = scan.location(written) if place is None else place
-        self.signature = signature or _signature(written)
+        self.signature = signature or read_signature(written)
         self.receiver = receiver  # the object that a bound method is bound to
         self.of_arrays = getattr(fn, "of_arrays", False)  # see `bridge`
         none = ("vjp", "params") if self.of_arrays else ()
@@ -92,7 +92,7 @@ class Forward:
         parameters = [] if self.signature is None else list(self.signature.parameters.values())
         self.receiver_name = parameters[0].name if parameters else ""  # if it is a method
         self.named_so = bool(parameters) and parameters[0].name in _RECEIVERS
-        self.read_so = self.named_so or (bool(parameters) and parameters[0].kind in _POSITIONAL and self._is_in_class)
+        self.read_so = self.named_so or (bool(parameters) and parameters[0].kind in POSITIONAL and self._is_in_class)
         self.takes_self = receiver is None and bool(parameters) and (self.read_so if method is None else method)
         self.parameters = None if self.signature is None else parameters[1 if self.takes_self else 0 :]
         self.is_method = self.takes_self or receiver is not None
@@ -116,152 +116,6 @@ class Forward:
     def who(self) -> str:
         """`'scale' (file.py:3)`: how messages begin. What is this library's own has no place."""
         return f"'{self.name}' ({self.place})" if self.place else f"'{self.name}'"
-
-
-class Made(dict[Any, Any]):
-    """What was made of a rule, by key. A type of its own: who asks what holds a function is to know our own keys."""
-
-
-class Rule:
-    """A rule as its forward sees it: the names it asks for, and whether it may do without each."""
-
-    def __init__(
-        self,
-        fn: Callable[..., Any],
-        *,
-        method: bool = False,
-        name: str | None = None,
-        place: str | None = None,
-        straight_through: bool = False,
-    ) -> None:
-        if isinstance(fn, type) or not callable(fn):
-            raise RuleSignatureError(
-                f"a rule is a function of the gradient, `rule(grad_output, ...)`; got {kind_of(fn)}"
-            )
-        self.fn = fn
-        self.number = next(_numbers)
-        self.passes = "<locals>" in getattr(fn, "__qualname__", ""), self.number  # see `passing`
-        self.made: dict[Any, Any] = Made()  # see `once`
-        self.straight_through = straight_through  # it answers for the first differentiable argument alone
-        self.jvp: Rule | None = None  # the user's own forward mode
-        self.on_first_call: Callable[[Any, Any], None] | None = None  # with its first argument and result
-        self.name = name or name_of(fn)
-        read = fn.forward if isinstance(fn, nn.Module) else fn  # a module takes what its forward takes
-        self.place = place or scan.location(read)
-        self.asks: dict[str, bool] = {}  # name -> whether it must exist
-        self.first = ""  # the name that the gradient has
-        signature = _signature(read)
-        if signature is None:
-            return  # a builtin such as torch.neg: a rule of the gradient alone
-        parameters = list(signature.parameters.values())[1 if method else 0 :]
-        if not parameters or parameters[0].kind not in _POSITIONAL:
-            raise RuleSignatureError(
-                f"rule {self.who} must take the gradient as its first positional parameter, "
-                f"`def {_printable(self.name)}(grad_output, ...)`; it takes {inspect.Signature(parameters)}"
-            )
-        self.first = parameters[0].name
-        bound = _bound_by_partial(fn)
-        for parameter in parameters[1:]:
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD or parameter.name in bound:
-                continue
-            if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-                raise RuleSignatureError(
-                    f"rule {self.who} must ask for each value by a name that can be passed as a keyword; "
-                    f"'{parameter}' cannot be. Name the values it needs"
-                )
-            self.asks[parameter.name] = parameter.default is inspect.Parameter.empty
-
-    @staticmethod
-    def of(fn: Callable[..., Any]) -> Rule:
-        """That of this function: always the same, so that what was made for it, and compiled, serves again."""
-        if inspect.isfunction(fn):
-            kept = fn.__dict__.get(_KEPT)
-            if kept is None or kept.rule.fn is not fn:  # `functools.wraps` has copied it
-                kept = fn.__dict__[_KEPT] = _Kept(Rule(fn))
-            return kept.rule
-        try:
-            return _of_other(_Same(fn))
-        except TypeError:  # it has no hash
-            return Rule(fn)
-
-    def once(self, key: Any, make: Callable[[], T]) -> T:
-        """What `make` gives, made once for this key and kept as long as the rule is.
-
-        Kept by the rule, for whatever else kept it would keep the rule, and all that that closes over.
-        """
-        if key not in self.made:
-            if len(self.made) >= 1000:
-                self.made.clear()
-            self.made[key] = make()
-        found: T = self.made[key]
-        return found
-
-    def for_forward(self, forward: Forward) -> Rule:
-        """This rule for one forward. An object with `bound_to` asks for all its arguments, whatever they are called."""
-        bound_to = getattr(self.fn, "bound_to", None)
-        return self if bound_to is None else Rule(bound_to(forward), name=self.name, place=self.place)
-
-    @property
-    def who(self) -> str:
-        return f"'{self.name}' ({self.place})"
-
-
-def writes_nothing(rule: F) -> F:
-    """`rule`, known to write into no gradient that it is given: so it is given the gradient itself, no copy."""
-    rule.writes_nothing = True  # type: ignore[attr-defined]  # a function may have attributes
-    return rule
-
-
-class _Same:
-    """A rule that is no function as a key. Those of this library are what they compare equal to; others may leave out
-    of that what tells them apart, so each is itself alone. A bound method is made anew each time that it is asked for.
-    """
-
-    def __init__(self, fn: Any) -> None:
-        self.fn = fn
-        self.key: Any = id(fn)
-        if isinstance(fn, MethodType):
-            self.key = id(fn.__self__), id(fn.__func__)
-        elif type(fn).__module__.startswith("gradoverride."):
-            self.key = fn
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and bool(self.key == other.key)
-
-
-@functools.lru_cache(maxsize=64)
-def _of_other(same: _Same) -> Rule:
-    """Of an object, a partial, a builtin."""
-    return Rule(same.fn)
-
-
-_KEPT = "_gradoverride_rule"
-
-
-class _Kept:
-    """The rule of a function, kept by the function: so it goes when that goes. Copies and pickles leave it behind."""
-
-    __slots__ = ("rule",)
-
-    def __init__(self, rule: Rule) -> None:
-        self.rule = rule
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-
-def passing(rules: Sequence[Rule]) -> Rule:
-    """The one to keep what is made of several: that which goes first, for one that stays would keep it.
-
-    A function that was made in another goes before what stands in a module, a later one before an earlier one.
-    """
-    return max(rules, key=_passes)
-
-
-_passes = operator.attrgetter("passes")
 
 
 def signature_asking(
@@ -293,7 +147,7 @@ def resolve(rule: Rule, forward: Forward, *, may_defer: bool) -> dict[str, str]:
             if name in RESERVED and not (name == "input" and forward.names[0] == "input"):
                 raise RuleSignatureError(
                     f"rule {rule.who} asks for '{name}', which is a parameter of {forward.who} and also a name "
-                    f"that gradoverride reserves ({_meaning(name)}). Rename the parameter of the forward, or wrap "
+                    f"that gradoverride reserves ({RESERVED[name]}). Rename the parameter of the forward, or wrap "
                     f"the forward in a function with another name for it"
                 )
             sources[name] = "argument"
@@ -332,19 +186,8 @@ def unknown_name(rule: Rule, forward: Forward, name: str, more: Iterable[str]) -
     )
 
 
-def _meaning(name: str) -> str:
-    return {
-        "input": "the first differentiable argument",
-        "output": "the forward's result",
-        "vjp": "the gradient without the rule",
-        "needs": "which gradients are wanted",
-        "params": "the module's trainable parameters",
-        "module": "the module",
-        "forward": "the undecorated forward",
-    }[name]
-
-
-def _signature(fn: Any) -> inspect.Signature | None:
+def read_signature(fn: Any) -> inspect.Signature | None:
+    """That of a callable. None of a builtin that tells of none."""
     try:
         return inspect.signature(fn)
     except (ValueError, TypeError):  # builtins such as torch.round have none
@@ -399,14 +242,6 @@ def _scripted_signature(fn: Any) -> inspect.Signature | None:
     return inspect.Signature(parameters)
 
 
-def _bound_by_partial(fn: Any) -> set[str]:
-    bound: set[str] = set()
-    while isinstance(fn, functools.partial):
-        bound.update(fn.keywords)
-        fn = fn.func
-    return bound
-
-
 def _node_name(fn: Any) -> str:
     """The name that the graph shows: a method called `forward` is known by its class."""
     name = name_of(fn)
@@ -415,10 +250,6 @@ def _node_name(fn: Any) -> str:
     if name == "forward" and owner and owner != "<locals>":
         return str(owner)
     return name
-
-
-def _printable(name: str) -> str:
-    return name if name.isidentifier() else "rule"
 
 
 def kind_of(value: Any) -> str:

@@ -27,8 +27,9 @@ from gradoverride._core.private import (
     saves_plainly,
     uncompiled,
 )
+from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location
-from gradoverride._core.signature import Forward, Rule, name_of
+from gradoverride._core.signature import Forward, name_of
 from gradoverride._core.structure import flatten
 from gradoverride._core.tensors import is_differentiable
 from gradoverride._core.wrapper import make_wrapper

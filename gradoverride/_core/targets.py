@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gradoverride._core.private import ORIGINAL, uncompiled
+from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location
-from gradoverride._core.signature import Rule, name_of
+from gradoverride._core.signature import name_of
 from gradoverride.errors import TargetNotFoundError
 
 __all__ = [

@@ -28,8 +28,9 @@ from gradoverride._core.contract import shape_text
 from gradoverride._core.options import check, is_integer, printed
 from gradoverride._core.precision import wide
 from gradoverride._core.private import hidden_from_dynamo, in_forward_ad, in_functorch
+from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location
-from gradoverride._core.signature import Rule, name_of, signature_asking
+from gradoverride._core.signature import name_of, signature_asking
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride.decorators import custom_backward
 from gradoverride.errors import (

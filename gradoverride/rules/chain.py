@@ -12,8 +12,9 @@ import torch
 from gradoverride._core.options import check, printed
 from gradoverride._core.private import fail
 from gradoverride._core.purity import writes_nothing
+from gradoverride._core.rule import Rule
 from gradoverride._core.rule_code import is_known_method
-from gradoverride._core.signature import Rule, signature_asking
+from gradoverride._core.signature import signature_asking
 from gradoverride.errors import UnsupportedError
 from gradoverride.rules.each import each
 

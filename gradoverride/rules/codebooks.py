@@ -25,7 +25,7 @@ from gradoverride._core.contract import what
 from gradoverride._core.options import check
 from gradoverride._core.precision import wide
 from gradoverride._core.private import fail
-from gradoverride._core.signature import writes_nothing
+from gradoverride._core.rule import writes_nothing
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
 

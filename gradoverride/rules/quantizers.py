@@ -39,7 +39,7 @@ from torch import Tensor
 from gradoverride._core.options import check, check_broadcasts, check_dim, is_integer, is_number
 from gradoverride._core.precision import wide
 from gradoverride._core.private import fail
-from gradoverride._core.signature import writes_nothing
+from gradoverride._core.rule import writes_nothing
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
 from gradoverride.surrogates import clipped
