@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradoverride._core.private import evaluated_while_tracing, fail
+from gradoverride._core.signature import with_article
 from gradoverride._core.structure import LEAF, Node, describe, has_leaf, holds_value, leaves_out_none
 from gradoverride.errors import RuleResultError
 
@@ -327,16 +328,12 @@ def what(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         inside = ", ".join(what(part) for part in value[:4]) + (", ..." if len(value) > 4 else "")
         kind = type(value).__name__
-        return f"{_a(kind)} of {len(value)} ({inside})" if len(value) else f"an empty {kind}"
+        return f"{with_article(kind)} of {len(value)} ({inside})" if len(value) else f"an empty {kind}"
     if isinstance(value, dict):
-        return f"{_a(type(value).__name__)} with the keys {', '.join(map(repr, value)) or '(none)'}"
+        return f"{with_article(type(value).__name__)} with the keys {', '.join(map(repr, value)) or '(none)'}"
     if isinstance(value, (int, float, complex, str, bool)):
-        return f"{value!r}, {_a(type(value).__name__)}"
-    return _a(type(value).__name__)
-
-
-def _a(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+        return f"{value!r}, {with_article(type(value).__name__)}"
+    return with_article(type(value).__name__)
 
 
 def _refuse(plan: Plan, text: str) -> NoReturn:

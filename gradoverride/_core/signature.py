@@ -31,6 +31,7 @@ __all__ = [
     "signature_asking",
     "takes",
     "unknown_name",
+    "with_article",
 ]
 
 RESERVED = {
@@ -258,5 +259,9 @@ def kind_of(value: Any) -> str:
         return "None"
     if isinstance(value, type):
         return f"the class '{value.__name__}'"
-    name = type(value).__name__
+    return with_article(type(value).__name__)
+
+
+def with_article(name: str) -> str:
+    """`a Tensor`, `an int`."""
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
