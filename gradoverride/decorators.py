@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
-import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar, overload
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
+from gradoverride._core.class_form import place_of, refuse_function, refuse_lazy, text_of, with_own_backward
 from gradoverride._core.contract import what
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import hidden_from_dynamo, uncompiled
 from gradoverride._core.rule import Rule
-from gradoverride._core.scan import location, mentions
+from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, kind_of, name_of
 from gradoverride._core.standin import around
 from gradoverride._core.surrogate import StraightThrough, SurrogateRule, is_learnable, pass_through
@@ -93,7 +91,7 @@ def custom_backward(rule: Any, /, *, jvp: Any = None) -> Any:
                 "custom_backward: 'jvp' goes with a rule; it came with a class that has a backward. Give a rule: "
                 "custom_backward(rule, jvp=...)"
             )
-        return _with_own_backward(rule)
+        return with_own_backward(rule)
     read = Rule(rule)
     read.jvp = None if jvp is None else Rule(jvp)
 
@@ -171,7 +169,7 @@ def _straight_through(surrogate: Callable[..., Any] | None, fn: Any) -> Any:
 def _learnable(surrogate: Callable[..., Any], fn: Any) -> StraightThrough:
     """A module: the surrogate has parameters."""
     if isinstance(fn, (type, staticmethod, classmethod)) or (callable(fn) and Forward(fn).takes_self):
-        kind, place = ("class", _place(fn)) if isinstance(fn, type) else ("method", location(fn))
+        kind, place = ("class", place_of(fn)) if isinstance(fn, type) else ("method", location(fn))
         raise DecorationError(
             f"straight_through: the surrogate '{name_of(surrogate)}' has parameters, so what it gives is a module, "
             f"which a {kind} cannot be ('{name_of(fn)}', {place}). Make it of a function, where an instance is "
@@ -214,12 +212,12 @@ def _refuse_to_attach(rule: Rule, given: str, kind: type = object) -> NoReturn:
 
 def _attach_to_class(rule: Rule, cls: Any) -> Any:
     """`cls`, whose forward has `rule` as its backward."""
-    _refuse_function(cls)
-    _refuse_lazy(cls)
+    refuse_function(cls)
+    refuse_lazy(cls)
     forward = getattr(cls, "forward", None)
     if not callable(forward) or forward is nn.Module.forward:
         raise DecorationError(
-            f"class '{cls.__name__}' ({_place(cls)}) must have a 'forward', for the rule {rule.who} to be its "
+            f"{text_of(cls)} must have a 'forward', for the rule {rule.who} to be its "
             "backward; it has none. Define it, or decorate a function"
         )
     defined = inspect.getattr_static(cls, "forward")
@@ -283,102 +281,3 @@ def _class_name(module: nn.Module) -> str:
     """The user's name for the class of a module, scripted ones included."""
     name = getattr(module, "original_name", None) if isinstance(module, torch.jit.ScriptModule) else None
     return name or type(uncompiled(module)).__name__
-
-
-def _refuse_function(cls: type) -> None:
-    if issubclass(cls, torch.autograd.Function):
-        raise DecorationError(
-            f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must be no torch.autograd.Function, whose own "
-            f"'backward' is its rule. Decorate a function that calls {cls.__name__}.apply, or the function that its "
-            "forward is about"
-        )
-
-
-def _refuse_lazy(cls: Any) -> None:
-    """A lazy module becomes one of another class when it has its parameters, and would have no rule then."""
-    later = getattr(cls, "cls_to_become", None) if issubclass(cls, LazyModuleMixin) else None
-    if later is not None and not hasattr(later.forward, "__wrapped__"):
-        raise DecorationError(
-            f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must stay what it is, for its forward to have a "
-            f"rule; it is lazy, and becomes '{later.__name__}' when it has its parameters. Write cls_to_become = None "
-            "in it"
-        )
-
-
-def _with_own_backward(cls: Any) -> Any:
-    _refuse_function(cls)
-    given = {name: getattr(cls, name, None) for name in ("forward", "backward")}
-    missing = [name for name, fn in given.items() if not callable(fn) or fn is nn.Module.forward]
-    if missing:
-        raise DecorationError(
-            f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must define both 'forward(self, ...)' and "
-            f"'backward(self, grad_output, ...)'; it has no '{missing[0]}'. Define it, or give a rule: "
-            "@custom_backward(rule)"
-        )
-    if not issubclass(cls, nn.Module):
-        raise DecorationError(
-            f"custom_backward: class '{cls.__name__}' ({_place(cls)}) must be an nn.Module to be decorated bare, for "
-            "its 'backward' to find parameters; give a rule instead: @custom_backward(rule)"
-        )
-    for name in ("forward", "backward"):
-        if isinstance(inspect.getattr_static(cls, name), (staticmethod, classmethod)):
-            raise DecorationError(
-                f"custom_backward: '{name}' of class '{cls.__name__}' ({_place(cls)}) must be a method of its "
-                "instances, for 'backward' to find their parameters; it is a static method or one of the class. Take "
-                "'self' as its first parameter, or give a rule: @custom_backward(rule)"
-            )
-    if cls in _decorated:  # when it was made
-        return cls
-    _refuse_lazy(cls)
-    rule = Rule(cls.backward, method=True)
-    forward = Forward(cls.forward, name=cls.__name__, method=True)
-    cls.forward = make_wrapper(Plan(forward, rule, class_form=True), cls.forward)
-    _decorated.add(cls)
-    if not any(base in _decorated for base in cls.__mro__[1:]):
-        cls.__init_subclass__ = classmethod(_also_subclasses(cls))
-    return cls
-
-
-# Classes that are decorated bare.
-_decorated: weakref.WeakSet[type] = weakref.WeakSet()
-
-
-def _also_subclasses(base: Any) -> Callable[..., None]:
-    """What is called for each subclass of `base`: one with a forward of its own is decorated as well.
-
-    Its forward takes the place of the decorated one, and its backward would never run.
-    """
-    own = base.__dict__.get("__init_subclass__")
-
-    def __init_subclass__(cls: Any, **kwargs: Any) -> None:
-        if own is None:
-            super(base, cls).__init_subclass__(**kwargs)
-        else:
-            own.__get__(None, cls)(**kwargs)
-        if _has_own_forward(cls):
-            _with_own_backward(cls)
-
-    return __init_subclass__
-
-
-def _has_own_forward(cls: type) -> bool:
-    """Whether the forward of `cls` has no rule: it is none of a decorated class, and calls none, as far as code shows.
-
-    With a backward beside it, it is one of its own even if it does.
-    """
-    owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
-    if owner in _decorated:
-        return False
-    if owner is cls and "backward" in cls.__dict__:
-        return True
-    before = itertools.takewhile(lambda base: base not in _decorated, cls.__mro__)
-    methods = [fn for base in before for fn in base.__dict__.values() if inspect.isfunction(fn)]
-    return not any(mentions(fn, "forward") for fn in methods)
-
-
-def _place(cls: type) -> str:
-    for name in ("forward", "backward", "__init__"):
-        if name in cls.__dict__:
-            found = cls.__dict__[name]
-            return location(found.__func__ if isinstance(found, (staticmethod, classmethod)) else found)
-    return cls.__module__
