@@ -186,22 +186,16 @@ def _inheriting(task: Callable[..., Any]) -> Callable[..., Any]:
     return task if standing is None or isinstance(task, _Inherited) else _Inherited(task, standing)
 
 
-def _submitting(original: Callable[..., Any]) -> Any:
-    """`ThreadPoolExecutor.submit`"""
-
-    @functools.wraps(original)
-    def submit(self: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        return original(self, _inheriting(fn), *args, **kwargs)
-
-    return submit
-
-
 def _handing(original: Callable[..., Any]) -> Any:
-    """`ThreadPool.map`, and the other ways in which a pool is given a function for its threads."""
+    """`ThreadPoolExecutor.submit`, `ThreadPool.map`, and the other ways in which a pool is given a function first."""
 
     @functools.wraps(original)
-    def hand(self: Any, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return original(self, _inheriting(func), *args, **kwargs)
+    def hand(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            args = (_inheriting(args[0]), *args[1:])
+        elif "func" in kwargs:
+            kwargs["func"] = _inheriting(kwargs["func"])
+        return original(self, *args, **kwargs)
 
     return hand
 
@@ -210,7 +204,7 @@ def _places() -> Iterator[tuple[type, str, Callable[..., Any]]]:
     from multiprocessing.pool import ThreadPool  # nobody may need it otherwise
 
     yield threading.Thread, "start", _starting
-    yield ThreadPoolExecutor, "submit", _submitting
+    yield ThreadPoolExecutor, "submit", _handing
     for name in ("apply", "apply_async", "imap", "imap_unordered", "map", "map_async", "starmap", "starmap_async"):
         yield ThreadPool, name, _handing
 
