@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EAGER",
+    "NO_AUTOCAST",
     "TRACED",
     "TRANSFORMED",
     "Autocast",
@@ -61,19 +62,13 @@ class Autocast:
 
     __slots__ = ("states",)
 
-    def __init__(self) -> None:
+    def __init__(self, *, off: bool = False) -> None:
+        """Of now, or where it is `off`."""
         self.states: list[tuple[str, torch.dtype]] = []
-        if any_autocast():
+        if not off and any_autocast():
             self.states = [
                 (kind, torch.get_autocast_dtype(kind)) for kind in _device_types() if torch.is_autocast_enabled(kind)
             ]
-
-    @classmethod
-    def none(cls) -> Autocast:
-        """The state without autocast."""
-        state = cls.__new__(cls)
-        state.states = []
-        return state
 
     def restored(self) -> contextlib.AbstractContextManager[Any]:
         """A context with this state."""
@@ -87,6 +82,9 @@ class Autocast:
             elif torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         return stack
+
+
+NO_AUTOCAST = Autocast(off=True)
 
 
 @evaluated_while_tracing
@@ -183,21 +181,20 @@ class RandomState:
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """A context in which the same numbers are drawn again; the generators go on afterwards as if nothing was."""
-        python, numpy = random.getstate(), _numpy_random()
-        of_numpy = None if numpy is None else numpy.get_state(legacy=False)
-        with torch.random.fork_rng(devices=range(len(self.devices))):
-            torch.set_rng_state(self.cpu)
-            if self.devices:
-                torch.cuda.set_rng_state_all(self.devices)
-            random.setstate(self.python)
-            if self.numpy is not None:
-                numpy.set_state(self.numpy)
-            try:
-                yield
-            finally:
-                random.setstate(python)
-                if of_numpy is not None:
-                    numpy.set_state(of_numpy)
+        now = RandomState()
+        try:
+            self._put_back()
+            yield
+        finally:
+            now._put_back()
+
+    def _put_back(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.devices:
+            torch.cuda.set_rng_state_all(self.devices)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            _numpy_random().set_state(self.numpy)
 
 
 def _numpy_random() -> Any:

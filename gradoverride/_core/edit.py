@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradoverride._core.ambient import EAGER, TRACED, Autocast, autocast_while_tracing, under_traced
+from gradoverride._core.ambient import EAGER, NO_AUTOCAST, TRACED, autocast_while_tracing, under_traced
 from gradoverride._core.call import Call
 from gradoverride._core.contract import Meta, read_answer, what
 from gradoverride._core.forward_pass import differentiate
@@ -162,11 +162,10 @@ def _ask_without_autocast(rule: Any, reading: Reading, grad_output: Tensor, valu
     """There was none in the forward, or the call would have gone the general way."""
     if not any_autocast():
         return ask(rule, reading, grad_output, value)
-    with _NO_AUTOCAST.restored():
+    with NO_AUTOCAST.restored():
         return ask(rule, reading, grad_output, value)
 
 
-_NO_AUTOCAST = Autocast.none()
 _apply = fast_apply(alias_function("edit_gradient", _backward, keeps=False))
 _apply_keeping = fast_apply(alias_function("edit_gradient", _backward_keeping, keeps=True))
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gradoverride._core.ambient import EAGER, TRACED, Autocast
+from gradoverride._core.ambient import EAGER, NO_AUTOCAST, TRACED
 from gradoverride._core.call import Call
 from gradoverride._core.contract import Meta, conform_output, read_answer, read_params
 from gradoverride._core.forward_pass import ForwardPass
@@ -326,7 +326,7 @@ class ShortFunction:
 
     def under_autocast(self, backward: Callable[..., Any], ctx: Any, grad_output: Tensor) -> Any:
         """There was no autocast in the forward, or the call would have gone the general way."""
-        with _NO_AUTOCAST.restored():
+        with NO_AUTOCAST.restored():
             return backward(ctx, grad_output)
 
 
@@ -342,4 +342,3 @@ def _sole() -> int:
 
 
 SOLE = _sole()
-_NO_AUTOCAST = Autocast.none()
