@@ -231,7 +231,7 @@ def _connected(result: X, inputs: Any, rule: Callable[..., Any] | None, who: str
         plan = kept_plan(_name_of_plan(names, *unbound(rule)))
     else:
         plan = _readings(names, who).of(rule).plan_for(rule)
-    layout = plan.layout(len(values), ()) if names is None else plan.layout(0, names)
+    layout = plan.layouts.of(len(values), ()) if names is None else plan.layouts.of(0, names)
     tied: X = tie(plan, layout, values, result, rule)
     return tied
 

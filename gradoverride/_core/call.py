@@ -16,8 +16,9 @@ from gradoverride._core.backward_pass import Backward
 from gradoverride._core.contract import Meta
 from gradoverride._core.forward_mode import transpose
 from gradoverride._core.function import fresh
+from gradoverride._core.layout import Layout
 from gradoverride._core.params import Param
-from gradoverride._core.plan import Layout, Plan
+from gradoverride._core.plan import Plan
 from gradoverride._core.private import version_of
 from gradoverride._core.purity import class_normalizes
 from gradoverride._core.snapshot import Snapshot

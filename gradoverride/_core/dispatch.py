@@ -18,18 +18,18 @@ def make_dispatch(plan: Plan) -> tuple[Callable[..., Any], Runs | None]:
     if plan.forward.as_given and parameters is not None:
 
         def as_given(receiver: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            layout, values = plan.taken_apart(args, kwargs)
+            layout, values = plan.layouts.taken_apart(args, kwargs)
             return differentiate(plan, layout, receiver, values)
 
         return as_given, None
     if parameters is None or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
 
         def variadic(receiver: Any, positional: tuple[Any, ...], star: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            layout = plan.layout(len(star), tuple(named))
+            layout = plan.layouts.of(len(star), tuple(named))
             return differentiate(plan, layout, receiver, (*positional, *star, *named.values()))
 
         return variadic, Runs(plan, None) if parameters is None and is_plain(plan) else None
-    layout = plan.layout(0, tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))
+    layout = plan.layouts.of(0, tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))
 
     def fixed(receiver: Any, *values: Any) -> Any:
         return differentiate(plan, layout, receiver, values)

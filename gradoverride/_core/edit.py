@@ -94,7 +94,7 @@ def _general(plan: Plan, x: Any, rule: Any) -> Any:
     refuse_within("edit_gradient", "x", spec, "for their gradients to be edited")
     if not (torch.is_grad_enabled() or in_forward_ad()):  # also in a transform: it goes on as what was given
         return x
-    result = differentiate(plan, plan.layout(0, ()), None, (x,), rule)
+    result = differentiate(plan, plan.layouts.of(0, ()), None, (x,), rule)
     if in_functorch() or in_forward_ad():  # `requires_grad` does not tell
         return result
     edited: list[Tensor] = []
@@ -202,7 +202,7 @@ def _settled(rule: Any, reading: Reading, grad_output: Tensor, version: int, ans
 
 
 def _read(plan: Plan, mode: str, grad_output: Tensor, answer: Any) -> Tensor | None:
-    call = Call(plan, plan.layout(0, ()), mode)
+    call = Call(plan, plan.layouts.of(0, ()), mode)
     call.describe_plain([0], [Meta(grad_output)], [True])
     return read_answer(call, answer)[0][0]
 
@@ -210,7 +210,7 @@ def _read(plan: Plan, mode: str, grad_output: Tensor, answer: Any) -> Tensor | N
 def ask_several(rule: Any, reading: Reading, grads: tuple[Tensor, ...]) -> list[Tensor | None]:
     """The same for a tuple of gradients: of all results of a node."""
     plan = reading.plan_for(rule)
-    call = Call(plan, plan.layout(0, ()), EAGER)
+    call = Call(plan, plan.layouts.of(0, ()), EAGER)
     call.describe_tuple([Meta(grad) for grad in grads])
     try:
         answer = rule(tuple([grad.clone() for grad in grads]))  # it may write into them
@@ -263,7 +263,7 @@ def _names_of_value(rule: Any) -> tuple[str, ...] | None:
 @evaluated_while_tracing
 def _name_of_plan(rule: Any, bound: tuple[str, ...]) -> str:
     name = keep_plan(_readings, rule, bound)
-    kept_plan(name).layout(0, ())  # which it keeps: it must be there when the backward is traced
+    kept_plan(name).layouts.of(0, ())  # which it keeps: it must be there when the backward is traced
     return name
 
 

@@ -17,7 +17,8 @@ from gradoverride._core.aliases import has_other_data
 from gradoverride._core.ambient import EAGER
 from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.kept_graph import KeptGraph, shares_versions
-from gradoverride._core.plan import Layout, Plan
+from gradoverride._core.layout import Layout
+from gradoverride._core.plan import Plan
 from gradoverride._core.private import (
     IN_FORWARD_AD,
     IN_TRACER,
@@ -113,7 +114,7 @@ class Runs(dict[tuple[type, ...], Callable[..., Any]]):
         self.layout = layout
 
     def __missing__(self, kinds: tuple[type, ...]) -> Callable[..., Any]:
-        layout = self.plan.layout(len(kinds), ()) if self.layout is None else self.layout
+        layout = self.plan.layouts.of(len(kinds), ()) if self.layout is None else self.layout
         places = [index for index, kind in enumerate(kinds) if kind is Tensor or kind is nn.Parameter]
         others = [kind for index, kind in enumerate(kinds) if index not in places]
 

@@ -25,8 +25,9 @@ from gradoverride._core.function import TOKEN, fresh, trackable
 from gradoverride._core.held import refuse_held
 from gradoverride._core.inner_graph import inner_graph
 from gradoverride._core.kept_graph import outer_of
+from gradoverride._core.layout import Layout
 from gradoverride._core.params import find_params
-from gradoverride._core.plan import Layout, Plan
+from gradoverride._core.plan import Plan
 from gradoverride._core.private import (
     counted_once,
     fail,

@@ -23,8 +23,9 @@ from gradoverride._core.contract import Meta, conform_output, read_answer, read_
 from gradoverride._core.forward_pass import ForwardPass
 from gradoverride._core.function import plain_function
 from gradoverride._core.kept_graph import KeptGraph
+from gradoverride._core.layout import Layout
 from gradoverride._core.params import find_params
-from gradoverride._core.plan import Layout, Plan
+from gradoverride._core.plan import Plan
 from gradoverride._core.private import any_autocast, use_count
 from gradoverride._core.vjp import ShortVjp
 

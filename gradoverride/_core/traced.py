@@ -14,7 +14,8 @@ from torch import nn
 
 from gradoverride._core.ambient import TRACED, autocast_while_tracing
 from gradoverride._core.fast import FittingClasses, is_number
-from gradoverride._core.plan import Layout, Plan
+from gradoverride._core.layout import Layout
+from gradoverride._core.plan import Plan
 from gradoverride._core.private import evaluated_while_tracing, in_functorch, keep_own_frames_whole
 from gradoverride._core.reach import SCALARS
 from gradoverride._core.short_function import ShortFunction

@@ -33,7 +33,8 @@ from gradoverride._core.structure import flatten
 from gradoverride.errors import GradOverrideWarning, UnsupportedError
 
 if TYPE_CHECKING:
-    from gradoverride._core.plan import Layout, Plan
+    from gradoverride._core.layout import Layout
+    from gradoverride._core.plan import Plan
 
 __all__ = [
     "EXPORT",

@@ -31,6 +31,7 @@ from gradoverride._core.fast import ShortPath, guessed_places
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import COMPILED_MARKS, IN_FORWARD_AD, dual_levels, in_functorch, written_as
 from gradoverride._core.reach import SCALARS
+from gradoverride._core.signature import POSITIONAL
 from gradoverride._core.traced import TracedPath
 from gradoverride._core.tracers import refuse_script
 from gradoverride.errors import RuleSignatureError
@@ -123,7 +124,7 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
             ]
         return "\n".join([*head, "    return _go_general(None, (), args, kwargs)\n"])
     parameters = list(signature.parameters.values())
-    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    positional = [p.name for p in parameters if p.kind in POSITIONAL]
     keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     star = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
     rest = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
