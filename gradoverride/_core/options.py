@@ -17,6 +17,7 @@ __all__ = [
     "check",
     "check_broadcasts",
     "check_dim",
+    "check_flag",
     "check_generator",
     "is_integer",
     "is_number",
@@ -35,6 +36,11 @@ def check(rule: str, option: str, value: Any, fits: bool, required: str) -> None
 def refuse(rule: str, option: str, value: Any, required: str) -> NoReturn:
     """Raise `RuleOptionError` for a value that does not fit."""
     fail(RuleOptionError, f"{rule}: '{option}' must be {required}; got {shown(value)}")
+
+
+def check_flag(rule: str, option: str, value: Any) -> None:
+    """Raise `RuleOptionError` unless it is True or False."""
+    check(rule, option, value, isinstance(value, bool), "True or False")
 
 
 def check_dim(rule: str, dim: Any) -> None:

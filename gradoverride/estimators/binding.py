@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradoverride._core.options import check, check_generator, is_integer, is_number
+from gradoverride._core.options import check, check_flag, check_generator, is_integer, is_number
 from gradoverride._core.private import hidden_from_dynamo
 from gradoverride._core.signature import Forward, signature_asking
 from gradoverride.errors import RuleSignatureError, UnsupportedError
@@ -160,4 +160,4 @@ def check_options(rule: Any) -> None:
     fits = is_integer(rule.batch_dims) and rule.batch_dims >= 0
     check(kind, "batch_dims", rule.batch_dims, fits, "an integer, 0 or larger")
     check(kind, "batched", rule.batched, rule.batched in BATCHED, "None, 'vmap', 'stack' or 'cat'")
-    check(kind, "deterministic", rule.deterministic, isinstance(rule.deterministic, bool), "True or False")
+    check_flag(kind, "deterministic", rule.deterministic)

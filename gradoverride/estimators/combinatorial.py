@@ -10,7 +10,6 @@ which rank each has. It is a minimiser of costs or a maximiser of scores: `maxim
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.function import tied
-from gradoverride._core.options import check
+from gradoverride._core.options import check, check_flag
 from gradoverride._core.precision import wide
 from gradoverride._core.residuals import save_for_backward
-from gradoverride._core.signature import Forward
+from gradoverride._core.signature import POSITIONAL, Forward
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride.decorators import custom_backward
 from gradoverride.errors import DecorationError, ForwardResultError, UnsupportedError
@@ -68,7 +67,7 @@ class blackbox(Estimator):
 
     def __post_init__(self) -> None:
         check_options(self)
-        check("blackbox", "maximizes", self.maximizes, isinstance(self.maximizes, bool), "True or False")
+        check_flag("blackbox", "maximizes", self.maximizes)
 
     def gradients(self, evaluation: Evaluation) -> list[Tensor]:
         """One for each of the points."""
@@ -197,7 +196,7 @@ class imle(Estimator):
 
     def __post_init__(self) -> None:
         check_options(self)
-        check("imle", "maximizes", self.maximizes, isinstance(self.maximizes, bool), "True or False")
+        check_flag("imle", "maximizes", self.maximizes)
         fits = self.noise in ("normal", "gumbel") or callable(self.noise)
         check("imle", "noise", self.noise, fits, "'normal', 'gumbel' or a function of a tensor and a generator")
 
@@ -292,10 +291,7 @@ def _mean(estimator: perturbed | imle, fn: Callable[..., Any]) -> Callable[..., 
     kind = type(estimator).__name__
     read = Forward(fn, method=False)  # a lambda that is written in the body of a class is none
     parameters = read.parameters or []
-    if not parameters or parameters[0].kind not in (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    ):
+    if not parameters or parameters[0].kind not in POSITIONAL:
         raise DecorationError(
             f"{kind}.mean: {read.who} must have a first parameter, which is perturbed; it has none. Give a function "
             f"that calls it, such as `lambda x: {read.name}(x)`"

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradoverride._core.options import check
+from gradoverride._core.options import check_flag
 from gradoverride._core.precision import wide
 from gradoverride.estimators.binding import Estimator, check_options
 from gradoverride.estimators.evaluation import Evaluation, Points, like, real, summed
@@ -65,7 +65,7 @@ class finite_difference(Estimator):
 
     def __post_init__(self) -> None:
         check_options(self)
-        check("finite_difference", "central", self.central, isinstance(self.central, bool), "True or False")
+        check_flag("finite_difference", "central", self.central)
 
     def gradients(self, evaluation: Evaluation) -> list[Tensor]:
         """One for each of the points."""
@@ -182,7 +182,7 @@ class evolution(Estimator):
 
     def __post_init__(self) -> None:
         check_options(self)
-        check("evolution", "antithetic", self.antithetic, isinstance(self.antithetic, bool), "True or False")
+        check_flag("evolution", "antithetic", self.antithetic)
 
     def gradients(self, evaluation: Evaluation) -> list[Tensor]:
         """One for each of the points."""

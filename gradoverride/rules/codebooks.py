@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gradoverride._core.contract import what
-from gradoverride._core.options import check
+from gradoverride._core.options import check_flag
 from gradoverride._core.precision import wide
 from gradoverride._core.private import fail
 from gradoverride._core.rule import writes_nothing
@@ -118,7 +118,7 @@ def _dot(one: Tensor, two: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, codebook: Any, rotate: Any) -> None:
-    check("vector_quantize", "rotate", rotate, isinstance(rotate, bool), "True or False")
+    check_flag("vector_quantize", "rotate", rotate)
     fits = isinstance(codebook, Tensor) and codebook.dim() == 2 and len(codebook) > 0
     if not fits or x.dim() == 0 or x.shape[-1] != codebook.shape[-1]:
         required = f"a tensor of shape (vectors, size), with the size of the last dimension of x, {what(x)}"

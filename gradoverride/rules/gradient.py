@@ -33,6 +33,7 @@ from gradoverride._core.options import (
     check,
     check_broadcasts,
     check_dim,
+    check_flag,
     check_generator,
     is_integer,
     is_number,
@@ -463,7 +464,7 @@ class quantize(Drawing):
     def __post_init__(self) -> None:
         check("quantize", "bits", self.bits, is_integer(self.bits) and 2 <= self.bits <= 16, "an integer from 2 to 16")
         check_dim("quantize", self.dim)
-        check("quantize", "stochastic", self.stochastic, isinstance(self.stochastic, bool), "True or False")
+        check_flag("quantize", "stochastic", self.stochastic)
         check_generator("quantize", self.generator)
 
     def untraced(self, grad: Tensor) -> Tensor:

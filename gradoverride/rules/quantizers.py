@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradoverride._core.options import check, check_broadcasts, check_dim, is_integer, is_number
+from gradoverride._core.options import check, check_broadcasts, check_dim, check_flag, is_integer, is_number
 from gradoverride._core.precision import wide
 from gradoverride._core.private import fail
 from gradoverride._core.rule import writes_nothing
@@ -430,7 +430,7 @@ class ewgs:
 
 def _largest(function: str, bits: Any, signed: Any) -> int:
     """Qp."""
-    check(function, "signed", signed, isinstance(signed, bool), "True or False")
+    check_flag(function, "signed", signed)
     _check_bits(function, bits, 2 if signed else 1)
     return int(2 ** (bits - 1) - 1 if signed else 2**bits - 1)
 
