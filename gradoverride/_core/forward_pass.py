@@ -1,8 +1,8 @@
 """One forward on the general path: on cut aliases, its result tied to the rule.
 
 The flow, top down: `differentiate` decides whether a gradient is wanted at all, `ForwardPass.run` runs the forward on
-aliases of its tensors, `finish` looks at what it gave, `_tie` hands the tensors to the Function. (`tie` is for what
-was computed elsewhere.) The inputs of the Function are
+aliases of its tensors, `finish` looks at what it gave (`results.py`), `_tie` hands the tensors to the Function. (`tie`
+is for what was computed elsewhere.) The inputs of the Function are
 
     the differentiable tensors among the arguments, the module's trainable parameters (aliased ones first),
     what else the rule asks for, the results of the forward, floating residuals
@@ -16,12 +16,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from gradoverride._core import captured
 from gradoverride._core.aliases import alias_of, carry_data, copy_attributes, places_of, share_attributes
 from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED
 from gradoverride._core.call import Call
-from gradoverride._core.contract import Meta, what
-from gradoverride._core.function import TOKEN, fresh, trackable
+from gradoverride._core.contract import Meta
+from gradoverride._core.function import fresh, trackable
 from gradoverride._core.held import refuse_held
 from gradoverride._core.inner_graph import inner_graph
 from gradoverride._core.kept_graph import outer_of
@@ -38,11 +37,12 @@ from gradoverride._core.private import (
     version_of,
 )
 from gradoverride._core.residuals import close_frame, open_frame
+from gradoverride._core.results import check_straight_through, refuse_captured, without_gradient
 from gradoverride._core.saver import Saver
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import Copied, is_parametrized, stand_in, with_parameters, write_back
-from gradoverride._core.structure import LEAF, alike, flatten, skeleton, unchanged, unflatten
-from gradoverride._core.tensors import is_differentiable, is_tensor, may_want_gradient, requires_grad_anywhere
+from gradoverride._core.structure import LEAF, flatten, skeleton, unchanged, unflatten
+from gradoverride._core.tensors import is_differentiable, may_want_gradient
 from gradoverride._core.traced_graph import distinct
 from gradoverride._core.tracers import FX, drops_rule, record_call, tracer_now
 from gradoverride._core.writes import Writes
@@ -203,16 +203,16 @@ class ForwardPass:
         outs: list[Tensor] = []
         call.result = flatten(result, is_differentiable, outs)
         if not outs:
-            return self._without_gradient(result)
+            return without_gradient(self, result)
         if self.mode == EAGER:
             outs = [trackable(out) for out in outs]
         if self.plan.straight_through:
-            self._check_straight_through(result, outs)
+            check_straight_through(self, result, outs)
         if self.plan.on_first_call is not None and self.mode == EAGER:
             self.plan.on_first_call(leaves[0], outs[0])
             self.plan.on_first_call = None
         if not self.on_leaves:
-            self._refuse_captured(outs, aliases)
+            refuse_captured(self, outs, aliases)
         self.writes.find(outs, aliases)
         return self._tie(aliases, outs, residuals)
 
@@ -292,112 +292,6 @@ class ForwardPass:
                 "rule answers for; it changed what is in it. Return what is new instead, or detach() those tensors, if "
                 "none of them is to have a gradient",
             )
-
-    def _without_gradient(self, result: Any) -> Any:
-        tensors: list[Tensor] = []
-        flatten(result, is_tensor, tensors)
-        kind = f" of {result.dtype}" if isinstance(result, Tensor) else ""
-        remedy = ". Convert it: .to(torch.get_default_dtype())" if kind else ""
-        if self.plan.straight_through:
-            fail(
-                ForwardResultError,
-                f"{self.plan.forward.who} must return a floating tensor for a gradient to pass straight through it; "
-                f"it returned {what(result)}{kind}{remedy}",
-            )
-        if not tensors:
-            one = "array of numbers" if self.plan.forward.of_arrays else "tensor"
-            fail(
-                ForwardResultError,
-                f"{self.plan.forward.who} must return at least one {one}, for its rule {self.plan.rule.who} to get "
-                f"a gradient; it returned {what(result)}. Return the {one} that the rule is about",
-            )
-        if getattr(self.plan.rule.fn, "needs_floating", False):
-            fail(
-                ForwardResultError,
-                f"{self.plan.forward.who} must return a floating tensor, for its rule {self.plan.rule.who} to give it "
-                f"a gradient; it returned {what(result)}{kind}. Convert it: .to(torch.get_default_dtype())",
-            )
-        return result
-
-    def _check_straight_through(self, result: Any, outs: list[Tensor]) -> None:
-        """The gradient of the result is to be one of the first differentiable argument."""
-        call, plan, who = self.call, self.plan, self.plan.forward.who
-        if not call.holders:
-            fail(
-                ForwardResultError,
-                f"{who} must be given a floating tensor, for a gradient to pass straight through to it; it was given "
-                "none, and parameters alone want a gradient. Leave out straight_through, or convert an argument",
-            )
-        first = call.holders[0]
-        name, spec = call.names[first], call.specs[first]
-        identity = plan.rule.asks == {}
-        if spec is LEAF and len(outs) != 1:
-            fail(
-                ForwardResultError,
-                f"{who} must return one floating tensor for a gradient to pass straight through it to '{name}'; it "
-                f"returned {what(result)}. Decorate a function that returns the one alone (what is no floating tensor "
-                "may be returned with it), or give a rule: custom_backward(rule)",
-            )
-        if spec is not LEAF and not (identity and alike(spec, call.result)):
-            given = f"it was given {what(self.values[first])}"
-            need = f"have one tensor for its first differentiable argument '{name}', which is what a surrogate takes"
-            if identity:
-                need = f"return what is of the structure of its first differentiable argument '{name}'"
-                given += f" and returned {what(result)}"
-            fail(
-                ForwardResultError,
-                f"{who} must {need}, for a gradient to pass straight through; {given}. Decorate a function of one "
-                "tensor, or give a rule: custom_backward(rule)",
-            )
-        if identity:
-            for leaf, out in zip(self.leaves, outs, strict=False):
-                plan.check_straight_through(leaf.shape, out.shape)
-        if any(call.wanted) and not any(call.wanted[: call.ends[first]]):
-            plan.warn_of_first(name, ", ".join(f"'{n}'" for i, n in enumerate(call.names) if call.wants(i)))
-
-    def _refuse_captured(self, outs: list[Tensor], aliases: list[Tensor]) -> None:
-        call, forward = self.call, self.plan.forward
-        if self.mode == TRANSFORMED:
-            tracked = [out for out in outs if requires_grad_anywhere(out)]
-        else:
-            tracked = [out for out in outs if out.requires_grad]
-        if not tracked:
-            return
-        if self.mode != EAGER:
-            if self.mode == TRACED and (call.natural or call.graph is not None):
-                starts = call.graph.aliases if call.graph is not None else []
-                own = [param.tensor for param in call.natural]
-                # A decorated call inside starts its graph at TOKEN.
-                if not captured.foreign_while_tracing(tracked, [*starts, *own, TOKEN]):
-                    return
-            captured.refuse(forward.who, self.plan.captured_names())
-        stops = {param.tensor.grad_fn for param in call.natural}
-        known = {id(param.tensor) for param in call.natural}
-        known.add(id(TOKEN))  # where a compiled call inside starts its graph
-        if call.graph is not None:
-            call.graph.stops(known, stops)
-        # Of an alias that the forward told to require grad none is lost.
-        known |= {id(alias) for alias, leaf in zip(aliases, self.leaves, strict=False) if alias is not leaf}
-        gone = []
-        while (leaf := captured.foreign_leaf(tracked, known, stops)) is not None:
-            self._refuse_argument(leaf)
-            arguments = zip(call.names, self.values, strict=True)
-            names = ", ".join(captured.captured_names(forward.fn, leaf, self.receiver, arguments))
-            if names or not captured.is_gone(leaf):
-                captured.refuse(forward.who, names, leaf)
-            gone.append(leaf)  # its id stays its own
-            known.add(id(leaf))
-
-    def _refuse_argument(self, leaf: Tensor) -> None:
-        """A leaf that is not known requires grad: it may be an argument that the forward has told to."""
-        for index, given in enumerate(self.leaves):
-            if given is leaf and not self.call.wanted[index]:
-                fail(
-                    UnsupportedError,
-                    f"{self.plan.forward.who} must be given arguments that require grad already, if a gradient is to "
-                    f"reach them; it told '{self.call.name_of_leaf(index)}' to require grad itself. Call "
-                    "requires_grad_() on it before",
-                )
 
     def _tie(self, aliases: list[Tensor], outs: list[Tensor], residuals: dict[str, Any]) -> Any:
         """Hand the tensors to the Function, and put its results into the structure of the forward's."""
