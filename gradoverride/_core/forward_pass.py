@@ -36,7 +36,6 @@ from gradoverride._core.private import (
     keep_own_frames_whole,
     version_of,
 )
-from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.results import check_straight_through, refuse_captured, without_gradient
 from gradoverride._core.saver import Saver
 from gradoverride._core.signature import unknown_name
@@ -241,18 +240,14 @@ class ForwardPass:
         if module is not None and (call.aliased or seen is not None):
             tensors = {name: alias for param, alias in zip(call.aliased, given, strict=True) for name in param.names}
             inner = stand_in(module, tensors, copied, seen=seen)
-        frame: dict[str, Any] = {}
+        residuals: dict[str, Any] = {}
         if self._collects_residuals():
-            frame = open_frame()
-            try:
-                result = plan.invoke(call.layout, inner, arguments)
-            finally:
-                close_frame()
+            result, residuals = plan.collecting(call.layout, inner, arguments)
         else:
             result = plan.invoke(call.layout, inner, arguments)
         self._refuse_changed(arguments, aliases)
         write_back(copied)
-        return result, frame
+        return result, residuals
 
     def _collects_residuals(self) -> bool:
         """Whether what the forward hands over is to be collected."""

@@ -190,6 +190,15 @@ class Plan:
             return self.fn(receiver, *positional, **keywords)
         return self.fn(*positional, **keywords)
 
+    def collecting(self, layout: Layout, receiver: Any, values: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
+        """The same, and what the forward hands over."""
+        frame = open_frame()
+        try:
+            result = self.invoke(layout, receiver, values)
+        finally:
+            close_frame()
+        return result, frame
+
     def read_as_function(self, make: Callable[[], Any]) -> None:
         """`make` gives what to call instead where the receiver is a tensor. Few are, so it is made when one is met."""
 
@@ -211,11 +220,7 @@ class Plan:
         """A call where no gradient is wanted: the original, and nothing else happens."""
         if not self.hands_over:
             return self.invoke(layout, receiver, values)
-        open_frame()  # or what it hands over would go to a decorated call around this one
-        try:
-            return self.invoke(layout, receiver, values)
-        finally:
-            close_frame()
+        return self.collecting(layout, receiver, values)[0]  # or it would go to a decorated call around this one
 
     # --- messages (some are put together while tracing: Dynamo knows no cells, and no search for the closest name) ---
 
