@@ -41,15 +41,7 @@ class Saver:
         sources = {**plan.jvp_sources, **plan.sources} if call.mode == TRANSFORMED else plan.sources
         for name, source in sources.items():
             if source == "argument":
-                indices = call.groups.get(name, ())
-                if name in call.groups and name != call.variadic:
-                    self._ask_argument(name, values[indices[0]], indices[0])
-                elif name in call.groups:
-                    self._ask(name, tuple(values[index] for index in indices))
-                else:  # **kwargs under its own name
-                    known, layout = set(plan.forward.names), call.layout
-                    named = zip(layout.keywords, values[layout.positional :], strict=True)
-                    self._ask(name, {key: value for key, value in named if key not in known})
+                self._ask_argument(name, values)
             elif name in residuals:
                 self._ask(name, residuals[name], handed_over=True)
             elif module is not None and name in own:
@@ -84,13 +76,23 @@ class Saver:
             for name, value in call.computed.items()
         }
 
-    def _ask_argument(self, name: str, value: Any, index: int) -> None:
+    def _ask_argument(self, name: str, values: Sequence[Any]) -> None:
         call = self.call
+        if name not in call.groups:  # **kwargs under its own name
+            known, layout = set(self.plan.forward.names), call.layout
+            named = zip(layout.keywords, values[layout.positional :], strict=True)
+            self._ask(name, {key: value for key, value in named if key not in known})
+            return
+        indices = call.groups[name]
+        if name == call.variadic:
+            self._ask(name, tuple([values[index] for index in indices]))
+            return
+        (index,) = indices
         spec = call.specs[index]
         if spec is LEAF or (type(spec) is Node and spec.bare):
             call.asked.append(Asked(name, spec, [self.slot(place) for place in call.places_of(index)]))
         else:  # tensors without a gradient may be in it, and values
-            self._ask(name, value)
+            self._ask(name, values[index])
 
     def _ask(self, name: str, value: Any, handed_over: bool = False) -> None:
         tensors: list[Tensor] = []
