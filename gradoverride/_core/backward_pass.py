@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED, RandomState, under_traced
+from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED, under_traced
 from gradoverride._core.collector import Collector
 from gradoverride._core.contract import conform_output, read_answer, read_params, what
 from gradoverride._core.function import tied
 from gradoverride._core.kept_graph import KeptGraph, is_hooked
+from gradoverride._core.module_then import as_shown, forward_then, module_then, training_then
 from gradoverride._core.private import fail, out_of_left_transforms, pull
-from gradoverride._core.stale import Stale
-from gradoverride._core.standin import stand_in
 from gradoverride._core.structure import LEAF, alike, describe, flatten, in_order_of, unflatten
 from gradoverride._core.vjp import Vjp
 from gradoverride.errors import RuleResultError, UnsupportedError
@@ -137,60 +136,10 @@ class Backward:
             elif name == "params":
                 supplied[name] = {param.name: saved[call.module_slots[param.name]] for param in call.params}
             elif name == "module":
-                supplied[name] = self._module_then()
+                supplied[name] = module_then(self)
             elif name == "forward":
-                supplied[name] = self._forward_then()
+                supplied[name] = forward_then(self)
         return supplied
-
-    def _module_then(self, buffers: dict[str, Any] | None = None) -> Any:
-        call, saved = self.call, self.saved
-        if call.module is None:
-            return None
-        tensors = {name: saved[slot] for name, slot in call.module_slots.items()}
-        given = {**call.shown(call.frozen), **(call.shown(call.buffers) if buffers is None else buffers), **tensors}
-        given.update({name: saved[slot] for name, slot in call.computed.items()})
-        if self.again and call.aliased and call.computed:
-            given.update(self._computed_anew({name: one for name, one in given.items() if name not in call.computed}))
-        return stand_in(call.module, given, changes=call.training_then())
-
-    def _computed_anew(self, given: dict[str, Any]) -> dict[str, Tensor]:
-        """Parametrized weights that were computed from aliases, as functions of the tensors that these came from.
-
-        One that comes out otherwise than in the forward cannot be shown.
-        """
-        call = self.call
-        buffers = {name: one.clone() for name, one in given.items() if name in call.buffers and type(one) is not Stale}
-        assert call.module is not None, "it has them"
-        module = stand_in(call.module, {**given, **buffers}, changes=call.training_then())
-        shown = {}
-        for name, slot in call.computed.items():
-            owner, _, own = name.rpartition(".")
-            with RandomState().replayed():
-                now = getattr(module.get_submodule(owner), own)
-            shown[name] = now
-            if not torch.allclose(now, self.saved[slot], equal_nan=True):
-                text = (
-                    f"{self.plan.who} must read '{name}' of the module as that "
-                    "forward computed it, and with create_graph that is to be computed again; it came out otherwise (a "
-                    "parametrization draws random numbers, or updates buffers in training). Ask for it by its name, or "
-                    "put the module in eval mode"
-                )
-                shown[name] = Stale.of(now, text)
-        return shown
-
-    def _forward_then(self) -> Any:
-        if not self.plan.takes_receiver:
-            return self.plan.fn
-        call, fn = self.call, self.plan.fn
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            # It may write into buffers, and the forward has counted already.
-            shown = call.shown(call.buffers)
-            buffers = {name: one if isinstance(one, Stale) else one.clone() for name, one in shown.items()}
-            then = call.receiver if call.module is None else self._module_then(buffers)
-            return fn(then, *args, **kwargs)
-
-        return forward
 
     def _ask_rule(self, grad_output: Any, supplied: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The rule's answer, and for the class form what it assigned to parameters."""
@@ -212,11 +161,11 @@ class Backward:
         assert call.module is not None, "the class form is for modules"
         return Collector(
             call.module,
-            call.shown(call.frozen),
-            call.shown(call.buffers),
+            as_shown(call, call.frozen),
+            as_shown(call, call.buffers),
             {param.name: (param.names, self.saved[call.module_slots[param.name]]) for param in call.params},
             traced=self.traced,
-            changes=call.training_then(),
+            changes=training_then(call),
             attributes=self.plan.attribute_names_in_backward(type(call.module)) if self.traced else (),
         )
 

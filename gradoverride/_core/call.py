@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED, Autocast, autocast_while_tracing
@@ -19,19 +18,10 @@ from gradoverride._core.function import fresh
 from gradoverride._core.layout import Layout
 from gradoverride._core.params import Param
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import version_of
-from gradoverride._core.purity import class_normalizes
-from gradoverride._core.snapshot import Snapshot
-from gradoverride._core.stale import Stale
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten
 from gradoverride._core.tensors import is_differentiable
 
 __all__ = ["Asked", "Call"]
-
-
-def training_of(module: nn.Module) -> dict[str, bool]:
-    """By prefix, whether each part of `module` is in training."""
-    return {f"{name}." if name else "": part.training for name, part in module.named_modules()}
 
 
 class Asked:
@@ -131,53 +121,6 @@ class Call:
         self.then = {}
         self.training = {}
         self.computed = {}
-
-    def keep_module(self, module: nn.Module, before: Mapping[str, int | None]) -> None:
-        """Keep what the rule is to be shown of the module besides its trainable parameters: buffers, frozen ones.
-
-        Buffers are shown as the forward left them.
-
-        `before`: the versions of the buffers before the forward. Those that it wrote into will be written into again
-        by the next one, so a copy is kept.
-        """
-        self.module = module
-        self.buffers = dict(module.named_buffers())
-        if self.mode == TRACED:
-            return
-        for name, buffer in self.buffers.items():
-            if before.get(name, version_of(buffer)) != version_of(buffer):
-                self.buffers[name] = buffer.detach().clone()
-        for prefix, part in module.named_modules():
-            kind: Any = type(part)
-            if class_normalizes(kind):  # torch does not count what it writes
-                for name in [f"{prefix}.{name}" if prefix else name for name in part._buffers]:
-                    if name in self.buffers:  # a tied one has one name
-                        self.buffers[name] = self.buffers[name].detach().clone()
-        self.then = {name: version_of(tensor) for name, tensor in {**self.frozen, **self.buffers}.items()}
-        self.training = training_of(module)
-
-    def shown(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The buffers or frozen parameters of the module, as they were: of one that was overwritten, an error."""
-        if not self.then or torch.compiler.is_dynamo_compiling():  # the backward alone: compiled autograd
-            return dict(tensors)
-        shown = dict(tensors)
-        for name, tensor in tensors.items():
-            if version_of(tensor) != self.then.get(name, version_of(tensor)):
-                shown[name] = Stale.of(
-                    tensor,
-                    f"{self.plan.who} must read '{name}' of the module as it was "
-                    "in that forward, and it was written into since. Hand a copy over by save_for_backward, ask for "
-                    "'vjp', or write after the backward",
-                )
-        return shown
-
-    def training_then(self) -> dict[str, Snapshot]:
-        """By prefix of the parts of the module that have changed since, whether they were in training."""
-        if self.module is None or torch.compiler.is_dynamo_compiling():
-            return {}
-        now = training_of(self.module)
-        changed = [prefix for prefix, was in self.training.items() if now.get(prefix, was) is not was]
-        return {prefix: Snapshot({"training": self.training[prefix]}, {}, {}) for prefix in changed}
 
     # --- taking the call apart ------------------------------------------------------------------------------
 

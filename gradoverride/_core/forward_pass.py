@@ -25,6 +25,7 @@ from gradoverride._core.held import refuse_held
 from gradoverride._core.inner_graph import inner_graph
 from gradoverride._core.kept_graph import outer_of
 from gradoverride._core.layout import Layout
+from gradoverride._core.module_then import keep_module
 from gradoverride._core.params import find_params
 from gradoverride._core.plan import Plan
 from gradoverride._core.private import (
@@ -302,7 +303,7 @@ class ForwardPass:
         saver.collect(self.module, self.values, residuals)
         if self.plan.asks_module:
             if self.module is not None:
-                call.keep_module(self.module, self.buffer_versions)
+                keep_module(call, self.module, self.buffer_versions)
             else:
                 call.receiver = self.receiver
         floating = saver.floating

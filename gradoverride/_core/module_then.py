@@ -1,0 +1,138 @@
+"""The module as a rule is shown it: as it was in that forward, with the tensors of that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gradoverride._core.ambient import TRACED, RandomState
+from gradoverride._core.private import version_of
+from gradoverride._core.purity import class_normalizes
+from gradoverride._core.snapshot import Snapshot
+from gradoverride._core.stale import Stale
+from gradoverride._core.standin import stand_in
+
+if TYPE_CHECKING:
+    from gradoverride._core.backward_pass import Backward
+    from gradoverride._core.call import Call
+
+__all__ = ["as_shown", "forward_then", "keep_module", "module_then", "training_then"]
+
+
+# --- kept by the forward ---
+
+
+def keep_module(call: Call, module: nn.Module, before: Mapping[str, int | None]) -> None:
+    """Keep what the rule is to be shown of the module besides its trainable parameters: buffers, frozen ones.
+
+    Buffers are shown as the forward left them.
+
+    `before`: the versions of the buffers before the forward. Those that it wrote into will be written into again
+    by the next one, so a copy is kept.
+    """
+    call.module = module
+    call.buffers = dict(module.named_buffers())
+    if call.mode == TRACED:
+        return
+    for name, buffer in call.buffers.items():
+        if before.get(name, version_of(buffer)) != version_of(buffer):
+            call.buffers[name] = buffer.detach().clone()
+    for prefix, part in module.named_modules():
+        kind: Any = type(part)
+        if class_normalizes(kind):  # torch does not count what it writes
+            for name in [f"{prefix}.{name}" if prefix else name for name in part._buffers]:
+                if name in call.buffers:  # a tied one has one name
+                    call.buffers[name] = call.buffers[name].detach().clone()
+    call.then = {name: version_of(tensor) for name, tensor in {**call.frozen, **call.buffers}.items()}
+    call.training = _training_of(module)
+
+
+def _training_of(module: nn.Module) -> dict[str, bool]:
+    """By prefix, whether each part of `module` is in training."""
+    return {f"{name}." if name else "": part.training for name, part in module.named_modules()}
+
+
+# --- shown in the backward ---
+
+
+def module_then(backward: Backward, buffers: dict[str, Any] | None = None) -> Any:
+    """The module of the call, or None; with these `buffers` if they are given."""
+    call, saved = backward.call, backward.saved
+    if call.module is None:
+        return None
+    tensors = {name: saved[slot] for name, slot in call.module_slots.items()}
+    given = {**as_shown(call, call.frozen), **(as_shown(call, call.buffers) if buffers is None else buffers), **tensors}
+    given.update({name: saved[slot] for name, slot in call.computed.items()})
+    if backward.again and call.aliased and call.computed:
+        given.update(_computed_anew(backward, {name: one for name, one in given.items() if name not in call.computed}))
+    return stand_in(call.module, given, changes=training_then(call))
+
+
+def _computed_anew(backward: Backward, given: dict[str, Any]) -> dict[str, Tensor]:
+    """Parametrized weights that were computed from aliases, as functions of the tensors that these came from.
+
+    One that comes out otherwise than in the forward cannot be shown.
+    """
+    call = backward.call
+    buffers = {name: one.clone() for name, one in given.items() if name in call.buffers and type(one) is not Stale}
+    assert call.module is not None, "it has them"
+    module = stand_in(call.module, {**given, **buffers}, changes=training_then(call))
+    shown = {}
+    for name, slot in call.computed.items():
+        owner, _, own = name.rpartition(".")
+        with RandomState().replayed():
+            now = getattr(module.get_submodule(owner), own)
+        shown[name] = now
+        if not torch.allclose(now, backward.saved[slot], equal_nan=True):
+            text = (
+                f"{backward.plan.who} must read '{name}' of the module as that "
+                "forward computed it, and with create_graph that is to be computed again; it came out otherwise (a "
+                "parametrization draws random numbers, or updates buffers in training). Ask for it by its name, or "
+                "put the module in eval mode"
+            )
+            shown[name] = Stale.of(now, text)
+    return shown
+
+
+def forward_then(backward: Backward) -> Any:
+    """The undecorated forward, of a method that of the module as it was."""
+    if not backward.plan.takes_receiver:
+        return backward.plan.fn
+    call, fn = backward.call, backward.plan.fn
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # It may write into buffers, and the forward has counted already.
+        shown = as_shown(call, call.buffers)
+        buffers = {name: one if isinstance(one, Stale) else one.clone() for name, one in shown.items()}
+        then = call.receiver if call.module is None else module_then(backward, buffers)
+        return fn(then, *args, **kwargs)
+
+    return forward
+
+
+def as_shown(call: Call, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The buffers or frozen parameters of the module, as they were: of one that was overwritten, an error."""
+    if not call.then or torch.compiler.is_dynamo_compiling():  # the backward alone: compiled autograd
+        return dict(tensors)
+    shown = dict(tensors)
+    for name, tensor in tensors.items():
+        if version_of(tensor) != call.then.get(name, version_of(tensor)):
+            shown[name] = Stale.of(
+                tensor,
+                f"{call.plan.who} must read '{name}' of the module as it was "
+                "in that forward, and it was written into since. Hand a copy over by save_for_backward, ask for "
+                "'vjp', or write after the backward",
+            )
+    return shown
+
+
+def training_then(call: Call) -> dict[str, Snapshot]:
+    """By prefix of the parts of the module that have changed since, whether they were in training."""
+    if call.module is None or torch.compiler.is_dynamo_compiling():
+        return {}
+    now = _training_of(call.module)
+    changed = [prefix for prefix, was in call.training.items() if now.get(prefix, was) is not was]
+    return {prefix: Snapshot({"training": call.training[prefix]}, {}, {}) for prefix in changed}
