@@ -81,12 +81,18 @@ def flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any]) -> An
         return LEAF
     if not is_container(value):
         return Constant(value)
+    keys, parts = _taken_apart(value)
+    return Node(kind, keys, [flatten(part, is_leaf, leaves) for part in parts], _attributes(value))
+
+
+def _taken_apart(value: Any) -> tuple[tuple[Any, ...] | None, list[Any]]:
+    """The keys of a container, if it has such, and its parts."""
     if isinstance(value, dict):
-        return Node(kind, tuple(value), [flatten(value[key], is_leaf, leaves) for key in value], _attributes(value))
+        return tuple(value), [value[key] for key in value]
     if isinstance(value, (tuple, list)):
-        return Node(kind, None, [flatten(part, is_leaf, leaves) for part in value], _attributes(value))
-    keys = _fields(value)
-    return Node(kind, keys, [flatten(getattr(value, key), is_leaf, leaves) for key in keys], _attributes(value))
+        return None, list(value)
+    keys = tuple([field.name for field in dataclasses.fields(value) if hasattr(value, field.name)])
+    return keys, [getattr(value, key) for key in keys]
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:
@@ -165,18 +171,9 @@ def unchanged(spec: Any, leaves: Iterator[Any], value: Any) -> bool:
         return value is spec.value
     if type(value) is not spec.kind:
         return False
-    parts: Any
-    if isinstance(value, dict):
-        same, parts = tuple(value) == spec.keys, value.values()
-    elif isinstance(value, (tuple, list)):
-        same, parts = len(value) == len(spec.parts), value
-    else:
-        same, parts = _fields(value) == spec.keys, [getattr(value, key, None) for key in spec.keys]
+    keys, parts = _taken_apart(value)
+    same = keys == spec.keys and len(parts) == len(spec.parts)
     return same and all([unchanged(part, leaves, inner) for part, inner in zip(spec.parts, parts, strict=True)])
-
-
-def _fields(value: Any) -> tuple[str, ...]:
-    return tuple([field.name for field in dataclasses.fields(value) if hasattr(value, field.name)])
 
 
 def alike(one: Any, other: Any) -> bool:
