@@ -86,12 +86,9 @@ class Reach:
         return " or ".join(dict.fromkeys(found)), known
 
     def holds(self) -> bool:
-        """Whether all names stand for what they stood for, or for numbers."""
-        for where, key, value in self.names:
-            now = where.cell_contents if isinstance(where, CellType) else where.get(key)
-            if now is not value and type(now) not in SCALARS:
-                return False
-        return True
+        """Whether none stands for something else now."""
+        code, known = self.conditions()
+        return not code or not eval(code, known)
 
 
 def calls_unseen(fn: Any) -> bool:
