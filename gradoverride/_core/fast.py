@@ -6,7 +6,6 @@ To read that code, print what `ShortPath.body` gives.
 from __future__ import annotations
 
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +21,6 @@ from gradoverride._core.plan import Plan
 from gradoverride._core.private import (
     IN_FORWARD_AD,
     IN_TRACER,
-    any_autocast,
     can_call_directly,
     dual_levels,
     fast_apply,
@@ -30,11 +28,10 @@ from gradoverride._core.private import (
     in_functorch,
     is_jit_tracing,
     jit_tracer,
-    use_count,
     version_of,
 )
 from gradoverride._core.reach import SCALARS, Reach
-from gradoverride._core.short_function import FLOATING, SOLE, ShortFunction, Unusual, compiled
+from gradoverride._core.short_function import ShortFunction, compiled
 
 __all__ = ["Runs", "ShortPath", "guessed_places", "is_plain"]
 
@@ -138,17 +135,15 @@ class ShortPath:
 
     def globals(self) -> dict[str, Any]:
         """The names that the code of a call refers to, with a new Function."""
+        names = self.function.globals()
         return {
+            **names,
             **(self.reach.conditions()[1] if self.reach is not None else {}),
-            "_go_any_autocast": any_autocast,
-            "_go_apply": fast_apply(self.function.make(self.function.globals())),
+            "_go_apply": fast_apply(self.function.make({**names})),
             "_go_finish": self.function.finish,
             "_go_fits": FittingClasses(self.reach),
-            "_go_FLOATING": FLOATING,
-            "_go_fn": self.plan.fn,
             "_go_dual_levels": dual_levels,
             "_go_general": lambda receiver, *values: differentiate(self.plan, self.layout, receiver, values),
-            "_go_getrefcount": sys.getrefcount,
             "_go_has_other_data": has_other_data,
             "_go_in_functorch": in_functorch,
             "_go_fx_tracer": fx_tracer,
@@ -157,11 +152,6 @@ class ShortPath:
             "_go_is_number": is_number,
             "_go_kept_graph": KeptGraph.alone,
             "_go_Parameter": nn.Parameter,
-            "_go_plan": self.plan,
-            "_go_SOLE": SOLE,
-            "_go_Tensor": Tensor,
-            "_go_Unusual": Unusual,
-            "_go_use_count": use_count,
             "_go_version_of": version_of,
         }
 
