@@ -12,17 +12,7 @@ from collections.abc import Callable, Iterator
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
-from gradoverride._core.bytecode import (
-    ATTRIBUTES,
-    JUMPS,
-    codes_in,
-    instructions,
-    is_called,
-    is_method,
-    last_loaded,
-    loaded,
-    without_preparations,
-)
+from gradoverride._core import bytecode
 
 __all__ = [
     "NOTHING",
@@ -64,7 +54,7 @@ def reachable(fn: Any, seen: set[FunctionType] | None = None) -> Iterator[tuple[
     if function is None or function in seen:
         return
     seen.add(function)
-    for code in codes_in(function.__code__):
+    for code in bytecode.codes_in(function.__code__):
         yield function, code
     for value in named_values(function):
         helper = python_function(value) if isinstance(value, (FunctionType, functools.partial)) else None
@@ -74,7 +64,7 @@ def reachable(fn: Any, seen: set[FunctionType] | None = None) -> Iterator[tuple[
 
 def named_values(function: FunctionType) -> Iterator[Any]:
     """What the function's free and global names stand for now."""
-    for code in codes_in(function.__code__):
+    for code in bytecode.codes_in(function.__code__):
         for _, _, value in named(function, code):
             yield value
 
@@ -106,7 +96,7 @@ def content(cell: CellType) -> Any:
 
 def global_names(code: CodeType) -> list[str]:
     """The globals that `code` reads (`co_names` has the attributes too)."""
-    loads = (step for step in instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    loads = (step for step in bytecode.instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     return list(dict.fromkeys(str(step.argval) for step in loads))
 
 
@@ -128,13 +118,14 @@ def called_once(fn: Any, name: str) -> bool:
     if function is None or name in function.__code__.co_cellvars:  # what is nested in it may use it again
         return False
     uses = calls = 0
-    steps = list(instructions(function.__code__))
+    steps = list(bytecode.instructions(function.__code__))
     for index, step in enumerate(steps):
-        if step.opcode in JUMPS and step.argval <= step.offset:
+        if step.opcode in bytecode.JUMPS and step.argval <= step.offset:
             return False  # a loop
-        if "LOAD_FAST" in step.opname and name in loaded(step):
-            uses += loaded(step).count(name)
-            calls += last_loaded(step) == name and (is_method(steps[index + 1]) or is_called(steps, index))
+        if "LOAD_FAST" in step.opname and name in bytecode.loaded(step):
+            uses += bytecode.loaded(step).count(name)
+            called = bytecode.is_method(steps[index + 1]) or bytecode.is_called(steps, index)
+            calls += called and bytecode.last_loaded(step) == name
     return uses == calls == 1
 
 
@@ -156,7 +147,7 @@ def supers_of_own_class(cls: type) -> set[str]:
     for owner in cls.__mro__:
         for name, value in vars(owner).items():
             function = None if name in ("__init__", "__new__") else python_function(_unwrapped(value))
-            for code in () if function is None else codes_in(function.__code__):
+            for code in () if function is None else bytecode.codes_in(function.__code__):
                 if "super" in code.co_names and _asks_for_own_class(code):
                     found.update(code.co_names)
     return found
@@ -168,11 +159,11 @@ def _unwrapped(value: Any) -> Any:
 
 def _asks_for_own_class(code: CodeType) -> bool:
     """Whether `super(self.__class__, ...)` or `super(type(self), ...)` is in it."""
-    steps = without_preparations(code)
+    steps = bytecode.without_preparations(code)
     for step, first, second in zip(steps, steps[1:], steps[2:], strict=False):
         if step.opname == "LOAD_GLOBAL" and step.argval == "super":
             of_type = first.opname == "LOAD_GLOBAL" and first.argval == "type"
-            if of_type or (second.opname in ATTRIBUTES and second.argval == "__class__"):
+            if of_type or (second.opname in bytecode.ATTRIBUTES and second.argval == "__class__"):
                 return True
     return False
 
