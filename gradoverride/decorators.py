@@ -140,11 +140,8 @@ def straight_through(fn: Any = None, /, *, surrogate: Callable[..., Any] | None 
 
     Source: Bengio, Leonard, Courville, "Estimating or propagating gradients through stochastic neurons" (2013).
     """
-    if surrogate is not None and (isinstance(surrogate, type) or not callable(surrogate)):
-        raise DecorationError(
-            "straight_through: 'surrogate' must be a function of one tensor, such as torch.tanh or surrogates.atan(); "
-            f"got {kind_of(surrogate)}"
-        )
+    if surrogate is not None and not isinstance(surrogate, Surrogate):
+        _check_surrogate(surrogate)
     if fn is None:
         return functools.partial(_straight_through, surrogate)
     return _straight_through(surrogate, fn)
@@ -164,6 +161,22 @@ def _straight_through(surrogate: Callable[..., Any] | None, fn: Any) -> Any:
     rule = Rule(through, name=name, place=place, straight_through=True)
     rule.on_first_call = through.check
     return _attach(rule, fn)
+
+
+def _check_surrogate(surrogate: Any) -> None:
+    got = kind_of(surrogate)
+    if callable(surrogate) and not isinstance(surrogate, type):
+        signature = Forward(surrogate).signature
+        try:
+            if signature is not None:  # as that of a builtin may be
+                signature.bind(None)
+            return
+        except TypeError:
+            got = f"'{name_of(surrogate)}' ({location(surrogate)}), which takes {signature}"
+    raise DecorationError(
+        "straight_through: 'surrogate' must be a function of one tensor, such as torch.tanh or surrogates.atan(); "
+        f"got {got}"
+    )
 
 
 def _learnable(surrogate: Callable[..., Any], fn: Any) -> StraightThrough:

@@ -1,5 +1,6 @@
 """`straight_through`: exact values, and the gradient of the identity or of a surrogate. Contract, section 3."""
 
+import functools
 import re
 
 import pytest
@@ -383,6 +384,20 @@ def test_surrogate_that_is_not_callable_is_refused():
         go.straight_through(torch.round, surrogate=3)
     with pytest.raises(go.DecorationError, match=f"^{text}the class 'atan'$"):
         go.straight_through(surrogate=go.surrogates.atan)
+
+
+def distance(x, y):
+    return (x - y).square()
+
+
+@pytest.mark.parametrize(
+    "surrogate", [distance, lambda: 1.0, functools.partial(distance, 1.0, 2.0)], ids=["two", "none", "a partial"]
+)
+def test_surrogate_that_does_not_take_one_tensor_is_refused_when_it_is_given(surrogate):
+    text = r"straight_through: 'surrogate' must be a function of one tensor, such as torch.tanh or .*; got '\S+' \(.*\)"
+    with pytest.raises(go.DecorationError, match=rf"^{text}, which takes \("):
+        go.straight_through(torch.round, surrogate=surrogate)
+    go.straight_through(torch.round, surrogate=functools.partial(distance, y=1.0))
 
 
 def test_class_without_forward_is_refused():
