@@ -175,8 +175,8 @@ class Backward:
             if param.name not in collected and not self.plan.asks_vjp:
                 fail(
                     RuleResultError,
-                    f"'backward' of {self.plan.forward.who} must assign self.{param.name}.grad (None stops its "
-                    "gradient), or ask for 'vjp' as a further parameter, which leaves "
+                    f"{self.plan.rule.who} of {self.plan.forward.who} must assign self.{param.name}.grad (None "
+                    "stops its gradient), or ask for 'vjp' as a further parameter, which leaves "
                     f"'{param.name}' to autograd; it did neither",
                 )
         return collected

@@ -90,8 +90,8 @@ def read_params(call: Call, answers: dict[str, Any]) -> dict[str, Tensor | None]
             name = next((name for name in param.names if name in call.plan.asked_of_module), param.name)
             _refuse(
                 call.plan,
-                f"asks for the parameter '{name}' and must answer for its gradient: return a dict with "
-                f"'{name}' in it (None stops the gradient). To read the value alone ask for 'module' and use "
+                f"asks for the parameter '{name}' and must answer for its gradient; it leaves that out. Return a dict "
+                f"with '{name}' in it (None stops the gradient). To read the value alone ask for 'module' and use "
                 f"module.{name}; for autograd's own gradient return vjp.by_name(grad_output)['{param.name}']",
             )
     return checked
