@@ -116,10 +116,10 @@ class Chain:
                     "replaced since. Override the module after that"
                 )
 
-        for rule in found.rules:
+        for number, rule in enumerate(found.rules, 1):
             plan = Plan(forward_of(base, forward), rule)
             plan.on_trace, plan.marked = on_trace, True
-            if rule is found.rules[-1]:  # which is called first
+            if number == len(found.rules):  # which is called first; the same rule may be there twice
                 plan.on_unrecorded = _note_unrecorded
             forward = make_wrapper(plan, forward)
         if found.quiet:

@@ -109,6 +109,15 @@ def test_override_left_after_backward_is_right_and_says_nothing(kind, overriding
     closely(x.grad, expected)
 
 
+def test_the_same_rule_twice_that_is_left_after_backward_says_nothing(overriding, x):
+    model = nn.Sequential(nn.ReLU())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with overriding(model, {nn.ReLU: doubled}), overriding(model, {nn.ReLU: doubled}):
+            in_checkpoint(model)(x).sum().backward()
+    closely(x.grad, 4 * (x > 0).double())
+
+
 @pytest.mark.parametrize("kind", RULES)
 def test_calls_without_a_gradient_say_nothing(kind, overriding, x):
     model = model_for(kind)
