@@ -68,7 +68,9 @@ class _Roundings:
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
         infos = [torch.finfo(dtype) for dtype in (*dtypes, *(dtype for _, dtype in Autocast().states))]
-        self.relative = max(info.eps for info in infos) ** 0.5
+        self.eps = max(info.eps for info in infos)
+        # What computes in float64 may do so in float32 somewhere within.
+        self.relative = max(self.eps, torch.finfo(torch.float32).eps) ** 0.5
         if any(tensor is not None and tensor.is_cuda and tensor.dtype in _TF32 for tensor in tensors):
             self.relative = max(self.relative, 2.0**-9)  # convolutions round what they multiply to 11 bits
         self.absolute = 32 * max(info.smallest_normal * info.eps for info in infos)  # of the smallest numbers
@@ -88,8 +90,9 @@ def _check_linear(
 ) -> None:
     """Additivity, and multiples of many sizes: a clip shows at large ones, a threshold at small ones."""
     together = gradients(*[a + b for a, b in zip(*probes, strict=True)])
+    noise = 16 * roundings.eps  # of the probes, which may be all that is left of them: their multiples have it too
     for first, second, both in zip(*answers, together, strict=True):
-        _check_sum([first, second], both, 1.0, roundings, who)
+        _check_sum([first, second], both, 1.0, roundings, who, noise)
     for scale in roundings.scales:
         multiples = gradients(*[probe * scale for probe in probes[0]])
         for first, multiple in zip(answers[0], multiples, strict=True):
@@ -98,7 +101,12 @@ def _check_linear(
 
 @torch.no_grad()
 def _check_sum(
-    parts: Sequence[Tensor | None], found: Tensor | None, scale: float, roundings: _Roundings, who: str
+    parts: Sequence[Tensor | None],
+    found: Tensor | None,
+    scale: float,
+    roundings: _Roundings,
+    who: str,
+    noise: float = 0.0,
 ) -> None:
     """Whether `found` is the sum of the parts, times `scale`. None counts as zero."""
     some = next((part for part in (found, *parts) if part is not None), None)
@@ -108,7 +116,7 @@ def _check_sum(
     got, expected = terms[0] / scale, sum(terms[2:], terms[1])
     finite = torch.isfinite(got) & torch.isfinite(expected)  # where it is too large, nothing can be said
     size = torch.stack([term.abs().where(finite, 0.0).amax() for term in (expected, *terms[1:])]).amax()
-    tolerance = roundings.relative * size + roundings.absolute / abs(scale)
+    tolerance = roundings.relative * size + roundings.absolute / abs(scale) + noise
     if _any(((got - expected).abs() > tolerance) & finite, who):
         fail(
             UnsupportedError,
@@ -127,11 +135,14 @@ def _check_derivative(
     who: str,
 ) -> None:
     """Whether <rule(g), tangents> is <g, results>: if not, the derivative of the rule is not what the rule does."""
-    left = [_terms(*pair, probes[0].device) for pair in zip(answer, tangents, strict=True)]
-    right = [_terms(*pair, probes[0].device) for pair in zip(probes, results, strict=True)]
+    device = probes[0].device
+    left = [_terms(*pair, device) for pair in zip(answer, tangents, strict=True)]
+    right = [_terms(*pair, device) for pair in zip(probes, results, strict=True)]
     gap = torch.stack([terms.sum() for terms in left]).sum() - torch.stack([terms.sum() for terms in right]).sum()
     size = torch.stack([terms.abs().sum() for terms in (*left, *right)]).sum()
-    absolute = roundings.absolute * sum(terms.numel() for terms in (*left, *right))
+    sizes = [_wide(each).abs().amax().to(device) for each in tangents if each is not None and each.numel()]
+    noise = 16 * roundings.eps * torch.stack(sizes).amax() if sizes else 0.0
+    absolute = (roundings.absolute + noise) * sum(terms.numel() for terms in (*left, *right))
     if _any(gap.abs() > 2 * roundings.relative * size + absolute, who):
         fail(
             UnsupportedError,

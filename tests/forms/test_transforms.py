@@ -267,6 +267,9 @@ HONEST = {
     "layer norm": lambda x: torch.nn.functional.layer_norm(x, (16,)),
     "wider": lambda x: 3 * x.float(),
     "narrower": lambda x: 3 * x.half(),
+    "narrower within": lambda x: 3 * x.float().to(x.dtype),
+    "nothing but roundings": lambda x: x.softmax(-1).sum(-1),
+    "something and roundings": lambda x: torch.stack([x.softmax(-1).sum(-1), x.mean(-1)]),
 }
 
 
