@@ -109,7 +109,8 @@ def captured_names(
     found: list[tuple[str, Tensor]] = []
     objects = leaf is not None
     for name, value in arguments:
-        found += tensors_in(f"'{name}'", value, depth=3, objects=True)
+        if not isinstance(value, Tensor):  # of one itself the rule has the gradient
+            found += tensors_in(f"'{name}'", value, depth=3, objects=True)
     for name, value in _names(fn, objects):
         found += tensors_in(f"'{name}'", value, depth=2, objects=objects)
     if receiver is None and scan.python_function(fn) is not fn and not isinstance(fn, functools.partial):

@@ -41,6 +41,7 @@ from gradoverride.errors import UnsupportedError
 
 __all__ = [
     "ByLoop",
+    "CUT",
     "Carry",
     "Cut",
     "General",
@@ -342,5 +343,7 @@ class ByLoop(Function):
         ctx.run.refuse_derivative()
 
 
-# Every Cut has an input that requires grad, so that its aliases do, whatever the caller's tensors want.
+# Every Cut has an input that requires grad, so that its aliases do, whatever the caller's tensors want. It tells where
+# a graph starts: at CUT those of eager calls, and what leads there from outside of the call was captured.
 TOKEN = made_at_import(requires_grad=True)
+CUT = made_at_import(requires_grad=True)

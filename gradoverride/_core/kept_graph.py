@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gradoverride._core.captured import foreign_leaf
 from gradoverride._core.contract import Meta, shape_text
-from gradoverride._core.function import TOKEN, Carry, Cut, Lifted, Tail, refuse_lost
+from gradoverride._core.function import CUT, Carry, Cut, Lifted, Tail, refuse_lost
 from gradoverride._core.private import (
     counted_once,
     fail,
@@ -59,7 +59,7 @@ class KeptGraph:
         """`shares`: see `shares_versions`; `natural`: parameters that the forward meets themselves, no aliases."""
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
         plain = [tensor.detach() if shares else tensor.data for tensor in wanted]
-        cut = list(_cut(TOKEN, *plain)) if wanted else []
+        cut = list(_cut(CUT, *plain)) if wanted else []
         # Without one (an embedding of integers) there is only what the forward met itself.
         node: Any = cut[0].grad_fn if cut else None
         self.node = node

@@ -560,6 +560,65 @@ def test_argument_without_a_gradient_that_the_forward_tells_to_require_grad_is_a
     assert position.grad.item() == 36.0
 
 
+# --- tensors of the graph that is kept of another call
+
+
+class Integrator(nn.Module):
+    """Keeps a state from one call to the next, as the neurons of a spiking network do."""
+
+    def __init__(self):
+        super().__init__()
+        self.state = 0.0
+
+    def forward(self, x):
+        self.state = 0.5 * self.state + x
+        return self.state.sigmoid()
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+def test_state_that_a_module_has_kept_from_a_call_is_an_error_in_the_next_that_names_it(leaf):
+    module = Integrator()
+    x = float64(1.0, 2.0)
+    with go.override(module, {module: lambda grad_output, vjp: vjp(grad_output)}):
+        module(x if leaf else x * 1)
+        with pytest.raises(go.CapturedTensorError, match=r"'Integrator' .* reached 'self.state', which requires"):
+            module(x if leaf else x * 1)
+        module.state = x.detach()
+        module(x if leaf else x * 1).sum().backward()
+    state = 1.5 * x.detach()
+    assert torch.allclose(x.grad, state.sigmoid() * (1 - state.sigmoid()))
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("rule", [lambda grad_output, vjp: vjp(grad_output), lambda grad_output: grad_output])
+def test_tensor_that_a_call_captures_of_the_one_around_it_is_found(rule, leaf):
+    @go.custom_backward(lambda grad_output, vjp: vjp(grad_output))
+    def outer(x):
+        doubled = 2 * x
+        return go.custom_backward(rule)(lambda y: y * doubled)(x)
+
+    x = float64(1.0, 2.0)
+    with pytest.raises(go.CapturedTensorError, match=r"it reached 'doubled', which requires grad"):
+        outer(x if leaf else x * 1)
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+def test_what_left_the_forward_of_a_part_beside_its_result_is_found_in_the_call_around_it(leaf):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Aside()
+
+        def forward(self, x):
+            return self.layer(x) + self.layer.aside
+
+    model = Model()
+    go.override(model, {nn.Module: lambda grad_output, vjp: vjp(grad_output)})
+    x = float64(1.0, 2.0)
+    with pytest.raises(go.CapturedTensorError, match=r"'Model' .* must get each tensor that wants a gradient"):
+        model(x if leaf else x * 1)
+
+
 # --- tensors that leave a forward otherwise than in its result
 
 
