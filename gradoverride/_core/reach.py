@@ -11,7 +11,7 @@ import builtins
 import inspect
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,14 +24,23 @@ SCALARS = frozenset({int, float, bool, complex, str, type(None), torch.dtype, to
 """Types of values that are no tensor and hold none."""
 
 
+class Name(NamedTuple):
+    """What the dict or cell `where` has there is a number, or still `value`. A class of its own: who asks what holds a
+    function is to know it as ours.
+    """
+
+    where: Any
+    key: str
+    value: Any
+
+
 class Reach:
     """The names that a forward refers to, and what they may stand for.
 
-    `names` are (where, key, value): what the dict or cell `where` has there is a number, or still `value`.
     `attributes` are those of its `self` that it reads; it does nothing else with it.
     """
 
-    def __init__(self, names: list[tuple[Any, str, Any]], attributes: frozenset[str]) -> None:
+    def __init__(self, names: list[Name], attributes: frozenset[str]) -> None:
         self.names = names
         self.attributes = attributes
 
@@ -47,7 +56,7 @@ class Reach:
         if fn is not function:  # a partial, a bound method, an object: they hold values of their own
             return None
         attributes = _attributes_of_first(function.__code__) if method else frozenset()
-        names = []
+        names: list[Name] = []
         own = {helper.__module__ for helper, _ in scan.reachable(fn)}
         for helper, code in scan.reachable(fn):
             if _depends_on_grad_mode(code) or (helper is not function and not _is_bare(helper)):
@@ -63,13 +72,13 @@ class Reach:
                 value = getattr(builtins, key)  # anybody may put something there
                 if type(value) not in SCALARS and not _is_free_of_tensors(value, own):
                     return None
-                names.append((helper.__globals__, key, scan.NOTHING))
+                names.append(Name(helper.__globals__, key, scan.NOTHING))
             for where, key, value in found:
                 if value is function:  # whose attributes it may read; a tensor may come to be one at any time
                     return None
                 if value is not scan.NOTHING and type(value) not in SCALARS and not _is_free_of_tensors(value, own):
                     return None
-                names.append((where, key, value))
+                names.append(Name(where, key, value))
         return None if attributes is None else cls(names, attributes)
 
     def conditions(self) -> tuple[str, dict[str, Any]]:

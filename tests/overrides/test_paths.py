@@ -209,6 +209,13 @@ class TestFunctionThatIsThere:
         gradient(functions.cube, x)
         handle.remove()
 
+    def test_what_a_decorated_function_calls_has_the_rule_and_nothing_is_warned_of(self, functions, x):
+        decorated = go.custom_backward(tripled)(functions.through)
+        plain = gradient(functions.through, x)
+        with go.override({CUBE: doubled}):
+            closely(gradient(decorated, x), 6 * plain)
+        closely(gradient(decorated, x), 3 * plain)
+
     def test_what_has_been_kept_meanwhile_is_plain_afterwards(self, functions, x):
         plain = gradient(functions.cube, x)
         with go.override({CUBE: doubled}):
