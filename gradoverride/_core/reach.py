@@ -84,14 +84,14 @@ class Reach:
     def conditions(self) -> tuple[str, dict[str, Any]]:
         """Code that is true when a name stands for something else now, and the globals of that code."""
         found: list[str] = []
-        known: dict[str, Any] = {"_go_SCALARS": SCALARS}
+        known: dict[str, Any] = {"_go_SCALARS": SCALARS, "_go_type": type}
         for index, (where, key, value) in enumerate(self.names):
             known[f"_go_where_{index}"], known[f"_go_value_{index}"] = where, value
             now = (
                 f"_go_where_{index}.cell_contents" if isinstance(where, CellType) else f"_go_where_{index}.get({key!r})"
             )
             number = value is scan.NOTHING or type(value) in SCALARS
-            found.append(f"type({now}) not in _go_SCALARS" if number else f"{now} is not _go_value_{index}")
+            found.append(f"_go_type({now}) not in _go_SCALARS" if number else f"{now} is not _go_value_{index}")
         return " or ".join(dict.fromkeys(found)), known
 
     def holds(self) -> bool:

@@ -117,6 +117,7 @@ class ShortFunction:
             "_go_ShortVjp": ShortVjp,
             "_go_SOLE": SOLE,
             "_go_Tensor": Tensor,
+            "_go_type": type,
             "_go_under_autocast": self.under_autocast,
             "_go_Unusual": Unusual,
             "_go_use_count": use_count,
@@ -191,7 +192,7 @@ class ShortFunction:
 
     def unusual(self, given: Sequence[str], result: str) -> list[str]:
         """What makes a result one for the general path, if these are what the forward was given."""
-        unusual = [f"type({result}) is not _go_Tensor", *(f"{result} is {name}" for name in given)]
+        unusual = [f"_go_type({result}) is not _go_Tensor", *(f"{result} is {name}" for name in given)]
         if not self.plan.forward_is_arithmetic:
             unusual.append(f"{result}._is_view()")
         if self.plan.straight_through:

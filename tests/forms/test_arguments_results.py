@@ -180,6 +180,35 @@ def test_each_of_the_variable_arguments_counts_as_one():
     assert [x.grad.item() for x in xs] == [1.0, 2.0, 3.0]
 
 
+FACTOR = 3.0
+
+
+CALLED_LIKE_BUILTINS = {
+    "arithmetic": (lambda type, isinstance: type * isinstance, 1.0),
+    "a global number": (lambda type, isinstance: type * isinstance * FACTOR, 3.0),
+    "what its code does not show": (lambda type, isinstance: (lambda *both: both[0] * both[1])(type, isinstance), 1.0),
+}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda grad_output, type, isinstance: (grad_output * isinstance, grad_output * type),
+        lambda grad_output, vjp: vjp(grad_output),
+    ],
+    ids=["values", "vjp"],
+)
+@pytest.mark.parametrize("kind", CALLED_LIKE_BUILTINS)
+def test_arguments_may_be_called_like_builtins(kind, rule):
+    forward, factor = CALLED_LIKE_BUILTINS[kind]
+    scale = go.custom_backward(rule)(forward)
+    a, b = float64(2.0), float64(5.0)
+    scale(a, b).backward()
+    scale(type=a, isinstance=b).backward()
+    own = factor if rule.__code__.co_varnames[1] == "vjp" else 1.0
+    assert (a.grad.item(), b.grad.item()) == (10.0 * own, 4.0 * own)
+
+
 def test_variable_keywords_are_answered_by_name():
     @go.custom_backward(lambda grad_output: {"x": grad_output, "b": 3 * grad_output, "a": 2 * grad_output})
     def total(x, **terms):
