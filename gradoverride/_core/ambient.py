@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.overrides import TorchFunctionMode
 
     from gradoverride._core.layers import FunctionLayer
+    from gradoverride._core.signature import Rule
 
 __all__ = [
     "EAGER",
@@ -33,6 +34,8 @@ __all__ = [
     "RandomState",
     "autocast_while_tracing",
     "here",
+    "note_rule",
+    "noted_rules",
     "under_traced",
     "unseen_by_hooks",
 ]
@@ -130,6 +133,7 @@ class _Here(threading.local):
         self.quiet: tuple[str, ...] = ()  # of these, not to be applied here
         self.layers: tuple[FunctionLayer, ...] = ()  # whose calls are counted
         self.modes: tuple[TorchFunctionMode, ...] = ()  # that these modules have entered, and the thread
+        self.noted: tuple[list[Rule], ...] = ()  # by forward that is to run again, the rules within: `noted_rules`
 
 
 here = _Here()
@@ -153,6 +157,23 @@ class FunctionRules:
                 yield
             finally:
                 here.active, here.quiet, here.layers, here.modes = before
+
+
+@contextlib.contextmanager
+def noted_rules() -> Iterator[list[Rule]]:
+    """A context for a forward in a transform, and the rules of overrides that are called in it, in order."""
+    before, found = here.noted, list["Rule"]()
+    here.noted = (*before, found)
+    try:
+        yield found
+    finally:
+        here.noted = before
+
+
+def note_rule(rule: Rule) -> None:
+    """A rule of an override is called in a transform."""
+    for found in here.noted:
+        found.append(rule)
 
 
 class RandomState:

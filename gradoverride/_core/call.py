@@ -66,6 +66,7 @@ class Call:
     frozen: dict[str, Tensor]
     unsettled: bool  # whether the forward may yet hand over what else is a parameter that the rule asks for
     # From the result (`ForwardPass`):
+    rules: Sequence[Any]  # of overrides, that were called in the forward; known in a transform alone
     result: Any  # its structure
     n_outs: int  # the number of floating or complex tensors in it
     out_metas: list[Meta]

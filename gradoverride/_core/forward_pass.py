@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradoverride._core.aliases import alias_of, carry_data, copy_attributes, places_of, share_attributes
-from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED
+from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED, note_rule, noted_rules
 from gradoverride._core.call import Call
 from gradoverride._core.contract import Meta
 from gradoverride._core.function import fresh, trackable
@@ -63,6 +63,8 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
     mode = _mode(plan, tracer)
     if mode is None:
         return plan.undecorated(layout, receiver, values)
+    if mode == TRANSFORMED and plan.marked:
+        note_rule(plan.rule)
     call = Call(plan, layout, mode, rule)
     leaves = call.take_apart(values)
     if isinstance(receiver, nn.Module) and "_is_replica" in receiver.__dict__:
@@ -187,7 +189,11 @@ class ForwardPass:
                 if not (may_want_gradient(leaf) if mode == TRANSFORMED else leaf.requires_grad):
                     self.as_given[index] = leaf.clone()
         self.writes.watch(aliases, self.values)
-        result, residuals = self._forward(aliases)
+        if mode == TRANSFORMED:
+            with noted_rules() as call.rules:
+                result, residuals = self._forward(aliases)
+        else:
+            result, residuals = self._forward(aliases)
         if named:
             copy_attributes(aliases, sources, named)
         if mode == TRACED:

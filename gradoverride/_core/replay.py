@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import debug_unwrap
 
-from gradoverride._core import everywhere
 from gradoverride._core.aliases import alias_of
-from gradoverride._core.ambient import FunctionRules, RandomState
+from gradoverride._core.ambient import FunctionRules, RandomState, noted_rules
 from gradoverride._core.call import Call
 from gradoverride._core.private import fail, in_modes
 from gradoverride._core.residuals import close_frame, open_frame
@@ -51,7 +50,6 @@ class Replay:
             self.buffers = {name: value.clone() for name, value in module.named_buffers()}
         self.random = RandomState()
         self.around = FunctionRules()
-        self.overrides = _overrides(module)
 
     def start(self) -> list[Tensor]:
         """What the forward is to run on the first time."""
@@ -60,6 +58,7 @@ class Replay:
 
     def save(self, call: Call, saver: Saver, outs: Sequence[Tensor], values: Sequence[Any]) -> None:
         """The forward has run on `values` and gave `outs`."""
+        self.rules = call.rules
         for index in call.copies:  # it is needed as it was, and is about to be written into
             saver.inputs[index] = saver.inputs[index].clone()
         self.drew = self.random.differs()
@@ -127,13 +126,6 @@ class Replay:
     def _forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The forward on the tensors that were saved, in their order: what is differentiable in its result."""
         plan = self.plan
-        if _overrides(self.module) != self.overrides:
-            fail(
-                UnsupportedError,
-                f"{plan.forward.who} must run under the same rules when torch.func has it run again for the gradient "
-                "that is autograd's own ('vjp', or of parameters left to it); what it calls has been overridden since, "
-                "or is no longer. Leave the override after the backward: call what torch.func.vjp gave inside of it",
-            )
         given = iter(tensors)
         # Constants may be written into where no code shows it: running statistics are.
         leaves = [next(given) for _ in range(self.n_leaves)]
@@ -158,10 +150,17 @@ class Replay:
             inner = stand_in(self.module, swapped, changes=self.before)
         open_frame()
         try:
-            with self.around.restored():
+            with self.around.restored(), noted_rules() as rules:
                 result = plan.invoke(self.layout, inner, arguments)
         finally:
             close_frame()
+        if rules != self.rules:
+            fail(
+                UnsupportedError,
+                f"{plan.forward.who} must run under the same rules when torch.func has it run again for the gradient "
+                "that is autograd's own ('vjp', or of parameters left to it); what it calls has been overridden since, "
+                "or is no longer. Leave the override after the backward: call what torch.func.vjp gave inside of it",
+            )
         outs: list[Tensor] = []
         flatten(result, is_differentiable, outs)
         return outs
@@ -180,13 +179,6 @@ class Replay:
                 "default generators, keep what it counts in attributes or buffers of its module, or ask for no 'vjp' "
                 "and answer for every parameter",
             )
-
-
-def _overrides(module: nn.Module | None) -> list[Any]:
-    """What is in force on functions in the whole process, and on the parts of a module."""
-    parts = [] if module is None else [*module.modules()][1:]
-    on_parts = [(everywhere.layers_on(type(part)), getattr(part.__dict__.get(RECORD), "layers", ())) for part in parts]
-    return [*everywhere.functions, *on_parts]
 
 
 def _same(first: Tensor, version: int, now: Tensor) -> bool:

@@ -534,19 +534,110 @@ OTHERS = {
 }
 
 
+PART = nn.Tanh()
+
+
+class Holding:
+    """An object that is called, and that has a module."""
+
+    def __init__(self, part):
+        self.part = part
+
+    def __call__(self, x):
+        return self.part(x)
+
+
+def helper(x):
+    return torch.tanh(x)
+
+
+# By how a decorated call reaches what is overridden: a function, the part, and a path that is overridden.
+REACHING = {
+    "closure": lambda part: go.custom_backward(doubled)(lambda x: part(x)),
+    "global": lambda part: go.custom_backward(doubled)(lambda x: PART(x)),
+    "object": lambda part: go.custom_backward(doubled)(Holding(part)),
+    "argument": lambda part: lambda x: go.custom_backward(doubled)(lambda x, module: module(x))(x, part),
+    "bound method": lambda part: go.custom_backward(doubled)(part.__call__),
+    "decorated calls": lambda part: go.custom_backward(doubled)(go.custom_backward(halved)(lambda x: part(x))),
+}
+
+
+def halved(grad_output, vjp):
+    return vjp(grad_output) / 2
+
+
+OF_THE_PART = {
+    "module": lambda part: go.override(part, {part: negated}),
+    "class": lambda part: go.override({nn.Tanh: negated}),
+    "function in it": lambda part: go.override(part, {torch.tanh: negated}),
+    "function": lambda part: go.override({torch.tanh: negated}),
+}
+
+
+def tanh_slope(x):
+    return 1 - x.tanh() ** 2
+
+
 @pytest.mark.filterwarnings("ignore:.* never ran while it was in force")
-@pytest.mark.parametrize("first", ["override", "vjp"])
-@pytest.mark.parametrize("override", OTHERS.values(), ids=OTHERS)
-def test_a_forward_that_would_run_again_under_other_rules_is_refused(override, first):
-    """A pullback is called when an override of what is called within has gone, or has come."""
+@pytest.mark.parametrize("override", OF_THE_PART.values(), ids=OF_THE_PART)
+@pytest.mark.parametrize("way", REACHING)
+class TestWhatADecoratedCallReachesWhenItRunsAgain:
+    """In the backward of a transform, for the gradient without its rule."""
+
+    def decorated(self, way):
+        part = PART if way == "global" else nn.Tanh()
+        return part, REACHING[way](part), 2 / (1 + (way == "decorated calls"))
+
+    def test_is_overridden_inside(self, way, override):
+        part, decorated, factor = self.decorated(way)
+        x = noise(5, grad=False)
+        with override(part):
+            value, pullback = vjp(decorated, x)
+            closely(pullback(torch.ones_like(value))[0], torch.full_like(x, -factor))
+        value, pullback = vjp(decorated, x)
+        closely(pullback(torch.ones_like(value))[0], factor * tanh_slope(x))
+
+    def test_is_refused_when_the_override_has_gone(self, way, override):
+        part, decorated, _ = self.decorated(way)
+        x = noise(5, grad=False)
+        with override(part):
+            value, pullback = vjp(decorated, x)
+        with pytest.raises(go.UnsupportedError, match=r"must run under the same rules when .* has it run again"):
+            pullback(torch.ones_like(value))
+
+    def test_is_refused_or_as_it_was_when_one_has_come(self, way, override):
+        part, decorated, factor = self.decorated(way)
+        x = noise(5, grad=False)
+        value, pullback = vjp(decorated, x)
+        with override(part):
+            if override is OF_THE_PART["function"]:
+                closely(pullback(torch.ones_like(value))[0], factor * tanh_slope(x))
+                return
+            with pytest.raises(go.UnsupportedError, match=r"must run under the same rules when .* has it run again"):
+                pullback(torch.ones_like(value))
+
+    def test_may_have_other_overrides_come_and_go(self, way, override):
+        part, decorated, factor = self.decorated(way)
+        x = noise(5, grad=False)
+        with override(part), go.override({nn.ReLU: doubled, torch.relu: doubled}):
+            value, pullback = vjp(decorated, x)
+        with override(part):
+            closely(pullback(torch.ones_like(value))[0], torch.full_like(x, -factor))
+
+
+def test_a_function_of_a_path_that_runs_again_without_its_rule_is_refused():
+    decorated, x = go.custom_backward(doubled)(lambda x: helper(x)), noise(5, grad=False)
+    rules = {f"{__name__}:helper": negated}
+    with go.override(rules):
+        value, pullback = vjp(decorated, x)
+        closely(pullback(torch.ones_like(value))[0], torch.full_like(x, -2.0))
+    with pytest.raises(go.UnsupportedError, match=r"must run under the same rules when .* has it run again"):
+        pullback(torch.ones_like(value))
+
+
+def test_a_decorated_method_whose_part_runs_again_without_its_rule_is_refused():
     model, x = Weighing(), noise(5, grad=False)
-    refused = pytest.raises(go.UnsupportedError, match=r"'weighed' .* must run under the same rules when .* run again")
-    if first == "override":
-        with override(model):
-            value, pullback = vjp(model, x)
-        with refused:
-            pullback(torch.ones_like(value))
-    else:
+    with go.override(model, {nn.Tanh: negated}):
         value, pullback = vjp(model, x)
-        with override(model), refused:
-            pullback(torch.ones_like(value))
+    with pytest.raises(go.UnsupportedError, match=r"'weighed' .* must run under the same rules when .* run again"):
+        pullback(torch.ones_like(value))
