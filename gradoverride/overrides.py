@@ -172,7 +172,8 @@ def _override_everywhere(rules: Registry) -> Override:
                     f"{target.kind} {target} names modules of a model. Give the model first"
                 )
     for of_class, rule in classes.values():
-        puts.append(partial(on_class, of_class, ClassLayer(rule, EVERYWHERE, _named(of_class), order)))
+        layer_of_class = ClassLayer(rule, EVERYWHERE, _named(of_class), order)
+        puts.append(partial(on_class, of_class, layer_of_class, of_class.path))
     for target, rule in _called(entries):
         name = str(target.name)
         nth = _first_free(count(-1, -1), everywhere.functions, name, rule)  # a model has none of these
@@ -207,7 +208,9 @@ def _resolved(target: Target, rule: Rule) -> Target:
     if isinstance(target, ImportPath):
         value = find(target.value)
         if (isinstance(value, type) and issubclass(value, nn.Module)) or name_of_function(value) is not None:
-            target = read_target(value)
+            path, target = target.value, read_target(value)
+            if isinstance(target, Class):
+                target.path = path
         else:
             check_path(target.value, value, rule)
     if isinstance(target, Function):

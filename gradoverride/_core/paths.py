@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.autograd import Function
 
-from gradoverride._core.imports import on_import, resolve_path
+from gradoverride._core.imports import on_load, resolve_path
 from gradoverride.errors import GradOverrideError, GradOverrideWarning, TargetError, TargetNotFoundError
 
 __all__ = ["PENDING", "find", "parts_of", "place_of", "way_to_apply", "when_imported"]
@@ -103,13 +103,12 @@ def _check_module(name: str, path: str) -> None:
 
 
 def when_imported(path: str, then: Callable[[Any], None]) -> Callable[[], None]:
-    """Call `then` with what the path names, when its module is imported. Gives what calls that off."""
+    """Call `then` with what the path names, when its module is imported, and when it is loaded again. Gives what calls
+    that off.
+    """
     module_name, attribute = parts_of(path)
-    waiting = [then]  # what is called is kept for good
 
-    def imported(module: ModuleType) -> None:
-        if not waiting:
-            return
+    def loaded(module: ModuleType) -> None:
         try:
             value = resolve_path(module, attribute)[2]
         except AttributeError:
@@ -120,16 +119,14 @@ def when_imported(path: str, then: Callable[[Any], None]) -> Callable[[], None]:
                 stacklevel=2,
             )
             return
-        for then in waiting:
-            try:
-                then(value)
-            except GradOverrideError as error:  # whoever imports it has no part in it
-                warnings.warn(
-                    f"override of path '{path}': the module '{module_name}' has been imported, and nothing is "
-                    f"overridden in it: {error}",
-                    GradOverrideWarning,
-                    stacklevel=2,
-                )
+        try:
+            then(value)
+        except GradOverrideError as error:  # whoever imports it has no part in it
+            warnings.warn(
+                f"override of path '{path}': the module '{module_name}' has been imported, and nothing is "
+                f"overridden in it: {error}",
+                GradOverrideWarning,
+                stacklevel=2,
+            )
 
-    on_import(module_name, imported)
-    return waiting.clear
+    return on_load(module_name, loaded)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gradoverride._core import overridden
-from gradoverride._core.class_patch import put_on_class, take_off_class
+from gradoverride._core import everywhere, overridden
+from gradoverride._core.class_patch import check_class, put_on_class, take_off_class
 from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, Order
-from gradoverride._core.path_patch import check_path, put_on_path, take_off_path
+from gradoverride._core.path_patch import check_path, put_on_path, stands_on_path, take_off_path
 from gradoverride._core.paths import PENDING, find, when_imported
 from gradoverride._core.targets import Class, class_of, modules_of
 from gradoverride._core.thread_mode import put_on_thread, take_off_thread
@@ -108,10 +108,29 @@ def _taking_off(placed: Placed) -> Callable[[], None]:
     return take_off
 
 
-def on_class(target: Class, layer: ClassLayer) -> Puts:
-    """A rule for all modules of a class."""
+def on_class(target: Class, layer: ClassLayer, path: str = "") -> Puts:
+    """A rule for all modules of a class: of that which a path names too, when its module is loaded again."""
     put_on_class(target, layer)
-    return [_of_calls(layer, target.value.__name__, lambda: take_off_class(layer))]
+
+    def put_again(value: Any) -> None:
+        has_it = [of.value for of, one in everywhere.classes if one is layer]
+        if _is_class_of_modules(value) and value not in has_it:
+            again = Class(value)
+            check_class(again)
+            put_on_class(again, layer)
+
+    call_off = when_imported(path, put_again) if path else None
+
+    def take_off() -> None:
+        if call_off is not None:
+            call_off()
+        take_off_class(layer)
+
+    return [_of_calls(layer, target.value.__name__, take_off)]
+
+
+def _is_class_of_modules(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module)
 
 
 def on_thread(layer: FunctionLayer) -> Puts:
@@ -121,12 +140,14 @@ def on_thread(layer: FunctionLayer) -> Puts:
 
 
 def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
-    """A rule for what a path names, now or when it is imported; if `scoped`, in modules that have the layer too."""
+    """A rule for what a path names, now or when it is imported; if `scoped`, in modules that have the layer too.
+
+    A module that is loaded again has another function there, which has the rule too: the one before, as well.
+    """
     puts: list[Put] = []
-    call_off: Callable[[], None] | None = None
 
     def put(value: Any) -> None:
-        if isinstance(value, type) and issubclass(value, nn.Module):
+        if _is_class_of_modules(value):
             if scoped:
                 warnings.warn(
                     f"override of path '{path}': its module must be imported before a model is overridden, for it "
@@ -135,28 +156,29 @@ def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
                     stacklevel=2,
                 )
                 return
-            of_class = ClassLayer(layer.rule, layer.path, layer.target, layer.order)
-            puts.extend(on_class(Class(value), of_class))
+            if not puts:
+                of_class = ClassLayer(layer.rule, layer.path, layer.target, layer.order)
+                puts.extend(on_class(Class(value), of_class, path))
         else:
             put_on_path(path, layer, scoped=scoped)
 
     def put_if_it_fits(value: Any) -> None:
-        if not (isinstance(value, type) and issubclass(value, nn.Module)):
+        if stands_on_path(value, layer):
+            return
+        if not _is_class_of_modules(value):
             check_path(path, value, layer.rule)
         put(value)
 
     def take_off() -> None:
-        if call_off is not None:
-            call_off()
+        call_off()
         take_off_path(layer)
         for of_class in puts:
             of_class.take_off()
 
     value = find(path)
-    if value is PENDING:
-        call_off = when_imported(path, put_if_it_fits)
-    else:
+    if value is not PENDING:
         put(value)
+    call_off = when_imported(path, put_if_it_fits)
     own = _of_calls(layer, "", take_off)
     return [
         own._replace(

@@ -22,7 +22,6 @@ from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.snapshot import snapshots
 from gradoverride._core.standin import stand_in
 from gradoverride._core.structure import flatten, unflatten
-from gradoverride._core.targets import RECORD
 from gradoverride._core.tensors import is_differentiable, is_tensor, may_want_gradient
 from gradoverride.errors import UnsupportedError
 

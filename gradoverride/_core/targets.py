@@ -123,6 +123,7 @@ class Class(Target):
     """A class of modules, and those derived from it."""
 
     kind, rank = "class", 3
+    path = ""  # that it was named by
 
     def __init__(self, value: Any) -> None:
         super().__init__(value.__dict__.get(BASE, value))  # `type(module)` of one that is overridden now

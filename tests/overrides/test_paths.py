@@ -1,9 +1,11 @@
 """Import paths as targets: what is there, what is made later, what is imported later. Contract, section 5."""
 
 import functools
+import importlib
 import sys
 import textwrap
 import warnings
+from types import FunctionType
 
 import pytest
 import torch
@@ -478,6 +480,126 @@ class TestWhatIsImportedLater:
         exactly(gradient(thirdparty.functions.cube, x), gradient(lambda x: 1.0 * x**3, x))
         with pytest.warns(go.GradOverrideWarning, match="never ran"):
             handle.remove()
+
+
+LOADING_AGAIN = {
+    "reload": importlib.reload,
+    "import after removal": lambda module: (
+        sys.modules.pop(module.__name__) and importlib.import_module(module.__name__)
+    ),
+}
+
+
+@pytest.mark.parametrize("load", LOADING_AGAIN.values(), ids=LOADING_AGAIN)
+@pytest.mark.parametrize("imported", ["before", "meanwhile"])
+class TestWhatIsLoadedAgain:
+    def put(self, rules, imported, *model):
+        if imported == "before":
+            import thirdparty.functions as functions
+
+            return go.override(*model, rules), functions
+        handle = go.override(*model, rules)
+        import thirdparty.functions as functions
+
+        return handle, functions
+
+    def test_has_the_rule(self, package, x, load, imported):
+        before, loader = [*sys.meta_path], None
+        handle, functions = self.put({CUBE: doubled}, imported)
+        first, plain = functions.cube, gradient(lambda x: x**3, x)
+        for _ in range(2):
+            functions = load(functions)
+            loader = functions.__spec__.loader
+            assert functions.cube is not first
+            closely(gradient(functions.cube, x), 2 * plain)
+            closely(gradient(functions.through, x), 2 * plain)
+            closely(gradient(first, x), 2 * plain)
+        assert handle.table[0].calls == "6"
+        handle.remove()
+        exactly(gradient(functions.cube, x), gradient(first, x))
+        closely(gradient(functions.cube, x), plain)
+        assert functions.cube.__code__.co_filename == functions.__file__
+        assert functions.__spec__.loader is functions.__loader__ is loader
+        assert "exec_module" not in vars(loader)
+        assert [finder for finder in sys.meta_path if type(finder).__name__ != "ImportHookFinder"] == [
+            finder for finder in before if type(finder).__name__ != "ImportHookFinder"
+        ]
+        closely(gradient(load(functions).cube, x), plain)
+
+    def test_has_the_rule_on_modules_of_a_class(self, package, x, load, imported):
+        handle, functions = self.put({"thirdparty.functions:Block": doubled}, imported)
+        plain = gradient(lambda x: x**3 + 2 * x, x)
+        first = functions.Block()
+        functions = load(functions)
+        closely(gradient(functions.Block(), x), 2 * plain)
+        closely(gradient(first, x), 2 * plain)
+        forward = functions.Block.__dict__["forward"]
+        handle.remove()
+        assert functions.Block.__dict__["forward"] is not forward
+        closely(gradient(functions.Block(), x), plain)
+        closely(gradient(first, x), plain)
+
+    def test_has_the_rule_in_a_model(self, package, x, load, imported):
+        class Model(nn.Module):
+            def forward(self, x):
+                from thirdparty.functions import cube
+
+                return cube(x)
+
+        model, plain = Model(), gradient(lambda x: x**3, x)
+        handle, functions = self.put({CUBE: doubled}, imported, model)
+        functions = load(functions)
+        closely(gradient(model, x), 2 * plain)
+        closely(gradient(functions.cube, x), plain)
+        handle.remove()
+        closely(gradient(model, x), plain)
+
+    def test_has_the_rules_of_several_overrides(self, package, x, load, imported):
+        inner, functions = self.put({CUBE: doubled}, imported)
+        outer, _ = self.put({CUBE: lambda grad_output, vjp: vjp(grad_output) + 1}, imported)
+        functions, plain = load(functions), gradient(lambda x: x**3, x)
+        closely(gradient(functions.cube, x), 2 * plain + 1)
+        inner.remove()
+        closely(gradient(functions.cube, x), plain + 1)
+        outer.remove()
+        closely(gradient(functions.cube, x), plain)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("step", FunctionType), ("still", staticmethod), ("of_class", classmethod)])
+def test_a_method_of_a_class_that_is_loaded_again_has_the_rule(functions, x, name, kind):
+    plain = gradient(getattr(functions.Block(), name), x)
+    with go.override({f"thirdparty.functions:Block.{name}": tripled}):
+        importlib.reload(functions)
+        closely(gradient(getattr(functions.Block(), name), x), 3 * plain)
+    closely(gradient(getattr(functions.Block(), name), x), plain)
+    assert type(functions.Block.__dict__[name]) is kind
+
+
+def test_a_module_whose_code_raises_when_it_is_loaded_again_keeps_the_rule(functions, x, tmp_path):
+    source = tmp_path / "thirdparty" / "functions.py"
+    plain = gradient(functions.cube, x)
+    with go.override({CUBE: doubled}):
+        source.write_text("raise ValueError('half a module')")
+        importlib.invalidate_caches()
+        with pytest.raises(ValueError, match="half a module"):
+            importlib.reload(functions)
+        closely(gradient(functions.cube, x), 2 * plain)
+        source.write_text("def cube(x): return 5 * x\nraise ValueError('one function of it')")
+        with pytest.raises(ValueError, match="one function of it"):
+            importlib.reload(functions)
+        closely(gradient(functions.cube, x), gradient(lambda x: 10 * x, x))
+    closely(gradient(functions.cube, x), gradient(lambda x: 5 * x, x))
+
+
+def test_a_module_that_is_loaded_again_without_the_name_is_warned_of(functions, tmp_path, x):
+    gradient_of_it = functions.cube
+    with go.override({CUBE: doubled}):
+        gradient(gradient_of_it, x)
+        gradient(functions.cube, x)
+        (tmp_path / "thirdparty" / "functions.py").write_text("def cubic(x): return x")
+        del functions.cube
+        with pytest.warns(go.GradOverrideWarning, match="has been imported and has no 'cube'; nothing is overridden"):
+            importlib.reload(functions)
 
 
 class TestInAModel:
