@@ -5,7 +5,8 @@ from __future__ import annotations
 import dis
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -25,12 +26,19 @@ __all__ = ["calls_that_are", "may_call", "opened", "reaching"]
 def reaching(names: frozenset[str]) -> dict[Any, Callable[..., Any]]:
     """Functions of torch in Python from which one of these functions may be called, opened: `opened`."""
     wanted = frozenset[str]().union(*[words().get(name, ()) for name in names])
-    return {
+    return {math.prod: _prod} | {
         function: opened(function)
         for function, mentioned in _mentioned().items()
         if wanted and (wanted & mentioned or _calls_what_it_is_given(function))
         if name_of_function(function) not in names
     }
+
+
+def _prod(iterable: Iterable[Any], /, *, start: Any = 1) -> Any:
+    """What `math.prod` does, which Dynamo takes for one operation."""
+    for factor in iterable:
+        start = start * factor
+    return start
 
 
 def _calls_what_it_is_given(function: FunctionType) -> bool:

@@ -74,6 +74,7 @@ class FunctionMode(TorchFunctionMode):
         self.runs = runs  # all at once: the thread that has it may be running
         self.operators = tuple([(function, run) for function, run in runs.items() if function in own])
         self.bodies = reaching(names)  # what the code of these calls is to be seen too
+        self.methods = tuple([(function, body) for function, body in self.bodies.items() if function in own])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -88,6 +89,10 @@ class FunctionMode(TorchFunctionMode):
             for operator, under_rules in self.operators:
                 if operator is func:
                     return under_rules(*args, **kwargs)
+            for method, within in self.methods:
+                if method is func:
+                    with self:
+                        return within(*args, **kwargs)
         run = self.runs.get(func)
         if run is not None:
             return run(*args, **kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
 from typing import Any
@@ -72,10 +73,11 @@ def spellings(name: str) -> tuple[Any, ...]:
 
 
 def every_spelling() -> Iterator[Any]:
-    """All functions that a mode is shown."""
+    """All functions that a mode is shown, or by Dynamo."""
     for group in _known().values():
         yield from group
     yield from unlisted()
+    yield math.prod
 
 
 @functools.cache
@@ -83,6 +85,7 @@ def unlisted() -> dict[FunctionType, None]:
     """Functions in Python that torch shows to no mode, for what they call is shown. Dynamo takes them as a whole."""
     names = [*dir(torch.masked), "upsample", "upsample_bilinear", "upsample_nearest"]
     found = [getattr(space, name, None) for space in (torch.masked, F) for name in names if name[0] != "_"]
+    found.append(Tensor.__reversed__)
     return dict.fromkeys([one for one in found if isinstance(one, FunctionType) and name_of_function(one) is None])
 
 
@@ -136,9 +139,9 @@ _NOTHING_BUT: dict[Any, Any] = {F.tanh: torch.tanh, F.sigmoid: torch.sigmoid}
 # torch says that these cannot be overridden, and shows them to a mode.
 _SHOWN = frozenset({F.hardsigmoid, F.hardswish, Tensor.unflatten, torch.as_strided, torch.fill})
 
-# Dynamo traces into these without a word to a mode.
+# Dynamo traces into these without a word to a mode; or, where a tensor is iterated over, does what they do.
 INLINED = frozenset(
-    {"linear_cross_entropy", "lu", "triplet_margin_with_distance_loss", *(["pad"] if PAD is None else [])}
+    {"linear_cross_entropy", "lu", "triplet_margin_with_distance_loss", "unbind", *(["pad"] if PAD is None else [])}
 )
 
 _ARITHMETIC = ("add", "sub", "mul", "matmul", "pow")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -680,9 +681,26 @@ def let_dynamo_show(functions: Iterable[Any]) -> None:
 
     if not _shown:
         on_import("torch._dynamo.variables.torch", add)
+        on_import("torch._dynamo", _let_dynamo_show_builtins)
 
 
 _shown: list[Any] = []
+
+
+def _let_dynamo_show_builtins(_: Any) -> None:
+    """The same of what Python's own `abs` and `pow` are for a tensor: Dynamo takes them for operations of the graph. By
+    the public door for that, where nobody else has been there.
+    """
+
+    def absolute(x: Any, /) -> Any:
+        return operator.abs(x)
+
+    def power(base: Any, exp: Any, mod: Any = None) -> Any:
+        return operator.pow(base, exp) if mod is None else base.__pow__(exp, mod)
+
+    for builtin, instead, folds in ((abs, absolute, False), (pow, power, True)):
+        with contextlib.suppress(ValueError):
+            torch.compiler.substitute_in_graph(builtin, can_constant_fold_through=folds)(instead)
 
 
 @evaluated_while_tracing

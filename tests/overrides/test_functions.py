@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import math
@@ -124,7 +125,7 @@ OPERATORS = {
     torch.sub: [lambda x, y: x - y, operator.isub, torch.subtract, torch.Tensor.sub_],
     torch.mul: [lambda x, y: x * y, operator.imul, torch.multiply, torch.Tensor.mul_],
     torch.div: [lambda x, y: x / y, operator.itruediv, torch.true_divide, torch.Tensor.div_],
-    torch.pow: [lambda x, y: x**y, torch.Tensor.pow],
+    torch.pow: [lambda x, y: x**y, operator.ipow, pow, torch.Tensor.pow],
     torch.matmul: [lambda x, y: x @ y, torch.Tensor.matmul],
 }
 
@@ -132,7 +133,8 @@ OPERATORS = {
 @pytest.mark.parametrize(
     ("target", "operation"), [(target, one) for target, operations in OPERATORS.items() for one in operations]
 )
-def test_operators_are_spellings(target, operation):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_operators_are_spellings(target, operation, compiled):
     def to_both(grad_output, vjp):
         first, second = vjp(grad_output)
         return 2 * first, 3 * second
@@ -143,6 +145,7 @@ def test_operators_are_spellings(target, operation):
 
     x, y = noise(3, 3).abs().requires_grad_(), (noise(3, 3).abs() + 1).requires_grad_()
     model, weights = Pair(), noise(3, 3)
+    model = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     first, second = torch.autograd.grad((model(x, y) * weights).sum(), [x, y])
     with go.override(model, {target: to_both}):
         found = torch.autograd.grad((model(x, y) * weights).sum(), [x, y])
@@ -158,19 +161,91 @@ def test_operators_are_spellings(target, operation):
         (torch.mul, lambda x: 2 * x),
         (torch.div, lambda x: 2 / x),
         (torch.pow, lambda x: 2**x),
+        (torch.pow, lambda x: pow(2, x)),
+        (torch.pow, lambda x: pow(x, 2)),
+        (torch.pow, lambda x: pow(base=x, exp=2.0)),
         (torch.remainder, lambda x: 5 % x),
         (torch.neg, lambda x: -x),
+        (torch.neg, operator.neg),
         (torch.abs, abs),
+        (torch.abs, operator.abs),
+        (torch.abs, lambda x: x.__abs__()),
+        (torch.abs, lambda x: next(map(abs, [x]))),
+        (torch.abs, lambda x: functools.partial(abs)(x)),
+        (torch.flip, lambda x: x.__reversed__()),
         (torch.sigmoid, torch.special.expit),
         (torch.clamp, lambda x: x.clip(min=0.1)),
         (torch.where, lambda x: x.where(x > 0, 0)),
         (torch.where, lambda x: torch.where(x > 0, x, 0)),
     ],
 )
-def test_numbers_and_other_names_too(target, operation, x):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_numbers_and_other_names_too(target, operation, compiled, x):
     model = Calls(lambda _, x: operation(x))
+    model = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     with go.override(model, {target: lambda grad_output: grad_output}):
         closely(gradient(model, x), torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3))
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["in a model", "everywhere"])
+def test_builtins_of_python_are_spellings_in_compiled_code(everywhere, x):
+    def step(x):
+        return abs(x) * pow(x, 2) + abs(x.shape[0] - 7) * pow(2, 3, 5) * pow(x.shape[0], 2)
+
+    model = torch.compile(Calls(lambda _, x: step(x)), backend="aot_eager", fullgraph=True)
+    expected = gradient(lambda x: 3 * x.abs() * x.detach() ** 2 + 5 * x**2 * x.detach().abs(), x)
+    rules = {torch.abs: tripled, torch.pow: lambda grad_output, vjp: 5 * vjp(grad_output)}
+    with go.override(rules) if everywhere else go.override(model, rules):
+        closely(gradient(model, x), expected)
+    closely(gradient(model, x), gradient(step, x))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("everywhere", [False, True], ids=["in a model", "everywhere"])
+def test_a_product_of_python_calls_what_is_overridden(everywhere, compiled, x):
+    model = Calls(lambda _, x: math.prod([x, x.detach()], start=2) + math.prod([2, 3]))
+    called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    plain = gradient(model, x)
+    rules = {torch.mul: tripled_each}
+    with go.override(rules) if everywhere else go.override(model, rules):
+        result = called(x)
+    weights = torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3)
+    closely(torch.autograd.grad((result * weights).sum(), x)[0], 27 * plain)
+    with go.override(model, {torch.add: tripled}):
+        closely(gradient(called, x), 3 * plain)
+
+
+def test_a_rule_for_what_iteration_calls_is_refused_in_compiled_code(x):
+    model = Calls(lambda _, x: sum(x))
+    with go.override(model, {torch.unbind: lambda grad_output: torch.stack(grad_output) * 3}):
+        closely(gradient(model, x), 3 * gradient(lambda x: sum(x), x))
+        with pytest.raises(go.UnsupportedError, match="override of function 'unbind': its calls must be seen, and"):
+            torch.compile(model, backend="eager", fullgraph=True)(x)
+
+
+class Numbers:
+    """An object with operators of its own."""
+
+    def __abs__(self):
+        return 7
+
+    def __pow__(self, other, mod=None):
+        return other if mod is None else other * mod
+
+
+def test_builtins_of_python_mean_in_compiled_code_what_they_meant(x):
+    number = Numbers()
+
+    def step(x):
+        found = abs(number) * pow(number, 3) * pow(number, 3, 2) + abs(3 + 4j) + abs(-2.5) + pow(2, -1, 5)
+        return x * found * max([1, -3], key=abs) + abs(x) * x.shape[0]
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True, dynamic=True)
+    with go.override({torch.relu: doubled}):
+        closely(compiled(x), step(x))
+        with pytest.raises(Exception, match=r"."):
+            torch.compile(lambda x: pow(x, 2, 3), backend="eager", fullgraph=True)(x)
+        torch.relu(x)
 
 
 def test_the_arguments_of_where_stand_in_one_order():
