@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.overrides import TorchFunctionMode
 
     from gradoverride._core.layers import FunctionLayer
-    from gradoverride._core.signature import Rule
+    from gradoverride._core.rule import Rule
 
 __all__ = [
     "EAGER",
