@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +33,13 @@ def refuse_held(call: Call, values: Sequence[Any], result: Any) -> None:
         for name, value in zip(call.names, values, strict=True):
             held = _held_by(name, value)
             if held is not None:
-                _refuse(call.plan.forward.who, held)
-
-
-def _refuse(who: str, name: str) -> NoReturn:
-    """Raise the error for an argument that is an object and holds a tensor as `name`."""
-    fail(
-        CapturedTensorError,
-        f"{who} must get each tensor that wants a gradient as an argument, or in a tuple, list, dict or dataclass; it "
-        f"got {name}, which requires grad, within an object that gradoverride does not look into, and the rule would "
-        "be dropped. Pass the tensor itself, or detach() it",
-    )
+                fail(
+                    CapturedTensorError,
+                    f"{call.plan.forward.who} must get each tensor that wants a gradient as an argument, or in a "
+                    f"tuple, list, dict or dataclass; it got {held}, which requires grad, within an object that "
+                    "gradoverride does not look into, and the rule would be dropped. Pass the tensor itself, or "
+                    "detach() it",
+                )
 
 
 def refuse_within(who: str, name: str, spec: Any, purpose: str, *, constants: bool = False) -> None:

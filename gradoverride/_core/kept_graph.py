@@ -15,7 +15,6 @@ gradients. What must hold, and how:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -111,7 +110,7 @@ class KeptGraph:
         else:
             for alias in self.edges:
                 if alias is not None:
-                    alias.register_post_accumulate_grad_hook(partial(_refuse_lost, who))
+                    alias.register_post_accumulate_grad_hook(lambda _: refuse_lost(who))
 
     def stray(self, result: Tensor) -> bool:
         """Whether the graph of `result` reaches a leaf that is none of the aliases."""
@@ -198,10 +197,6 @@ def shares_versions(forward_may_write: bool) -> bool:
     has saved raises as ever. (`.data` has a version counter of its own.)
     """
     return not forward_may_write or counted_once is not None
-
-
-def _refuse_lost(who: str, _: Tensor) -> NoReturn:
-    refuse_lost(who)
 
 
 class Tie:
