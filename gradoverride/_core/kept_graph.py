@@ -6,6 +6,7 @@ gradients. What must hold, and how:
 - It keeps what plain autograd keeps, and is freed when plain autograd frees it: the outer node saves a tensor of no
   bytes that holds the ends of the inner graph, so the engine releases it, and `retain_graph` retains it. Where hooks
   on saved tensors would give back another tensor, its history holds them (`Tail`).
+- Of a checkpoint it is a part of the backward pass that asks for it (`passes`), for which the block runs again once.
 - The derivative of a derivative is that of the rule as written: with `create_graph` the results of `pull` are tied
   to the outer tensors (`Lifted`), to any order.
 - An argument that requires no grad is a constant to the graph, as it is to torch, which has no derivative for some
@@ -25,6 +26,8 @@ from gradoverride._core.captured import foreign_leaf
 from gradoverride._core.contract import Meta, shape_text
 from gradoverride._core.function import CUT, Carry, Cut, Lifted, Tail, refuse_lost
 from gradoverride._core.private import (
+    as_part_of_pass,
+    checkpoints_in_pass,
     counted_once,
     fail,
     fast_apply,
@@ -52,7 +55,7 @@ _EMPTY = made_at_import(0)
 class KeptGraph:
     """The inner graph of one eager call."""
 
-    __slots__ = ("aliases", "constants", "edges", "ends", "metas", "natural", "node", "outer")
+    __slots__ = ("aliases", "constants", "edges", "ends", "metas", "natural", "node", "outer", "passes")
 
     def __init__(self, tensors: Sequence[Tensor], shares: bool, natural: Sequence[Tensor] = ()) -> None:
         """`shares`: see `shares_versions`; `natural`: parameters that the forward meets themselves, no aliases."""
@@ -128,6 +131,7 @@ class KeptGraph:
     def end(self, results: Sequence[Tensor]) -> Tensor:
         """The forward has run: `results` are where the graph ends. The outer node saves what this returns."""
         self.ends = tuple([index for index, result in enumerate(results) if result.requires_grad])
+        self.passes: set[int] | None = None
         if not self.ends:  # a forward may cut all gradients, as torch.detach does
             return _EMPTY
         if saves_plainly():
@@ -135,6 +139,7 @@ class KeptGraph:
             token: Any = results[0].new_empty(0) if in_modes() else _EMPTY.data
             token.ends = tuple([_edge_of(results[index]) for index in self.ends])
             return token
+        self.passes = set()
         return _tail(*[results[index] for index in self.ends])
 
     def save(self, call: Call, saver: Saver, outs: Sequence[Tensor], values: Sequence[Any]) -> None:
@@ -162,8 +167,13 @@ class KeptGraph:
         again = torch.is_grad_enabled()
         cut = _cut_off(given) if again else given
         keep = again or not last or keeps_graph()
+        ends = self._ends_of(saved[-1])
         try:
-            found = _pull(self._ends_of(saved[-1]), cut, edges, keep)
+            if self.passes is None:
+                found = _pull(ends, cut, edges, keep)
+            else:
+                with as_part_of_pass(self._new_pass(self.passes)):
+                    found = _pull(ends, cut, edges, keep)
         except RuntimeError as error:
             if "selective activation checkpoint" in str(error):
                 _refuse_selective()
@@ -181,6 +191,18 @@ class KeptGraph:
         known = [(edge, outer) for edge, outer in zip(self.edges, self.outer, strict=True) if outer is not None]
         known += [(edge or _edge_of(outer), outer) for edge, outer in self.natural]
         return _tied(found, [*known, *_cuts(cut, given)])
+
+    @staticmethod
+    def _new_pass(passes: set[int]) -> int | None:
+        """The backward pass that runs now, if it has not come to this graph before.
+
+        A checkpoint gives back what it has saved once in a pass: for another gradient it must run its block again.
+        """
+        number = checkpoints_in_pass()
+        if number == -1 or number in passes:
+            return None
+        passes.add(number)
+        return number
 
     def _ends_of(self, token: Tensor) -> Sequence[GradientEdge]:
         if not self.ends:
@@ -215,20 +237,21 @@ class Tie:
         for inner, outer in self.pairs:
             if inner is not outer and getattr(getattr(inner, "node", None), "variable", None) is outer:
                 _refuse_hooked(outer)
-        found = _pull(self.ends, cut, [inner for inner, _ in self.pairs])
+        with as_part_of_pass(None):  # it goes through kept graphs that this pass may come to besides
+            found = _pull(self.ends, cut, [inner for inner, _ in self.pairs])
         if again:
             found = _tied(found, [*self.pairs, *_cuts(cut, grads)])
         return found
 
 
 def _refuse_selective() -> NoReturn:
-    """A checkpoint runs its block again for each pass of the engine, of which this is one within another."""
+    """A checkpoint runs its block again for each pass of the engine, of which this is one of its own."""
     fail(
         UnsupportedError,
-        "the gradient without the rule ('vjp', or that of parameters which the rule leaves to autograd) must be found "
-        "in a backward pass of its own, for which a checkpoint runs its block once more; a selective one "
-        "(create_selective_checkpoint_contexts) does so only once. Checkpoint the block without context_fn, leave "
-        "the ruled call out of it, or compute the gradient in the rule",
+        "the gradient without the rule ('vjp', or that of parameters which the rule leaves to autograd) must be asked "
+        "for once in a backward pass, and not be differentiated, in a selective checkpoint "
+        "(create_selective_checkpoint_contexts), which runs its block once more only; it was asked for again. "
+        "Checkpoint the block without context_fn, leave the ruled call out of it, or compute the gradient in the rule",
     )
 
 

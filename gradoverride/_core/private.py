@@ -71,6 +71,8 @@ __all__ = [
     "take_off_stack",
     "in_reentrant_checkpoint",
     "in_checkpoint_replay",
+    "checkpoints_in_pass",
+    "as_part_of_pass",
     "HigherOrderOperator",
     # transforms of torch.func, forward mode
     "in_functorch",
@@ -468,6 +470,35 @@ def in_checkpoint_replay() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def checkpoints_in_pass() -> int:
+    """The backward pass for which checkpoints run their blocks again now: -1 in none, or where the user says it."""
+    group = _group_now()
+    return pass_id() if group is None else group if isinstance(group, int) else -1
+
+
+@contextlib.contextmanager
+def as_part_of_pass(number: int | None) -> Iterator[None]:
+    """Have checkpoints take the passes of the engine within for parts of this one, for which they run their blocks
+    again once; None: each for one of its own.
+
+    It is what the public `GraphExecGroup` says, which the user may be within: then it stays so. Of a pass that has
+    begun already it cannot say it. Without these names a block runs again for each pass.
+    """
+    before = _group_now()
+    if _set_group is None or not (before is None or isinstance(before, int)):
+        yield
+        return
+    _set_group(number)
+    try:
+        yield
+    finally:
+        _set_group(before)
+
+
+_group_now: Callable[[], Any] = getattr(torch._C, "_get_graph_exec_group", lambda: None)
+_set_group: Callable[[Any], None] | None = getattr(torch._C, "_set_graph_exec_group", None)
 
 
 # The class of `torch.cond` and what else runs functions that it is given. Without it nothing is such an operator, and

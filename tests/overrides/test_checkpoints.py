@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint, create_selective_checkpoint_contexts
 
 import gradoverride as go
-from overrides.models import doubled, gradient, mlp
+from overrides.models import doubled, gradient, mlp, tripled
 
 
 def halved(x):
@@ -164,22 +164,91 @@ def test_block_that_is_run_again_under_the_same_rule_is_right(target, x):
     closely(x.grad, 3 * x.detach().clamp(min=0))
 
 
+class Counting(nn.Module):
+    """Runs its part in train mode, and counts."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+        self.runs = 0
+
+    def forward(self, x):
+        self.runs += 1
+        return self.part(x)
+
+
+def normed():
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Dropout(), nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    ).double()
+
+
+def through(grad_output, vjp):
+    return vjp.by_name(grad_output)
+
+
+@pytest.mark.parametrize("targets", [[nn.ReLU], [nn.ReLU, nn.Sequential], [Counting, nn.Sequential, nn.BatchNorm1d]])
+def test_checkpoint_runs_its_block_again_once_for_all_rules_that_ask_for_vjp(targets, x):
+    plain, model = Counting(normed()), Counting(normed())
+    torch.manual_seed(3)
+    checkpoint(plain, x, use_reentrant=False).sin().sum().backward()
+    expected, x.grad = x.grad, None
+    with go.override(model, dict.fromkeys(targets, through)):
+        torch.manual_seed(3)
+        result = checkpoint(model, x, use_reentrant=False).sin().sum()
+        for _ in range(2):
+            x.grad, before = None, model.runs
+            model.zero_grad()
+            result.backward(retain_graph=True)
+            closely(x.grad, expected)
+            assert model.runs == before + 1
+    assert plain.runs == 2
+    for (_, ours), param in zip(model.named_parameters(), plain.parameters(), strict=True):
+        closely(ours.grad, param.grad)
+    assert model.part[1].num_batches_tracked == 3
+
+
+def test_vjp_of_several_gradients_is_right_in_a_checkpoint(x):
+    def summed(grad_output, vjp):
+        return vjp(grad_output) + vjp(grad_output.cos()) - vjp(2 * grad_output)
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Tanh(), nn.Tanh()), nn.Tanh()).double()
+    with go.override(model, {nn.Sequential: tripled, nn.Tanh: summed}):
+        expected = gradient(model, x)
+        closely(gradient(lambda x: checkpoint(model, x, use_reentrant=False), x), expected)
+
+
+def test_second_derivative_in_a_checkpoint_is_that_without_it(x):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Tanh(), nn.Sigmoid()), nn.Tanh()).double()
+
+    def second(function):
+        (grad,) = torch.autograd.grad(function(x).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.sin().sum() + function(x).sum(), x)[0]
+
+    with go.override(
+        model, {nn.Sequential: tripled, nn.Tanh: lambda grad_output, output, vjp: vjp(output * grad_output)}
+    ):
+        closely(second(lambda x: checkpoint(model, x, use_reentrant=False)), second(model))
+
+
 def in_selective_checkpoint(model):
     contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
     return lambda x: checkpoint(model, x, use_reentrant=False, context_fn=contexts)
 
 
-def test_rule_in_a_selective_checkpoint_is_in_force_and_one_that_asks_for_vjp_is_refused():
+def test_rule_in_a_selective_checkpoint_is_in_force_and_one_that_asks_for_a_second_gradient_is_refused():
     model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double(), noise(2, 3)
     (expected,) = torch.autograd.grad(model(x).sum(), x)
-    with go.override(model, {nn.Tanh: lambda grad_output, output: 2 * grad_output * (1 - output**2)}):
-        (actual,) = torch.autograd.grad(in_selective_checkpoint(model)(x).sum(), x)
-    closely(actual, 2 * expected)
-    with go.override(model, {nn.Tanh: lambda grad_output, vjp: vjp(grad_output)}):
+    for rule in (lambda grad_output, output: 2 * grad_output * (1 - output**2), lambda g, vjp: vjp(2 * g)):
+        with go.override(model, {nn.Tanh: rule}):
+            (actual,) = torch.autograd.grad(in_selective_checkpoint(model)(x).sum(), x)
+        closely(actual, 2 * expected)
+    with go.override(model, {nn.Tanh: lambda grad_output, vjp: vjp(grad_output) + vjp(grad_output.cos())}):
         result = in_selective_checkpoint(model)(x)
         with pytest.raises(go.UnsupportedError) as caught:
             result.sum().backward()
-    for part in ("('vjp', or", "runs its block once more; a selective one", "without context_fn"):
+    for part in ("('vjp', or", "once in a backward pass", "it was asked for again", "without context_fn"):
         assert part in str(caught.value)
     assert "in the rule '<lambda>'" in caught.value.__notes__[0]
 
