@@ -23,6 +23,7 @@ from gradoverride._core.function import tied
 from gradoverride._core.kept_graph import KeptGraph, is_hooked
 from gradoverride._core.module_then import as_shown, forward_then, module_then, training_then
 from gradoverride._core.private import fail, out_of_left_transforms, pull
+from gradoverride._core.standin import Copied, write_back
 from gradoverride._core.structure import LEAF, alike, describe, flatten, in_order_of, unflatten
 from gradoverride._core.vjp import Vjp
 from gradoverride.errors import RuleResultError, UnsupportedError
@@ -52,6 +53,7 @@ class Backward:
             # In the backward of a forward that was replayed, its transform has been left.
             self.saved = [out_of_left_transforms(tensor) for tensor in self.saved]
         self.own: dict[str, Tensor | None] = {}  # parameters left to autograd whose gradients are known already
+        self.copied: list[Copied] = []  # what the rule may set attributes on: the `module` that it asks for
 
     def run(self, grad_outputs: Sequence[Tensor | None]) -> Gradients:
         """One gradient for each input of the Function."""
@@ -136,7 +138,7 @@ class Backward:
             elif name == "params":
                 supplied[name] = {param.name: saved[call.module_slots[param.name]] for param in call.params}
             elif name == "module":
-                supplied[name] = module_then(self)
+                supplied[name] = module_then(self, copied=self.copied)
             elif name == "forward":
                 supplied[name] = forward_then(self)
         return supplied
@@ -154,6 +156,8 @@ class Backward:
             except Exception as error:
                 self.plan.note(error)
                 raise
+        if self.copied:
+            write_back(self.copied)
         return answer, {} if collector is None else self._collected(collector)
 
     def _collector(self) -> Collector:

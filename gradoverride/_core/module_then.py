@@ -13,7 +13,7 @@ from gradoverride._core.private import version_of
 from gradoverride._core.purity import class_normalizes
 from gradoverride._core.snapshot import Snapshot
 from gradoverride._core.stale import Stale
-from gradoverride._core.standin import stand_in
+from gradoverride._core.standin import Copied, stand_in
 
 if TYPE_CHECKING:
     from gradoverride._core.backward_pass import Backward
@@ -58,8 +58,8 @@ def _training_of(module: nn.Module) -> dict[str, bool]:
 # --- shown in the backward ---
 
 
-def module_then(backward: Backward, buffers: dict[str, Any] | None = None) -> Any:
-    """The module of the call, or None; with these `buffers` if they are given."""
+def module_then(backward: Backward, buffers: dict[str, Any] | None = None, copied: list[Copied] | None = None) -> Any:
+    """The module of the call, or None; with these `buffers` if they are given. `copied`: as for `stand_in`."""
     call, saved = backward.call, backward.saved
     if call.module is None:
         return None
@@ -68,7 +68,7 @@ def module_then(backward: Backward, buffers: dict[str, Any] | None = None) -> An
     given.update({name: saved[slot] for name, slot in call.computed.items()})
     if backward.again and call.aliased and call.computed:
         given.update(_computed_anew(backward, {name: one for name, one in given.items() if name not in call.computed}))
-    return stand_in(call.module, given, changes=training_then(call))
+    return stand_in(call.module, given, copied, changes=training_then(call))
 
 
 def _computed_anew(backward: Backward, given: dict[str, Any]) -> dict[str, Tensor]:

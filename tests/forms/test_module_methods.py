@@ -378,6 +378,39 @@ class TwoLayers(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
+def counts_its_calls(grad_output, module):
+    module.first.calls += 1
+    module.last = grad_output.sum()
+    return grad_output
+
+
+@pytest.mark.parametrize("fullgraph", [None, False, True], ids=["eager", "compiled", "compiled in full"])
+@pytest.mark.parametrize("parts", [TwoLayers, nn.Identity], ids=["with parameters", "without"])
+def test_rule_may_set_attributes_of_the_module(parts, fullgraph):
+    class Ruled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = parts()
+            self.first.calls = 0
+
+        @go.custom_backward(counts_its_calls)
+        def forward(self, x):
+            return x.sin() if parts is nn.Identity else self.first(x).sum(1, keepdim=True) * x
+
+    model = Ruled()
+    run = model if fullgraph is None else torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+
+    def counted():
+        for factor in (2.0, 3.0):
+            (factor * run(noise(5, 3))).sum().backward()
+        return float64(model.first.calls, model.last, grad=False)
+
+    if fullgraph:
+        right_or_refused(counted, float64(2.0, 45.0, grad=False), "side effect")
+    else:
+        exactly(counted(), float64(2.0, 45.0, grad=False))
+
+
 def test_submodule_parameter_is_answered_by_its_dotted_name():
     class Ruled(TwoLayers):
         @go.custom_backward(lambda grad_output, module: {"first.bias": 7 * module.first.bias})
