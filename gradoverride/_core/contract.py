@@ -120,36 +120,38 @@ def conform(plan: Plan, path: tuple[Any, ...], value: Any, meta: Meta) -> Tensor
             f"must return a gradient of shape {meta.text} for '{name}', the shape of '{name}' itself; "
             f"it returned {what(value)}. Reduce or expand it: torch would do so silently",
         )
-    if value.device != meta.device:
-        _refuse(
-            plan,
-            f"must return a gradient on {meta.device} for '{name}', where '{name}' is; it returned one on "
-            f"{value.device}. Move it with .to('{meta.device}')",
-        )
-    if value.is_complex() and not meta.dtype.is_complex:
-        _refuse(
-            plan,
-            f"must return a real gradient for '{name}', which is {meta.dtype}; it returned {value.dtype}. "
-            f"Take its .real part",
-        )
-    if not (value.is_floating_point() or value.is_complex()):
-        _refuse(
-            plan,
-            f"must return a floating gradient for '{name}', which is {meta.dtype}; it returned {value.dtype}. "
-            f"Convert it with {_cast(plan, meta.dtype)}",
-        )
+    unfit = _unfit_kind(plan, f"'{name}'", value, meta)
+    if unfit is not None:
+        _refuse(plan, "must return {}; it returned {}. {}".format(*unfit))
     return value.to(meta.dtype)
 
 
 def conform_output(plan: Plan, value: Any, meta: Meta) -> Tensor:
     """`value` as a gradient of the result, in the dtype of the result, or an error."""
     if not isinstance(value, Tensor) or value.shape != meta.shape:
-        fail(
-            RuleResultError,
-            f"vjp in the {plan.who} takes a gradient of shape {meta.text}, the shape "
-            f"of the result; it got {what(value)}. Hand over grad_output, or what is made of it",
+        _refuse(
+            plan,
+            f"takes a gradient of shape {meta.text}, the shape of the result; it got {what(value)}. Hand over "
+            "grad_output, or what is made of it",
+            "vjp in the ",
         )
-    return conform(plan, ("output",), value, meta)
+    unfit = _unfit_kind(plan, "the result", value, meta)
+    if unfit is not None:
+        _refuse(plan, "takes {}; it got {}. {}".format(*unfit), "vjp in the ")
+    return value.to(meta.dtype)
+
+
+def _unfit_kind(plan: Plan, name: str, value: Tensor, meta: Meta) -> tuple[str, str, str] | None:
+    """If a gradient has another device or kind of number: what it should have been, what it is, and the way out."""
+    if value.device != meta.device:
+        needed = f"a gradient on {meta.device} for {name}, where {name} is"
+        return needed, f"one on {value.device}", f"Move it with .to('{meta.device}')"
+    if value.is_complex() and not meta.dtype.is_complex:
+        return f"a real gradient for {name}, which is {meta.dtype}", str(value.dtype), "Take its .real part"
+    if not (value.is_floating_point() or value.is_complex()):
+        needed = f"a floating gradient for {name}, which is {meta.dtype}"
+        return needed, str(value.dtype), f"Convert it with {_cast(plan, meta.dtype)}"
+    return None
 
 
 def _cast(plan: Plan, dtype: torch.dtype) -> str:
@@ -336,5 +338,5 @@ def what(value: Any) -> str:
     return with_article(type(value).__name__)
 
 
-def _refuse(plan: Plan, text: str) -> NoReturn:
-    fail(RuleResultError, f"{plan.who} {text}")
+def _refuse(plan: Plan, text: str, who: str = "") -> NoReturn:
+    fail(RuleResultError, f"{who}{plan.who} {text}")

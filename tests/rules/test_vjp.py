@@ -1135,6 +1135,24 @@ def test_refusal_of_a_wrong_shape_names_both_shapes_and_the_rule():
     assert "(3,)" in str(caught.value)
 
 
+@pytest.mark.parametrize("forward", [torch.sin, nn.Sequential(nn.Tanh())], ids=["short", "general"])
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (lambda g: g.long(), "takes a floating gradient for the result, .*; it got torch.int64. Convert it with"),
+        (lambda g: g * 1j, "takes a real gradient for the result, .*; it got torch.complex128. Take its .real part"),
+    ],
+    ids=["integers", "complex"],
+)
+def test_wrong_kind_of_gradient_handed_to_vjp_is_refused_as_vjps(wrong, text, forward):
+    def hands_over(grad_output, vjp):
+        return vjp(wrong(grad_output))
+
+    result = decorate(hands_over, forward)(noise(3)).sum()
+    with pytest.raises(go.RuleResultError, match=rf"^vjp in the rule 'hands_over' \(.*\) of '.*' \(.*\) {text}"):
+        result.backward()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
