@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gradoverride._core import scan
 from gradoverride._core.ambient import unseen_by_hooks
-from gradoverride._core.nodes import leaves_behind
+from gradoverride._core.nodes import leaves_behind, nodes_behind
 from gradoverride._core.private import evaluated_while_tracing, fail, note_while_tracing, take_noted
 from gradoverride._core.reach import SCALARS
 from gradoverride.errors import CapturedTensorError
@@ -47,13 +47,24 @@ def foreign_leaf(results: list[Tensor], known: set[int], stops: set[Any]) -> Ten
     return None
 
 
-def is_gone(leaf: Tensor) -> bool:
-    """Whether nothing but the graph has this leaf: the forward made it, a first state say, and let it go. What would be
-    added to its `grad` nobody could see. (One that C++ has too, as a scripted module that no name leads to, looks so.)
+def is_gone(leaf: Tensor, results: Sequence[Tensor]) -> bool:
+    """Whether nothing but the graph of `results` has this leaf: the forward made it, a first state say, and let it go.
+    What would be added to its `grad` nobody could see. (One that C++ has too, as a scripted module that no name leads
+    to, looks so.)
     """
     if leaf._backward_hooks or leaf._post_accumulate_grad_hooks:  # they would
         return False
-    return sys.getrefcount(leaf) <= _references_of_one_gone()
+    more = sys.getrefcount(leaf) - _references_of_one_gone()
+    return more <= 0 or more <= sum([held is leaf for held in _held_by_calls(results)])
+
+
+def _held_by_calls(results: Sequence[Tensor]) -> Iterator[Tensor | None]:
+    """The arguments that the calls in this graph have, for derivatives of a higher order."""
+    starts = {result.grad_fn for result in results if result.grad_fn is not None}
+    for node in {node for start in starts for node in nodes_behind(start)}:
+        call = getattr(node, "call", None)
+        for keeper in (call, getattr(call, "graph", None), getattr(node, "graph", None)):
+            yield from getattr(keeper, "outer", ())
 
 
 def _references_of_one_gone() -> int:

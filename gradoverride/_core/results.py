@@ -115,7 +115,7 @@ def refuse_captured(run: ForwardPass, outs: list[Tensor], aliases: list[Tensor])
         _refuse_argument(run, leaf)
         arguments = zip(call.names, run.values, strict=True)
         names = ", ".join(captured.captured_names(forward.fn, leaf, run.receiver, arguments))
-        if names or not captured.is_gone(leaf):
+        if names or not captured.is_gone(leaf, tracked):
             captured.refuse(forward.who, names, leaf)
         gone.append(leaf)  # its id stays its own
         known.add(id(leaf))

@@ -232,6 +232,51 @@ def test_tensor_that_the_forward_makes_and_lets_go_is_no_error(made):
     assert torch.autograd.grad(doubled(x), x)[0].item() == pytest.approx(2 * slope)
 
 
+WITHIN = {
+    "vjp": lambda grad_output, vjp: vjp(grad_output),
+    "parameters left": lambda grad_output, module: grad_output * module.weight.detach(),
+    "all": lambda grad_output, vjp, params: vjp.by_name(grad_output),
+}
+
+
+@pytest.mark.parametrize("rule", WITHIN)
+@pytest.mark.parametrize("kept", [False, True])
+def test_tensor_that_the_forward_makes_and_gives_to_parts_with_rules_is_no_error_if_it_lets_it_go(rule, kept):
+    """As the encoders of speech have their input require grad, for checkpoints within."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(3.0).detach())
+
+        def forward(self, x):
+            return x * self.weight
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Scaled(), Scaled()])
+
+        def forward(self, x):
+            x = x[None].requires_grad_()
+            if kept:
+                keep(x)
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    keep = [].append  # what it has no name leads to
+    model = Encoder()
+    go.override(model, {Scaled: WITHIN[rule], Encoder: WITHIN["vjp"]})
+    x = torch.tensor(2.0, dtype=torch.float64)
+    if kept:
+        with pytest.raises(go.CapturedTensorError, match="that requires grad by a closure"):
+            model(x)
+        return
+    model(x).sum().backward()
+    assert [layer.weight.grad.item() for layer in model.layers] == [6.0, 6.0]
+
+
 @pytest.mark.parametrize("made", MADE_WITHIN)
 def test_such_a_forward_may_be_in_a_checkpoint(made):
     step, slope = MADE_WITHIN[made]
