@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gradoverride._core import scan
-from gradoverride._core.bytecode import ATTRIBUTES, instructions, is_method, last_loaded, loaded
+from gradoverride._core.bytecode import ATTRIBUTES, instructions, is_called, is_method, last_loaded, loaded
 
 __all__ = ["SCALARS", "Reach", "attribute_names", "calls_unseen", "of_modules"]
 
@@ -60,6 +60,8 @@ class Reach:
         own = {helper.__module__ for helper, _ in scan.reachable(fn)}
         for helper, code in scan.reachable(fn):
             if _depends_on_grad_mode(code) or (helper is not function and not _is_bare(helper)):
+                return None
+            if _hands_on_a_function(helper, code):
                 return None
             in_modules = [*of_modules(helper, code)]
             receiver = code.co_varnames[0] if attributes and helper is function and code.co_varnames else None
@@ -229,6 +231,22 @@ def _is_bare(helper: FunctionType) -> bool:
     """Whether a function holds no values: as defaults or as attributes."""
     defaults = (*(helper.__defaults__ or ()), *(helper.__kwdefaults__ or {}).values())
     return not vars(helper) and all(type(value) in SCALARS for value in defaults)
+
+
+def _hands_on_a_function(function: FunctionType, code: CodeType) -> bool:
+    """Whether `code` does anything else with a function that it names than to call it: it may read its attributes, and
+    a tensor may come to be one at any time, under a name that every tensor has too.
+    """
+    named = {key: value for _, key, value in scan.named(function, code)}
+    steps = list(instructions(code))
+    for index, step in enumerate(steps):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
+            value = named.get(step.argval)
+            called = "NULL" in step.argrepr or is_called(steps, index)
+            called = called and steps[index + 1].opname not in ATTRIBUTES
+            if isinstance(value, FunctionType) and not _is_of_library(value.__module__) and not called:
+                return True
+    return False
 
 
 def _depends_on_grad_mode(code: CodeType) -> bool:
