@@ -9,7 +9,7 @@ from torch import Tensor
 from gradoverride._core import captured
 from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED
 from gradoverride._core.contract import what
-from gradoverride._core.function import TOKEN
+from gradoverride._core.function import CUT, TOKEN
 from gradoverride._core.private import fail
 from gradoverride._core.structure import LEAF, alike, flatten
 from gradoverride._core.tensors import is_tensor, requires_grad_anywhere
@@ -116,7 +116,7 @@ def refuse_captured(run: ForwardPass, outs: list[Tensor], aliases: list[Tensor])
         arguments = zip(call.names, run.values, strict=True)
         names = ", ".join(captured.captured_names(forward.fn, leaf, run.receiver, arguments))
         if names or not captured.is_gone(leaf, tracked):
-            captured.refuse(forward.who, names, leaf)
+            captured.refuse(forward.who, names, None if leaf is CUT else leaf)
         gone.append(leaf)  # its id stays its own
         known.add(id(leaf))
 
