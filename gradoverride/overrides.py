@@ -6,17 +6,17 @@ registry or mapping -> `_core/targets.py` says which rule wins which module
 
 from __future__ import annotations
 
+import gc
 import html
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import Any, NamedTuple, overload
 
-import torch
 from torch import nn
 
 from gradoverride._core import everywhere
@@ -40,6 +40,8 @@ from gradoverride._core.paths import find, place_of
 from gradoverride._core.private import uncompiled
 from gradoverride._core.puts import Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
 from gradoverride._core.rule import Rule
+from gradoverride._core.scan import named, reachable
+from gradoverride._core.scripted import called_in, is_scripted, scripted_callers
 from gradoverride._core.signature import Forward, kind_of
 from gradoverride._core.targets import Class, Entry, Function, ImportPath, Match, Target, class_of, matches, modules_of
 from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
@@ -129,10 +131,12 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
     puts: list[Callable[[], Puts]] = []
     called = _called(entries)
     if called:
-        _check_calls(model, modules)
+        _check_calls(model, modules, called)
     # Modules of one class call the same functions.
     calling: dict[int, tuple[Any, list[list[Layer | FunctionLayer]]]] = {}
     for module, added in placed.values() if called else ():
+        if is_scripted(module):  # and calls none of them
+            continue
         names = functions_called(module)
         calling.setdefault(id(names), (names, []))[1].append(added)
     before = {function for module, _ in placed.values() for function in functions_of(module)}
@@ -171,6 +175,7 @@ def _override_everywhere(rules: Registry) -> Override:
                     f"override of {owner}: a target must be a class, a function of torch or an import path; the "
                     f"{target.kind} {target} names modules of a model. Give the model first"
                 )
+    _warn_of_scripted([target.name for target, _ in _called(entries) if isinstance(target, Function)])
     for of_class, rule in classes.values():
         layer_of_class = ClassLayer(rule, EVERYWHERE, _named(of_class), order)
         puts.append(partial(on_class, of_class, layer_of_class, of_class.path))
@@ -183,6 +188,22 @@ def _override_everywhere(rules: Registry) -> Override:
         else:
             puts.append(partial(on_thread, layer))
     return Override(owner, puts, _optional(entries))
+
+
+def _warn_of_scripted(names: Collection[str]) -> None:
+    """Tell of TorchScript, where functions keep their own gradient."""
+    if not names or not scripted_callers(names):
+        return
+    gc.collect()  # it may be garbage
+    found = scripted_callers(names)
+    if found:
+        warnings.warn(
+            f"override of function '{next(iter(found.values()))}': what calls it must run Python code for it to be "
+            f"overridden; there is scripted or traced code that calls it and keeps its own gradient: "
+            f"{', '.join([repr(name) for name in found])}. Override before that is made, or leave it in Python",
+            GradOverrideWarning,
+            stacklevel=4,
+        )
 
 
 EVERYWHERE = "(everywhere)"
@@ -230,24 +251,47 @@ def _called(entries: Sequence[Entry]) -> list[tuple[Function | ImportPath, Rule]
     return list(found.values())
 
 
-def _check_calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+def _check_calls(
+    model: nn.Module, modules: Mapping[str, nn.Module], called: Sequence[tuple[Function | ImportPath, Rule]]
+) -> None:
     """Raise if calls of functions in this model cannot be seen."""
-    if has_forward(model):
+    if has_forward(model) and not is_scripted(model):
         check(model, "")
+    names = [str(target.name) for target, _ in called if isinstance(target, Function)]
+    by_path = [str(target.name) for target, _ in called if isinstance(target, ImportPath)]  # nothing tells of these
+    seen: set[Any] = set()
     for path, module in modules.items():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedError(
-                f"override of '{path}', a '{class_of(module).__name__}': a module must run Python code for the "
-                "functions that it calls to be overridden; it is a ScriptModule. Override modules of the model that "
-                "have none within"
-            )
+        for where, scripted in _scripted_in(module, seen):
+            found = [*by_path, *called_in(scripted, names)]
+            if found:
+                owner = f"'{path}'" if path else f"a '{class_of(model).__name__}'"
+                raise UnsupportedError(
+                    f"override of {owner}: a module must run Python code for the functions that it calls to be "
+                    f"overridden, '{found[0]}' among them; {where} is a {type(scripted).__name__}, which runs none. "
+                    "Override modules of the model that have none within"
+                )
+
+
+def _scripted_in(module: nn.Module, seen: set[Any]) -> Iterator[tuple[str, Any]]:
+    """Of TorchScript what a module is, has as an attribute that is no module of it, or names in its forward."""
+    if is_scripted(module):
+        if module not in seen:  # as a part of another, in whose graph it is
+            yield "it", module
+        seen.update(module.modules())
+        return
+    held = [(f"its '{name}'", value) for name, value in vars(module).items()]
+    forward = everywhere.bare_forward(class_of(module))
+    if forward not in seen and functions_called(module) is None:
+        seen.add(forward)
+        held += [(f"'{name}'", value) for fn, code in reachable(forward) for _, name, value in named(fn, code)]
+    yield from [(where, value) for where, value in held if is_scripted(value)]
 
 
 def _check_scripted(entries: Sequence[Entry], modules: Mapping[str, nn.Module]) -> None:
     """Raise if a class names modules that were scripted: they have another class now, and would be passed by."""
     classes = [target for entry in entries for target in entry.targets if isinstance(target, Class)]
     for path, module in modules.items() if classes else ():
-        if isinstance(module, torch.jit.ScriptModule) and any(target.name_of_scripted(module) for target in classes):
+        if is_scripted(module) and any(target.name_of_scripted(module) for target in classes):
             raise UnsupportedError(
                 f"override of '{path}', a scripted '{module.original_name}': a module must run Python code to be "
                 "overridden; it is a ScriptModule. Override the model before it is scripted, or name the modules to be "

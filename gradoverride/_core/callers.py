@@ -6,7 +6,7 @@ import dis
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from gradoverride._core import scan
 from gradoverride._core.bytecode import CALLS, codes_in, instructions, is_method, last_loaded, without_preparations
 from gradoverride._core.everywhere import bare_forward, originals
-from gradoverride._core.functions import every_spelling, is_of_torch, name_of_function, unlisted, words
+from gradoverride._core.functions import every_spelling, is_of_torch, name_of_function, names_among, unlisted, words
 from gradoverride._core.reach import of_modules
 
-__all__ = ["calls_that_are", "may_call", "opened", "reaching"]
+__all__ = ["calls_that_are", "may_call", "names_called_by", "opened", "reaching", "says"]
 
 
 @functools.lru_cache(maxsize=256)
@@ -39,6 +39,16 @@ def _prod(iterable: Iterable[Any], /, *, start: Any = 1) -> Any:
     for factor in iterable:
         start = start * factor
     return start
+
+
+def names_called_by(function: FunctionType) -> frozenset[str]:
+    """The functions that one of torch in Python may call."""
+    return names_among(_mentioned().get(function, set()))
+
+
+def says(function: FunctionType, words: Set[str]) -> bool:
+    """Whether one of these words is in the code of a function of torch, or in that of those in Python that it calls."""
+    return not _mentioned().get(function, set()).isdisjoint(words)
 
 
 def _calls_what_it_is_given(function: FunctionType) -> bool:
@@ -138,7 +148,7 @@ def _may_call(cls: type, forward: Any) -> frozenset[str] | None:
             if _calls_what_it_is_given(function):
                 return None
             mentioned = mentioned | within
-    return frozenset(name for name, words in words().items() if words & mentioned)
+    return names_among(mentioned)
 
 
 def _is_of(function: FunctionType, *packages: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from types import FunctionType
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "every_spelling",
     "is_of_torch",
     "name_of_function",
+    "names_among",
     "signature_of",
     "spellings",
     "turned",
@@ -106,6 +107,11 @@ def words() -> dict[str, frozenset[str]]:
     for operator, name in _DUNDERS.items():
         found.setdefault(name, set()).add(operator)
     return {name: frozenset(words) for name, words in found.items()}
+
+
+def names_among(said: Set[str]) -> frozenset[str]:
+    """The functions that code may call that says these words."""
+    return frozenset([name for name, own in words().items() if not own.isdisjoint(said)])
 
 
 @functools.cache

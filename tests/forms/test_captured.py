@@ -501,6 +501,58 @@ def helped(x, factor=float64(5.0)):  # noqa: B008 - a default is what is tested
     return x * factor
 
 
+def helper(x):
+    return x + 1.0
+
+
+def twice(function, x):
+    return function(function.data * x)
+
+
+READING_A_HELPER = {
+    "data": lambda x: helper(x) * helper.data,
+    "grad": lambda x: helper(x * helper.grad),
+    "T": lambda x: x * helper.T,
+    "real": lambda x: helper.real.mul(x),
+    "imag": lambda x: (lambda function: function.imag * x)(helper),
+    "shape": lambda x: [one.shape * x for one in (helper,)][0],  # noqa: RUF015  # a loop
+    "mul": lambda x: getattr(helper, "mul") * x,  # noqa: B009  # another way
+    "other": lambda x: helper.other * x,
+}
+
+
+@pytest.mark.parametrize("name", READING_A_HELPER)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_attribute_that_a_helper_gets_later_is_refused_whatever_its_name(name, compiled):
+    forward = go.custom_backward(lambda grad_output: grad_output)(READING_A_HELPER[name])
+    forward = torch.compile(forward, backend="eager", fullgraph=True) if compiled else forward
+    x = float64(2.0)
+    try:
+        setattr(helper, name, 3.0)
+        if name != "real":  # whose method it calls
+            forward(x)
+        setattr(helper, name, float64(3.0))
+        with pytest.raises(go.CapturedTensorError, match="requires grad"):
+            forward(x)
+        setattr(helper, name, torch.tensor(3.0, dtype=torch.float64))
+        (found,) = torch.autograd.grad(forward(x).sum(), x)
+        assert found == 1.0
+    finally:
+        vars(helper).clear()
+
+
+def test_helper_that_is_handed_on_and_gets_an_attribute_later_is_refused():
+    forward, x = go.custom_backward(lambda grad_output: grad_output)(lambda x: twice(helper, x)), float64(2.0)
+    try:
+        helper.data = 3.0
+        forward(x)
+        helper.data = float64(3.0)
+        with pytest.raises(go.CapturedTensorError, match=r"reached 'helper\.data', which requires grad"):
+            forward(x)
+    finally:
+        vars(helper).clear()
+
+
 def with_attribute(x):
     return (x - with_attribute.mean) * 2
 
