@@ -75,6 +75,6 @@ compat:
 	.venv-compat/bin/python -m pytest
 
 clean:
-	rm -rf $(VENV) .venv-compat .venv-wheel build dist gradoverride-demo.png
+	rm -rf $(VENV) .venv-compat .venv-wheel build dist tests/conformance/away/build gradoverride-demo.png
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find gradoverride tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -179,12 +179,17 @@ def note_rule(rule: Rule) -> None:
 class RandomState:
     """The state of the generators of torch, Python and NumPy, to replay a forward with the numbers it drew."""
 
-    __slots__ = ("cpu", "devices", "numpy", "python")
+    __slots__ = ("accelerator", "cpu", "numpy", "python")
 
     def __init__(self) -> None:
         self.cpu = torch.get_rng_state()
-        initialized = torch.cuda.is_available() and torch.cuda.is_initialized()
-        self.devices = torch.cuda.get_rng_state_all() if initialized else []
+        device = _accelerator_in_use()
+        if device is None:
+            self.accelerator = []
+        elif hasattr(device, "get_rng_state_all"):
+            self.accelerator = device.get_rng_state_all()
+        else:
+            self.accelerator = [device.get_rng_state()]  # MPS has but one device
         self.python = random.getstate()
         numpy = _numpy_random()
         self.numpy = None if numpy is None else numpy.get_state(legacy=False)
@@ -193,7 +198,7 @@ class RandomState:
         """Whether numbers were drawn since."""
         now = RandomState()
         same = torch.equal(now.cpu, self.cpu) and all(
-            torch.equal(a, b) for a, b in zip(now.devices, self.devices, strict=True)
+            torch.equal(a, b) for a, b in zip(now.accelerator, self.accelerator, strict=True)
         )
         # NumPy's state is a dict with an array in it, which `==` does not take.
         same = same and now.python == self.python and pickle.dumps(now.numpy) == pickle.dumps(self.numpy)
@@ -202,20 +207,34 @@ class RandomState:
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """A context in which the same numbers are drawn again; the generators go on afterwards as if nothing was."""
-        now = RandomState()
+        before = RandomState()
         try:
-            self._put_back()
+            self._restore()
             yield
         finally:
-            now._put_back()
+            before._restore()
 
-    def _put_back(self) -> None:
+    def _restore(self) -> None:
         torch.set_rng_state(self.cpu)
-        if self.devices:
-            torch.cuda.set_rng_state_all(self.devices)
+        if self.accelerator:
+            device = _accelerator_in_use()
+            if hasattr(device, "set_rng_state_all"):
+                device.set_rng_state_all(self.accelerator)
+            else:
+                device.set_rng_state(*self.accelerator)
         random.setstate(self.python)
         if self.numpy is not None:
             _numpy_random().set_state(self.numpy)
+
+
+def _accelerator_in_use() -> Any:
+    """The module of torch for the devices where numbers may have been drawn."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return None
+    module = torch.get_device_module(accelerator)
+    is_in_use = getattr(module, "is_initialized", None) or module.is_available  # MPS is ready where it is there
+    return module if is_in_use() else None
 
 
 def _numpy_random() -> Any:

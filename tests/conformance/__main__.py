@@ -1,7 +1,7 @@
 """`python -m tests.conformance [pattern]` runs the table, prints it, and writes the page of the documentation.
 
-With a pattern it runs the cells whose id it matches, and writes nothing. The distributed ones are run last, all of them
-by one pair of processes.
+With a pattern it runs the cells whose id it matches, and writes nothing. Those on another device are run by a process
+of their own, and last the distributed ones by a pair of processes.
 """
 
 from __future__ import annotations
@@ -19,19 +19,26 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # as pytest has it
 def main() -> int:
     import torch
 
-    from conformance import distributed, report
+    from conformance import another_device, distributed, report
     from conformance.table import CELLS, Outcome, outcome_of
 
     pattern = re.compile(sys.argv[1] if len(sys.argv) > 1 else "")
     cells = [cell for cell in CELLS if pattern.search(cell.id)]
     if not torch.cuda.is_available():
-        cells = [cell for cell in cells if cell.environment.group != "device"]
+        cells = [cell for cell in cells if cell.environment.group != "cuda"]
+    elsewhere = [cell for cell in cells if cell.environment.group == another_device.GROUP]
+    cells = [cell for cell in cells if cell.environment.group != another_device.GROUP]
     spread = [cell for cell in distributed.CELLS if pattern.search(f"distributed: {cell.id}")]
     outcomes: dict[str, Outcome] = {}
     start = time.perf_counter()
     for cell in cells:
         outcomes[cell.id] = outcome_of(cell)
         tell(cell.id, outcomes[cell.id])
+    if elsewhere:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, outcome in another_device.run(folder, elsewhere).items():
+                outcomes[name] = outcome
+                tell(name, outcome)
     with tempfile.TemporaryDirectory() as folder:
         over_two = distributed.run(folder, spread) if spread else {}
     for one, outcome in over_two.items():

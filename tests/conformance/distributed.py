@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
-import time
 import traceback
 import warnings
 from collections import OrderedDict
@@ -33,6 +31,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import gradoverride as go
+from conformance import processes
 from conformance.distributed_forms import FORMS, Form, LinearThen, Net
 from conformance.environment import REFUSALS
 from conformance.table import Outcome
@@ -305,51 +304,28 @@ def _mean(grads):
 
 def run(folder, cells=CELLS, limit=LIMIT) -> dict[Cell, Outcome]:
     """What became of each cell."""
-    names = [cell.id for cell in cells]
-    context = torch.multiprocessing.spawn(_rank, (names, str(folder)), nprocs=RANKS, join=False)
-    end = time.monotonic() + limit
-    try:
-        while not context.join(max(end - time.monotonic(), 0)):
-            if time.monotonic() >= end:
-                break
-    finally:
-        for process in context.processes:
-            process.kill()
-    found = [_read(f"{folder}/{rank}") for rank in range(RANKS)]
+    found = processes.run(_rank, RANKS, folder, limit, [cell.id for cell in cells], str(folder))
     return {cell: _verdict(cell, [by_name.get(cell.id) for by_name in found]) for cell in cells}
 
 
-def _read(path):
-    """The results that a rank has written, one after the other."""
-    results = {}
-    if os.path.exists(path):
-        with open(path, "rb") as file:
-            while file.peek(1):
-                name, result = pickle.load(file)
-                results[name] = result
-    return results
-
-
-def _rank(rank, names, folder):
+def _rank(rank, write, names, folder):
     torch.set_num_threads(1)
     warnings.simplefilter("error", go.GradOverrideWarning)
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", rank=rank, world_size=RANKS, store=store, timeout=timedelta(seconds=PATIENCE))
-    with open(f"{folder}/{rank}", "wb") as file:
-        for cell in CELLS:
-            if cell.id not in names:
-                continue
-            try:
-                result = cell.environment.run(Build(cell), rank)
-            except Exception as error:
-                result = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-            pickle.dump((cell.id, result), file)
-            file.flush()
-            # Ranks that are not at the same place would wait for each other in vain.
-            store.set(f"{cell.id}/{rank}", "error" if isinstance(result, str) else "done")
-            if len({store.get(f"{cell.id}/{other}") for other in range(RANKS)}) > 1:
-                break
-        dist.barrier()
+    for cell in CELLS:
+        if cell.id not in names:
+            continue
+        try:
+            result = cell.environment.run(Build(cell), rank)
+        except Exception as error:
+            result = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        write(cell.id, result)
+        # Ranks that are not at the same place would wait for each other in vain.
+        store.set(f"{cell.id}/{rank}", "error" if isinstance(result, str) else "done")
+        if len({store.get(f"{cell.id}/{other}") for other in range(RANKS)}) > 1:
+            break
+    dist.barrier()
     os._exit(0)  # see `_kept`
 
 

@@ -58,7 +58,8 @@ def page(alone: Mapping[str, Outcome], spread: Mapping[distributed.Cell, Outcome
     used = sorted({o.verdict.removeprefix("refused: ") for o in outcomes.values() if o.verdict.startswith("refused")})
     numbers = {key: str(index) for index, key in enumerate(used, 1)}
     reasons: dict[str, str] = {}
-    tables = [_drawn(part, outcomes, numbers, reasons) for part in PARTS]
+    there = {name.partition(": ")[0] for name in outcomes}  # there may be no CUDA
+    tables = [_drawn(part, outcomes, numbers, reasons) for part in PARTS if part.name in there]
     lines = [
         "# Right everywhere, or refused",
         "",
@@ -68,6 +69,9 @@ def page(alone: Mapping[str, Outcome], spread: Mapping[distributed.Cell, Outcome
         "to the code.",
         "",
         f"torch {release()}: {summary(alone)}.",
+        "",
+        "*Another device* is a stand-in for an accelerator, whose memory is the host's (`tests/conformance/away/`): as",
+        "on CUDA, the backward runs in a thread of the device. The cells of CUDA itself are run where there is one.",
         "",
         f"Distributed, each override before the wrap and after it: {summary(spread)}.",
         "",

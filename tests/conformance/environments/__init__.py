@@ -16,7 +16,8 @@ GROUPS: dict[str, list[Environment]] = {
     "wraps": wraps.ENVIRONMENTS,
     "threads": threads.ENVIRONMENTS,
     "export": exports.ENVIRONMENTS,
-    "device": device.ENVIRONMENTS,
+    "another device": device.ANOTHER,
+    "cuda": device.CUDA,
 }
 
 ENVIRONMENTS = [environment for group in GROUPS.values() for environment in group]

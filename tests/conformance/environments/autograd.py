@@ -127,9 +127,13 @@ def offload(make: Make) -> Any:
     subject = make()
 
     def pack(tensor: torch.Tensor) -> Any:
-        return tensor.detach().numpy().copy()
+        return tensor.detach().cpu().numpy().copy(), tensor.device
 
-    with saved_tensors_hooks(pack, torch.from_numpy):
+    def unpack(packed: Any) -> torch.Tensor:
+        array, device = packed
+        return torch.from_numpy(array).to(device)
+
+    with saved_tensors_hooks(pack, unpack):
         result = subject()
     return run_backward(subject, result)
 

@@ -1,6 +1,7 @@
-"""Group "device": the cells of four other groups on CUDA, and what there is on CUDA alone.
+"""Groups "another device" and "cuda": the cells of other groups with everything there, and what there is on CUDA alone.
 
-Marked `cuda`, and skipped without a device.
+The other device is that of `conformance.away`: these cells run in a process of their own. Those of CUDA are marked so,
+and skipped where there is none.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from typing import Any
 import torch
 from torch.autograd.graph import save_on_cpu
 
+from conformance import away
 from conformance.environment import Environment, Make
-from conformance.environments import autograd, call, compiled, transforms
+from conformance.environments import autograd, call, compiled, copies, threads, transforms, wraps
 from conformance.environments.transforms import LOOSE
 from conformance.subjects import accumulated, run_backward
 
-__all__ = ["ENVIRONMENTS"]
+__all__ = ["ANOTHER", "CUDA"]
 
 
-def on_cuda(run: Any) -> Any:
+def on(device: str, run: Any) -> Any:
     """The same cell with everything on the device."""
-    return lambda make: run(functools.partial(make, device="cuda"))
+    return lambda make: run(functools.partial(make, device=device))
 
 
 def in_a_stream(make: Make) -> Any:
@@ -85,31 +87,38 @@ def two_forwards_in_streams(make: Make) -> Any:
     return accumulated(subject)
 
 
-# Their own way to the same is below.
-LEFT_OUT = ("autograd: saved_tensors_hooks", "transforms: autocast", "compile: autocast")
-
-
-def shared() -> list[Environment]:
-    """Every environment of these groups, with all that is computed on the device."""
-    groups = (call, autograd, transforms, compiled)
+def shared(group: str, device: str, left_out: tuple[str, ...] = (), quick: tuple[str, ...] = ()) -> list[Environment]:
+    """Every environment of the other groups, with all that is computed on the device."""
+    groups = (call, autograd, transforms, compiled, copies, wraps, threads)
     return [
         dataclasses.replace(
             environment,
-            group="device",
+            group=group,
             name=environment.id,
-            run=on_cuda(environment.run),
-            reference=None if environment.reference is None else on_cuda(environment.reference),
-            quick=False,
+            run=on(device, environment.run),
+            reference=None if environment.reference is None else on(device, environment.reference),
+            quick=environment.quick and environment.group in quick,
         )
-        for group in groups
-        for environment in group.ENVIRONMENTS
-        if environment.id not in LEFT_OUT
+        for one in groups
+        for environment in one.ENVIRONMENTS
+        if environment.id not in left_out
     ]
 
 
-column = functools.partial(Environment, "device")
-ENVIRONMENTS = [
-    *shared(),
+NOT_ELSEWHERE = (
+    "copies: another process (spawn)",  # it would have to load the device before the tensors
+    # Inductor writes code for the devices that it knows:
+    "compile: inductor",
+    "compile: inside a parent, inductor",
+    "compile: no_grad",
+    "compile: compiled autograd",
+    "compile: compiled autograd of compiled",
+)
+ANOTHER = shared("another device", away.NAME, NOT_ELSEWHERE, quick=("call", "autograd", "transforms"))
+
+column = functools.partial(Environment, "cuda")
+CUDA = [
+    *shared("cuda", "cuda"),
     column("a stream of its own", in_a_stream),
     column("two streams", two_forwards_in_streams),
     column("autocast in float16, scaled", half_autocast, without_autocast, tolerance=LOOSE),

@@ -165,7 +165,7 @@ def eager_on_copy(make: Make) -> Any:
 
 def autocast(make: Make) -> Any:
     subject = make(dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(next(iter(subject.wanted.values())).device.type, dtype=torch.bfloat16):
         result = subject()
     found = run_backward(subject, result)
     return {name: value.float() for name, value in found.items()}
