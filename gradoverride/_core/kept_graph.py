@@ -55,7 +55,7 @@ _EMPTY = made_at_import(0)
 class KeptGraph:
     """The inner graph of one eager call."""
 
-    __slots__ = ("aliases", "constants", "edges", "ends", "metas", "natural", "node", "outer", "passes")
+    __slots__ = ("aliases", "apart", "constants", "edges", "ends", "metas", "natural", "node", "outer", "passes")
 
     def __init__(self, tensors: Sequence[Tensor], shares: bool, natural: Sequence[Tensor] = ()) -> None:
         """`shares`: see `shares_versions`; `natural`: parameters that the forward meets themselves, no aliases."""
@@ -139,12 +139,13 @@ class KeptGraph:
             token: Any = results[0].new_empty(0) if in_modes() else _EMPTY.data
             token.ends = tuple([_edge_of(results[index]) for index in self.ends])
             return token
-        self.passes = set()
+        self.passes, self.apart = set(), False
         return _tail(*[results[index] for index in self.ends])
 
     def save(self, call: Call, saver: Saver, outs: Sequence[Tensor], values: Sequence[Any]) -> None:
         """The forward has run. What keeps the graph is the last of the saved tensors (`Call.tensors_to_save`)."""
         call.token = self.end([*outs, *saver.floating])
+        self.apart = bool(call.computed)  # these are shown with their history: torch's own pass goes through it
         if call.plan.reach is None:
             self.guard(call.plan.forward.who)
 
@@ -192,14 +193,13 @@ class KeptGraph:
         known += [(edge or _edge_of(outer), outer) for edge, outer in self.natural]
         return _tied(found, [*known, *_cuts(cut, given)])
 
-    @staticmethod
-    def _new_pass(passes: set[int]) -> int | None:
+    def _new_pass(self, passes: set[int]) -> int | None:
         """The backward pass that runs now, if it has not come to this graph before.
 
         A checkpoint gives back what it has saved once in a pass: for another gradient it must run its block again.
         """
         number = checkpoints_in_pass()
-        if number == -1 or number in passes:
+        if self.apart or number == -1 or number in passes:
             return None
         passes.add(number)
         return number

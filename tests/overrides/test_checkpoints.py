@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from oracles import closely, noise
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import CheckpointError, checkpoint, create_selective_checkpoint_contexts
 
 import gradoverride as go
@@ -207,6 +208,26 @@ def test_checkpoint_runs_its_block_again_once_for_all_rules_that_ask_for_vjp(tar
     for (_, ours), param in zip(model.named_parameters(), plain.parameters(), strict=True):
         closely(ours.grad, param.grad)
     assert model.part[1].num_batches_tracked == 3
+
+
+def with_the_module(grad_output, module, vjp):
+    return vjp.by_name(grad_output)
+
+
+def with_the_weight(grad_output, weight, vjp):
+    return vjp.by_name(grad_output)
+
+
+@pytest.mark.parametrize("around", [True, False])
+@pytest.mark.parametrize("rule", [with_the_module, with_the_weight])
+def test_weight_that_is_computed_is_right_in_a_checkpoint(rule, around, x):
+    torch.manual_seed(1)
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)), nn.Tanh()).double()
+    leaves = [x, *model.parameters()]
+    expected = torch.autograd.grad(model(x).sin().sum(), leaves)
+    targets = {model[0]: rule, nn.Sequential: through} if around else {model[0]: rule}
+    with go.override(model, targets):
+        closely(torch.autograd.grad(checkpoint(model, x, use_reentrant=False).sin().sum(), leaves), expected)
 
 
 def test_vjp_of_several_gradients_is_right_in_a_checkpoint(x):
