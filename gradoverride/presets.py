@@ -13,7 +13,15 @@ convolutions, pooling and activations: all activations of torch with one result 
 functions, pass the relevance on; max pooling gives it to the largest, as its gradient does. Normalisations are refused
 with an `UnsupportedError` until they have a rule: merge those of batches into the layer before. All else has its
 gradient, which is no relevance: sums of two branches (`x + f(x)` hands the whole to each), gates (`F.glu`, a product of
-two results), softmax, and linear functions that are not modules.
+two results), softmax, and linear functions that are not modules. All normalisations of batches are merged in the copy
+that `torch.fx.experimental.optimization.fuse(model.eval())` gives.
+
+The rules of `deeplift` and `attn_lrp` ask for the input of activations, and refuse one in place, as most models of
+torchvision and timm have it:
+
+>>> for module in model.modules():
+...     if hasattr(module, "inplace"):
+...         module.inplace = False
 """
 
 from __future__ import annotations
