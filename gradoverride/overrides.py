@@ -40,7 +40,7 @@ from gradoverride._core.paths import find, place_of
 from gradoverride._core.private import uncompiled
 from gradoverride._core.puts import Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
 from gradoverride._core.rule import Rule
-from gradoverride._core.scan import named, reachable
+from gradoverride._core.scan import named, python_function, reachable
 from gradoverride._core.scripted import called_in, is_scripted, scripted_callers
 from gradoverride._core.signature import Forward, kind_of
 from gradoverride._core.targets import Class, Entry, Function, ImportPath, Match, Target, class_of, matches, modules_of
@@ -280,7 +280,9 @@ def _scripted_in(module: nn.Module, seen: set[Any]) -> Iterator[tuple[str, Any]]
         seen.update(module.modules())
         return
     held = [(f"its '{name}'", value) for name, value in vars(module).items()]
-    forward = everywhere.bare_forward(class_of(module))
+    cls: Any = class_of(module)
+    forward = python_function(cls.forward)
+    forward = everywhere.originals.get(forward, forward)
     if forward not in seen and functions_called(module) is None:
         seen.add(forward)
         held += [(f"'{name}'", value) for fn, code in reachable(forward) for _, name, value in named(fn, code)]
