@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import Any, NamedTuple, overload
 
 from torch import nn
@@ -43,7 +43,18 @@ from gradoverride._core.rule import Rule
 from gradoverride._core.scan import named, python_function, reachable
 from gradoverride._core.scripted import called_in, is_scripted, scripted_callers
 from gradoverride._core.signature import Forward, kind_of
-from gradoverride._core.targets import Class, Entry, Function, ImportPath, Match, Target, class_of, matches, modules_of
+from gradoverride._core.targets import (
+    Class,
+    Entry,
+    Function,
+    ImportPath,
+    Match,
+    Target,
+    class_of,
+    family,
+    matches,
+    modules_of,
+)
 from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
 from gradoverride.registries import Registry, as_registry, entries_of, read_target, registry
 
@@ -132,6 +143,8 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
     called = _called(entries)
     if called:
         _check_calls(model, modules, called)
+        own = [(class_of(module), [*added, *layers_of(module)]) for module, added in placed.values()]
+        _check_forwards(called, [(cls, [*layers, *everywhere.layers_on(cls)]) for cls, layers in own])
     # Modules of one class call the same functions.
     calling: dict[int, tuple[Any, list[list[Layer | FunctionLayer]]]] = {}
     for module, added in placed.values() if called else ():
@@ -176,8 +189,11 @@ def _override_everywhere(rules: Registry) -> Override:
                     f"{target.kind} {target} names modules of a model. Give the model first"
                 )
     _warn_of_scripted([target.name for target, _ in _called(entries) if isinstance(target, Function)])
-    for of_class, rule in classes.values():
-        layer_of_class = ClassLayer(rule, EVERYWHERE, _named(of_class), order)
+    layers = [ClassLayer(rule, EVERYWHERE, _named(of_class), order) for of_class, rule in classes.values()]
+    before = [(of_class.value, layer) for of_class, layer in everywhere.classes]
+    ruled = [*before, *zip(classes, layers, strict=True)]
+    _check_forwards(_called(entries), [(cls, [layer]) for base, layer in ruled for cls in family(base)])
+    for (of_class, _), layer_of_class in zip(classes.values(), layers, strict=True):
         puts.append(partial(on_class, of_class, layer_of_class, of_class.path))
     for target, rule in _called(entries):
         name = str(target.name)
@@ -249,6 +265,25 @@ def _called(entries: Sequence[Entry]) -> list[tuple[Function | ImportPath, Rule]
             if isinstance(target, (Function, ImportPath)):
                 found[place_of(target.name) if isinstance(target, ImportPath) else target.name] = target, entry.rule
     return list(found.values())
+
+
+def _check_forwards(
+    called: Sequence[tuple[Function | ImportPath, Rule]], ruled: Iterable[tuple[Any, Sequence[Layer | FunctionLayer]]]
+) -> None:
+    """Raise if a path names the forward of modules that have a rule of this override, or of one before, themselves:
+    theirs is another rule for the same call, and that of the path would be within it.
+    """
+    found = [(target, find(target.value)) for target, _ in called if isinstance(target, ImportPath)]
+    paths = [(target, everywhere.originals.get(fn, fn)) for target, fn in found if isinstance(fn, FunctionType)]
+    for cls, layers in ruled if paths else ():
+        for target, value in paths:
+            own = next((layer for layer in layers if isinstance(layer, Layer)), None)
+            if own is not None and type(cls.forward) is FunctionType and value is everywhere.bare_forward(cls):
+                raise UnsupportedError(
+                    f"override of {target.kind} {target}: a call must have one rule of each override, the later one "
+                    f"outside; this is the forward of a '{cls.__name__}', which has the rule {own.rule.who} by the "
+                    f"{own.target}, and would stay inside. Give the class as the target of both"
+                )
 
 
 def _check_calls(

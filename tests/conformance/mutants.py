@@ -92,8 +92,8 @@ MUTANTS = [
     Mutant(
         "nested overrides in the wrong order",
         "_core/chain.py",
-        "        for rule in found.rules:\n",
-        "        for rule in reversed(found.rules):\n",
+        "enumerate(found.rules, 1)",
+        "enumerate(reversed(found.rules), 1)",
         "call: eager / two nested",
     ),
     Mutant(

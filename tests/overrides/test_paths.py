@@ -676,6 +676,58 @@ class TestInAModel:
             closely(gradient(model, x), expected)
 
 
+class TestTheForwardOfModulesThatHaveARule:
+    """One rule for a call, and of several overrides the later one outside."""
+
+    TEXT = r"a call must have one rule of each override, .* forward of a '{}', which has .* by the {}, and would"
+
+    @pytest.mark.parametrize("target", ["Block", "glob", "instance"])
+    def test_is_refused_beside_it_in_a_model(self, functions, x, target):
+        model = nn.Sequential(functions.Block())
+        plain = gradient(model, x)
+        target, name = {
+            "Block": (functions.Block, "class 'Block'"),
+            "glob": ("0", "glob '0'"),
+            "instance": (model[0], "module Block"),
+        }[target]
+        for rules in ({target: doubled, FORWARD: tripled}, {FORWARD: tripled, target: doubled}):
+            with pytest.raises(go.UnsupportedError, match=self.TEXT.format("Block", name)):
+                go.override(model, rules)
+        exactly(gradient(model, x), plain)
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_is_refused_after_it_and_may_come_before(self, functions, x, whole):
+        model = nn.Sequential(functions.Block())
+        plain = gradient(model, x)
+        put = go.override if whole else functools.partial(go.override, model)
+        text = self.TEXT.format("Block", "class 'Block'")
+        with put({functions.Block: doubled}):
+            with pytest.raises(go.UnsupportedError, match=text):
+                put({FORWARD: tripled})
+            with pytest.raises(go.UnsupportedError, match=text):
+                go.override(model, {FORWARD: tripled})
+            closely(gradient(model, x), 2 * plain)
+        with put({FORWARD: doubled}), put({functions.Block: lambda grad_output, vjp: vjp(grad_output) + 1}):
+            closely(gradient(model, x), 2 * plain + 1)
+        exactly(gradient(model, x), plain)
+
+    def test_is_refused_in_the_whole_process_for_a_derived_class(self, functions, x):
+        class Inheriting(functions.Block):
+            pass
+
+        with pytest.raises(go.UnsupportedError, match=self.TEXT.format("Inheriting", "class 'Inheriting'")):
+            go.override({Inheriting: doubled, FORWARD: tripled})
+
+    def test_what_the_forward_calls_is_a_call_of_its_own(self, functions, x):
+        model = functions.Block()
+        plain = gradient(lambda x: x**3, x)
+        with go.override(model, {functions.Block: doubled, CUBE: tripled}):
+            closely(gradient(model, x), 6 * plain + 2 * gradient(lambda x: 2 * x, x))
+
+
+FORWARD = "thirdparty.functions:Block.forward"
+
+
 class TestFunctionOfTorch:
     def test_is_one_in_all_its_spellings(self, x):
         class Model(nn.Module):
