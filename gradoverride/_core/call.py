@@ -214,6 +214,9 @@ class Call:
                 results.append(out.clone())
             elif index is None or index in taken:
                 results.append(fresh(out))
+            elif ~k in self.saved and index not in self.dirty:
+                taken.add(index)
+                results.append(tensors[index].view_as(tensors[index]))  # torch would save the input for it
             else:
                 taken.add(index)  # torch makes a view of it, or its next version if it was written into
                 results.append(tensors[index])

@@ -556,3 +556,11 @@ def test_autocast_state_of_the_forward_holds_in_the_rule():
     inside.sum().backward()
     outside.sum().backward()
     assert seen == [True, False]
+
+
+@pytest.mark.parametrize("forward", [lambda x: x, lambda x: x * 1, lambda x: x.view_as(x)])
+@pytest.mark.parametrize("rule", [lambda g, output: g * output.cos(), lambda g, output, vjp: vjp(g * output.cos())])
+def test_output_that_is_the_argument_as_it_stands_has_the_derivative_of_the_rule(forward, rule, x):
+    (grad,) = torch.autograd.grad(go.custom_backward(rule)(forward)(x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    closely(second, -x.detach().sin() * x.detach().cos())
