@@ -28,6 +28,7 @@ from gradoverride._core.function import CUT, Carry, Cut, Lifted, Tail, refuse_lo
 from gradoverride._core.private import (
     as_part_of_pass,
     checkpoints_in_pass,
+    comes_to,
     counted_once,
     fail,
     fast_apply,
@@ -55,7 +56,9 @@ _EMPTY = made_at_import(0)
 class KeptGraph:
     """The inner graph of one eager call."""
 
-    __slots__ = ("aliases", "apart", "constants", "edges", "ends", "metas", "natural", "node", "outer", "passes")
+    __slots__ = (
+        *("aliases", "apart", "constants", "edges", "ends", "metas", "natural", "node", "outer", "passes", "who"),
+    )
 
     def __init__(self, tensors: Sequence[Tensor], shares: bool, natural: Sequence[Tensor] = ()) -> None:
         """`shares`: see `shares_versions`; `natural`: parameters that the forward meets themselves, no aliases."""
@@ -64,7 +67,7 @@ class KeptGraph:
         cut = list(_cut(CUT, *plain)) if wanted else []
         # Without one (an embedding of integers) there is only what the forward met itself.
         node: Any = cut[0].grad_fn if cut else None
-        self.node = node
+        self.node, self.who = node, ""
         # For those that are not leaves now: keeping them would keep their memory.
         self.natural = [
             (None, tensor) if tensor.is_leaf else (_edge_of(tensor), _carry(tensor)[0]) for tensor in natural
@@ -96,7 +99,7 @@ class KeptGraph:
         graph = cls.__new__(cls)
         graph.aliases = graph.edges = graph.metas = aliases  # type: ignore[assignment]  # a tensor has what a Meta has
         graph.outer = tensors  # type: ignore[assignment]  # never written to
-        graph.node, graph.natural, graph.constants = None, [], ()
+        graph.node, graph.natural, graph.constants, graph.who = None, [], (), ""
         return graph
 
     def start(self) -> list[Tensor]:
@@ -108,6 +111,7 @@ class KeptGraph:
         """From now on a gradient that comes to an alias without being asked for is an error: it came to a tensor that
         left the forward otherwise than in its result, and would be lost here.
         """
+        self.who = who
         if self.node is not None:
             self.node.who = who
         else:
@@ -162,6 +166,8 @@ class KeptGraph:
         After them those of `parameters` that the forward met itself, None for one that it did not use. The `last` to
         ask in this backward frees what it has passed, as the backward itself does.
         """
+        if self.who and any([comes_to(node) for node in self._starts()]):
+            refuse_lost(self.who)  # before what is on the way there too has freed what it saved
         asked = [index for index in which if index not in self.constants] if self.constants else which
         edges = [*self._edges(asked), *parameters] if parameters else self._edges(asked)
         given = [grads[end] if end < len(grads) else None for end in self.ends]
@@ -203,6 +209,11 @@ class KeptGraph:
             return None
         passes.add(number)
         return number
+
+    def _starts(self) -> list[Any]:
+        if self.node is not None:
+            return [self.node]
+        return [get_gradient_edge(alias).node for alias in self.edges if alias is not None]
 
     def _ends_of(self, token: Tensor) -> Sequence[GradientEdge]:
         if not self.ends:

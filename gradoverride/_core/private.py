@@ -62,6 +62,7 @@ __all__ = [
     "Pass",
     "passes_now",
     "passes_on",
+    "comes_to",
     "OWNERS_IF_RETURNED",
     "after_backward",
     # autocast, modes, checkpoints
@@ -371,6 +372,17 @@ def passes_on(node: Any) -> bool:
         except RuntimeError:  # a leaf whose gradient is returned
             return True
     return False
+
+
+def comes_to(node: Any) -> bool:
+    """Whether the backward pass that runs now comes to `node`. False where torch does not say: where it is told the
+    inputs whose gradients are wanted, say.
+    """
+    will_run = getattr(torch._C, "_will_engine_execute_node", None)
+    try:
+        return will_run is not None and bool(will_run(node))
+    except RuntimeError:  # there is no such pass
+        return False
 
 
 OWNERS_IF_RETURNED = 3

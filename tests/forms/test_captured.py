@@ -779,6 +779,20 @@ def test_gradient_of_what_left_the_forward_beside_its_result_is_an_error_that_sa
         (result.sum() + aside()).backward()
 
 
+@pytest.mark.parametrize("rule", [lambda grad_output, vjp: vjp(grad_output), WITHIN["all"]])
+@pytest.mark.parametrize("leaf", [True, False])
+def test_gradient_of_a_value_on_the_way_to_the_result_is_the_same_error(rule, leaf):
+    """A router's scores, or hidden states, that a hook has kept for a loss of their own."""
+    module = nn.Sequential(nn.Tanh(), nn.Linear(2, 2, dtype=torch.float64), nn.Tanh())
+    kept = []
+    module[1].register_forward_hook(lambda *given: kept.append(given[-1]))
+    go.override(module, {module: rule})
+    x = float64(1.0, 2.0)
+    result = module(x if leaf else x * 1)
+    with pytest.raises(go.UnsupportedError, match="must return each tensor that a gradient is to come back from"):
+        (result.sum() + kept[0].sum()).backward()
+
+
 @pytest.mark.parametrize("make", ASIDE)
 def test_what_left_the_forward_is_no_error_where_its_gradient_is_not_asked_for(make):
     forward, aside = make()
