@@ -384,6 +384,7 @@ def counts_its_calls(grad_output, module):
     return grad_output
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
 @pytest.mark.parametrize("fullgraph", [None, False, True], ids=["eager", "compiled", "compiled in full"])
 @pytest.mark.parametrize("parts", [TwoLayers, nn.Identity], ids=["with parameters", "without"])
 def test_rule_may_set_attributes_of_the_module(parts, fullgraph):
