@@ -533,7 +533,7 @@ def test_attribute_that_a_helper_gets_later_is_refused_whatever_its_name(name, c
         if name != "real":  # whose method it calls
             forward(x)
         setattr(helper, name, float64(3.0))
-        with pytest.raises((go.CapturedTensorError, InternalTorchDynamoError), match="must get each tensor .* grad"):
+        with pytest.raises((go.CapturedTensorError, InternalTorchDynamoError), match=r"must get each tensor .* grad"):
             forward(x)
         setattr(helper, name, torch.tensor(3.0, dtype=torch.float64))
         (found,) = torch.autograd.grad(forward(x).sum(), x)
