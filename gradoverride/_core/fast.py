@@ -152,7 +152,6 @@ class ShortPath:
             "_go_is_number": is_number,
             "_go_kept_graph": KeptGraph.alone,
             "_go_Parameter": nn.Parameter,
-            "_go_type": type,
             "_go_version_of": version_of,
         }
 

@@ -110,7 +110,7 @@ def words() -> dict[str, frozenset[str]]:
 
 
 def names_among(said: Set[str]) -> frozenset[str]:
-    """The functions that code may call that says these words."""
+    """The functions that code with these words in it may call."""
     return frozenset([name for name, own in words().items() if not own.isdisjoint(said)])
 
 
