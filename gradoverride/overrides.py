@@ -39,6 +39,7 @@ from gradoverride._core.path_patch import check_names, check_path, layers_on_pat
 from gradoverride._core.paths import find, place_of
 from gradoverride._core.private import uncompiled
 from gradoverride._core.puts import Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
+from gradoverride._core.record import all_in_force
 from gradoverride._core.rule import Rule
 from gradoverride._core.scan import named, python_function, reachable
 from gradoverride._core.scripted import called_in, is_scripted, scripted_callers
@@ -191,8 +192,8 @@ def _override_everywhere(rules: Registry) -> Override:
     _warn_of_scripted([target.name for target, _ in _called(entries) if isinstance(target, Function)])
     layers = [ClassLayer(rule, EVERYWHERE, _named(of_class), order) for of_class, rule in classes.values()]
     before = [(of_class.value, layer) for of_class, layer in everywhere.classes]
-    ruled = [*before, *zip(classes, layers, strict=True)]
-    _check_forwards(_called(entries), [(cls, [layer]) for base, layer in ruled for cls in family(base)])
+    ruled = [(cls, [layer]) for base, layer in (*before, *zip(classes, layers, strict=True)) for cls in family(base)]
+    _check_forwards(_called(entries), [*ruled, *[(record.subject.base, record.layers) for record in all_in_force()]])
     for (of_class, _), layer_of_class in zip(classes.values(), layers, strict=True):
         puts.append(partial(on_class, of_class, layer_of_class, of_class.path))
     for target, rule in _called(entries):
@@ -268,7 +269,7 @@ def _called(entries: Sequence[Entry]) -> list[tuple[Function | ImportPath, Rule]
 
 
 def _check_forwards(
-    called: Sequence[tuple[Function | ImportPath, Rule]], ruled: Iterable[tuple[Any, Sequence[Layer | FunctionLayer]]]
+    called: Sequence[tuple[Function | ImportPath, Rule]], ruled: Iterable[tuple[Any, Sequence[Any]]]
 ) -> None:
     """Raise if a path names the forward of modules that have a rule of this override, or of one before, themselves:
     theirs is another rule for the same call, and that of the path would be within it.

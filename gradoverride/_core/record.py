@@ -11,7 +11,7 @@ from gradoverride._core.chain import Chain, Subject, chain_of, links
 from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer
 from gradoverride._core.tally import Tally
 
-__all__ = ["ModuleTally", "Record", "refresh_all"]
+__all__ = ["ModuleTally", "Record", "all_in_force", "refresh_all"]
 
 
 class ModuleTally(Tally):
@@ -91,10 +91,16 @@ _records: weakref.WeakSet[Record] = weakref.WeakSet()
 _lock = threading.RLock()  # a set lets nothing be added while it is gone through
 
 
+def all_in_force() -> list[Record]:
+    """What is in force on each module that is overridden."""
+    with _lock:
+        return list(_records)
+
+
 def refresh_all() -> None:
     """Have all modules that are overridden look again at what is in force everywhere."""
     with _lock:
-        for record in list(_records):
+        for record in all_in_force():
             record.refresh()
 
 

@@ -28,7 +28,7 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 
 import gradoverride as go
-from gradoverride._core import path_patch
+from gradoverride._core import imports, path_patch
 from overrides.models import gradient
 
 SOURCE = {
@@ -645,7 +645,10 @@ SAME_CALL = {
 def test_overrides_of_several_kinds_come_and_go_in_any_order(names, model, x):
     plain = gradient(model, x)
     kinds = [(KINDS[name], prime) for name, prime in zip(names, PRIMES, strict=False)]
-    for coming in itertools.permutations(kinds):
+    orders = [*itertools.permutations(kinds)]
+    if names[0] == "path of a forward":  # it would stay inside of an earlier rule for the class, and is refused
+        orders = [coming for coming in orders if coming[0] == kinds[0]]
+    for coming in orders:
         for going in (coming, coming[::-1], coming[1:] + coming[:1]):
             handles = {kind: kind.enter(model, times(prime)) for kind, prime in coming}
             left = dict(kinds)
@@ -660,9 +663,10 @@ def test_what_an_override_holds_is_not_told_of(model, x, request):
     gc.unfreeze()
     request.addfinalizer(gc.freeze)
     plain = gradient(model, x)
-    handles = [go.override(model, {BLOCK: times(2), CUBE: times(3)}), go.override({BLOCK: times(5)})]
-    closely(gradient(model, x), 30 * plain)
-    handles += [go.override({f"{BLOCK}.forward": times(7)}), go.override({CUBE: times(11)})]
+    handles = [go.override({f"{BLOCK}.forward": times(7)})]
+    handles += [go.override(model, {BLOCK: times(2), CUBE: times(3)}), go.override({BLOCK: times(5)})]
+    closely(gradient(model, x), 30 * 7 * plain)
+    handles += [go.override({CUBE: times(11)})]
     closely(gradient(model, x), 30 * 77 * plain)
     for handle in handles:
         handle.remove()
@@ -700,6 +704,9 @@ def test_any_that_come_and_go_give_the_gradient_of_those_in_force(model, x, step
     for step in steps:
         if step in in_force:
             in_force.pop(step).remove()
+        elif kinds[step].target == f"{BLOCK}.forward" and any(kinds[index].target == BLOCK for index in in_force):
+            with pytest.raises(go.UnsupportedError, match="would stay inside"):
+                kinds[step].enter(model, times(PRIMES[step]))
         else:
             in_force[step] = kinds[step].enter(model, times(PRIMES[step]))
         closely(gradient(model, x), float(math.prod(PRIMES[index] for index in in_force)) * plain)
@@ -836,6 +843,8 @@ class TestWhatIsImportedLater:
         closely(gradient(functions().cube, x), 2 * gradient(lambda x: x**3, x))
         for layer in path_patch.layers_on_paths():  # nobody else can
             path_patch.take_off_path(layer)
+        imports._waiting.clear()
+        sys.meta_path.remove(imports._finder)
 
     def test_name_that_is_not_there_is_not_told_of_when_the_override_has_gone(self):
         quietly(go.override({"elsewhere.functions:cub": times(2)}))
@@ -903,7 +912,8 @@ def test_override_of_several_of_which_the_last_is_refused_has_changed_nothing(re
     handles = [go.override({nn.Tanh: times(2), CUBE: times(3), F.relu: times(5)})] if in_force else []
     rules, error = refused(monkeypatch)
     gradients = gradient(model, x)
-    several = {kind.target: times(7) for kind in KINDS.values() if kind.where == "process" and kind.target not in rules}
+    apart = (*rules, f"{BLOCK}.forward")  # which goes with no rule for the class
+    several = {kind.target: times(7) for kind in KINDS.values() if kind.where == "process" and kind.target not in apart}
     for first in ({}, several):
         before = everything(model)
         with pytest.raises(error):
