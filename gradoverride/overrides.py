@@ -11,7 +11,7 @@ import html
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import count
 from types import FunctionType, TracebackType
@@ -41,8 +41,7 @@ from gradoverride._core.private import uncompiled
 from gradoverride._core.puts import Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
 from gradoverride._core.record import all_in_force
 from gradoverride._core.rule import Rule
-from gradoverride._core.scan import named, python_function, reachable
-from gradoverride._core.scripted import called_in, is_scripted, scripted_callers
+from gradoverride._core.scripted import called_in, is_scripted, scripted_callers, scripted_in
 from gradoverride._core.signature import Forward, kind_of
 from gradoverride._core.targets import (
     Class,
@@ -297,7 +296,7 @@ def _check_calls(
     by_path = [str(target.name) for target, _ in called if isinstance(target, ImportPath)]  # nothing tells of these
     seen: set[Any] = set()
     for path, module in modules.items():
-        for where, scripted in _scripted_in(module, seen):
+        for where, scripted in scripted_in(module, seen):
             found = [*by_path, *called_in(scripted, names)]
             if found:
                 owner = f"'{path}'" if path else f"a '{class_of(model).__name__}'"
@@ -306,23 +305,6 @@ def _check_calls(
                     f"overridden, '{found[0]}' among them; {where} is a {type(scripted).__name__}, which runs none. "
                     "Override modules of the model that have none within"
                 )
-
-
-def _scripted_in(module: nn.Module, seen: set[Any]) -> Iterator[tuple[str, Any]]:
-    """Of TorchScript what a module is, has as an attribute that is no module of it, or names in its forward."""
-    if is_scripted(module):
-        if module not in seen:  # as a part of another, in whose graph it is
-            yield "it", module
-        seen.update(module.modules())
-        return
-    held = [(f"its '{name}'", value) for name, value in vars(module).items()]
-    cls: Any = class_of(module)
-    forward = python_function(cls.forward)
-    forward = everywhere.originals.get(forward, forward)
-    if forward not in seen and functions_called(module) is None:
-        seen.add(forward)
-        held += [(f"'{name}'", value) for fn, code in reachable(forward) for _, name, value in named(fn, code)]
-    yield from [(where, value) for where, value in held if is_scripted(value)]
 
 
 def _check_scripted(entries: Sequence[Entry], modules: Mapping[str, nn.Module]) -> None:

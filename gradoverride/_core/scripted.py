@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
+from torch import nn
 from torch.jit import ScriptFunction, ScriptModule
 
 from gradoverride._core.callers import names_called_by, says
+from gradoverride._core.everywhere import originals
 from gradoverride._core.functions import names_among, spellings
-from gradoverride._core.targets import family
+from gradoverride._core.overridden import functions_called
+from gradoverride._core.scan import named, python_function, reachable
+from gradoverride._core.targets import class_of, family
 
-__all__ = ["called_in", "is_scripted", "name_of_scripted", "scripted_callers"]
+__all__ = ["called_in", "is_scripted", "name_of_scripted", "scripted_callers", "scripted_in"]
 
 
 def is_scripted(value: Any) -> bool:
@@ -25,6 +30,32 @@ def is_scripted(value: Any) -> bool:
 def name_of_scripted(value: Any) -> str:
     """The name that it had before."""
     return str(getattr(value, "original_name", None) or getattr(value, "name", None) or type(value).__name__)
+
+
+def scripted_in(module: nn.Module, seen: set[Any]) -> Iterator[tuple[str, Any]]:
+    """Of TorchScript what a module is, has as an attribute that is no module of it, or names in its forward.
+
+    `seen`: what was found before, and the classes whose forward was looked at.
+    """
+    if is_scripted(module):
+        if module not in seen:  # as a part of another, in whose graph it is
+            yield "it", module
+        seen.update(module.modules())
+        return
+    for name, value in vars(module).items():
+        if type(value) not in _PLAIN and is_scripted(value):
+            yield f"its '{name}'", value
+    cls: Any = class_of(module)
+    if cls not in seen:
+        seen.add(cls)
+        if functions_called(module) is None:
+            forward = python_function(cls.forward)
+            for fn, code in reachable(originals.get(forward, forward)):
+                yield from [(f"'{name}'", value) for _, name, value in named(fn, code) if is_scripted(value)]
+
+
+# Of the attributes that each module has.
+_PLAIN = frozenset({bool, int, float, str, tuple, dict, set, OrderedDict, type(None)})
 
 
 def called_in(scripted: Any, names: Collection[str]) -> list[str]:

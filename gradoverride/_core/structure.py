@@ -88,7 +88,7 @@ def flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any]) -> An
 def _taken_apart(value: Any) -> tuple[tuple[Any, ...] | None, list[Any]]:
     """The keys of a container, if it has such, and its parts."""
     if isinstance(value, dict):
-        return tuple(value), [value[key] for key in value]
+        return tuple(value), list(value.values()) if type(value) is dict else [value[key] for key in value]
     if isinstance(value, (tuple, list)):
         return None, list(value)
     keys = tuple([field.name for field in dataclasses.fields(value) if hasattr(value, field.name)])
@@ -172,8 +172,12 @@ def unchanged(spec: Any, leaves: Iterator[Any], value: Any) -> bool:
     if type(value) is not spec.kind:
         return False
     keys, parts = _taken_apart(value)
-    same = keys == spec.keys and len(parts) == len(spec.parts)
-    return same and all([unchanged(part, leaves, inner) for part, inner in zip(spec.parts, parts, strict=True)])
+    if keys != spec.keys or len(parts) != len(spec.parts):
+        return False
+    for part, inner in zip(spec.parts, parts, strict=True):
+        if not (inner is next(leaves) if part is LEAF else unchanged(part, leaves, inner)):
+            return False
+    return True
 
 
 def alike(one: Any, other: Any) -> bool:
