@@ -376,8 +376,10 @@ def passes_on(node: Any) -> bool:
 
 def comes_to(node: Any) -> bool:
     """Whether the backward pass that runs now comes to `node`. False where torch does not say: where it is told the
-    inputs whose gradients are wanted, say.
+    inputs whose gradients are wanted, say, or where compiled autograd has the backward traced.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return False
     will_run = getattr(torch._C, "_will_engine_execute_node", None)
     try:
         return will_run is not None and bool(will_run(node))
