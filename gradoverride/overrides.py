@@ -6,15 +6,14 @@ registry or mapping -> `_core/targets.py` says which rule wins which module
 
 from __future__ import annotations
 
-import gc
 import html
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import count
-from types import FunctionType, TracebackType
+from itertools import chain, count
+from types import TracebackType
 from typing import Any, NamedTuple, overload
 
 from torch import nn
@@ -23,6 +22,7 @@ from gradoverride._core import everywhere
 from gradoverride._core.class_patch import check_class
 from gradoverride._core.functions import name_of_function, signature_of
 from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, next_order
+from gradoverride._core.obstacles import check_calls, check_forwards, check_scripted, warn_of_scripted
 from gradoverride._core.overridden import (
     base_of,
     calls_under,
@@ -41,7 +41,7 @@ from gradoverride._core.private import uncompiled
 from gradoverride._core.puts import Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
 from gradoverride._core.record import all_in_force
 from gradoverride._core.rule import Rule
-from gradoverride._core.scripted import called_in, is_scripted, scripted_callers, scripted_in
+from gradoverride._core.scripted import is_scripted
 from gradoverride._core.signature import Forward, kind_of
 from gradoverride._core.targets import (
     Class,
@@ -127,7 +127,7 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
     entries = _entries(rules, owner)
     modules = modules_of(model)
     found = _without_containers(matches(entries, modules.items(), owner), modules)
-    _check_scripted(entries, modules)
+    check_scripted(entries, modules)
     for match in found:
         check(match.module, match.path)
         check_rule(match.module, match.path, match.rule)
@@ -142,9 +142,9 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
     puts: list[Callable[[], Puts]] = []
     called = _called(entries)
     if called:
-        _check_calls(model, modules, called)
-        own = [(class_of(module), [*added, *layers_of(module)]) for module, added in placed.values()]
-        _check_forwards(called, [(cls, [*layers, *everywhere.layers_on(cls)]) for cls, layers in own])
+        check_calls(model, modules, called)
+        own = ((class_of(module), [*added, *layers_of(module)]) for module, added in placed.values())
+        check_forwards(called, ((cls, [*layers, *everywhere.layers_on(cls)]) for cls, layers in own))
     # Modules of one class call the same functions.
     calling: dict[int, tuple[Any, list[list[Layer | FunctionLayer]]]] = {}
     for module, added in placed.values() if called else ():
@@ -188,11 +188,11 @@ def _override_everywhere(rules: Registry) -> Override:
                     f"override of {owner}: a target must be a class, a function of torch or an import path; the "
                     f"{target.kind} {target} names modules of a model. Give the model first"
                 )
-    _warn_of_scripted([target.name for target, _ in _called(entries) if isinstance(target, Function)])
+    warn_of_scripted([target.name for target, _ in _called(entries) if isinstance(target, Function)])
     layers = [ClassLayer(rule, EVERYWHERE, _named(of_class), order) for of_class, rule in classes.values()]
     before = [(of_class.value, layer) for of_class, layer in everywhere.classes]
-    ruled = [(cls, [layer]) for base, layer in (*before, *zip(classes, layers, strict=True)) for cls in family(base)]
-    _check_forwards(_called(entries), [*ruled, *[(record.subject.base, record.layers) for record in all_in_force()]])
+    ruled = ((cls, [layer]) for base, layer in (*before, *zip(classes, layers, strict=True)) for cls in family(base))
+    check_forwards(_called(entries), chain(ruled, ((record.subject.base, record.layers) for record in all_in_force())))
     for (of_class, _), layer_of_class in zip(classes.values(), layers, strict=True):
         puts.append(partial(on_class, of_class, layer_of_class, of_class.path))
     for target, rule in _called(entries):
@@ -204,22 +204,6 @@ def _override_everywhere(rules: Registry) -> Override:
         else:
             puts.append(partial(on_thread, layer))
     return Override(owner, puts, _optional(entries))
-
-
-def _warn_of_scripted(names: Collection[str]) -> None:
-    """Tell of TorchScript, where functions keep their own gradient."""
-    if not names or not scripted_callers(names):
-        return
-    gc.collect()  # it may be garbage
-    found = scripted_callers(names)
-    if found:
-        warnings.warn(
-            f"override of function '{next(iter(found.values()))}': what calls it must run Python code for it to be "
-            f"overridden; there is scripted or traced code that calls it and keeps its own gradient: "
-            f"{', '.join([repr(name) for name in found])}. Override before that is made, or leave it in Python",
-            GradOverrideWarning,
-            stacklevel=4,
-        )
 
 
 EVERYWHERE = "(everywhere)"
@@ -265,58 +249,6 @@ def _called(entries: Sequence[Entry]) -> list[tuple[Function | ImportPath, Rule]
             if isinstance(target, (Function, ImportPath)):
                 found[place_of(target.name) if isinstance(target, ImportPath) else target.name] = target, entry.rule
     return list(found.values())
-
-
-def _check_forwards(
-    called: Sequence[tuple[Function | ImportPath, Rule]], ruled: Iterable[tuple[Any, Sequence[Any]]]
-) -> None:
-    """Raise if a path names the forward of modules that have a rule of this override, or of one before, themselves:
-    theirs is another rule for the same call, and that of the path would be within it.
-    """
-    found = [(target, find(target.value)) for target, _ in called if isinstance(target, ImportPath)]
-    paths = [(target, everywhere.originals.get(fn, fn)) for target, fn in found if isinstance(fn, FunctionType)]
-    for cls, layers in ruled if paths else ():
-        for target, value in paths:
-            own = next((layer for layer in layers if isinstance(layer, Layer)), None)
-            if own is not None and type(cls.forward) is FunctionType and value is everywhere.bare_forward(cls):
-                raise UnsupportedError(
-                    f"override of {target.kind} {target}: a call must have one rule of each override, the later one "
-                    f"outside; this is the forward of a '{cls.__name__}', which has the rule {own.rule.who} by the "
-                    f"{own.target}, and would stay inside. Give the class as the target of both"
-                )
-
-
-def _check_calls(
-    model: nn.Module, modules: Mapping[str, nn.Module], called: Sequence[tuple[Function | ImportPath, Rule]]
-) -> None:
-    """Raise if calls of functions in this model cannot be seen."""
-    if has_forward(model) and not is_scripted(model):
-        check(model, "")
-    names = [str(target.name) for target, _ in called if isinstance(target, Function)]
-    by_path = [str(target.name) for target, _ in called if isinstance(target, ImportPath)]  # nothing tells of these
-    seen: set[Any] = set()
-    for path, module in modules.items():
-        for where, scripted in scripted_in(module, seen):
-            found = [*by_path, *called_in(scripted, names)]
-            if found:
-                owner = f"'{path}'" if path else f"a '{class_of(model).__name__}'"
-                raise UnsupportedError(
-                    f"override of {owner}: a module must run Python code for the functions that it calls to be "
-                    f"overridden, '{found[0]}' among them; {where} is a {type(scripted).__name__}, which runs none. "
-                    "Override modules of the model that have none within"
-                )
-
-
-def _check_scripted(entries: Sequence[Entry], modules: Mapping[str, nn.Module]) -> None:
-    """Raise if a class names modules that were scripted: they have another class now, and would be passed by."""
-    classes = [target for entry in entries for target in entry.targets if isinstance(target, Class)]
-    for path, module in modules.items() if classes else ():
-        if is_scripted(module) and any(target.name_of_scripted(module) for target in classes):
-            raise UnsupportedError(
-                f"override of '{path}', a scripted '{module.original_name}': a module must run Python code to be "
-                "overridden; it is a ScriptModule. Override the model before it is scripted, or name the modules to be "
-                "overridden by a glob"
-            )
 
 
 def _first_free(numbers: Iterable[int], before: Collection[FunctionLayer], name: str, rule: Rule) -> int:
