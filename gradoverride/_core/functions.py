@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import get_ignored_functions, resolve_name
 
 from gradoverride._core.private import PAD
@@ -37,7 +37,7 @@ __all__ = [
 def is_of_torch(value: Any) -> bool:
     """Whether this is a function of torch, overridable or not: no predicate."""
     own = str(getattr(value, "__module__", "") or "").partition(".")[0] == "torch"
-    return own or (_is_hashable(value) and resolve_name(value) is not None)
+    return own or (_is_hashable(value) and value in _named_by_torch())
 
 
 def _is_hashable(value: Any) -> bool:
@@ -54,7 +54,7 @@ def name_of_function(value: Any) -> str | None:
         return None
     value = _NOTHING_BUT.get(value, value)
     hidden = value in get_ignored_functions() and value not in _SHOWN
-    full = None if hidden else resolve_name(value)
+    full = None if hidden else _named_by_torch().get(value)
     if full is None or full.endswith(("__get__", "__set__", "__delete__")):
         return None
     if value in _separate():
@@ -126,6 +126,19 @@ def _listed() -> list[tuple[str, Any, str]]:
                 if name is not None:
                     found.append((name, value, attribute))
     return found if PAD is None else [*found, ("pad", PAD, "pad")]
+
+
+@functools.cache
+def _named_by_torch() -> dict[Any, str]:
+    """What torch calls its functions and the accessors of its attributes.
+
+    It is asked once: for the time of `resolve_name` other filters of warnings hold, and all threads share them.
+    """
+    spaces = (torch, torch.functional, F, nn.init, Tensor, torch.linalg, torch.fft, torch.special)
+    values = [getattr(space, attribute) for space in spaces for attribute in dir(space)]
+    accessors = [getattr(value, way, None) for value in values if not callable(value) for way in ("__get__", "__set__")]
+    named = [(value, resolve_name(value)) for value in (*values, *accessors) if _is_hashable(value)]
+    return {value: name for value, name in named if name is not None}
 
 
 @functools.cache

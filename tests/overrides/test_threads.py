@@ -295,14 +295,38 @@ def test_rule_of_the_whole_process_holds_in_threads_while_others_come_and_go(tar
         threads = [threading.Thread(target=run) for _ in range(2)]
         for thread in threads:
             thread.start()
-        for _ in range(30):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", go.GradOverrideWarning)  # the other never runs
-                go.override({other: tripled}).remove()
-        stop.set()
-        for thread in threads:
-            thread.join(60)
+        try:
+            for _ in range(30):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", go.GradOverrideWarning)  # the other never runs
+                    go.override({other: tripled}).remove()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(60)
     assert not wrong
+
+
+def sine(x):
+    return torch.sin(x)
+
+
+class Calling(nn.Module):
+    """Calls what it would take a look into it to know."""
+
+    def forward(self, x):
+        return sine(x).mul(2)
+
+
+@pytest.mark.parametrize("place", [[], [nn.Sequential(nn.Tanh(), Calling())]], ids=["in the process", "in a model"])
+def test_calls_leave_the_filters_of_warnings_alone_which_all_threads_share(place, monkeypatch):
+    changed = []
+    model = place[0] if place else nn.Sequential(nn.Tanh(), Calling())
+    with go.override(*place, {torch.tanh: doubled, torch.sin: doubled}):
+        monkeypatch.setattr(warnings.catch_warnings, "__enter__", lambda _: changed.append(True))
+        together(lambda: gradient(model, noise(3)))
+        monkeypatch.undo()
+    assert not changed
 
 
 @NEVER_RAN
