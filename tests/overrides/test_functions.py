@@ -1477,7 +1477,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         "target",
         [torch.Tensor.__getitem__, torch.ops.aten.relu, torch.ops.aten.relu.default, nn.init.uniform_, F._max_pool2d],
-        ids=str,
+        ids=["__getitem__", "aten.relu", "aten.relu.default", "uniform_", "_max_pool2d"],
     )
     def test_of_one_whose_calls_are_shown_to_nobody(self, target):
         text = r"is one of torch that no override can see. Give the module that calls it"
