@@ -11,7 +11,7 @@ import torch
 
 from gradoverride._core import scan
 from gradoverride._core.contract import what
-from gradoverride._core.private import fail, hidden_from_dynamo
+from gradoverride._core.private.dynamo import fail, hidden_from_dynamo
 from gradoverride._core.residuals import save_for_backward
 from gradoverride._core.rule import Rule
 from gradoverride.decorators import custom_backward

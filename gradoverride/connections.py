@@ -20,7 +20,9 @@ from gradoverride._core.connection import Connection
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.forward_pass import tie
 from gradoverride._core.held import refuse_within
-from gradoverride._core.private import evaluated_while_tracing, fail, in_forward_ad, in_functorch
+from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.marks import evaluated_while_tracing
+from gradoverride._core.private.transforms import in_forward_ad, in_functorch
 from gradoverride._core.reading import Readings, keep_plan, kept_plan, unbound
 from gradoverride._core.signature import RESERVED, Forward
 from gradoverride._core.structure import flatten, unflatten

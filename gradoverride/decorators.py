@@ -19,7 +19,8 @@ from torch import nn
 from gradoverride._core.class_form import place_of, refuse_function, refuse_lazy, text_of, with_own_backward
 from gradoverride._core.contract import what
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import hidden_from_dynamo, uncompiled
+from gradoverride._core.private.dynamo import hidden_from_dynamo
+from gradoverride._core.private.marks import uncompiled
 from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, kind_of, name_of

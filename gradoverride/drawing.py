@@ -20,7 +20,7 @@ from gradoverride._core.connection import ends_of_connections
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.edited_result import edits_of
 from gradoverride._core.nodes import leaf_of, rule_of
-from gradoverride._core.private import results_of
+from gradoverride._core.private.tensors import results_of
 from gradoverride._core.signature import name_of
 from gradoverride._core.structure import flatten
 from gradoverride._core.tensors import is_tensor

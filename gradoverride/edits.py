@@ -21,7 +21,8 @@ from gradoverride._core.contract import Meta, what
 from gradoverride._core.edit import ask, ask_several, edit
 from gradoverride._core.edited_result import EditedLeaf, EditedResult
 from gradoverride._core.nodes import hook_on, leaf_of, nodes_behind
-from gradoverride._core.private import fail, hook_on_result, is_freed, results_of
+from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.tensors import hook_on_result, is_freed, results_of
 from gradoverride._core.reading import Reading, Readings
 from gradoverride._core.rule import Rule
 from gradoverride._core.signature import Forward

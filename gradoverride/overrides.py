@@ -37,7 +37,7 @@ from gradoverride._core.overridden import (
 )
 from gradoverride._core.path_patch import check_names, check_path, layers_on_paths
 from gradoverride._core.paths import find, place_of
-from gradoverride._core.private import uncompiled
+from gradoverride._core.private.marks import uncompiled
 from gradoverride._core.puts import Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
 from gradoverride._core.record import all_in_force
 from gradoverride._core.rule import Rule

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradoverride import rules
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride.errors import UnsupportedError
 from gradoverride.registries import Registry
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from gradoverride._core.contract import shape_text
 from gradoverride._core.options import check, is_integer, is_number
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride._core.rule import writes_nothing
 from gradoverride.decorators import custom_backward
 from gradoverride.errors import ForwardResultError, UnsupportedError

@@ -75,7 +75,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradoverride._core.private import in_functorch
+from gradoverride._core.private.transforms import in_functorch
 from gradoverride._core.surrogate_class import Option, Surrogate, check_interval, check_not_negative, check_positive
 
 __all__ = [

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from gradoverride._core.private import any_autocast, evaluated_while_tracing, saves_plainly
+from gradoverride._core.private.marks import evaluated_while_tracing
+from gradoverride._core.private.modes import any_autocast
+from gradoverride._core.private.tensors import saves_plainly
 
 if TYPE_CHECKING:
     from torch.overrides import TorchFunctionMode

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from gradoverride._core.contract import shape_text
 from gradoverride._core.function import ByLoop, tied
-from gradoverride._core.private import fail, in_forward_ad, in_functorch
+from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.transforms import in_forward_ad, in_functorch
 from gradoverride._core.rule import Rule
 from gradoverride._core.signature import Forward, signature_asking
 from gradoverride._core.structure import flatten, unflatten

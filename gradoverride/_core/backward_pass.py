@@ -22,7 +22,9 @@ from gradoverride._core.contract import conform_output, read_answer, read_params
 from gradoverride._core.function import tied
 from gradoverride._core.kept_graph import KeptGraph, is_hooked
 from gradoverride._core.module_then import as_shown, forward_then, module_then, training_then
-from gradoverride._core.private import fail, out_of_left_transforms, pull
+from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.engine import pull
+from gradoverride._core.private.transforms import out_of_left_transforms
 from gradoverride._core.standin import Copied, write_back
 from gradoverride._core.structure import LEAF, alike, describe, flatten, in_order_of, unflatten
 from gradoverride._core.vjp import Vjp

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from gradoverride._core import scan
 from gradoverride._core.ambient import unseen_by_hooks
 from gradoverride._core.nodes import leaves_behind, nodes_behind
-from gradoverride._core.private import evaluated_while_tracing, fail, note_while_tracing, take_noted
+from gradoverride._core.private.dynamo import fail, note_while_tracing, take_noted
+from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.reach import SCALARS
 from gradoverride.errors import CapturedTensorError
 

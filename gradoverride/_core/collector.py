@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from gradoverride._core.aliases import carry_data, copy_attributes, places_of, share_attributes
-from gradoverride._core.private import in_functorch, in_modes, versions_while_tracing
+from gradoverride._core.private.dynamo import versions_while_tracing
+from gradoverride._core.private.modes import in_modes
+from gradoverride._core.private.transforms import in_functorch
 from gradoverride._core.snapshot import Snapshot
 from gradoverride._core.stale import Stale
 from gradoverride._core.standin import Copied, stand_in, write_back

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from gradoverride._core.nodes import hook_on, leaves_behind, nodes_behind
-from gradoverride._core.private import after_backward, keeps_graph, pass_id, passes_now
+from gradoverride._core.private.engine import after_backward, keeps_graph, pass_id, passes_now
 from gradoverride.errors import GraphError, UnsupportedError
 
 __all__ = ["Connection", "ends_of_connections"]

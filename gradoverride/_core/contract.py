@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from gradoverride._core.private import evaluated_while_tracing, fail
+from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.signature import with_article
 from gradoverride._core.structure import LEAF, Node, describe, has_leaf, holds_value, leaves_out_none
 from gradoverride.errors import RuleResultError

@@ -22,12 +22,12 @@ from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.function import alias_function
 from gradoverride._core.held import refuse_within
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import (
-    any_autocast,
+from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.engine import fast_apply
+from gradoverride._core.private.marks import evaluated_while_tracing
+from gradoverride._core.private.modes import any_autocast
+from gradoverride._core.private.transforms import (
     dual_levels,
-    evaluated_while_tracing,
-    fail,
-    fast_apply,
     fx_tracer,
     in_forward_ad,
     in_functorch,

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from gradoverride._core.nodes import leaf_of
-from gradoverride._core.private import OWNERS_IF_RETURNED, passes_now, passes_on, use_count
+from gradoverride._core.private.engine import OWNERS_IF_RETURNED, passes_now, passes_on
+from gradoverride._core.private.tensors import use_count
 from gradoverride.errors import UnsupportedError
 
 __all__ = ["EditedLeaf", "EditedResult", "edits_of"]

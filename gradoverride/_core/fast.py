@@ -18,17 +18,16 @@ from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.kept_graph import KeptGraph, shares_versions
 from gradoverride._core.layout import Layout
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import (
+from gradoverride._core.private.engine import can_call_directly, fast_apply
+from gradoverride._core.private.tensors import version_of
+from gradoverride._core.private.transforms import (
     IN_FORWARD_AD,
     IN_TRACER,
-    can_call_directly,
     dual_levels,
-    fast_apply,
     fx_tracer,
     in_functorch,
     is_jit_tracing,
     jit_tracer,
-    version_of,
 )
 from gradoverride._core.reach import SCALARS, Reach
 from gradoverride._core.short_function import ShortFunction, compiled

@@ -17,7 +17,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from gradoverride._core.ambient import Autocast
 from gradoverride._core.contract import Meta
-from gradoverride._core.private import fail, in_batched_autograd
+from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.transforms import in_batched_autograd
 from gradoverride.errors import UnsupportedError
 
 __all__ = ["transpose"]

@@ -28,15 +28,9 @@ from gradoverride._core.layout import Layout
 from gradoverride._core.module_then import keep_module
 from gradoverride._core.params import find_params
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import (
-    counted_once,
-    fail,
-    forward_mode_depth,
-    in_forward_ad,
-    in_functorch,
-    keep_own_frames_whole,
-    version_of,
-)
+from gradoverride._core.private.dynamo import fail, keep_own_frames_whole
+from gradoverride._core.private.tensors import counted_once, version_of
+from gradoverride._core.private.transforms import forward_mode_depth, in_forward_ad, in_functorch
 from gradoverride._core.results import check_straight_through, refuse_captured, without_gradient
 from gradoverride._core.saver import Saver
 from gradoverride._core.signature import unknown_name

@@ -27,16 +27,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gradoverride._core.private import (
-    call_directly,
-    can_call_directly,
-    fail,
-    fast_apply,
-    has_memory_alone,
-    in_forward_ad,
-    in_functorch,
-    made_at_import,
-)
+from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.engine import call_directly, can_call_directly, fast_apply
+from gradoverride._core.private.tensors import has_memory_alone, made_at_import
+from gradoverride._core.private.transforms import in_forward_ad, in_functorch
 from gradoverride.errors import UnsupportedError
 
 __all__ = [

@@ -35,15 +35,8 @@ from gradoverride._core.generators import RUN_LATER, in_steps
 from gradoverride._core.higher_order import run_under
 from gradoverride._core.layers import FunctionRule
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import (
-    HigherOrderOperator,
-    dynamo_shows,
-    fail,
-    in_checkpoint_replay,
-    in_reentrant_checkpoint,
-    is_compiled_graph,
-    let_dynamo_show,
-)
+from gradoverride._core.private.dynamo import dynamo_shows, fail, is_compiled_graph, let_dynamo_show
+from gradoverride._core.private.modes import HigherOrderOperator, in_checkpoint_replay, in_reentrant_checkpoint
 from gradoverride._core.rule import passing
 from gradoverride._core.signature import Forward
 from gradoverride._core.wrapper import make_refusal, make_wrapper

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import get_ignored_functions, resolve_name
 
-from gradoverride._core.private import PAD
+from gradoverride._core.private.dynamo import PAD
 
 __all__ = [
     "INLINED",

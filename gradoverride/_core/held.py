@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from gradoverride._core.call import Call
 from gradoverride._core.captured import requires_grad, tensors_in
-from gradoverride._core.private import fail, in_forward_ad, in_functorch
+from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.transforms import in_forward_ad, in_functorch
 from gradoverride._core.reach import SCALARS
 from gradoverride._core.structure import LEAF, Constant, Node, flatten
 from gradoverride._core.tensors import is_differentiable, may_want_gradient

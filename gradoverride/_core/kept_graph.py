@@ -25,19 +25,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from gradoverride._core.captured import foreign_leaf
 from gradoverride._core.contract import Meta, shape_text
 from gradoverride._core.function import CUT, Carry, Cut, Lifted, Tail, refuse_lost
-from gradoverride._core.private import (
-    as_part_of_pass,
-    checkpoints_in_pass,
-    comes_to,
-    counted_once,
-    fail,
-    fast_apply,
-    in_modes,
-    keeps_graph,
-    made_at_import,
-    pull,
-    saves_plainly,
-)
+from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.engine import comes_to, fast_apply, keeps_graph, pull
+from gradoverride._core.private.modes import as_part_of_pass, checkpoints_in_pass, in_modes
+from gradoverride._core.private.tensors import counted_once, made_at_import, saves_plainly
 from gradoverride.errors import UnsupportedError
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from gradoverride._core.private import as_dynamo_hands_on, evaluated_while_tracing
+from gradoverride._core.private.dynamo import as_dynamo_hands_on
+from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.signature import POSITIONAL, Forward
 from gradoverride.errors import UnsupportedError
 

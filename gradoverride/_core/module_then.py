@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradoverride._core.ambient import TRACED, RandomState
-from gradoverride._core.private import version_of
+from gradoverride._core.private.tensors import version_of
 from gradoverride._core.purity import class_normalizes
 from gradoverride._core.snapshot import Snapshot
 from gradoverride._core.stale import Stale

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from gradoverride._core.function import Alias, General, KeptAlias, Transformed
-from gradoverride._core.private import function_of
+from gradoverride._core.private.tensors import function_of
 
 __all__ = ["hook_on", "leaf_of", "leaves_behind", "nodes_behind", "rule_of"]
 

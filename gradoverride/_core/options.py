@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradoverride._core.contract import shape_text, what
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride.errors import RuleOptionError
 
 __all__ = [

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from gradoverride._core.ambient import EAGER, TRANSFORMED
 from gradoverride._core.contract import Meta
 from gradoverride._core.nodes import leaves_behind
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride._core.scan import mentions
 from gradoverride._core.tensors import is_tracked
 from gradoverride.errors import RuleSignatureError, UnsupportedError

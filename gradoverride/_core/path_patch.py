@@ -35,7 +35,7 @@ from gradoverride._core.imports import resolve_path
 from gradoverride._core.layers import FunctionLayer, FunctionRule
 from gradoverride._core.paths import PENDING, parts_of, way_to_apply
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride._core.record import refresh_all
 from gradoverride._core.residuals import save_for_backward
 from gradoverride._core.rule import Made, Rule

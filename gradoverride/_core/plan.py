@@ -18,14 +18,10 @@ from gradoverride._core.captured import captured_names
 from gradoverride._core.contract import shape_text
 from gradoverride._core.function import General, Transformed, named
 from gradoverride._core.layout import Layout, Layouts
-from gradoverride._core.private import (
-    call_directly,
-    can_call_directly,
-    evaluated_while_tracing,
-    fail,
-    fast_apply,
-    made_at_import,
-)
+from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.engine import call_directly, can_call_directly, fast_apply
+from gradoverride._core.private.marks import evaluated_while_tracing
+from gradoverride._core.private.tensors import made_at_import
 from gradoverride._core.reach import Reach, attribute_names, calls_unseen
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.rule import Rule

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import as_dynamo_hands_on, defaults_while_tracing
+from gradoverride._core.private.dynamo import as_dynamo_hands_on, defaults_while_tracing
 from gradoverride._core.purity import is_scaling
 from gradoverride._core.rule import Rule
 from gradoverride._core.rule_code import RuleCode

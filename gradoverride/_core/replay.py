@@ -17,7 +17,8 @@ from torch.func import debug_unwrap
 from gradoverride._core.aliases import alias_of
 from gradoverride._core.ambient import FunctionRules, RandomState, noted_rules
 from gradoverride._core.call import Call
-from gradoverride._core.private import fail, in_modes
+from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.modes import in_modes
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.snapshot import snapshots
 from gradoverride._core.standin import stand_in

@@ -10,7 +10,7 @@ from gradoverride._core import captured
 from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED
 from gradoverride._core.contract import what
 from gradoverride._core.function import CUT, TOKEN
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride._core.structure import LEAF, alike, flatten
 from gradoverride._core.tensors import is_tensor, requires_grad_anywhere
 from gradoverride.errors import ForwardResultError, UnsupportedError

@@ -12,7 +12,7 @@ from gradoverride._core.ambient import TRACED, TRANSFORMED
 from gradoverride._core.call import Asked, Call
 from gradoverride._core.function import trackable
 from gradoverride._core.params import settle_params
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride._core.structure import LEAF, Node, flatten
 from gradoverride._core.tensors import is_differentiable, is_tensor
 from gradoverride.errors import RuleSignatureError

@@ -26,7 +26,8 @@ from gradoverride._core.kept_graph import KeptGraph
 from gradoverride._core.layout import Layout
 from gradoverride._core.params import find_params
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import any_autocast, use_count
+from gradoverride._core.private.modes import any_autocast
+from gradoverride._core.private.tensors import use_count
 from gradoverride._core.vjp import ShortVjp
 
 __all__ = ["FLOATING", "SOLE", "ShortFunction", "Unusual", "compiled"]

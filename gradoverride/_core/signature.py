@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradoverride._core import scan
-from gradoverride._core.private import written_as
+from gradoverride._core.private.marks import written_as
 from gradoverride.errors import RuleSignatureError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradoverride._core.by_class import once_per_class
-from gradoverride._core.private import RNN_REFERENCES, RNN_WEIGHTS
+from gradoverride._core.private.marks import RNN_REFERENCES, RNN_WEIGHTS
 from gradoverride._core.targets import RECORD
 
 __all__ = ["Snapshot", "snapshots"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride._core.structure import flatten
 from gradoverride.errors import UnsupportedError
 

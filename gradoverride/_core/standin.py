@@ -16,13 +16,13 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from gradoverride._core.private import (
+from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.marks import (
     COMPILED_CALL,
     FORMER_PARAMETERS,
     ORIGINAL,
     RNN_WEIGHTS,
     evaluated_while_tracing,
-    fail,
     uncompiled,
 )
 from gradoverride._core.snapshot import Snapshot

@@ -19,14 +19,10 @@ from gradoverride._core import captured
 from gradoverride._core.ambient import unseen_by_hooks
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import (
-    evaluated_while_tracing,
-    fail,
-    in_forward_ad,
-    in_functorch,
-    saves_plainly,
-    uncompiled,
-)
+from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.marks import evaluated_while_tracing, uncompiled
+from gradoverride._core.private.tensors import saves_plainly
+from gradoverride._core.private.transforms import in_forward_ad, in_functorch
 from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, name_of

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.options import is_number, shown
 from gradoverride._core.precision import wide
-from gradoverride._core.private import fail, in_functorch
+from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.transforms import in_functorch
 from gradoverride.errors import CapturedTensorError, RuleOptionError, SurrogateError, UnsupportedError
 
 __all__ = ["Learnable", "Option", "Surrogate", "check_interval", "check_not_negative", "check_positive", "has_tensors"]

@@ -6,7 +6,7 @@ import threading
 import weakref
 from typing import Any
 
-from gradoverride._core.private import in_reentrant_checkpoint
+from gradoverride._core.private.modes import in_reentrant_checkpoint
 
 __all__ = ["Tally", "Trace"]
 

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gradoverride._core.private import ORIGINAL, uncompiled
+from gradoverride._core.private.marks import ORIGINAL, uncompiled
 from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location
 from gradoverride._core.signature import name_of

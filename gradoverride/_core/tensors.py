@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import debug_unwrap
 
-from gradoverride._core.private import in_forward_ad
+from gradoverride._core.private.transforms import in_forward_ad
 
 __all__ = ["is_differentiable", "is_tensor", "is_tracked", "may_want_gradient", "requires_grad_anywhere"]
 

@@ -23,7 +23,7 @@ from gradoverride._core.ambient import here
 from gradoverride._core.class_patch import refresh
 from gradoverride._core.function_mode import FunctionMode
 from gradoverride._core.layers import FunctionLayer
-from gradoverride._core.private import put_under_stack, take_off_stack
+from gradoverride._core.private.modes import put_under_stack, take_off_stack
 from gradoverride.errors import GradOverrideWarning
 
 __all__ = ["put_on_thread", "take_off_thread"]

@@ -16,7 +16,9 @@ from gradoverride._core.ambient import TRACED, autocast_while_tracing
 from gradoverride._core.fast import FittingClasses, is_number
 from gradoverride._core.layout import Layout
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import evaluated_while_tracing, in_functorch, keep_own_frames_whole
+from gradoverride._core.private.dynamo import keep_own_frames_whole
+from gradoverride._core.private.marks import evaluated_while_tracing
+from gradoverride._core.private.transforms import in_functorch
 from gradoverride._core.reach import SCALARS
 from gradoverride._core.short_function import ShortFunction
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradoverride._core.function import TOKEN, TracedCut
-from gradoverride._core.private import trace_gradients
+from gradoverride._core.private.dynamo import trace_gradients
 from gradoverride._core.structure import LEAF
 
 if TYPE_CHECKING:

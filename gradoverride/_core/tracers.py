@@ -21,14 +21,9 @@ from torch import nn
 from torch.fx import Proxy
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from gradoverride._core.private import (
-    evaluated_while_tracing,
-    in_forward_ad,
-    in_functorch,
-    in_modes,
-    is_jit_tracing,
-    may_be_symbolic,
-)
+from gradoverride._core.private.marks import evaluated_while_tracing
+from gradoverride._core.private.modes import in_modes
+from gradoverride._core.private.transforms import in_forward_ad, in_functorch, is_jit_tracing, may_be_symbolic
 from gradoverride._core.structure import flatten
 from gradoverride.errors import GradOverrideWarning, UnsupportedError
 

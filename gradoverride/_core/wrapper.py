@@ -29,7 +29,8 @@ import torch
 from gradoverride._core.dispatch import make_dispatch
 from gradoverride._core.fast import ShortPath, guessed_places
 from gradoverride._core.plan import Plan
-from gradoverride._core.private import COMPILED_MARKS, IN_FORWARD_AD, dual_levels, in_functorch, written_as
+from gradoverride._core.private.marks import COMPILED_MARKS, written_as
+from gradoverride._core.private.transforms import IN_FORWARD_AD, dual_levels, in_functorch
 from gradoverride._core.reach import SCALARS
 from gradoverride._core.signature import POSITIONAL
 from gradoverride._core.traced import TracedPath

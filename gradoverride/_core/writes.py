@@ -14,7 +14,8 @@ from torch import Tensor
 from gradoverride._core.ambient import EAGER, TRACED
 from gradoverride._core.call import Call
 from gradoverride._core.kept_graph import shares_versions
-from gradoverride._core.private import fail, is_updated_while_tracing, version_of, versions_while_tracing
+from gradoverride._core.private.dynamo import fail, is_updated_while_tracing, versions_while_tracing
+from gradoverride._core.private.tensors import version_of
 from gradoverride._core.structure import flatten
 from gradoverride._core.tensors import is_differentiable, is_tensor
 from gradoverride.errors import ForwardResultError

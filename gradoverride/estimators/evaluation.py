@@ -17,7 +17,7 @@ from torch.func import debug_unwrap
 from gradoverride._core.contract import shape_text
 from gradoverride._core.function import tied
 from gradoverride._core.precision import wide
-from gradoverride._core.private import in_forward_ad, in_functorch
+from gradoverride._core.private.transforms import in_forward_ad, in_functorch
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride._core.tensors import is_differentiable as is_floating
 from gradoverride.errors import ForwardResultError

@@ -27,7 +27,8 @@ from torch.func import debug_unwrap
 from gradoverride._core.contract import shape_text
 from gradoverride._core.options import check, is_integer, printed
 from gradoverride._core.precision import wide
-from gradoverride._core.private import hidden_from_dynamo, in_forward_ad, in_functorch
+from gradoverride._core.private.dynamo import hidden_from_dynamo
+from gradoverride._core.private.transforms import in_forward_ad, in_functorch
 from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location
 from gradoverride._core.signature import name_of, signature_asking

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import debug_unwrap
 
-from gradoverride._core.private import in_functorch
+from gradoverride._core.private.transforms import in_functorch
 from gradoverride.errors import ConvergenceError, MissingExtraError, UnsupportedError
 
 __all__ = ["DENSE_UP_TO", "SOLVERS", "solve"]

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride.errors import UnsupportedError
 
 __all__ = [

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from gradoverride._core.everywhere import bare_forward
 from gradoverride._core.options import check, is_number
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride._core.standin import stand_in
 from gradoverride._core.targets import RECORD, class_of
 from gradoverride.errors import UnsupportedError

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from gradoverride._core.options import check, check_generator, is_integer, is_number
 from gradoverride._core.precision import wide
-from gradoverride._core.private import evaluated_while_tracing
+from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride.decorators import custom_backward
 
 __all__ = ["gumbel_softmax", "reinmax"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gradoverride._core.options import check, printed
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride._core.purity import writes_nothing
 from gradoverride._core.rule import Rule
 from gradoverride._core.rule_code import is_known_method

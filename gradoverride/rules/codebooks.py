@@ -24,7 +24,7 @@ from torch import Tensor
 from gradoverride._core.contract import what
 from gradoverride._core.options import check_flag
 from gradoverride._core.precision import wide
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride._core.rule import writes_nothing
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.options import check, is_integer, is_number
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride.errors import UnsupportedError
 
 __all__ = ["deeplift_rescale"]

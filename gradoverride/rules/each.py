@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradoverride._core.contract import what
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride._core.structure import flatten, is_container, unflatten
 from gradoverride._core.tensors import is_differentiable
 from gradoverride.errors import RuleResultError

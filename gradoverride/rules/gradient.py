@@ -39,7 +39,7 @@ from gradoverride._core.options import (
     is_number,
 )
 from gradoverride._core.precision import wide
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride._core.rule import writes_nothing
 from gradoverride._core.structure import unflatten
 from gradoverride.errors import RuleResultError, UnsupportedError

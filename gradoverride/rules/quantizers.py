@@ -38,7 +38,7 @@ from torch import Tensor
 
 from gradoverride._core.options import check, check_broadcasts, check_dim, check_flag, is_integer, is_number
 from gradoverride._core.precision import wide
-from gradoverride._core.private import fail
+from gradoverride._core.private.dynamo import fail
 from gradoverride._core.rule import writes_nothing
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradoverride._core.private import as_dynamo_hands_on, evaluated_while_tracing
+from gradoverride._core.private.dynamo import as_dynamo_hands_on
+from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride.errors import UnsupportedError
 from gradoverride.rules.each import Each
 

@@ -188,7 +188,7 @@ MUTANTS = [
     ),
     Mutant(
         "the kept graph hangs on an attribute of a saved tensor, where hooks give back another",
-        "_core/private.py",
+        "_core/private/tensors.py",
         "    return _hooks is not None and _hooks(True) is None\n",
         "    return True\n",
         "autograd: saved_tensors_hooks / custom_backward with vjp",

@@ -1,6 +1,6 @@
-"""A pytest plugin: the engine as it would be if torch dropped every private name that `private.py` looks up.
+"""A pytest plugin: the engine as it would be if torch dropped every private name that `_core/private` looks up.
 
-That module is loaded with a `getattr` and a `hasattr` of its own, which find none of them.
+Its files are loaded with a `getattr` and a `hasattr` of their own, which find none of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Loader(SourceFileLoader):
 class Finder(PathFinder):
     @classmethod
     def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        spec = super().find_spec(fullname, path, target) if fullname == NAME else None
+        spec = super().find_spec(fullname, path, target) if fullname.startswith(f"{NAME}.") else None
         if spec is not None and spec.origin is not None:
             spec.loader = Loader(fullname, spec.origin)
         return spec

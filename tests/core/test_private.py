@@ -11,7 +11,8 @@ import torch
 from oracles import exactly, float64
 
 import gradoverride as go
-from gradoverride._core import dispatch, fast, private
+from gradoverride._core import dispatch, fast
+from gradoverride._core.private import engine, modes, tensors, transforms
 
 TESTS = Path(__file__).parent.parent
 # What a compiler costs, and what tensors the fallbacks keep themselves, is not the question here. (That compiled calls
@@ -31,19 +32,25 @@ def test_suite_passes_without_the_private_names_of_torch(part):
 
 
 def test_fallbacks_are_what_that_suite_ran_on():
-    script = "import tests.core.fallbacks; from gradoverride._core import private; print(private.can_call_directly(), "
-    script += "private.in_functorch.__name__, private.use_count.__name__)"
+    script = "import tests.core.fallbacks; from gradoverride._core.private import engine, tensors, transforms; "
+    script += "print(engine.can_call_directly(), transforms.in_functorch.__name__, tensors.use_count.__name__)"
     run = subprocess.run([sys.executable, "-c", script], cwd=TESTS.parent, capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "_probe_functorch", "<lambda>"]
 
 
 def test_installed_torch_has_each_private_name_that_a_call_is_fast_by():
-    fallbacks = [private._Tracers, private._Levels, type(lambda: None)]
-    for name in ("fx_tracer", "jit_tracer", "dual_levels", "use_count", "in_functorch", "keeps_graph", "any_autocast"):
-        assert type(getattr(private, name)) not in fallbacks, name
-    for name in ("_run_backward", "_hooks", "_ENGINE_CODE", "_transforms", "_ALONE"):
-        assert getattr(private, name) is not None, name
-    assert private.can_call_directly()
+    fallbacks = [transforms._Tracers, transforms._Levels, type(lambda: None)]
+    found = [transforms.fx_tracer, transforms.jit_tracer, transforms.dual_levels, transforms.in_functorch]
+    found += [tensors.use_count, engine.keeps_graph, modes.any_autocast]
+    assert [value for value in found if type(value) in fallbacks] == []
+    assert None not in [
+        engine._run_backward,
+        engine._ENGINE_CODE,
+        tensors._hooks,
+        tensors._ALONE,
+        transforms._transforms,
+    ]
+    assert engine.can_call_directly()
 
 
 @pytest.mark.parametrize("forward", [lambda x: x * 2, torch.exp, torch.sign, torch.Tensor.exp])
@@ -61,7 +68,7 @@ def test_plain_calls_take_the_short_path(rule, forward, monkeypatch):
 
 def test_a_tracer_is_seen_while_it_is_at_work():
     def look(x):
-        seen.append(private.may_be_symbolic())
+        seen.append(transforms.may_be_symbolic())
         return x * 2
 
     seen: list[bool] = []

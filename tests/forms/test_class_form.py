@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradoverride as go
-from gradoverride._core.private import in_modes
+from gradoverride._core.private.modes import in_modes
 
 
 def some_operation(grad_of_c):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradoverride as go
-from gradoverride._core.private import counted_once
+from gradoverride._core.private.tensors import counted_once
 
 # --- rules that write into the gradient ---
 

@@ -1,0 +1,320 @@
+"""Dynamo: its errors, what it is to trace, what it knows meanwhile, and gradients within its graph."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import CodeType, FrameType, FunctionType
+from typing import Any, NoReturn, TypeVar
+
+import torch
+
+from gradoverride._core.bytecode import codes_in
+from gradoverride._core.imports import on_import
+from gradoverride._core.private.marks import evaluated_while_tracing
+
+__all__ = [
+    "fail",
+    "as_dynamo_hands_on",
+    "hidden_from_dynamo",
+    "let_dynamo_show",
+    "dynamo_shows",
+    "PAD",
+    "is_compiled_graph",
+    "keep_own_frames_whole",
+    "note_while_tracing",
+    "take_noted",
+    "versions_while_tracing",
+    "is_updated_while_tracing",
+    "defaults_while_tracing",
+    "trace_gradients",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+# --- errors ---
+
+
+def fail(kind: type[Exception], text: str) -> NoReturn:
+    """Raise `kind(text)`. Under Dynamo a plain raise loses its kind and its text ("Observed exception"); a call that
+    it evaluates while tracing keeps both.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        _raise_while_tracing(kind, text)
+    raise kind(text)
+
+
+@evaluated_while_tracing
+def _raise_while_tracing(kind: type[Exception], text: str) -> None:
+    raise as_dynamo_hands_on(kind(text))
+
+
+def as_dynamo_hands_on(error: Exception) -> Exception:
+    """`error`, of a kind that Dynamo hands on: it makes its InternalTorchDynamoError of others, with their text."""
+    handed_on: Any = getattr(sys.modules.get("torch._dynamo.exc"), "ShortenTraceback", None)
+    kind: Any = type(error)
+    if handed_on is None or isinstance(error, handed_on):
+        return error
+    try:
+        return _of_both(handed_on, kind)(*error.args, first_useful_frame=None)
+    except TypeError:  # it is made in another way by now
+        return error
+
+
+@functools.cache
+def _of_both(handed_on: Any, kind: Any) -> Any:
+    return type(kind.__name__, (handed_on, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+# --- what it is to trace ---
+
+
+def hidden_from_dynamo(fn: F, reason: str) -> F:
+    """`fn`, which Dynamo breaks its graph for and never traces: `torch.compiler.disable`, which takes 1 s to import all
+    of Dynamo, once it is there.
+    """
+    name = f"fn_{id(fn)}"
+
+    @evaluated_while_tracing
+    def hide() -> str:
+        if not hasattr(_Hidden, name):
+            setattr(_Hidden, name, staticmethod(torch.compiler.disable(fn, reason=reason)))
+        return name
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return getattr(_Hidden, hide())(*args, **kwargs)
+        return fn(*args, **kwargs)
+
+    return call  # type: ignore[return-value]  # with the signature of `fn`
+
+
+class _Hidden:
+    """Functions as attributes: Dynamo needs a place to know an object by."""
+
+
+def let_dynamo_show(functions: Iterable[Any]) -> None:
+    """Have Dynamo show these functions to modes, as torch does.
+
+    It knows which functions it is to show from a list of torch that lacks those in place, such as `torch.relu_`: a
+    mode that is traced would not see them.
+    """
+
+    def add(module: Any) -> None:
+        known: set[Any] = getattr(module, "get_overridable_functions", set)()
+        known.update(functions)
+        _shown.append(module)
+
+    if not _shown:
+        on_import("torch._dynamo.variables.torch", add)
+        on_import("torch._dynamo", _let_dynamo_show_builtins)
+
+
+_shown: list[Any] = []
+
+
+def _let_dynamo_show_builtins(_: Any) -> None:
+    """The same of what Python's own `abs` and `pow` are for a tensor: Dynamo takes them for operations of the graph. By
+    the public door for that, where nobody else has been there.
+    """
+
+    def absolute(x: Any, /) -> Any:
+        return operator.abs(x)
+
+    def power(base: Any, exp: Any, mod: Any = None) -> Any:
+        return operator.pow(base, exp) if mod is None else base.__pow__(exp, mod)
+
+    for builtin, instead, folds in ((abs, absolute, False), (pow, power, True)):
+        with contextlib.suppress(ValueError):
+            torch.compiler.substitute_in_graph(builtin, can_constant_fold_through=folds)(instead)
+
+
+@evaluated_while_tracing
+def dynamo_shows(function: Any = torch.relu_) -> bool:
+    """Whether Dynamo, which traces now, shows a function in place to modes."""
+    return any(function in getattr(module, "get_overridable_functions", set)() for module in _shown)
+
+
+# What Dynamo shows to modes instead of `F.pad`. Without it a rule for that is refused in compiled code.
+PAD: Any = getattr(torch._C._nn, "pad", None)
+
+
+def is_compiled_graph(frame: FrameType | None) -> bool:
+    """Whether this frame runs a graph that Dynamo has traced, as its backend "eager" does, in Python.
+
+    The rules are in that graph already. Dynamo marks it with why it ended; what torch.fx makes of a model otherwise
+    looks the same.
+    """
+    while frame is not None:
+        if hasattr(frame.f_locals.get("self"), "compile_subgraph_reason"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@evaluated_while_tracing
+def keep_own_frames_whole() -> None:
+    """Tell Dynamo, once it traces a decorated call, not to compile this library's own functions one by one.
+
+    It inlines them. But where the graph breaks inside (in a forward that cannot be traced), it runs the call
+    uncompiled and would take up each function within anew, in the middle of an eager call.
+    """
+    global _comptime
+    if not _OWN_FRAMES:
+        from torch._dynamo.comptime import comptime
+        from torch._dynamo.eval_frame import skip_code
+
+        _comptime = comptime
+
+        for name, module in list(sys.modules.items()):
+            if name.startswith(_ENGINE):
+                _OWN_FRAMES.extend(_codes_in(module))
+        for code in _OWN_FRAMES:
+            skip_code(code)
+
+
+_OWN_FRAMES: list[CodeType] = []
+
+# What is not in here are rules and forwards, which people compile.
+_ENGINE = ("gradoverride._core", "gradoverride.bridges", "gradoverride.connections", "gradoverride.edits")
+
+
+def _codes_in(module: Any) -> Iterator[CodeType]:
+    for value in vars(module).values():
+        for member in (value, *(vars(value).values() if isinstance(value, type) else ())):
+            function = getattr(member, "__func__", member)
+            # What is hidden is to be traced: it breaks the graph, and what it calls stays as it is.
+            hides = function is hidden_from_dynamo
+            if isinstance(function, FunctionType) and function.__module__ == module.__name__ and not hides:
+                yield from codes_in(function.__code__)
+
+
+# --- what it knows while it traces ---
+
+# Dynamo's own door to what it knows while it traces. To import it costs 0.8 s, so that is done when Dynamo is there.
+_comptime: Any = None
+_noted: list[Any] = []
+
+
+def note_while_tracing(tensor: torch.Tensor) -> None:
+    """Note what stands for this tensor while tracing, for a function that is evaluated then: `take_noted`."""
+    _comptime(lambda context: _noted.append(context.get_local("tensor").as_fake()))
+
+
+def take_noted() -> list[torch.Tensor]:
+    """What was noted since, in order."""
+    noted = list(_noted)
+    _noted.clear()
+    return noted
+
+
+def versions_while_tracing(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """How often each tensor has been written into, as numbers that are known while tracing (`_version` is not)."""
+    for tensor in tensors:
+        note_while_tracing(tensor)
+    return _noted_versions()
+
+
+@evaluated_while_tracing
+def _noted_versions() -> tuple[int, ...]:
+    return tuple([tensor._version for tensor in take_noted()])
+
+
+def is_updated_while_tracing(tensor: torch.Tensor) -> bool:
+    """Whether traced code has a norm update this tensor, its running statistics: a write that no version counts."""
+    _comptime(lambda context: _noted.append(_is_updated(context.get_local("tensor").as_proxy().node)))
+    return _noted_update()
+
+
+@evaluated_while_tracing
+def _noted_update() -> bool:
+    return bool(take_noted()[-1])
+
+
+def _is_updated(node: Any) -> bool:
+    for user in node.users:
+        keyword = _NORMS.get(getattr(user.target, "__name__", ""))
+        if keyword is not None:
+            first = 1 if user.target.__module__ == torch.nn.functional.__name__ else 3
+            statistics = [*user.args[first : first + 2], *map(user.kwargs.get, ("running_mean", "running_var"))]
+            on = user.args[5] if len(user.args) > 5 else user.kwargs.get(keyword, keyword != "training")
+            if on is not False and any(one is node for one in statistics):
+                return True
+    return False
+
+
+# Functions that update running statistics, and the option that tells them to.
+_NORMS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
+
+
+def defaults_while_tracing(function: Any) -> tuple[Any, ...]:
+    """How many defaults a function has that Dynamo traces, and the names of those that are given by keyword.
+
+    Dynamo of torch 2.13 crashes on `__defaults__` of one that is made within. Where its own door is shut, all
+    parameters are taken to have one: a missing argument is then found by the call.
+    """
+    keep_own_frames_whole()
+    _comptime(lambda context: _noted.append(_defaults_of(context.get_local("function"))))
+    return _noted_defaults(function.__code__)
+
+
+@evaluated_while_tracing
+def _noted_defaults(code: CodeType) -> tuple[Any, ...]:
+    found: Any = take_noted()[-1]
+    return found or (code.co_argcount - 1, *code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount])
+
+
+def _defaults_of(variable: Any) -> tuple[Any, ...] | None:
+    door = getattr(variable, "_i_will_not_complain_if_bc_breaks_VariableTracker", None)
+    if door is None:
+        return None
+    known = door().realize()
+    if hasattr(known, "fn"):
+        return len(known.fn.__defaults__ or ()), *(known.fn.__kwdefaults__ or ())
+    if not (hasattr(known, "defaults") and hasattr(known, "kwdefaults")):
+        return None
+    by_keyword = known.kwdefaults.keys_as_python_constant() if known.kwdefaults else ()
+    return len(known.defaults.items) if known.defaults else 0, *by_keyword
+
+
+# --- gradients within a traced graph ---
+
+
+def trace_gradients(outputs: Any, inputs: Any, grad_outputs: Any) -> Any:
+    """`torch.autograd.grad` as part of a traced graph. Dynamo breaks the graph there unless told otherwise; there
+    is no public switch, so the switch is set around this one call.
+    """
+    _set_trace_gradients()
+    found = torch.autograd.grad(
+        outputs, inputs, grad_outputs, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    _restore_trace_gradients()
+    return found
+
+
+@evaluated_while_tracing
+def _set_trace_gradients() -> None:
+    from torch._dynamo import callback, config  # costs 0.5 s, and only a program that compiles gets here
+
+    handler = callback.callback_handler
+    if _restore_trace_gradients not in handler.end_callbacks:
+        # Where tracing fails, Dynamo leaves the traced code without its `finally`.
+        handler.register_end_callback(_restore_trace_gradients)
+    _overridden.append(config.trace_autograd_ops)
+    config.trace_autograd_ops = True
+
+
+@evaluated_while_tracing
+def _restore_trace_gradients(_: Any = None) -> None:
+    from torch._dynamo import config
+
+    while _overridden:
+        config.trace_autograd_ops = _overridden.pop()
+
+
+_overridden: list[bool] = []  # what the switch was before, while it is set

@@ -1,0 +1,157 @@
+"""Transforms of torch.func, forward mode, and the tracers of torch.jit and torch.fx."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from gradoverride._core.private.marks import evaluated_while_tracing
+from gradoverride._core.private.tensors import made_at_import
+
+__all__ = [
+    "in_functorch",
+    "dual_levels",
+    "IN_FORWARD_AD",
+    "in_forward_ad",
+    "out_of_left_transforms",
+    "forward_mode_depth",
+    "in_batched_autograd",
+    "is_jit_tracing",
+    "fx_tracer",
+    "jit_tracer",
+    "IN_TRACER",
+    "may_be_symbolic",
+]
+
+# --- transforms of torch.func, forward mode ---
+
+_probe = made_at_import(requires_grad=True)
+
+
+@evaluated_while_tracing
+def _probe_functorch() -> bool:
+    if is_jit_tracing():  # which would record the probe, and crash
+        return False
+    try:
+        _probe.requires_grad_()  # what it requires already: refused inside of a transform, and otherwise nothing
+    except RuntimeError:
+        return True
+    return False
+
+
+# True inside vmap, grad, jvp ... (60 ns; to provoke an error and catch it takes 2 us)
+in_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _probe_functorch)
+
+
+class _Levels:
+    @property
+    def _current_level(self) -> int:
+        return 0 if _probe_forward_ad() else -1
+
+
+@evaluated_while_tracing
+def _probe_forward_ad() -> bool:
+    if is_jit_tracing() or get_proxy_mode() is not None:  # the same of make_fx and torch.export
+        return False
+    try:
+        forward_ad.make_dual(_probe.detach(), _probe.detach())
+    except RuntimeError:
+        return False
+    return True
+
+
+# Whether a dual level is entered outside functorch: tensors may then carry tangents without `requires_grad`. As code,
+# for what is generated, where a call would cost as much as the rest of the question.
+dual_levels: Any = forward_ad if hasattr(forward_ad, "_current_level") else _Levels()
+IN_FORWARD_AD = "_go_dual_levels._current_level >= 0"
+
+
+def in_forward_ad() -> bool:
+    """What `IN_FORWARD_AD` says."""
+    return bool(dual_levels._current_level >= 0)
+
+
+def out_of_left_transforms(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` without the wrappers of transforms that have been left.
+
+    torch takes them off for its own operations, and not for transforms: it crashes in one that is entered with such a
+    tensor. So any operation would do instead.
+    """
+    if _without_left is None:
+        return tensor.view_as(tensor)
+    while (inner := _without_left(tensor)) is not tensor:
+        tensor = inner
+    return tensor
+
+
+_without_left = getattr(getattr(torch._C, "_functorch", None), "unwrap_if_dead", None)
+
+
+def forward_mode_depth() -> int:
+    """How many forward-mode transforms are around this call."""
+    if _transforms is None:
+        return 2 if in_functorch() and in_forward_ad() else 0
+    return sum("Jvp" in str(interpreter.key()) for interpreter in _transforms() or ())
+
+
+# Without it all forward mode in `torch.func` is taken for nested, and refused.
+_transforms: Any = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", None)
+
+
+def in_batched_autograd() -> bool:
+    """Whether `torch.autograd.functional` runs for a batch at once, by a vmap that is older than that of torch.func.
+
+    It tells its depth by its changes alone. Without them the answer is no, and what then looks at values raises.
+    """
+    deeper = getattr(torch._C, "_vmapmode_increment_nesting", None)
+    if deeper is None:
+        return False
+    depth: int = deeper() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return depth > 0
+
+
+# --- tracers: torch.jit, torch.fx ---
+
+# `torch.jit.is_tracing` asks whether it is itself scripted before.
+is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]  # it is public
+
+
+class _Tracers:
+    """What stands for the flags of tracers: each call is looked at, on the general path."""
+
+    _is_fx_tracing_flag = True
+
+    @property
+    def _trace_module_map(self) -> Any:
+        return {} if is_jit_tracing() else None
+
+
+class _OfThread:
+    """The flag of torch.fx as torch 2.15 keeps it: one for each thread, and none before the first trace."""
+
+    @property
+    def _is_fx_tracing_flag(self) -> bool:
+        found: bool = _by_thread.__dict__.get("flag", False)  # `getattr` takes 20 times as long where there is none
+        return found
+
+
+_symbolic = getattr(torch.fx, "_symbolic_trace", None)
+_by_thread = getattr(_symbolic, "_is_fx_tracing_tls", None)
+_jit = getattr(torch.jit, "_trace", None)
+
+# The flags of torch.fx and make_fx, and of torch.jit.trace for modules. As code, like IN_FORWARD_AD.
+fx_tracer: Any = (
+    _symbolic if hasattr(_symbolic, "_is_fx_tracing_flag") else _Tracers() if _by_thread is None else _OfThread()
+)
+jit_tracer: Any = _jit if hasattr(_jit, "_trace_module_map") else _Tracers()
+IN_TRACER = "_go_fx_tracer._is_fx_tracing_flag or _go_jit_tracer._trace_module_map is not None"
+
+
+def may_be_symbolic() -> bool:
+    """Whether a tracer of torch.fx may be at work. Without its flag arguments are looked through each time."""
+    return bool(fx_tracer._is_fx_tracing_flag)
