@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet
 TORCH := $(shell grep '^torch==' constraints.txt)
+# A process for each core, and so a thread of torch for each; a file of tests stays in one.
+PYTEST := -m pytest --numprocesses auto --dist loadfile
+test compat: export OMP_NUM_THREADS := 1
 
 .PHONY: help demo test conformance mutants soak lint bench build compat clean
 help:
@@ -22,7 +25,7 @@ demo: $(VENV)/.with-demo
 	$(BIN)/python -m gradoverride demo
 
 test: $(VENV)/.with-test
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 conformance: $(VENV)/.with-test
 	$(BIN)/python -m tests.conformance
@@ -72,7 +75,7 @@ compat:
 	.venv-compat/bin/python $(PIP) --upgrade torch
 	.venv-compat/bin/python $(PIP) --upgrade --editable ".[test]"
 	.venv-compat/bin/python -c "import torch; print('torch', torch.__version__)"
-	.venv-compat/bin/python -m pytest
+	.venv-compat/bin/python $(PYTEST)
 
 clean:
 	rm -rf $(VENV) .venv-compat .venv-wheel build dist tests/conformance/away/build gradoverride-demo.png
