@@ -195,6 +195,7 @@ def put_on(module: nn.Module, added: Sequence[Layer | FunctionLayer], shared: di
                 layers = (*layers, layer)
         if record is not None:
             module.__dict__[RECORD] = record.but(layers, functions)
+            record.leave()
         else:
             base = base_of(module)
             derived = overridden(base)  # a metaclass may refuse it: before anything is changed
@@ -238,6 +239,7 @@ def take_off(module: nn.Module, gone: Sequence[Layer | FunctionLayer]) -> None:
             _derive(module, overridden(base), base, record.tally.copied)
             if record.tally.forward is not None:
                 module.__dict__.setdefault("forward", record.tally.forward)
+        record.leave()
 
 
 def _derive(module: nn.Module, before: Any, after: Any, copied: bool = False) -> None:

@@ -78,6 +78,11 @@ class Record:
         """The same with these layers instead."""
         return Record(self.subject, layers, functions, self.tally)
 
+    def leave(self) -> None:
+        """It is on no module any more. Compiled code may keep it alive."""
+        with _lock:
+            _records.discard(self)
+
     def __deepcopy__(self, memo: Any) -> Record:
         self.tally.copied = True
         layers = tuple([layer.again() for layer in self.layers])

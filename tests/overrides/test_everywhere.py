@@ -387,6 +387,15 @@ class TestFunction:
             closely(gradient(nn.ReLU(), x), 2 * plain)
             closely(gradient(F.relu, x), 2 * plain)
 
+    def test_rules_that_have_been_left_are_no_obstacle_where_compiled_code_keeps_them(self):
+        model, x = nn.LayerNorm(3, dtype=torch.float64), noise(2, 3)
+        run = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with go.override(model, {model: lambda grad_output, vjp: vjp(2 * grad_output)}):
+            run(x)
+        with go.override({F.layer_norm: lambda grad_output, vjp: vjp(3 * grad_output)}):
+            found = gradient(model, x)
+        closely(found, 3 * gradient(model, x))
+
     def test_one_that_cannot_be_outside_of_the_rule_of_a_model_changes_nothing(self, x):
         model = nn.Sequential(nn.Linear(3, 3)).double()
         plain = gradient(model, x)
