@@ -121,6 +121,11 @@ def in_batched_autograd() -> bool:
 is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]  # it is public
 
 
+_symbolic = getattr(torch.fx, "_symbolic_trace", None)
+_by_thread = getattr(_symbolic, "_is_fx_tracing_tls", None)
+_jit = getattr(torch.jit, "_trace", None)
+
+
 class _Tracers:
     """What stands for the flags of tracers: each call is looked at, on the general path."""
 
@@ -134,22 +139,21 @@ class _Tracers:
 class _OfThread:
     """The flag of torch.fx as torch 2.15 keeps it: one for each thread, and none before the first trace."""
 
+    flags: Any = _by_thread
+
     @property
     def _is_fx_tracing_flag(self) -> bool:
-        found: bool = _by_thread.__dict__.get("flag", False)  # `getattr` takes 20 times as long where there is none
+        found: bool = self.flags.__dict__.get("flag", False)  # `getattr` takes 20 times as long where there is none
         return found
 
 
-_symbolic = getattr(torch.fx, "_symbolic_trace", None)
-_by_thread = getattr(_symbolic, "_is_fx_tracing_tls", None)
-_jit = getattr(torch.jit, "_trace", None)
-
-# The flags of torch.fx and make_fx, and of torch.jit.trace for modules. As code, like IN_FORWARD_AD.
 fx_tracer: Any = (
     _symbolic if hasattr(_symbolic, "_is_fx_tracing_flag") else _Tracers() if _by_thread is None else _OfThread()
 )
 jit_tracer: Any = _jit if hasattr(_jit, "_trace_module_map") else _Tracers()
-IN_TRACER = "_go_fx_tracer._is_fx_tracing_flag or _go_jit_tracer._trace_module_map is not None"
+# The flags of torch.fx and make_fx, and of torch.jit.trace for modules. As code, like IN_FORWARD_AD.
+_IN_FX = "flags.__dict__.get('flag')" if isinstance(fx_tracer, _OfThread) else "_is_fx_tracing_flag"
+IN_TRACER = f"_go_fx_tracer.{_IN_FX} or _go_jit_tracer._trace_module_map is not None"
 
 
 def may_be_symbolic() -> bool:
