@@ -259,7 +259,7 @@ def has_leaf(spec: Any) -> bool:
     """Whether there is a leaf anywhere in it."""
     if spec is LEAF:
         return True
-    return isinstance(spec, Node) and any(has_leaf(part) for part in spec.parts)
+    return isinstance(spec, Node) and (spec.parts.count(LEAF) > 0 or any([has_leaf(part) for part in spec.parts]))
 
 
 def describe(spec: Any) -> str:
