@@ -109,7 +109,7 @@ def _general(plan: Plan, x: Any, rule: Any) -> Any:
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[None, Any]:
     rule, reading = ctx.rule
-    if reading.scales and (not reading.holds or holds_numbers(rule)):
+    if reading.gives_alike and (not reading.holds or holds_numbers(rule)):
         try:
             answer = rule(grad_output)
         except Exception as error:

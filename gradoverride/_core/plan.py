@@ -71,6 +71,7 @@ class Plan:
         self.reach = Reach.of(self.fn, method=self.takes_receiver)
         attributes = self.reach.attributes if self.reach is not None else frozenset[str]()
         self.forward_is_arithmetic = purity.is_arithmetic(self.fn, attributes)
+        self.forward_gives_alike = purity.gives_alike(self.fn)
         writes = purity.writes(self.fn)
         # Modules of torch have one forward for both, and `self.inplace` says which it is.
         self.inplace_tells = writes and "inplace" in attributes and not purity.writes(self.fn, but="inplace")

@@ -18,9 +18,9 @@ from gradoverride._core.scan import constants, free_names, global_names, mention
 
 __all__ = [
     "class_normalizes",
+    "gives_alike",
     "is_algebra",
     "is_arithmetic",
-    "is_scaling",
     "normalizes",
     "renormalizes",
     "writes",
@@ -84,18 +84,18 @@ def _is_expression(
     return calls == named  # or it calls one of its arguments
 
 
-def is_scaling(fn: Any, *, free: bool = False) -> bool:
-    """Whether `fn` is an expression of one argument and real numbers in +, -, *, /: its result is like the argument.
+def gives_alike(fn: Any, *, free: bool = False) -> bool:
+    """Whether `fn` is an expression of one argument and real numbers in operators and functions that keep a tensor's
+    shape and dtype: its result is like the argument. A builtin may have arguments that are no tensors besides.
 
     If `free`, what is in its closure is taken for such numbers.
     """
-    return (
-        isinstance(fn, FunctionType)
-        and is_arithmetic(fn, free=free)
-        and fn.__code__.co_argcount == fn.__code__.co_nlocals == 1
-        and not fn.__code__.co_names
+    if not _is_expression(fn, _KEEPING, frozenset(), _OPERATORS, free=free):
+        return False
+    return isinstance(fn, BuiltinFunctionType) or (
+        fn.__code__.co_argcount == fn.__code__.co_nlocals == 1
         and not any(step.opname in (*_BUILDS, "COMPARE_OP") for step in instructions(fn.__code__))
-        and all(type(constant) in (int, float, type(None), str) for constant in fn.__code__.co_consts)
+        and all(type(constant) in (int, float, type(None), str) for constant in constants(fn.__code__))
     )
 
 
@@ -116,6 +116,13 @@ _ELEMENTWISE = frozenset(
         *("abs", "add", "ceil", "clamp", "clip", "cos", "div", "eq", "floor", "ge", "gt", "le", "lt", "maximum"),
         *("minimum", "mul", "ne", "neg", "ones_like", "relu", "round", "sgn", "sigmoid", "sign", "sin", "sqrt"),
         *("square", "sub", "tanh", "where", "zeros_like"),
+    }
+)
+# Those of tensors alone: numbers are nothing that they take. (The modulus of a complex number is real.)
+_KEEPING = frozenset(
+    {
+        *("ceil", "clamp", "clip", "cos", "floor", "neg", "relu", "round", "sgn", "sigmoid", "sign", "sin", "sqrt"),
+        *("square", "tanh"),
     }
 )
 _OPERATORS = frozenset({"+", "-", "*", "/"})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradoverride._core.plan import Plan
 from gradoverride._core.private.dynamo import as_dynamo_hands_on, defaults_while_tracing
-from gradoverride._core.purity import is_scaling
+from gradoverride._core.purity import gives_alike
 from gradoverride._core.rule import Rule
 from gradoverride._core.rule_code import RuleCode
 from gradoverride._core.scan import content
@@ -30,13 +30,13 @@ class Reading:
     __slots__ = (
         "code",
         "forward",
+        "gives_alike",
         "holds",
         "is_edit",
         "of_values",
         "plain",
         "plan",
         "rule_code",
-        "scales",
         "sources",
         "value_second",
         "writes",
@@ -64,7 +64,7 @@ class Reading:
         names = code.co_varnames[1 : min(2, code.co_argcount)] if code is not None else ()
         self.value_second = self.of_values and tuple(self.sources) == names
         # Writes nothing, and its answer is like the gradient, under autocast too: if its closure holds real numbers.
-        self.scales = is_scaling(rule, free=True)
+        self.gives_alike = gives_alike(rule, free=True)
         self.rule_code = RuleCode.of(read)
         self.writes = self.rule_code.writes
         # Writes nothing, holds nothing, stays on its device, and means the same under autocast.

@@ -13,7 +13,7 @@ __all__ = ["RuleCode", "is_known_method"]
 class RuleCode:
     """Read once a rule, and not for each forward: it takes longer than all else that a `Plan` decides."""
 
-    __slots__ = ("calls_vjp_once", "is_algebra", "is_arithmetic", "is_scaling", "names_by_name", "strings", "writes")
+    __slots__ = ("calls_vjp_once", "gives_alike", "is_algebra", "is_arithmetic", "names_by_name", "strings", "writes")
 
     def __init__(self, rule: Rule) -> None:
         fn = rule.fn
@@ -21,7 +21,7 @@ class RuleCode:
         self.writes = not (known and purity.writes_nothing(fn, is_known_method))  # it is handed a copy
         self.is_arithmetic = purity.is_arithmetic(fn)
         self.is_algebra = self.is_arithmetic or purity.is_algebra(fn)
-        self.is_scaling = purity.is_scaling(fn)
+        self.gives_alike = purity.gives_alike(fn)
         self.strings = scan.strings(fn)  # a rule may answer for parameters whose names are among them
         self.names_by_name = scan.mentions(fn, "by_name")
         self.calls_vjp_once = scan.called_once(fn, "vjp")

@@ -75,6 +75,8 @@ class ShortFunction:
             self._ask(name, source)
         self.marked = plan.marked and mode == EAGER and bool(self.saves) and not plan.asks_vjp
         self.unsaved = [name for name in self.tensors if name not in self.saves]
+        # Those of them that the result, and so grad_output, may be unlike.
+        self.noted = [] if plan.forward_gives_alike and len(self.tensors) == 1 else self.unsaved
         if isinstance(plan.rule.fn, FunctionType) and not hasattr(plan.rule.fn, "__wrapped__"):
             code = plan.rule.fn.__code__
             if code.co_varnames[1 : code.co_argcount][: len(plan.sources)] == tuple(plan.sources):
@@ -148,11 +150,11 @@ class ShortFunction:
             saves = ["_go_mark", *saves]
         if saves:
             lines.append(f"    ctx.save_for_backward({', '.join(saves)})")
-        if self.unsaved:
+        if self.noted:
             # A gradient is checked against what it belongs to: mostly that is like the result, and so like
             # grad_output, which is at hand in the backward; else it is noted here.
-            alike = " and ".join(self._alike("result", name) for name in self.unsaved)
-            metas = ", ".join(f"({name}.shape, {name}.dtype, {name}.device)" for name in self.unsaved)
+            alike = " and ".join(self._alike("result", name) for name in self.noted)
+            metas = ", ".join(f"({name}.shape, {name}.dtype, {name}.device)" for name in self.noted)
             lines += [f"    if not ({alike}):", f"        ctx.metas = ({metas},)"]
             if self.plan.straight_through and not self.saves:
                 lines.append(f"        _go_check_straight_through({self.tensors[0]}.shape, result.shape)")
@@ -227,7 +229,7 @@ class ShortFunction:
             lines.append(f"    {asked}")
         if watched:
             lines += ["    if version is not None and grad_output._version != version:", "        _go_written()"]
-        alike = "ctx.metas is None and " if self.unsaved else ""
+        alike = "ctx.metas is None and " if self.noted else ""
         grads = [f"grad_{name}" for name in tensors]
         fits = " and ".join(
             f"(grad_{name} is None or {self._is_tensor(f'grad_{name}')} and {self._fits(f'grad_{name}', name)})"
@@ -237,8 +239,8 @@ class ShortFunction:
         if len(tensors) == 1:
             fits = self._fits("answer", tensors[0])
             fits = f"{self._is_tensor('answer')} and {fits}"
-            if self.plan.rule_code.is_scaling:
-                fits = self._is_tensor("answer")  # like grad_output: it is an expression of that and numbers
+            if self.plan.rule_code.gives_alike:
+                fits = self._is_tensor("answer")
             elif self.unsaved:
                 fits = f"(answer is grad_output or {fits})"
             lines += [f"    if {alike}{fits}:", f"        return {none}answer"]
@@ -311,8 +313,8 @@ class ShortFunction:
         """Read an answer that is not the usual one: a dict, a list, another dtype, or an error."""
         call = Call(self.plan, self.layout, self.mode)
         metas = [Meta(tensor) for tensor in like]
-        if self.unsaved and ctx.metas is not None:
-            for name, meta in zip(self.unsaved, ctx.metas, strict=True):
+        if self.noted and ctx.metas is not None:
+            for name, meta in zip(self.noted, ctx.metas, strict=True):
                 metas[self.tensors.index(name)] = Meta.of(*meta)
         count = len(self.places)
         call.describe_plain(self.places, metas[:count], ctx.needs_input_grad[self.leading :][:count])

@@ -48,6 +48,69 @@ def test_which_rules_are_expressions_of_their_arguments(name):
     assert (purity.is_arithmetic(rule), purity.is_algebra(rule)) == (arithmetic, algebra)
 
 
+ALIKE = {
+    "numbers": lambda g: 2 * g / 3 - 1.5,
+    "itself": lambda g: g * g + g,
+    "a method": lambda g: g.clamp(-1, 1),
+    "options": lambda g: -g.clamp(min=-1, max=1),
+    "a function of torch": lambda g: torch.tanh(g) * 2,
+    "a builtin": torch.sin,
+}
+UNLIKE = {
+    "another shape": lambda g: g.sum(0),
+    "another shape by an operator": lambda g, x: g * x,
+    "another dtype": lambda g: g.double(),
+    "a comparison": lambda g: g > 0,
+    "a comparison by a method": lambda g: g.gt(0),
+    "a complex number": lambda g: g * 2j,
+    "a modulus": lambda g: g.abs(),
+    "a truth": lambda g: g * True,
+    "numbers in place of tensors": lambda g: torch.mul(2, 3),
+    "another device": lambda g: torch.zeros_like(g, device="meta"),
+    "two results": lambda g: (g, g),
+    "a tensor from elsewhere": lambda g: g * factor,
+    "an option from elsewhere": lambda g: g.clamp(factor),
+    "a builtin of two tensors": torch.mul,
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_which_functions_give_what_is_like_their_argument(name):
+    function = ALIKE[name]
+    assert purity.gives_alike(function)
+    complex_too = [] if name in ("a method", "options") else [torch.complex64]  # which clamp refuses
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, *complex_too):
+        given = torch.ones(2, 3, dtype=dtype)
+        found = function(given)
+        assert (found.shape, found.dtype, found.device) == (given.shape, given.dtype, given.device)
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_which_functions_may_give_something_else(name):
+    assert not purity.gives_alike(UNLIKE[name])
+
+
+@pytest.mark.parametrize("forward", [lambda x: x * 2, lambda x: x.tanh()], ids=["operator", "method"])
+def test_gradients_of_a_forward_that_gives_what_is_like_its_argument_are_checked(forward):
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    for rule, came in (
+        (lambda grad_output: grad_output.sum(0), r"shape \(3,\) for 'x'.* returned a tensor of shape \(\)"),
+        (lambda grad_output: grad_output * 2j, r"a real gradient for 'x'.* returned torch.complex128"),
+        (lambda grad_output: 2 * 3, r"a tensor of shape \(3,\) as the gradient of 'x'; it returned 6"),
+    ):
+        with pytest.raises(go.RuleResultError, match=came):
+            go.custom_backward(rule)(forward)(x).sum().backward()
+
+
+def test_a_forward_that_gives_another_dtype_has_its_gradients_checked_against_its_argument():
+    @go.custom_backward(lambda grad_output: grad_output * 2)
+    def turn(x):
+        return x * 2j
+
+    with pytest.raises(go.RuleResultError, match=r"a real gradient for 'x'.* returned torch.complex128"):
+        turn(torch.ones(3, dtype=torch.float64, requires_grad=True)).abs().sum().backward()
+
+
 def test_what_runs_when_an_object_is_called_is_not_that_of_its_metaclass():
     class Meta(type):
         def __call__(cls):
