@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, overload
 from torch import nn
 
 from gradoverride._core import everywhere
-from gradoverride._core.class_patch import check_class
+from gradoverride._core.class_patch import check_classes
 from gradoverride._core.functions import name_of_function, signature_of
 from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, next_order
 from gradoverride._core.obstacles import check_calls, check_forwards, check_scripted, warn_of_scripted
@@ -181,13 +181,13 @@ def _override_everywhere(rules: Registry) -> Override:
     for entry in entries:
         for target in entry.targets:
             if isinstance(target, Class):
-                check_class(target)
                 classes[target.value] = target, entry.rule
             elif not isinstance(target, (Function, ImportPath)):
                 raise TargetError(
                     f"override of {owner}: a target must be a class, a function of torch or an import path; the "
                     f"{target.kind} {target} names modules of a model. Give the model first"
                 )
+    check_classes([of_class for of_class, _ in classes.values()])
     warn_of_scripted([target.name for target, _ in _called(entries) if isinstance(target, Function)])
     layers = [ClassLayer(rule, EVERYWHERE, _named(of_class), order) for of_class, rule in classes.values()]
     before = [(of_class.value, layer) for of_class, layer in everywhere.classes]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gradoverride._core import everywhere, overridden
-from gradoverride._core.class_patch import check_class, put_on_class, take_off_class
+from gradoverride._core.class_patch import check_classes, put_on_class, take_off_class
 from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, Order
 from gradoverride._core.path_patch import check_path, put_on_path, stands_on_path, take_off_path
 from gradoverride._core.paths import PENDING, find, when_imported
@@ -116,7 +116,7 @@ def on_class(target: Class, layer: ClassLayer, path: str = "") -> Puts:
         has_it = [of.value for of, one in everywhere.classes if one is layer]
         if _is_class_of_modules(value) and value not in has_it:
             again = Class(value)
-            check_class(again)
+            check_classes([again])
             put_on_class(again, layer)
 
     call_off = when_imported(path, put_again) if path else None

@@ -238,6 +238,29 @@ class TestClass:
         with pytest.raises(go.UnsupportedError, match=r"class 'ReLU'.* put another one on one of them, a 'ReLU'"):
             go.override({nn.ReLU: doubled})
 
+    def test_modules_of_several_classes_are_looked_for_at_once_and_what_is_in_the_way_at_one_is_told(self, monkeypatch):
+        class First(nn.Module):
+            def forward(self, x):
+                return F.relu(x)
+
+        class Second(First):
+            pass
+
+        class Third(nn.Module):
+            forward = First.forward
+
+        looks, look = [], gc.get_referrers
+        monkeypatch.setattr(gc, "get_referrers", lambda *kinds: looks.append(kinds) or look(*kinds))
+        with go.override({First: doubled, Third: doubled}):
+            assert len(looks) == 1
+            modules = [First(), Second(), Third()]
+            for module in modules:
+                module(noise(5, 3))
+        modules[1].forward = modules[1].forward
+        for rules, name in (({Third: doubled, Second: doubled}, "Second"), ({Third: doubled, First: doubled}, "First")):
+            with pytest.raises(go.UnsupportedError, match=f"class '{name}'.* another one on one of them, a 'Second'"):
+                go.override(rules)
+
     def test_a_rule_whose_names_do_not_fit_changes_nothing(self, x):
         class Named(nn.Module):
             def forward(self, output):
