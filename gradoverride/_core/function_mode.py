@@ -59,8 +59,9 @@ class FunctionMode(TorchFunctionMode):
         runs: dict[Any, Callable[..., Any]] = {}
         for name in names:
             of_name = tuple([key for key in keys if key.name == name])
+            keeper = passing([key.rule for key in of_name])
             for function in spellings(name):
-                runs[function] = _run(function, of_name)
+                runs[function] = keeper.once((function, of_name), functools.partial(_run, function, of_name))
         own = frozenset(value for value in vars(Tensor).values() if isinstance(value, FunctionType))
         self.keys = keys
         self.unseen = tuple([name for name in names if name in INLINED])  # where Dynamo traces

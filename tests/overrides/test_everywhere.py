@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 
 import gradoverride as go
-from gradoverride._core import layers
+from gradoverride._core import function_mode, layers
 from overrides.models import doubled, gradient, guided, mlp, negated, tripled
 
 pytestmark = pytest.mark.filterwarnings(
@@ -450,6 +450,22 @@ class TestFunction:
         with go.override(*arguments[0]), go.override(*arguments[1]):
             closely(gradient(model, x), 4 * plain)
         assert told == ["second", "first"]
+
+    def test_what_is_called_under_a_rule_is_made_once(self, x, monkeypatch):
+        made, kind = [], function_mode.Plan
+        monkeypatch.setattr(function_mode, "Plan", lambda *parts: made.append(parts) or kind(*parts))
+
+        def own(grad_output, vjp):
+            return 2 * vjp(grad_output)
+
+        plain = gradient(F.relu, x)
+        with go.override({F.relu: own}):
+            closely(gradient(F.relu, x), 2 * plain)
+        before = len(made)
+        with go.override({torch.relu: own}) as plan:
+            closely(gradient(F.relu, x), 2 * plain)
+            assert [row.calls for row in plan.table] == ["1"]
+        assert len(made) == before > 0
 
     def test_one_rule_several_times_and_in_a_model_too(self, x):
         model = nn.Sequential(nn.ReLU(), Other())
