@@ -160,6 +160,8 @@ def test_operators_are_spellings(target, operation, compiled):
         (torch.sub, lambda x: 2 - x),
         (torch.mul, lambda x: 2 * x),
         (torch.div, lambda x: 2 / x),
+        (torch.sub, lambda x: torch.Tensor.__rsub__(x, 2)),
+        (torch.div, lambda x: torch.Tensor.__rtruediv__(x, 2)),
         (torch.pow, lambda x: 2**x),
         (torch.pow, lambda x: pow(2, x)),
         (torch.pow, lambda x: pow(x, 2)),
@@ -198,6 +200,24 @@ def test_builtins_of_python_are_spellings_in_compiled_code(everywhere, x):
     with go.override(rules) if everywhere else go.override(model, rules):
         closely(gradient(model, x), expected)
     closely(gradient(model, x), gradient(step, x))
+
+
+class Doubling(torch.Tensor):
+    """A tensor with an operator of its own."""
+
+    def __rsub__(self, other):
+        return super().__rsub__(other) * 2
+
+
+def test_operators_called_by_their_names_mean_in_compiled_code_what_they_meant(x):
+    def step(x):
+        return torch.Tensor.__rsub__(x, 2) + torch.Tensor.__rsub__(x, x + 1) + torch.Tensor.__rtruediv__(x, 2)
+
+    with go.override({torch.relu: doubled}):
+        torch.relu(x)
+        closely(torch.compile(step, backend="eager", fullgraph=True)(x), (2 - x) + 1 + 2 / x)
+    with pytest.raises(Exception, match="__torch_function__ overrides"):  # torch does not find that of the class
+        torch.compile(lambda x: 2 - x, backend="eager", fullgraph=True)(x.detach().as_subclass(Doubling))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

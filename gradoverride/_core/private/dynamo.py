@@ -119,8 +119,9 @@ _shown: list[Any] = []
 
 
 def _let_dynamo_show_builtins(_: Any) -> None:
-    """The same of what Python's own `abs` and `pow` are for a tensor: Dynamo takes them for operations of the graph. By
-    the public door for that, where nobody else has been there.
+    """The same of Python's own `abs` and `pow`, which Dynamo takes for operations of the graph, and of two operators of
+    tensors in Python, which it traces into where they are called by name. By the public door for that, where nobody
+    else has been there.
     """
 
     def absolute(x: Any, /) -> Any:
@@ -129,9 +130,17 @@ def _let_dynamo_show_builtins(_: Any) -> None:
     def power(base: Any, exp: Any, mod: Any = None) -> Any:
         return operator.pow(base, exp) if mod is None else base.__pow__(exp, mod)
 
-    for builtin, instead, folds in ((abs, absolute, False), (pow, power, True)):
+    # (A subclass of tensors may call it in an operator of its own. Dynamo refuses these, and does so for this.)
+    def minus(self: Any, other: Any) -> Any:
+        return self.__rsub__(other) if type(self) in (torch.Tensor, torch.nn.Parameter) else NotImplemented
+
+    def over(self: Any, other: Any) -> Any:
+        return self.__rtruediv__(other) if type(self) in (torch.Tensor, torch.nn.Parameter) else NotImplemented
+
+    operators = ((torch.Tensor.__rsub__, minus, False), (torch.Tensor.__rtruediv__, over, False))
+    for function, instead, folds in ((abs, absolute, False), (pow, power, True), *operators):
         with contextlib.suppress(ValueError):
-            torch.compiler.substitute_in_graph(builtin, can_constant_fold_through=folds)(instead)
+            torch.compiler.substitute_in_graph(function, can_constant_fold_through=folds)(instead)
 
 
 @evaluated_while_tracing
