@@ -35,7 +35,13 @@ from gradoverride._core.generators import RUN_LATER, in_steps
 from gradoverride._core.higher_order import run_under
 from gradoverride._core.layers import FunctionRule
 from gradoverride._core.plan import Plan
-from gradoverride._core.private.dynamo import dynamo_shows, fail, is_compiled_graph, let_dynamo_show
+from gradoverride._core.private.dynamo import (
+    dynamo_shows,
+    fail,
+    is_compiled_graph,
+    is_named_while_tracing,
+    let_dynamo_show,
+)
 from gradoverride._core.private.modes import HigherOrderOperator, in_checkpoint_replay, in_reentrant_checkpoint
 from gradoverride._core.rule import passing
 from gradoverride._core.signature import Forward
@@ -89,6 +95,8 @@ class FunctionMode(TorchFunctionMode):
                         return within(*args, **kwargs)
         run = self.runs.get(func)
         if run is not None:
+            if not eager and func in _FOR_BUILTINS and not is_named_while_tracing(func):
+                return func(*args, **kwargs)
             return run(*args, **kwargs)
         body = self.bodies.get(func)
         if body is not None:
@@ -105,6 +113,10 @@ class FunctionMode(TorchFunctionMode):
             if getattr(Tensor, name, None) is func:  # Dynamo knows the methods of a tensor, not what is behind some
                 return getattr(args[0], name)(*args[1:], **kwargs)
         return func(*args, **kwargs)
+
+
+# What Dynamo calls where Python's `max` and `min` choose one of two tensors, or a number, and call nothing of torch.
+_FOR_BUILTINS = (torch.maximum, torch.minimum, torch.clamp)
 
 
 def _refuse_unseen(names: tuple[str, ...]) -> None:

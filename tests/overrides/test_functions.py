@@ -202,6 +202,29 @@ def test_builtins_of_python_are_spellings_in_compiled_code(everywhere, x):
     closely(gradient(model, x), gradient(step, x))
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("everywhere", [False, True], ids=["in a model", "everywhere"])
+def test_what_python_chooses_has_the_rule_of_no_function(everywhere, compiled, x):
+    def step(x):
+        first, second, third = x[0, 0], x[0, 1], torch.maximum(x[0, 2], x[1, 0])
+        return max(first, second, third) + 2 * min(first, second) + 3 * max(first, -9.0) + 4 * third
+
+    def by_hand(x):
+        first, second = x[0, 0], x[0, 1]
+        third = x[0, 2] if x[0, 2] > x[1, 0] else x[1, 0]
+        third = third.detach() + 3 * (third - third.detach())
+        return max(first, second, third) + 2 * min(first, second) + 3 * max(first, -9.0) + 4 * third
+
+    model = Calls(lambda _, x: step(x))
+    called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    rules = {torch.maximum: tripled_each, torch.minimum: tripled_each, torch.clamp: tripled}
+    expected = torch.autograd.grad(by_hand(x.requires_grad_()), x)[0]
+    told = pytest.warns(go.GradOverrideWarning, match="of the function 'clamp' never ran while it was in force")
+    with told, go.override(rules) if everywhere else go.override(model, rules):
+        result = called(x)
+    closely(torch.autograd.grad(result, x)[0], expected)
+
+
 class Doubling(torch.Tensor):
     """A tensor with an operator of its own."""
 

@@ -29,6 +29,7 @@ __all__ = [
     "take_noted",
     "versions_while_tracing",
     "is_updated_while_tracing",
+    "is_named_while_tracing",
     "defaults_while_tracing",
     "trace_gradients",
 ]
@@ -261,6 +262,20 @@ def _is_updated(node: Any) -> bool:
 _NORMS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
 
 
+def is_named_while_tracing(function: Any) -> bool:
+    """Whether a name in traced code leads to this function. Otherwise Dynamo has put it in the place of something else:
+    `torch.maximum`, where Python's `max` chooses one of two tensors.
+    """
+    keep_own_frames_whole()
+    _comptime(lambda context: _noted.append(_door_of(context.get_local("function"))))
+    return _noted_name()
+
+
+@evaluated_while_tracing
+def _noted_name() -> bool:
+    return getattr(take_noted()[-1], "source", True) is not None
+
+
 def defaults_while_tracing(function: Any) -> tuple[Any, ...]:
     """How many defaults a function has that Dynamo traces, and the names of those that are given by keyword.
 
@@ -278,11 +293,14 @@ def _noted_defaults(code: CodeType) -> tuple[Any, ...]:
     return found or (code.co_argcount - 1, *code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount])
 
 
-def _defaults_of(variable: Any) -> tuple[Any, ...] | None:
+def _door_of(variable: Any) -> Any:
+    """What Dynamo knows of a variable; None if it does not tell."""
     door = getattr(variable, "_i_will_not_complain_if_bc_breaks_VariableTracker", None)
-    if door is None:
-        return None
-    known = door().realize()
+    return door and door().realize()
+
+
+def _defaults_of(variable: Any) -> tuple[Any, ...] | None:
+    known = _door_of(variable)
     if hasattr(known, "fn"):
         return len(known.fn.__defaults__ or ()), *(known.fn.__kwdefaults__ or ())
     if not (hasattr(known, "defaults") and hasattr(known, "kwdefaults")):
