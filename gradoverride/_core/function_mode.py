@@ -36,11 +36,13 @@ from gradoverride._core.higher_order import run_under
 from gradoverride._core.layers import FunctionRule
 from gradoverride._core.plan import Plan
 from gradoverride._core.private.dynamo import (
+    as_dynamo_hands_on,
     dynamo_shows,
     fail,
     is_compiled_graph,
     is_named_while_tracing,
     let_dynamo_show,
+    on_traced,
 )
 from gradoverride._core.private.modes import HigherOrderOperator, in_checkpoint_replay, in_reentrant_checkpoint
 from gradoverride._core.rule import passing
@@ -71,6 +73,8 @@ class FunctionMode(TorchFunctionMode):
         own = frozenset(value for value in vars(Tensor).values() if isinstance(value, FunctionType))
         self.keys = keys
         self.unseen = tuple([name for name in names if name in INLINED])  # where Dynamo traces
+        if self.unseen:
+            on_traced(_refuse_traced)
         self.runs = runs  # all at once: the thread that has it may be running
         self.operators = tuple([(function, run) for function, run in runs.items() if function in own])
         self.bodies = reaching(names)  # what the code of these calls is to be seen too
@@ -121,11 +125,20 @@ _FOR_BUILTINS = (torch.maximum, torch.minimum, torch.clamp)
 
 def _refuse_unseen(names: tuple[str, ...]) -> None:
     for name in names:
-        fail(
-            UnsupportedError,
-            f"override of function '{name}': its calls must be seen, and torch.compile shows them to no "
-            "TorchFunctionMode. Leave the model uncompiled, or override what the function calls",
-        )
+        fail(UnsupportedError, _UNSEEN.format(name))
+
+
+_UNSEEN = (
+    "override of function '{}': its calls must be seen, and torch.compile shows them to no TorchFunctionMode. Leave "
+    "the model uncompiled, or override what the function calls"
+)
+
+
+def _refuse_traced() -> None:
+    """What Dynamo has traced may have such calls, and no other that a mode was shown."""
+    for mode in here.modes:
+        for name in getattr(mode, "unseen", ()):
+            raise as_dynamo_hands_on(UnsupportedError(_UNSEEN.format(name)))
 
 
 def _by_what_is_given(func: Any, types: Any, args: Any, kwargs: Any) -> Any:

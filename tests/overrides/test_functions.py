@@ -266,6 +266,23 @@ def test_a_rule_for_what_iteration_calls_is_refused_in_compiled_code(x):
             torch.compile(model, backend="eager", fullgraph=True)(x)
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("everywhere", [False, True], ids=["in a model", "everywhere"])
+def test_a_rule_for_iteration_is_refused_in_compiled_code_that_calls_nothing_else(everywhere, fullgraph, x):
+    part = torch.compile(lambda x: next(iter(x)), backend="eager", fullgraph=fullgraph)
+    model = Calls(lambda _, x: part(x))
+    first = F.one_hot(torch.tensor(0), 5).double()[:, None].expand(5, 3)
+    weights = torch.linspace(-1, 1, 3, dtype=torch.float64)
+    x.requires_grad_()
+    closely(torch.autograd.grad((model(x) * weights).sum(), x)[0], first * weights)
+    rules = {torch.unbind: lambda grad_output: torch.stack(grad_output) * 3}
+    told = pytest.warns(go.GradOverrideWarning, match="never ran")
+    refused = pytest.raises(go.UnsupportedError, match="override of function 'unbind': its calls must be seen, and")
+    with told, go.override(rules) if everywhere else go.override(model, rules), refused:
+        part(x) if everywhere else model(x)
+    closely(torch.autograd.grad((model(x) * weights).sum(), x)[0], first * weights)
+
+
 class Numbers:
     """An object with operators of its own."""
 

@@ -21,6 +21,7 @@ __all__ = [
     "as_dynamo_hands_on",
     "hidden_from_dynamo",
     "let_dynamo_show",
+    "on_traced",
     "dynamo_shows",
     "PAD",
     "is_compiled_graph",
@@ -117,6 +118,12 @@ def let_dynamo_show(functions: Iterable[Any]) -> None:
 
 
 _shown: list[Any] = []
+
+
+@functools.cache
+def on_traced(then: Callable[[], None]) -> None:
+    """Call `then` each time that Dynamo has traced code, before that runs: by its hook for those who log that."""
+    on_import("torch._dynamo.convert_frame", lambda module: module.register_bytecode_hook(lambda *_: then()))
 
 
 def _let_dynamo_show_builtins(_: Any) -> None:
