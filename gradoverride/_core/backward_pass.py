@@ -150,6 +150,8 @@ class Backward:
         rule = self.call.rule
         collector = self._collector() if self.plan.class_form else None
         first = (grad_output,) if collector is None else (collector.stand_in, grad_output)
+        looks = self.plan.rule_code.accumulates and not (self.traced or torch.compiler.is_dynamo_compiling())
+        accumulated = self._accumulated(supplied) if looks else {}
         if self.traced:
             answer = rule(*first, **supplied)
         else:
@@ -160,7 +162,28 @@ class Backward:
                 raise
         if self.copied:
             write_back(self.copied)
+        if accumulated:
+            self._refuse_accumulated(accumulated)
         return answer, {} if collector is None else self._collected(collector)
+
+    def _accumulated(self, supplied: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor | None, int]]:
+        """By name, the leaves that the rule has, those of its module too, and what was accumulated in each."""
+        found = {**supplied, **{name: self.saved[slot] for name, slot in self.call.module_slots.items()}}
+        tensors = [(name, one) for name, one in found.items() if isinstance(one, Tensor)]
+        grads = [(name, one, one.grad) for name, one in tensors if one.requires_grad and one.is_leaf]
+        return {name: (one, grad, 0 if grad is None else grad._version) for name, one, grad in grads}
+
+    def _refuse_accumulated(self, before: dict[str, tuple[Tensor, Tensor | None, int]]) -> None:
+        """Raise the error for a rule that has changed what was accumulated: autograd would add to that."""
+        for name, (tensor, grad, version) in before.items():
+            if tensor.grad is not grad or (grad is not None and grad._version != version):
+                fail(
+                    RuleResultError,
+                    f"{self.plan.who} must return gradients, for autograd to accumulate each once, run hooks and "
+                    f"answer torch.autograd.grad; it has changed the grad of '{name}' itself (a backward() in it does "
+                    "so, and torch.autograd.grad does not). Return that gradient, in a dict by name; ask for a "
+                    "parameter by its name, or by 'params'",
+                )
 
     def _collector(self) -> Collector:
         call = self.call

@@ -13,7 +13,10 @@ __all__ = ["RuleCode", "is_known_method"]
 class RuleCode:
     """Read once a rule, and not for each forward: it takes longer than all else that a `Plan` decides."""
 
-    __slots__ = ("calls_vjp_once", "gives_alike", "is_algebra", "is_arithmetic", "names_by_name", "strings", "writes")
+    __slots__ = (
+        *("accumulates", "calls_vjp_once", "gives_alike", "is_algebra", "is_arithmetic", "names_by_name", "strings"),
+        "writes",
+    )
 
     def __init__(self, rule: Rule) -> None:
         fn = rule.fn
@@ -24,6 +27,7 @@ class RuleCode:
         self.gives_alike = purity.gives_alike(fn)
         self.strings = scan.strings(fn)  # a rule may answer for parameters whose names are among them
         self.names_by_name = scan.mentions(fn, "by_name")
+        self.accumulates = scan.mentions(fn, "grad") or scan.mentions(fn, "backward")  # perhaps
         self.calls_vjp_once = scan.called_once(fn, "vjp")
 
     @staticmethod

@@ -1,5 +1,6 @@
 """Methods of modules, and the parameters that they reach through `self`. Contract, sections 1 and 2."""
 
+import contextlib
 import copy
 import functools
 import re
@@ -882,6 +883,82 @@ def test_parameter_that_the_forward_does_not_use_stays_none():
     model = Model()
     model(float64(5.0)).backward()
     assert (model.used.grad.item(), model.unused.grad) == (5.0, None)
+
+
+# --- gradients that a rule puts on tensors itself ---
+
+
+def on_the_module(grad_output, x, module):
+    module.weight.grad = 5 * grad_output * x
+    return 3 * grad_output
+
+
+def into_what_was_accumulated(grad_output, x, module):
+    module.weight.grad.add_(5 * grad_output * x)
+    return 3 * grad_output
+
+
+def on_a_parameter(grad_output, x, weight):
+    weight.grad = 5 * grad_output * x
+    return {"x": 3 * grad_output, "weight": None}
+
+
+def on_the_argument(grad_output, x):
+    x.grad = 3 * grad_output
+    return 3 * grad_output
+
+
+def by_a_helper(grad_output, x, module):
+    put(module, 5 * grad_output * x)
+    return 3 * grad_output
+
+
+def put(module, grad):
+    module.weight.grad = grad
+
+
+def by_a_pass_within(grad_output, x, forward):
+    with torch.enable_grad():
+        alias = x.detach().requires_grad_()
+        forward(alias).backward(grad_output)
+    return alias.grad
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (on_the_module, "weight"),
+        (into_what_was_accumulated, "weight"),
+        (on_a_parameter, "weight"),
+        (on_the_argument, "x"),
+        (by_a_helper, "weight"),
+        (by_a_pass_within, "weight"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+@pytest.mark.parametrize("overridden", [False, True], ids=["decorated", "overridden"])
+def test_rule_that_accumulates_a_gradient_itself_is_refused(rule, name, overridden):
+    module, x = scale_module(left_to_autograd if overridden else rule), float64(3.0, 4.0)
+    module.weight.grad = float64(1.0, 1.0, grad=False)
+    told = f"{rule.__name__}.* must return gradients.* it has changed the grad of '{name}' itself .*Return that "
+    with go.override(module, {type(module): rule}) if overridden else contextlib.nullcontext():
+        result = module(x).sum()
+    with pytest.raises(go.RuleResultError, match=told):
+        result.backward()
+
+
+def test_rule_may_find_gradients_by_a_pass_of_its_own():
+    def rule(grad_output, x, forward):
+        with torch.enable_grad():
+            alias = x.detach().requires_grad_()
+            (alias * 7).backward(grad_output)
+            (found,) = torch.autograd.grad(forward(alias), alias, grad_output)
+        return alias.grad + found
+
+    module, x = scale_module(rule), float64(3.0, 4.0)
+    module(x).sum().backward()
+    exactly(x.grad, float64(9.0, 9.0, grad=False))
+    exactly(module.weight.grad, float64(3.0, 4.0, grad=False))
 
 
 # --- names ---
