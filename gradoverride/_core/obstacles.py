@@ -17,11 +17,11 @@ from gradoverride._core.layers import Layer
 from gradoverride._core.overridden import check, has_forward
 from gradoverride._core.paths import find
 from gradoverride._core.rule import Rule
-from gradoverride._core.scripted import called_in, is_scripted, scripted_callers, scripted_in
+from gradoverride._core.scripted import called_in, is_scripted, name_of_scripted, scripted_callers, scripted_in
 from gradoverride._core.targets import Class, Entry, Function, ImportPath, class_of
 from gradoverride.errors import GradOverrideWarning, UnsupportedError
 
-__all__ = ["check_calls", "check_forwards", "check_scripted", "warn_of_scripted"]
+__all__ = ["check_calls", "check_forwards", "check_scripted", "warn_of_made", "warn_of_scripted"]
 
 
 def check_scripted(entries: Sequence[Entry], modules: Mapping[str, nn.Module]) -> None:
@@ -81,12 +81,21 @@ def warn_of_scripted(names: Collection[str]) -> None:
     if not names or not scripted_callers(names):
         return
     gc.collect()  # it may be garbage
-    found = scripted_callers(names)
+    _warn_of_callers(scripted_callers(names))
+
+
+def warn_of_made(scripted: Any, names: Collection[str]) -> None:
+    """The same of what is made now."""
+    called = called_in(scripted, names) if is_scripted(scripted) else []
+    _warn_of_callers({name_of_scripted(scripted): name for name in called[:1]})
+
+
+def _warn_of_callers(found: Mapping[str, str]) -> None:
     if found:
         warnings.warn(
             f"override of function '{next(iter(found.values()))}': what calls it must run Python code for it to be "
             f"overridden; there is scripted or traced code that calls it and keeps its own gradient: "
-            f"{', '.join([repr(name) for name in found])}. Override before that is made, or leave it in Python",
+            f"{', '.join([repr(name) for name in found])}. Leave it in Python, or compile it with torch.compile",
             GradOverrideWarning,
-            stacklevel=4,
+            stacklevel=5,
         )

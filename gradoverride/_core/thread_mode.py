@@ -23,7 +23,9 @@ from gradoverride._core.ambient import here
 from gradoverride._core.class_patch import refresh
 from gradoverride._core.function_mode import FunctionMode
 from gradoverride._core.layers import FunctionLayer
+from gradoverride._core.obstacles import warn_of_made
 from gradoverride._core.private.modes import put_under_stack, take_off_stack
+from gradoverride._core.private.transforms import SCRIPTING
 from gradoverride.errors import GradOverrideWarning
 
 __all__ = ["put_on_thread", "take_off_thread"]
@@ -131,7 +133,7 @@ def _is_worker(frame: FrameType | None) -> bool:
     return False
 
 
-# --- threads that are started, and tasks that are given to threads
+# --- threads that are started, tasks that are given to threads, and what TorchScript is made of
 
 
 class _Inherited:
@@ -200,9 +202,24 @@ def _handing(original: Callable[..., Any]) -> Any:
     return hand
 
 
-def _places() -> Iterator[tuple[type, str, Callable[..., Any]]]:
+def _scripting(original: Callable[..., Any]) -> Any:
+    """What `torch.jit.script` calls, and `torch.jit.load`."""
+
+    @functools.wraps(original)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        made, standing = original(*args, **kwargs), _standing_here()
+        if standing is not None:
+            warn_of_made(made, [layer.key.name for layer in standing.layers])
+        return made
+
+    return make
+
+
+def _places() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     from multiprocessing.pool import ThreadPool  # nobody may need it otherwise
 
+    for owner, name in SCRIPTING:
+        yield owner, name, _scripting
     yield threading.Thread, "start", _starting
     yield ThreadPoolExecutor, "submit", _handing
     for name in ("apply", "apply_async", "imap", "imap_unordered", "map", "map_async", "starmap", "starmap_async"):
@@ -210,7 +227,7 @@ def _places() -> Iterator[tuple[type, str, Callable[..., Any]]]:
 
 
 # What is in these places while rules stand. Where others have wrapped it, it stays, and does nothing.
-_ours: list[tuple[type, str, Any, bool]] = []
+_ours: list[tuple[Any, str, Any, bool]] = []
 
 
 def _see_starts() -> None:

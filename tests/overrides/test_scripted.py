@@ -1,6 +1,7 @@
 """TorchScript, which runs no Python code: where rules for functions could be passed by, that is told. Contract, section
 5."""
 
+import io
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from oracles import closely, exactly, noise
 from torch import nn
+from torch.jit import script
 
 import gradoverride as go
 from overrides.models import doubled, gradient, tripled
@@ -42,6 +44,19 @@ def scripted_function():
 
 def traced_function():
     return torch.jit.trace(step, noise(5, 3, grad=False))
+
+
+def scripted_by_an_imported_name():
+    return script(Part())
+
+
+def loaded():
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", go.GradOverrideWarning)
+        torch.jit.save(scripted_part(), file)
+    file.seek(0)
+    return torch.jit.load(file)
 
 
 MADE = {one.__name__: one for one in (scripted_part, traced_part, scripted_function, traced_function)}
@@ -181,6 +196,21 @@ class TestInTheWholeProcess:
         monkeypatch.setattr(torch.jit, "of_a_test", scripted_function(), raising=False)
         with pytest.warns(go.GradOverrideWarning, match="keeps its own gradient: .*'step'"):
             go.override({F.relu: doubled}).remove()
+
+    @pytest.mark.parametrize("make", [scripted_by_an_imported_name, scripted_function, loaded])
+    def test_one_that_is_made_while_it_is_in_force_is_warned_of(self, make, x):
+        plain = gradient(make(), x)
+        with go.override({F.relu: doubled}):
+            with pytest.warns(go.GradOverrideWarning, match="its own gradient: '(Part|step)'. Leave it in") as told:
+                made = make()
+            exactly(gradient(made, x), plain)
+        assert {one.filename for one in told if one.category is go.GradOverrideWarning} == {__file__}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", go.GradOverrideWarning)
+            make()
+            with go.override({torch.tanh: tripled}):
+                torch.tanh(x)
+                make()
 
     def test_nothing_is_told_of_one_that_does_not_call_it_or_is_gone(self, x):
         module, gone = scripted_part(), [torch.jit.script(nn.Sigmoid())]

@@ -1,4 +1,4 @@
-"""Transforms of torch.func, forward mode, and the tracers of torch.jit and torch.fx."""
+"""Transforms of torch.func, forward mode, torch.jit and torch.fx."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ __all__ = [
     "jit_tracer",
     "IN_TRACER",
     "may_be_symbolic",
+    "SCRIPTING",
 ]
 
 # --- transforms of torch.func, forward mode ---
@@ -115,7 +116,7 @@ def in_batched_autograd() -> bool:
     return depth > 0
 
 
-# --- tracers: torch.jit, torch.fx ---
+# --- torch.jit, torch.fx ---
 
 # `torch.jit.is_tracing` asks whether it is itself scripted before.
 is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]  # it is public
@@ -154,6 +155,21 @@ jit_tracer: Any = _jit if hasattr(_jit, "_trace_module_map") else _Tracers()
 # The flags of torch.fx and make_fx, and of torch.jit.trace for modules. As code, like IN_FORWARD_AD.
 _IN_FX = "flags.__dict__.get('flag')" if isinstance(fx_tracer, _OfThread) else "_is_fx_tracing_flag"
 IN_TRACER = f"_go_fx_tracer.{_IN_FX} or _go_jit_tracer._trace_module_map is not None"
+
+
+def _places_of_scripting() -> Iterator[tuple[Any, str]]:
+    public = torch.jit
+    for module, name, stands_for in (
+        (getattr(public, "_script", None), "_script_impl", "script"),
+        (getattr(public, "_serialization", None), "wrap_cpp_module", "load"),
+    ):
+        yield (module, name) if hasattr(module, name) else (public, stands_for)
+
+
+SCRIPTING = tuple(_places_of_scripting())
+"""What `torch.jit.script` and `torch.jit.load` call, under whichever names they were imported, for what they give:
+modules and names in them. Without these the functions themselves, as others find them in `torch.jit`.
+"""
 
 
 def may_be_symbolic() -> bool:
