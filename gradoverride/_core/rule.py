@@ -59,7 +59,9 @@ class Rule:
         signature = read_signature(read)
         if signature is None:
             return  # a builtin such as torch.neg: a rule of the gradient alone
-        parameters = list(signature.parameters.values())[1 if method else 0 :]
+        parameters = list(signature.parameters.values())
+        if method and parameters and parameters[0].kind in POSITIONAL:
+            del parameters[0]
         if not parameters or parameters[0].kind not in POSITIONAL:
             raise RuleSignatureError(
                 f"rule {self.who} must take the gradient as its first positional parameter, "

@@ -47,6 +47,8 @@ RESERVED = {
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _RECEIVERS = ("self", "cls", "mcs")
+# Of a method that takes all in `*args`, as one does that a decorator without functools.wraps gives.
+_RECEIVER_IN_ARGS = inspect.Parameter("_go_self", inspect.Parameter.POSITIONAL_ONLY)
 
 
 def name_of(fn: Any) -> str:
@@ -91,9 +93,13 @@ class Forward:
         self.reserved = tuple([name for name in reserved if name not in none])  # those that it has something for
         self.lacks = lacks  # what to say of the others
         parameters = [] if self.signature is None else list(self.signature.parameters.values())
+        if method and self.signature is not None and (not parameters or parameters[0].kind not in POSITIONAL):
+            parameters.insert(0, _RECEIVER_IN_ARGS)
+            self.signature = self.signature.replace(parameters=parameters)
         self.receiver_name = parameters[0].name if parameters else ""  # if it is a method
-        self.named_so = bool(parameters) and parameters[0].name in _RECEIVERS
-        self.read_so = self.named_so or (bool(parameters) and parameters[0].kind in POSITIONAL and self._is_in_class)
+        first = bool(parameters) and parameters[0].kind in POSITIONAL
+        self.named_so = first and parameters[0].name in _RECEIVERS
+        self.read_so = self.named_so or (first and self._is_in_class)
         self.takes_self = receiver is None and bool(parameters) and (self.read_so if method is None else method)
         self.parameters = None if self.signature is None else parameters[1 if self.takes_self else 0 :]
         self.is_method = self.takes_self or receiver is not None

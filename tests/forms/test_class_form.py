@@ -939,3 +939,64 @@ def test_rule_that_answers_for_parameters_alone_must_still_answer_for_each():
 
     with pytest.raises(go.RuleResultError, match=r"asks for the parameter 'weight' and must answer for its gradient"):
         Lookup()(torch.tensor([0, 1])).sum().backward()
+
+
+def passing_on(method):
+    def anything(*args, **kwargs):  # without functools.wraps
+        return method(*args, **kwargs)
+
+    return anything
+
+
+class TakesAnything(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(float64(2.0, 3.0))
+
+    @passing_on
+    def forward(self, x):
+        return x * self.weight
+
+
+class TakesAll(TakesAnything):
+    def forward(*args):
+        self, x = args
+        return x * self.weight
+
+
+def _with_backward(cls):
+    class WithBackward(cls):
+        def backward(self, grad_output, input):
+            self.weight.grad = 7 * grad_output * input
+            return 5 * grad_output
+
+    return go.custom_backward(WithBackward)()
+
+
+def _with_rule(cls):
+    class WithRule(cls):
+        forward = cls.forward
+
+    return go.custom_backward(lambda grad_output, vjp: 5 * vjp(grad_output))(WithRule)()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("decorate", [_with_backward, _with_rule])
+@pytest.mark.parametrize("cls", [TakesAnything, TakesAll])
+def test_class_whose_forward_takes_its_self_in_args_has_the_rule(cls, decorate, compiled):
+    layer, x = decorate(cls), float64(1.0, 10.0)
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    run(x).sum().backward()
+    answered = decorate is _with_backward
+    exactly(x.grad, float64(5.0, 5.0, grad=False) if answered else 5 * layer.weight.detach())
+    exactly(layer.weight.grad, (7 if answered else 1) * x.detach())
+
+
+def test_backward_that_takes_its_self_in_args_is_refused_with_its_signature():
+    with pytest.raises(go.RuleSignatureError, match=r"rule 'anything' .* it takes \(\*args, \*\*kwargs\)$"):
+
+        @go.custom_backward
+        class Layer(TakesAnything):
+            @passing_on
+            def backward(self, grad_output):
+                return grad_output

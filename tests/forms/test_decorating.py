@@ -443,6 +443,22 @@ def test_rule_of_the_outer_decorator_sees_the_inner_one_as_its_vjp():
     exactly(x.grad, float64(70.0, grad=False))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: go.custom_backward(lambda grad_output: {"self": 5 * grad_output})(lambda *, self: self * 2)(self=x),
+        lambda x: go.custom_backward(lambda grad_output: {"cls": 5 * grad_output})(lambda *, cls=None: cls * 2)(cls=x),
+        lambda x: go.custom_backward(lambda grad_output: (5 * grad_output,))(lambda *self: self[0] * 2)(x),
+        lambda x: go.custom_backward(lambda grad_output: 5 * grad_output)(lambda **self: self["x"] * 2)(x=x),
+    ],
+    ids=["keyword", "keyword_cls", "args", "kwargs"],
+)
+def test_argument_called_self_that_cannot_be_a_receiver_is_an_argument(call):
+    x = float64(1.0, 2.0)
+    call(x).sum().backward()
+    exactly(x.grad, float64(5.0, 5.0, grad=False))
+
+
 def test_recursive_function_applies_its_rule_at_each_level():
     @go.custom_backward(lambda grad_output, vjp: 2 * vjp(grad_output))
     def recursive(x, depth):
