@@ -6,6 +6,7 @@ module is as it was on the stand-in that the forward runs on again.
 
 from __future__ import annotations
 
+import inspect
 from types import MemberDescriptorType
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradoverride._core.by_class import once_per_class
-from gradoverride._core.private.marks import RNN_REFERENCES, RNN_WEIGHTS
+from gradoverride._core.private.marks import RNN_REFERENCES, RNN_WEIGHTS, evaluated_while_tracing
 from gradoverride._core.targets import RECORD
 
 __all__ = ["Snapshot", "snapshots"]
@@ -27,7 +28,7 @@ class Snapshot(NamedTuple):
 
     attributes: dict[str, Any]
     buffers: dict[str, Any]
-    slots: dict[Any, Any]  # by their descriptors, which are in the class
+    slots: dict[str, Any]
 
     @classmethod
     def of(cls, module: nn.Module) -> Snapshot:
@@ -55,11 +56,11 @@ class Snapshot(NamedTuple):
 
     def put_in_slots(self, module: nn.Module) -> None:
         """Give what is in slots to the module."""
-        for slot, value in self.slots.items():
+        for name, value in self.slots.items():
             if value is _MISSING:
-                slot.__delete__(module)
+                object.__delattr__(module, name)
             else:
-                slot.__set__(module, value)
+                object.__setattr__(module, name, value)
 
 
 def snapshots(module: nn.Module) -> dict[str, Snapshot]:
@@ -95,22 +96,17 @@ def _cut(buffer: Any) -> Any:
     return buffer.detach() if isinstance(buffer, Tensor) else buffer
 
 
-def _in_slots(module: nn.Module) -> dict[Any, Any]:
-    if torch.compiler.is_dynamo_compiling():  # which knows no slots
-        return {}
+def _in_slots(module: nn.Module) -> dict[str, Any]:
     cls: Any = type(module)
-    found = {}
-    for slot in _slots_of(cls):
-        try:
-            found[slot] = slot.__get__(module)
-        except AttributeError:  # it is empty
-            continue
-    return found
+    names = _slots_of(cls)  # an empty one may bear the name of a parameter
+    tables: list[Any] = [module._parameters, module._buffers, module._modules] if names else []
+    filled = [name for name in names if hasattr(module, name) and not any(name in table for table in tables)]
+    return {name: getattr(module, name) for name in filled}
 
 
+@evaluated_while_tracing
 @once_per_class
-def _slots_of(cls: Any) -> tuple[Any, ...]:
+def _slots_of(cls: Any) -> tuple[str, ...]:
     """The attributes of instances of `cls` that are in `__slots__`, not in `__dict__`."""
-    return tuple(
-        member for base in cls.__mro__ for member in vars(base).values() if isinstance(member, MemberDescriptorType)
-    )
+    names = {name for base in cls.__mro__ for name in vars(base)}
+    return tuple([n for n in sorted(names) if isinstance(inspect.getattr_static(cls, n), MemberDescriptorType)])

@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import functools
+import gc
 import re
 import types
+import weakref
 from typing import Any
 
 import pytest
@@ -1268,6 +1270,59 @@ def test_module_with_slots_keeps_them_before_the_rule_and_what_the_forward_puts_
     closely((x.grad, module.weight.grad), (float64(6.0, 6.0, grad=False), float64(7.0, 14.0, grad=False)))
     assert module.calls == 1
     assert not hasattr(module, "empty")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_slots_are_there_in_the_forward_and_in_the_rule_in_compiled_code_too(compiled):
+    class Scaled(nn.Module):
+        __slots__ = ("factor", "seen")
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(2.0, 2.0))
+            self.factor = 3.0
+
+        @go.custom_backward(
+            lambda grad_output, x, weight, module: {
+                "x": grad_output * weight * getattr(module, "factor", 100.0),
+                "weight": grad_output * x * 7,
+            }
+        )
+        def forward(self, x):
+            self.seen = hasattr(self, "seen")
+            return x * self.weight * getattr(self, "factor", 100.0)  # it must not look as if there were none
+
+    module = Scaled()
+    run = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+    for seen in (False, True):
+        module.zero_grad()
+        x = float64(1.0, 2.0)
+        y = run(x)
+        y.sum().backward()
+        exactly(y.detach(), float64(6.0, 12.0, grad=False))
+        closely((x.grad, module.weight.grad), (float64(6.0, 6.0, grad=False), float64(7.0, 14.0, grad=False)))
+        assert module.seen is seen
+
+
+def test_class_with_slots_is_let_go():
+    def used():
+        class Scaled(nn.Module):
+            __slots__ = ("factor",)
+
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(float64(2.0))
+
+            @go.custom_backward(lambda grad_output, module: {"x": grad_output * module.weight, "weight": None})
+            def forward(self, x):
+                return x * self.weight
+
+        Scaled()(float64(1.0)).backward()
+        return weakref.ref(Scaled)
+
+    gone = used()
+    gc.collect()
+    assert gone() is None
 
 
 def test_forward_may_take_away_a_buffer_and_an_attribute():
