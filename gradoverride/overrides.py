@@ -153,6 +153,7 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
         names = functions_called(module)
         calling.setdefault(id(names), (names, []))[1].append(added)
     before = {function for module, _ in placed.values() for function in functions_of(module)}
+    before.update(layers_on_paths(scoped=True))
     for target, rule in called:
         name = str(target.name)
         layer = FunctionLayer(name, rule, "", names_of[target], order, _first_free(count(), before, name, rule))
@@ -195,9 +196,10 @@ def _override_everywhere(rules: Registry) -> Override:
     check_forwards(_called(entries), chain(ruled, ((record.subject.base, record.layers) for record in all_in_force())))
     for (of_class, _), layer_of_class in zip(classes.values(), layers, strict=True):
         puts.append(partial(on_class, of_class, layer_of_class, of_class.path))
+    before_all = [*everywhere.functions, *layers_on_paths()]
     for target, rule in _called(entries):
         name = str(target.name)
-        nth = _first_free(count(-1, -1), everywhere.functions, name, rule)  # a model has none of these
+        nth = _first_free(count(-1, -1), before_all, name, rule)  # a model has none of these
         layer = FunctionLayer(name, rule, EVERYWHERE, _named(target), order, nth)
         if isinstance(target, ImportPath):
             puts.append(partial(on_path, target.value, layer, scoped=False))

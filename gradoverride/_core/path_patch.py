@@ -32,7 +32,7 @@ from gradoverride._core import everywhere, scan
 from gradoverride._core.ambient import here
 from gradoverride._core.function_mode import count, note_unrecorded
 from gradoverride._core.imports import resolve_path
-from gradoverride._core.layers import FunctionLayer, FunctionRule
+from gradoverride._core.layers import FunctionLayer, FunctionRule, Order
 from gradoverride._core.paths import PENDING, parts_of, way_to_apply
 from gradoverride._core.plan import Plan
 from gradoverride._core.private.dynamo import fail
@@ -164,7 +164,9 @@ class _Replacement:
         """Have these rules, the last one outermost; each with whether it is for certain models only."""
         self.layers = layers
         run = self.function
-        for layer, scoped in layers:
+        # The rule of a model and that of its copies is one.
+        steps = {layer.key if scoped else layer: (layer, scoped) for layer, scoped in sorted(layers, key=_place_among)}
+        for layer, scoped in steps.values():
             run = self._step(layer, scoped, run)
         self.run_from_now_on(run)
         if self.backward is not None:
@@ -375,12 +377,16 @@ def _is_ours(holder: Any) -> bool:
     return any(type(owner).__module__.startswith("gradoverride.") for owner in owners)
 
 
+def _place_among(layer: tuple[FunctionLayer, bool]) -> Order:
+    return layer[0].order
+
+
 _replacements: list[_Replacement] = []
 
 
-def layers_on_paths() -> list[FunctionLayer]:
-    """The rules in force on what paths name, of the whole process, an inner one before an outer one."""
-    found = [layer for one in _replacements for layer, scoped in one.layers if not scoped]
+def layers_on_paths(*, scoped: bool = False) -> list[FunctionLayer]:
+    """The rules in force on what paths name, an inner one before an outer one: of the whole process, or of models."""
+    found = [layer for one in _replacements for layer, of_models in one.layers if of_models is scoped]
     return sorted(dict.fromkeys(found), key=lambda layer: layer.order)
 
 

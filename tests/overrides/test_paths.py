@@ -16,6 +16,11 @@ from torch import nn
 import gradoverride as go
 from overrides.models import doubled, gradient, guided, negated, tripled
 
+
+def plus_one(grad_output, vjp):
+    return vjp(grad_output) + 1
+
+
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning",  # Dynamo's own doing, for any Function
 )
@@ -638,6 +643,27 @@ class TestInAModel:
             closely(gradient(model, x), 4 * plain)
             assert told == ["second", "first"]
             closely(gradient(users.uses, x), 2 * plain)
+
+    def test_of_two_models_is_one_call_in_each(self, users, x):
+        one, other = nn.Sequential(users.Model()), nn.Sequential(users.Model())
+        both = nn.Sequential(one, other)
+        plain, of_both = gradient(one, x), gradient(both, x)
+        with go.override(one, {CUBE: tripled}), go.override(other, {CUBE: tripled}):
+            closely(gradient(one, x), 3 * plain)
+            closely(gradient(other, x), 3 * plain)
+            closely(gradient(both, x), 9 * of_both)
+
+    def test_of_two_models_in_another_order_each(self, users, x):
+        one, other = users.Model(), users.Model()
+        plain = gradient(one, x)
+        with (
+            go.override(one, {CUBE: doubled}),
+            go.override(one, {CUBE: plus_one}),
+            go.override(other, {CUBE: plus_one}),
+            go.override(other, {CUBE: doubled}),
+        ):
+            closely(gradient(one, x), 2 * plain + 1)
+            closely(gradient(other, x), 2 * (plain + 1))
 
     def test_removal_out_of_order(self, users, functions, x):
         plain, before = gradient(functions.cube, x), functions.cube
