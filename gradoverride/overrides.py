@@ -38,7 +38,17 @@ from gradoverride._core.overridden import (
 from gradoverride._core.path_patch import check_names, check_path, layers_on_paths
 from gradoverride._core.paths import find, place_of
 from gradoverride._core.private.marks import uncompiled
-from gradoverride._core.puts import Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
+from gradoverride._core.puts import (
+    Put,
+    Puts,
+    on_class,
+    on_copies,
+    on_modules,
+    on_none,
+    on_path,
+    on_thread,
+    take_off_given_up,
+)
 from gradoverride._core.record import all_in_force
 from gradoverride._core.rule import Rule
 from gradoverride._core.scripted import is_scripted
@@ -278,6 +288,7 @@ def remove_overrides(model: nn.Module) -> None:
     _check_model("remove_overrides", model)
     for module in modules_of(model).values():
         take_off(module, (*layers_of(module), *functions_of(module)))
+    take_off_given_up()
 
 
 def _check_model(who: str, model: Any) -> None:

@@ -123,13 +123,22 @@ class FunctionLayer:
         return self.key.rule
 
     @property
+    def of_path(self) -> bool:
+        """Whether it is for what an import path names, and no function of torch."""
+        return ":" in self.key.name
+
+    @property
     def known_calls(self) -> int | None:
         """The same of calls of the function."""
         return self.tally.known(traced=self.key.traced)
 
+    def again(self) -> FunctionLayer:
+        """The same for a copy, with a count of its own."""
+        return FunctionLayer(self.key.name, self.rule, self.path, self.target, self.order, self.key.nth)
+
     def __deepcopy__(self, memo: Any) -> FunctionLayer:
         """One for all modules of the copy."""
-        copied = FunctionLayer(self.key.name, self.rule, self.path, self.target, self.order, self.key.nth)
+        copied = self.again()
         memo[id(self)] = copied
         return copied
 

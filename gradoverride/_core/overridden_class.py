@@ -248,7 +248,8 @@ def give(module: nn.Module, state: _State) -> None:
     layers = tuple([layer.again() for layer in state.layers])
     cls: Any = type(module)
     base = base_of_class(cls)
-    module.__dict__[RECORD] = Record(Subject.of(base, module), layers, state.functions, ModuleTally(copied=True))
+    subject, tally = Subject.of(base, module), ModuleTally(copied=True)
+    module.__dict__[RECORD] = Record(subject, layers, state.functions, tally, of_copy=True)
 
 
 def _given(module: nn.Module, copied: Any, by: str, again: Callable[[_State], _State]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,14 +12,25 @@ from torch import nn
 
 from gradoverride._core import everywhere, overridden
 from gradoverride._core.class_patch import check_classes, put_on_class, take_off_class
-from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, Order
+from gradoverride._core.layers import ClassLayer, FunctionLayer, FunctionRule, Layer, Order
 from gradoverride._core.path_patch import check_path, put_on_path, stands_on_path, take_off_path
 from gradoverride._core.paths import PENDING, find, when_imported
 from gradoverride._core.targets import Class, class_of, modules_of
 from gradoverride._core.thread_mode import put_on_thread, take_off_thread
 from gradoverride.errors import GradOverrideWarning
 
-__all__ = ["Put", "Puts", "on_class", "on_copies", "on_modules", "on_none", "on_path", "on_thread"]
+__all__ = [
+    "Put",
+    "Puts",
+    "keep_on_path",
+    "on_class",
+    "on_copies",
+    "on_modules",
+    "on_none",
+    "on_path",
+    "on_thread",
+    "take_off_given_up",
+]
 
 
 class Put(NamedTuple):
@@ -104,6 +116,7 @@ def _taking_off(placed: Placed) -> Callable[[], None]:
             module = reference()
             if module is not None:
                 overridden.take_off(module, layers)
+        take_off_given_up()
 
     return take_off
 
@@ -177,7 +190,7 @@ def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
 
     value = find(path)
     if value is not PENDING:
-        put(value)
+        put_if_it_fits(value)
     call_off = when_imported(path, put_if_it_fits)
     own = _of_calls(layer, "", take_off)
     return [
@@ -186,3 +199,31 @@ def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
             awaits=lambda: (puts or [own])[0].awaits(),
         )
     ]
+
+
+class _Kept:
+    """A rule for what a path names, of copies of a model: on it as long as one of them has it."""
+
+    def __init__(self, layer: FunctionLayer) -> None:
+        (put,) = on_path(layer.key.name, layer.again(), scoped=True)
+        weakref.finalize(self, _given_up.append, put.take_off).atexit = False
+
+
+_kept: weakref.WeakValueDictionary[FunctionRule, _Kept] = weakref.WeakValueDictionary()
+_given_up: list[Callable[[], None]] = []  # to be taken off: not when a copy goes, for that may be at any time
+_lock = threading.RLock()
+
+
+def keep_on_path(layer: FunctionLayer) -> _Kept:
+    """What keeps the rule of `layer` on what its path names, for a copy, which has no handle."""
+    kept = _kept.get(layer.key)
+    if kept is None:
+        kept = _kept[layer.key] = _Kept(layer)
+    return kept
+
+
+def take_off_given_up() -> None:
+    """Take off what no copy has any more."""
+    with _lock:
+        while _given_up:
+            _given_up.pop()()

@@ -29,7 +29,8 @@ class Record:
     """What is in force on a module. It pickles as its layers."""
 
     __slots__ = (
-        *("__weakref__", "chain", "counted", "forward", "functions", "layers", "scope", "seen", "subject", "tally"),
+        *("__weakref__", "chain", "counted", "forward", "functions", "layers", "paths", "scope", "seen", "subject"),
+        "tally",
     )
 
     # What `refresh` finds:
@@ -46,8 +47,11 @@ class Record:
         functions: tuple[FunctionLayer, ...],
         tally: ModuleTally,
         like: Record | None = None,
+        *,
+        of_copy: bool = False,
     ) -> None:
-        """`like`: one of the same subject under the same rules, in the same order."""
+        """`like`: one of the same subject under the same rules, in the same order. `of_copy`: it is under no handle."""
+        self.paths = _kept(functions) if of_copy else None
         self.subject = subject
         self.layers = layers
         self.functions = functions
@@ -76,7 +80,7 @@ class Record:
 
     def but(self, layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
         """The same with these layers instead."""
-        return Record(self.subject, layers, functions, self.tally)
+        return Record(self.subject, layers, functions, self.tally, of_copy=self.paths is not None)
 
     def leave(self) -> None:
         """It is on no module any more. Compiled code may keep it alive."""
@@ -86,7 +90,7 @@ class Record:
     def __deepcopy__(self, memo: Any) -> Record:
         self.tally.copied = True
         layers = tuple([layer.again() for layer in self.layers])
-        return Record(self.subject, layers, copy.deepcopy(self.functions, memo), ModuleTally(copied=True))
+        return Record(self.subject, layers, copy.deepcopy(self.functions, memo), ModuleTally(copied=True), of_copy=True)
 
     def __reduce__(self) -> Any:
         return _record_again, (self.subject, self.layers, self.functions)
@@ -110,4 +114,11 @@ def refresh_all() -> None:
 
 
 def _record_again(subject: Subject, layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
-    return Record(subject, layers, functions, ModuleTally())
+    return Record(subject, layers, functions, ModuleTally(), of_copy=True)
+
+
+def _kept(functions: tuple[FunctionLayer, ...]) -> list[Any]:
+    """What keeps the rules of a copy on what paths name."""
+    from gradoverride._core.puts import keep_on_path  # which puts records on modules
+
+    return [keep_on_path(layer) for layer in functions if layer.of_path]

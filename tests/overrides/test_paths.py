@@ -1,7 +1,9 @@
 """Import paths as targets: what is there, what is made later, what is imported later. Contract, section 5."""
 
+import copy
 import functools
 import importlib
+import pickle
 import sys
 import textwrap
 import warnings
@@ -700,6 +702,91 @@ class TestInAModel:
             expected = gradient(model, x)
         with go.override(both) if whole else go.override(model, both):
             closely(gradient(model, x), expected)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "copy of a copy": lambda model: copy.deepcopy(copy.deepcopy(model)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+class TestCopyOfAModel:
+    """It has its rules for good, on a function that is another's too."""
+
+    def test_has_the_rules_when_those_of_the_original_are_gone(self, users, functions, x, copied):
+        before = functions.cube
+        model = users.Model()
+        plain = gradient(model, x)
+        with go.override(model, {CUBE: doubled}), go.override(model, {CUBE: tripled}):
+            other = copied(model)
+            closely(gradient(model, x), 6 * plain)
+            closely(gradient(other, x), 6 * plain)
+        closely(gradient(other, x), 6 * plain)
+        exactly(gradient(model, x), plain)
+        exactly(gradient(functions.cube, x), plain)
+        go.remove_overrides(other)
+        exactly(gradient(other, x), plain)
+        assert functions.cube is before is users.cube
+
+    def test_keeps_them_in_their_order_whichever_goes_first(self, users, functions, x, copied):
+        model = users.Model()
+        plain = gradient(model, x)
+        with go.override(model, {CUBE: doubled}) as first, go.override(model, {CUBE: plus_one}):
+            other = copied(model)
+            closely(gradient(model, x), 2 * plain + 1)
+            first.remove()
+            closely(gradient(model, x), plain + 1)
+            closely(gradient(other, x), 2 * plain + 1)
+        closely(gradient(other, x), 2 * plain + 1)
+        go.remove_overrides(other)
+
+    def test_that_is_gone_leaves_nothing_behind(self, users, functions, x, copied):
+        before = functions.cube
+        model = users.Model()
+        with go.override(model, {CUBE: doubled}):
+            other = copied(model)
+            gradient(model, x)
+            del other
+        assert functions.cube is before is users.cube
+
+    def test_goes_on_when_the_original_is_overridden_again(self, users, x, copied):
+        model = users.Model()
+        plain = gradient(model, x)
+        with go.override(model, {CUBE: doubled}):
+            gradient(model, x)
+            other = copied(model)
+        with go.override(model, {CUBE: doubled}), go.override(other, {CUBE: doubled}):
+            closely(gradient(model, x), 2 * plain)
+            closely(gradient(other, x), 4 * plain)
+        closely(gradient(other, x), 2 * plain)
+        go.remove_overrides(other)
+
+
+def test_a_pickle_that_is_loaded_after_the_override_has_the_rule_of_a_path(users, functions, x):
+    before = functions.cube
+    model = users.Model()
+    plain = gradient(model, x)
+    with go.override(model, {CUBE: doubled}):
+        gradient(model, x)
+        data = pickle.dumps(model)
+    assert functions.cube is before
+    loaded = pickle.loads(data)
+    closely(gradient(loaded, x), 2 * plain)
+    go.remove_overrides(loaded)
+    assert functions.cube is before
+
+
+def test_a_pickle_whose_path_names_nothing_any_more_is_an_error(users, functions, monkeypatch, x):
+    model = users.Model()
+    with go.override(model, {CUBE: doubled}):
+        gradient(model, x)
+        data = pickle.dumps(model)
+    monkeypatch.delattr(functions, "cube")
+    with pytest.raises(go.TargetNotFoundError, match=r"'thirdparty\.functions' must have 'cube'; it has not"):
+        pickle.loads(data)
 
 
 class TestTheForwardOfModulesThatHaveARule:
