@@ -100,7 +100,7 @@ def _bridged(attach: Callable[[Any], Any], kind: Any, fn: Any) -> Any:
     functools.update_wrapper(forward, fn)
     if not hasattr(fn, "__name__"):
         forward.__name__ = type(fn).__name__
-    forward.__dict__["of_arrays"] = True
+    forward.__dict__["__of_arrays__"] = True  # what wraps it is a function of tensors, and does not take this along
     signature = run.signature_of_ufunc()
     if signature is not None:
         forward.__dict__["__signature__"] = signature

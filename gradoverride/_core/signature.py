@@ -88,7 +88,7 @@ class Forward:
         self.place = scan.location(written) if place is None else place
         self.signature = signature or read_signature(written)
         self.receiver = receiver  # the object that a bound method is bound to
-        self.of_arrays = getattr(fn, "of_arrays", False)  # see `bridge`
+        self.of_arrays = getattr(fn, "__of_arrays__", False)  # see `bridge`
         none = ("vjp", "params") if self.of_arrays else ()
         self.reserved = tuple([name for name in reserved if name not in none])  # those that it has something for
         self.lacks = lacks  # what to say of the others

@@ -586,6 +586,14 @@ def test_vjp_is_not_there():
         go.bridge(lambda g, vjp: g)
 
 
+def test_vjp_of_what_it_gives_is_its_own_rule():
+    doubled = go.custom_backward(lambda grad_output, vjp: 2 * vjp(grad_output))
+    x = noise(3, 4)
+    closely(grad(doubled(cube)(x).sum(), x), 2 * 3 * x**2)
+    with go.override({f"{__name__}:cube": lambda grad_output, vjp: 5 * vjp(grad_output)}):
+        closely(grad(cube(x).sum(), x), 5 * 3 * x**2)
+
+
 def test_unknown_name():
     with pytest.raises(go.RuleSignatureError, match=r"asks for 'y', which does not exist. 'fn' .* offers 'x'"):
 
