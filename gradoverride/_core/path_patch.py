@@ -25,6 +25,7 @@ from types import (
 )
 from typing import Any, NamedTuple
 
+from torch import nn
 from torch.autograd import Function
 from torch.compiler import is_dynamo_compiling as compiling
 
@@ -40,7 +41,7 @@ from gradoverride._core.record import refresh_all
 from gradoverride._core.residuals import save_for_backward
 from gradoverride._core.rule import Made, Rule
 from gradoverride._core.signature import Forward, kind_of, resolve
-from gradoverride._core.targets import family
+from gradoverride._core.targets import class_of, family
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
 
@@ -58,6 +59,14 @@ def check_path(path: str, value: Any, rule: Rule) -> None:
         raise TargetError(
             f"override of path '{path}': it must name a function, a method or a class of modules; it names "
             f"{kind_of(inner)}{way_to_apply(inner)}"
+        )
+    owner = getattr(inner, "__self__", inner)
+    if isinstance(owner, nn.Module) and any([parameter.requires_grad for parameter in owner.parameters()]):
+        kind = class_of(owner).__name__
+        raise TargetError(
+            f"override of path '{path}': it must name a function, a method or a class of modules; it names "
+            f"{'a' if owner is inner else 'a method of a'} '{kind}' that is there, whose parameters would lose their "
+            f"gradients. Give the module itself, go.override(module, {{module: rule}}), or the method of its class"
         )
     module_name, attribute = parts_of(path)
     parent, name, _ = resolve_path(sys.modules[module_name], attribute)

@@ -886,6 +886,18 @@ class TestErrors:
         with pytest.raises(go.TargetError, match=text):
             go.override({path: doubled})
 
+    @pytest.mark.parametrize(("path", "kind"), [("layer", "a"), ("layer.forward", "a method of a")])
+    def test_of_a_module_whose_parameters_would_lose_their_gradients(self, functions, x, path, kind):
+        functions.layer = nn.Linear(3, 3).to(x.dtype)
+        path = f"thirdparty.functions:{path}"
+        text = rf"override of path '{path}': .* it names {kind} 'Linear' that is there, .* Give the module itself"
+        with pytest.raises(go.TargetError, match=text):
+            go.override({path: negated})
+        functions.layer.requires_grad_(False)
+        plain = gradient(functions.layer, x)
+        with go.override({path: lambda grad_output, vjp: -vjp(grad_output)}):
+            closely(gradient(functions.layer, x), -plain)
+
     def test_of_a_rule_whose_names_do_not_fit_and_nothing_is_changed(self, functions):
         before = functions.cube
         with pytest.raises(go.RuleSignatureError, match=r"asks for 'skale', which does not exist.*mean 'scale'"):
