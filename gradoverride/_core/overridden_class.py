@@ -67,8 +67,8 @@ def _overridden(base: Any) -> Any:
         make, arguments, *rest = given
         make = base if make is cls else make
         arguments = tuple([base if one is cls else _bare(one) for one in arguments])
-        if record is None:
-            return make, arguments, *rest
+        if record is None:  # what another party has derived, or a slice of a Sequential: pickle would miss our class
+            return _made, (make, arguments), *rest
         state, *rest = rest or (None,)
         return _make, (make, arguments, base.__name__), _State(_bare(state), record.layers, record.functions), *rest
 
@@ -225,6 +225,11 @@ class _State(NamedTuple):
 def _bare(value: Any) -> Any:
     """Where this is the `__dict__` of an overridden module: without what is in force. That goes on its own."""
     return {name: one for name, one in value.items() if name != RECORD} if type(value) is dict else value
+
+
+def _made(make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """A module without rules."""
+    return make(*arguments)
 
 
 def _make(make: Callable[..., Any], arguments: tuple[Any, ...], name: str) -> Any:

@@ -485,6 +485,16 @@ def test_lambda_in_a_pickle_is_an_error(model):
         model(noise(5, 3))
 
 
+def test_slice_of_an_overridden_module_is_pickled_as_one_of_its_class(x):
+    model = nn.Sequential(nn.Tanh(), nn.ReLU(), nn.Tanh())
+    with go.override(model, {model: doubled}):
+        part = model[:2]
+        model(x)
+    for copied in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
+        assert type(copied) is nn.Sequential
+        exactly(gradient(copied, x), gradient(nn.Sequential(nn.Tanh(), nn.ReLU()), x))
+
+
 def test_module_is_freed_without_the_collector(x):
     gc.collect()
     gc.disable()
