@@ -171,6 +171,7 @@ def _method(base: Any, name: str) -> FunctionType:
 def written_methods(base: Any) -> tuple[str, ...]:
     """The methods of a class of modules besides those that torch has written, which its own forwards alone call."""
     found = [name for name in dir(base) if not hasattr(nn.Module, name) and not name.startswith("__")]
+    found.append("__call__")  # which somebody may have written around that of torch
     functions = [(name, inspect.getattr_static(base, name)) for name in found]
     return tuple(
         name

@@ -1472,6 +1472,27 @@ class TestMethods:
             copied.weight *= 10
         closely(gradient(copied.encode, x), 20 * gradient(model.encode, x))
 
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    def test_written_around_its_call_have_it(self, x, compiled):
+        class Called(nn.Module):
+            def __call__(self, x):
+                return F.relu(super().__call__(x))
+
+            def forward(self, x):
+                return F.relu(x) * 3
+
+        def run():
+            return torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+
+        model = Called()
+        plain = gradient(model, x)
+        with go.override(model, {F.relu: doubled}):
+            closely(gradient(run(), x), 4 * plain)
+        with go.override(model, {F.relu: doubled, Called: tripled}):  # which is of its forward alone
+            closely(gradient(run(), x), 12 * plain)
+        closely(gradient(run(), x), plain)
+        assert type(model) is Called
+
     def test_that_are_no_methods_of_the_module_are_as_ever(self, x):
         model = Codec()
         plain = gradient(F.relu, x)
