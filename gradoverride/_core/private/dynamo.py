@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -204,7 +205,7 @@ _ENGINE = ("gradoverride._core", "gradoverride.bridges", "gradoverride.connectio
 def _codes_in(module: Any) -> Iterator[CodeType]:
     for value in vars(module).values():
         for member in (value, *(vars(value).values() if isinstance(value, type) else ())):
-            function = getattr(member, "__func__", member)
+            function = inspect.unwrap(getattr(member, "__func__", member))  # what a cache or the like is around
             # What is hidden is to be traced: it breaks the graph, and what it calls stays as it is.
             hides = function is hidden_from_dynamo
             if isinstance(function, FunctionType) and function.__module__ == module.__name__ and not hides:
