@@ -109,10 +109,11 @@ def _warn_of_threads(layer: FunctionLayer) -> None:
     """Tell of the threads that keep torch's own function; of daemons, a program's background, not, and not of the main
     thread, which waits for others as a rule.
     """
-    frames = sys._current_frames()
+    # No name for the frames: this one is among them, and would hold itself, and all that its callers hold.
+    workers = {thread for thread, frame in sys._current_frames().items() if _is_worker(frame)}
     known = (threading.current_thread(), threading.main_thread())
     others = [thread for thread in threading.enumerate() if thread not in known]
-    others = [thread for thread in others if not (thread.daemon or _is_worker(frames.get(thread.ident or 0)))]
+    others = [thread for thread in others if not (thread.daemon or thread.ident in workers)]
     if others:
         warnings.warn(
             f"override of the whole process: torch lets nobody enter a mode in a thread that runs already, so the "

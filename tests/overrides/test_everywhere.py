@@ -10,6 +10,7 @@ import queue
 import threading
 import types
 import uuid
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 
@@ -450,6 +451,20 @@ class TestFunction:
         with go.override(*arguments[0]), go.override(*arguments[1]):
             closely(gradient(model, x), 4 * plain)
         assert told == ["second", "first"]
+
+    def test_who_enters_it_is_not_kept(self, x, request):
+        def enter(model):
+            return go.override({F.relu: doubled})
+
+        model = Other()
+        gone = weakref.ref(model)
+        gc.collect()
+        gc.disable()
+        request.addfinalizer(gc.enable)
+        with enter(model):
+            del model
+            assert gone() is None
+            gradient(F.relu, x)
 
     def test_what_is_called_under_a_rule_is_made_once(self, x, monkeypatch):
         made, kind = [], function_mode.Plan
