@@ -231,10 +231,10 @@ class ForwardPass:
             unflatten(spec, given) if index in call.holders else value
             for index, (spec, value) in enumerate(zip(call.specs, self.values, strict=True))
         ]
-        for index in call.holders:
-            # A container is the caller's then, who may have it written into.
-            if call.specs[index] is not LEAF and self._meets_own(index, aliases):
-                arguments[index] = self.values[index]
+        containers = [index for index in call.holders if call.specs[index] is not LEAF]
+        own = [index for index in containers if self._meets_own(index, aliases)]
+        for index in own:
+            arguments[index] = self.values[index]  # the caller's, who may have it written into
         inner = receiver
         copied: list[Copied] = []
         seen = call.computed if plan.asks_module and self.mode != TRANSFORMED and is_parametrized(module) else None
@@ -246,7 +246,8 @@ class ForwardPass:
             result, residuals = plan.collecting(call.layout, inner, arguments)
         else:
             result = plan.invoke(call.layout, inner, arguments)
-        self._refuse_changed(arguments, aliases)
+        for index in containers:
+            self._refuse_changed(index, arguments[index], aliases, own=index in own)
         write_back(copied)
         return result, residuals
 
@@ -264,30 +265,24 @@ class ForwardPass:
         """Whether the forward meets the tensors of this argument themselves, for none of them has a gradient."""
         return all([aliases[place] is self.leaves[place] for place in self.call.places_of(index)])
 
-    def _refuse_changed(self, arguments: Sequence[Any], aliases: Sequence[Tensor]) -> None:
+    def _refuse_changed(self, index: int, argument: Any, aliases: Sequence[Tensor], *, own: bool) -> None:
         """A container of tensors with a gradient was given as a copy, with aliases: what was put there would be lost.
 
-        In another one, which was given as it is, the rule would not find what the forward met.
+        In the caller's `own`, which was given as it is, the rule would not find what the forward met.
         """
-        call = self.call
-        for index in call.holders:
-            spec, name = call.specs[index], call.names[index]
-            if spec is LEAF:
-                continue
-            own = self._meets_own(index, aliases)
-            if own and not self.writes.asked_as(name):
-                continue
-            given = iter([aliases[place] for place in call.places_of(index)])
-            if unchanged(spec, given, arguments[index]):
-                continue
-            if own:
-                self.writes.refuse_asked(name)
-            fail(
-                ForwardResultError,
-                f"{self.plan.forward.who} must leave the container '{name}' as it is, for it holds tensors that the "
-                "rule answers for; it changed what is in it. Return what is new instead, or detach() those tensors, if "
-                "none of them is to have a gradient",
-            )
+        call, name = self.call, self.call.names[index]
+        if own and not self.writes.asked_as(name):
+            return
+        if unchanged(call.specs[index], iter([aliases[place] for place in call.places_of(index)]), argument):
+            return
+        if own:
+            self.writes.refuse_asked(name)
+        fail(
+            ForwardResultError,
+            f"{self.plan.forward.who} must leave the container '{name}' as it is, for it holds tensors that the rule "
+            "answers for; it changed what is in it. Return what is new instead, or detach() those tensors, if none of "
+            "them is to have a gradient",
+        )
 
     def _tie(self, aliases: list[Tensor], outs: list[Tensor], residuals: dict[str, Any]) -> Any:
         """Hand the tensors to the Function, and put its results into the structure of the forward's."""
