@@ -25,8 +25,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from gradoverride._core.captured import foreign_leaf
 from gradoverride._core.contract import Meta, shape_text
 from gradoverride._core.function import CUT, Carry, Cut, Lifted, Tail, refuse_lost
+from gradoverride._core.nodes import nodes_behind
 from gradoverride._core.private.dynamo import fail
-from gradoverride._core.private.engine import comes_to, fast_apply, keeps_graph, pull
+from gradoverride._core.private.engine import comes_to, fast_apply, keeps_graph, pass_id, pull, roots_if_given_inputs
 from gradoverride._core.private.modes import as_part_of_pass, checkpoints_in_pass, in_modes
 from gradoverride._core.private.tensors import counted_once, made_at_import, saves_plainly
 from gradoverride.errors import UnsupportedError
@@ -48,7 +49,8 @@ class KeptGraph:
     """The inner graph of one eager call."""
 
     __slots__ = (
-        *("aliases", "apart", "constants", "edges", "ends", "metas", "natural", "node", "outer", "passes", "who"),
+        *("aliases", "apart", "constants", "edges", "ends", "metas", "natural", "node", "outer", "passes", "starts"),
+        "who",
     )
 
     def __init__(self, tensors: Sequence[Tensor], shares: bool, natural: Sequence[Tensor] = ()) -> None:
@@ -105,10 +107,12 @@ class KeptGraph:
         self.who = who
         if self.node is not None:
             self.node.who = who
+            self.starts = [self.node]
         else:
-            for alias in self.edges:
-                if alias is not None:
-                    alias.register_post_accumulate_grad_hook(lambda _: refuse_lost(who))
+            aliases = [alias for alias in self.edges if alias is not None]
+            self.starts = [_start_of(alias) for alias in aliases]
+            for alias in aliases:
+                alias.register_post_accumulate_grad_hook(lambda _: refuse_lost(who))
 
     def stray(self, result: Tensor) -> bool:
         """Whether the graph of `result` reaches a leaf that is none of the aliases."""
@@ -157,7 +161,7 @@ class KeptGraph:
         After them those of `parameters` that the forward met itself, None for one that it did not use. The `last` to
         ask in this backward frees what it has passed, as the backward itself does.
         """
-        if self.who and any([comes_to(node) for node in self._starts()]):
+        if self.who and self._is_met():
             refuse_lost(self.who)  # before what is on the way there too has freed what it saved
         asked = [index for index in which if index not in self.constants] if self.constants else which
         edges = [*self._edges(asked), *parameters] if parameters else self._edges(asked)
@@ -201,10 +205,15 @@ class KeptGraph:
         passes.add(number)
         return number
 
-    def _starts(self) -> list[Any]:
-        if self.node is not None:
-            return [self.node]
-        return [get_gradient_edge(alias).node for alias in self.edges if alias is not None]
+    def _is_met(self) -> bool:
+        """Whether the backward pass that runs now comes to an alias; of one that is given its inputs, and leaves these
+        out, whether it would come to one, and an input is behind the arguments.
+        """
+        roots = roots_if_given_inputs()
+        if not roots:
+            return any([comes_to(node) for node in self.starts])
+        behind = _ids_behind(roots)
+        return any([id(node) in behind for node in self.starts]) and any(map(_is_wanted, self.outer))
 
     def _ends_of(self, token: Tensor) -> Sequence[GradientEdge]:
         if not self.ends:
@@ -214,6 +223,36 @@ class KeptGraph:
 
     def _edges(self, which: Sequence[int]) -> Sequence[Any]:
         return self.edges if len(which) == len(self.edges) else [self.edges[index] for index in which]
+
+
+def _start_of(leaf: Tensor) -> Any:
+    """The node that accumulates the gradient of a leaf: `get_gradient_edge` in half the time, where there are views."""
+    try:
+        following = leaf.view_as(leaf)
+    except RuntimeError:  # sparse tensors, and those of mkldnn, have none
+        following = leaf.clone()
+    return following.grad_fn.next_functions[0][0]  # type: ignore[union-attr]  # it has one
+
+
+def _ids_behind(roots: Sequence[Any]) -> set[int]:
+    """The ids of the nodes behind the roots of the backward pass that runs now."""
+    global _behind
+    number = pass_id()
+    if number != _behind[0]:
+        nodes = [root.node if isinstance(root, GradientEdge) else root.grad_fn for root in roots]
+        _behind = number, {id(node) for start in nodes if start is not None for node in nodes_behind(start)}
+    return _behind[1]
+
+
+_behind: tuple[int, set[int]] = -1, set()  # in the last pass that was asked about
+
+
+def _is_wanted(outer: Tensor | None) -> bool:
+    """Whether the gradient of what a tensor leads to is wanted in the backward pass that runs now."""
+    if outer is None:
+        return False
+    node = _edge_of(outer).node if outer.is_leaf else outer.grad_fn.next_functions[outer.output_nr][0]  # type: ignore[union-attr]  # no leaf
+    return comes_to(node, leaves=True)
 
 
 def shares_versions(forward_may_write: bool) -> bool:

@@ -780,6 +780,34 @@ def test_gradient_of_what_left_the_forward_beside_its_result_is_an_error_that_sa
         (result.sum() + aside()).backward()
 
 
+@pytest.mark.parametrize("make", ASIDE)
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("accumulated", [True, False])
+def test_so_it_is_where_the_inputs_are_given_whose_gradients_are_wanted(make, leaf, accumulated):
+    forward, aside = make()
+    x, head = float64(1.0, 2.0), float64(3.0, 4.0)
+    result = forward(x if leaf else x * 1)
+    loss = (result * head).sum() + aside()
+    (of_head,) = torch.autograd.grad(loss, head, retain_graph=True)
+    torch.testing.assert_close(of_head, result.detach())
+    with pytest.raises(go.UnsupportedError, match="must return each tensor that a gradient is to come back from"):
+        loss.backward(inputs=[x, head]) if accumulated else torch.autograd.grad(loss, [head, x])
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_parameter_has_the_gradient_of_what_left_the_forward_where_none_is_wanted_of_the_arguments(leaf):
+    module = nn.Sequential(nn.Linear(2, 2, dtype=torch.float64), nn.Tanh())
+    kept = []
+    module[0].register_forward_hook(lambda *given: kept.append(given[-1]))
+    weight, x = module[0].weight, float64(1.0, 2.0)
+    with go.override(module, {nn.Sequential: lambda grad_output, vjp: 3 * vjp(grad_output)}):
+        result = module(x if leaf else x * 1)
+    (found,) = torch.autograd.grad(result.sum() + kept[0].sum(), weight, retain_graph=True)
+    plain = module(x.detach())
+    (expected,) = torch.autograd.grad(plain.sum() + kept[1].sum(), weight)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("rule", [lambda grad_output, vjp: vjp(grad_output), WITHIN["all"]])
 @pytest.mark.parametrize("leaf", [True, False])
 def test_gradient_of_a_value_on_the_way_to_the_result_is_the_same_error(rule, leaf):
@@ -792,6 +820,21 @@ def test_gradient_of_a_value_on_the_way_to_the_result_is_the_same_error(rule, le
     result = module(x if leaf else x * 1)
     with pytest.raises(go.UnsupportedError, match="must return each tensor that a gradient is to come back from"):
         (result.sum() + kept[0].sum()).backward()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.Tensor.to_mkldnn])
+def test_a_leaf_without_views_has_its_gradient(convert):
+    def dense(x):
+        return x.to_dense() ** 2
+
+    @go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))
+    def forward(x):
+        return dense(x) * 1
+
+    x = convert(torch.eye(2) * 5).requires_grad_()
+    forward(x).sum().backward()
+    torch.testing.assert_close(x.grad.to_dense(), 30 * torch.eye(2))
 
 
 @pytest.mark.parametrize("make", ASIDE)

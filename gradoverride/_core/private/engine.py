@@ -19,6 +19,7 @@ __all__ = [
     "keeps_graph",
     "Pass",
     "passes_now",
+    "roots_if_given_inputs",
     "passes_on",
     "comes_to",
     "OWNERS_IF_RETURNED",
@@ -109,6 +110,19 @@ def _passes(frame: FrameType | None) -> Iterator[Pass]:
         frame = frame.f_back
 
 
+def roots_if_given_inputs() -> Sequence[Any]:
+    """What the backward pass that runs now starts from, if it is given its inputs. In less time than `passes_now`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _ENGINE_CODE:
+            called = frame.f_locals
+            return called["t_outputs"] if called["args"][3] else ()
+        if frame.f_code is pull.__code__:
+            return ()
+        frame = frame.f_back
+    return [root for one in passes_now() if one.inputs for root in one.roots]
+
+
 _ENGINE_CODE = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "__code__", None)
 
 
@@ -128,17 +142,17 @@ def passes_on(node: Any) -> bool:
     return False
 
 
-def comes_to(node: Any) -> bool:
-    """Whether the backward pass that runs now comes to `node`. False where torch does not say: where it is told the
-    inputs whose gradients are wanted, say, or where compiled autograd has the backward traced.
+def comes_to(node: Any, leaves: bool = False) -> bool:
+    """Whether the backward pass that runs now comes to `node`; `leaves`: or returns its gradient. False where torch
+    does not say, where compiled autograd has the backward traced, say.
     """
     if torch.compiler.is_dynamo_compiling():
         return False
     will_run = getattr(torch._C, "_will_engine_execute_node", None)
     try:
         return will_run is not None and bool(will_run(node))
-    except RuntimeError:  # there is no such pass
-        return False
+    except RuntimeError:  # there is no such pass, or it returns the gradient of this leaf
+        return leaves
 
 
 OWNERS_IF_RETURNED = 3
