@@ -74,6 +74,8 @@ class Backward:
         residual_grads = list(grad_outputs[call.n_outs :])
         if any(grad is not None for grad in residual_grads):
             leaf_grads, param_grads = self._through_residuals(residual_grads, leaf_grads, param_grads)
+        if isinstance(call.graph, KeptGraph):
+            call.graph.forget()
         n_extra = call.first_out - call.n_leaves - len(call.params)
         return [*leaf_grads, *param_grads, *[None] * n_extra, *flowing, *[None] * len(residual_grads)]
 
@@ -222,7 +224,7 @@ class Backward:
         count = call.n_leaves
         if not (unmodified and self.eager):
             read = self._read_gradient(grad_output)
-            return self._pull(read, range(count), last=self._asks_once())  # type: ignore[return-value]  # as below
+            return self._pull(read, range(count), last=call.asks_once)  # type: ignore[return-value]  # as below
         aliased = [index for index, param in enumerate(call.aliased) if not param.asked]
         which = [*range(count), *(count + index for index in aliased)]
         found = self._pull(self.grads, which, call.natural, last=self.plan.calls_vjp_once)
@@ -235,17 +237,12 @@ class Backward:
         call = self.call
         which = range(call.n_leaves + len(call.aliased))
         natural = call.natural if self.eager else []
-        last = self._asks_once() or (unmodified and self.plan.calls_vjp_once)
+        last = call.asks_once or (unmodified and self.plan.calls_vjp_once)
         found = self._pull(self._read_gradient(grad_output), which, natural, last=last)
         named = dict(zip([p.name for p in [*call.aliased, *natural]], found[call.n_leaves :], strict=True))
         if unmodified:
             self.own.update(named)
         return found[: call.n_leaves], named  # type: ignore[return-value]  # as above
-
-    def _asks_once(self) -> bool:
-        """Whether `vjp` is called once, and nothing is left to autograd that is to be asked for after it."""
-        call = self.call
-        return self.plan.calls_vjp_once and not call.natural and all([param.asked for param in call.aliased])
 
     def _with_own(self, answered: dict[str, Tensor | None]) -> tuple[Gradients, Gradients]:
         """The gradients of all parameters, and what flows on into torch's own graph."""

@@ -181,6 +181,11 @@ class Call:
             **wanted,  # an argument comes before a parameter of its name
         }
 
+    @property
+    def asks_once(self) -> bool:
+        """Whether `vjp` is called once, and nothing is left to autograd that is to be asked for after it."""
+        return self.plan.calls_vjp_once and not self.natural and all([param.asked for param in self.aliased])
+
     def places_of(self, index: int) -> range:
         """Where those of the argument at `index` stand among the leaves."""
         return range(self.ends[index - 1] if index else 0, self.ends[index])

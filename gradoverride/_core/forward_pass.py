@@ -23,7 +23,7 @@ from gradoverride._core.contract import Meta
 from gradoverride._core.function import fresh, trackable
 from gradoverride._core.held import refuse_held
 from gradoverride._core.inner_graph import inner_graph
-from gradoverride._core.kept_graph import outer_of
+from gradoverride._core.kept_graph import KeptGraph, outer_of
 from gradoverride._core.layout import Layout
 from gradoverride._core.module_then import keep_module
 from gradoverride._core.params import find_params
@@ -185,6 +185,9 @@ class ForwardPass:
         self.writes.watch(aliases, self.values)
         if mode == TRANSFORMED:
             with noted_rules() as call.rules:
+                result, residuals = self._forward(aliases)
+        elif mode == EAGER and isinstance(call.graph, KeptGraph) and not call.asks_once:
+            with call.graph.unpacked_once():
                 result, residuals = self._forward(aliases)
         else:
             result, residuals = self._forward(aliases)

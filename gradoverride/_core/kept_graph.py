@@ -7,6 +7,7 @@ gradients. What must hold, and how:
   bytes that holds the ends of the inner graph, so the engine releases it, and `retain_graph` retains it. Where hooks
   on saved tensors would give back another tensor, its history holds them (`Tail`).
 - Of a checkpoint it is a part of the backward pass that asks for it (`passes`), for which the block runs again once.
+  What that gives back, once in a pass, is held for what else is asked for in it (`unpacked`).
 - The derivative of a derivative is that of the rule as written: with `create_graph` the results of `pull` are tied
   to the outer tensors (`Lifted`), to any order.
 - An argument that requires no grad is a constant to the graph, as it is to torch, which has no derivative for some
@@ -15,12 +16,13 @@ gradients. What must hold, and how:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from gradoverride._core.captured import foreign_leaf
 from gradoverride._core.contract import Meta, shape_text
@@ -29,7 +31,7 @@ from gradoverride._core.nodes import nodes_behind
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.engine import comes_to, fast_apply, keeps_graph, pass_id, pull, roots_if_given_inputs
 from gradoverride._core.private.modes import as_part_of_pass, checkpoints_in_pass, in_modes
-from gradoverride._core.private.tensors import counted_once, made_at_import, saves_plainly
+from gradoverride._core.private.tensors import counted_once, hooks_on_saved, made_at_import, saves_plainly
 from gradoverride.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class KeptGraph:
 
     __slots__ = (
         *("aliases", "apart", "constants", "edges", "ends", "metas", "natural", "node", "outer", "passes", "starts"),
-        "who",
+        *("unpacked", "who"),
     )
 
     def __init__(self, tensors: Sequence[Tensor], shares: bool, natural: Sequence[Tensor] = ()) -> None:
@@ -61,6 +63,8 @@ class KeptGraph:
         # Without one (an embedding of integers) there is only what the forward met itself.
         node: Any = cut[0].grad_fn if cut else None
         self.node, self.who = node, ""
+        self.passes: set[int] | None = None
+        self.unpacked: list[_Held] | None = None
         # For those that are not leaves now: keeping them would keep their memory.
         self.natural = [
             (None, tensor) if tensor.is_leaf else (_edge_of(tensor), _carry(tensor)[0]) for tensor in natural
@@ -93,12 +97,42 @@ class KeptGraph:
         graph.aliases = graph.edges = graph.metas = aliases  # type: ignore[assignment]  # a tensor has what a Meta has
         graph.outer = tensors  # type: ignore[assignment]  # never written to
         graph.node, graph.natural, graph.constants, graph.who = None, [], (), ""
+        graph.passes = graph.unpacked = None
         return graph
 
     def start(self) -> list[Tensor]:
         """The aliases, for the forward to run on. They are not kept."""
         aliases, self.aliases = self.aliases, []
         return aliases
+
+    @contextlib.contextmanager
+    def unpacked_once(self) -> Iterator[None]:
+        """A context for a forward whose graph may be asked several times in a pass."""
+        hooks = hooks_on_saved()
+        if hooks is None:
+            yield
+            return
+        (pack, unpack), unpacked, passes = hooks, list[_Held](), set[int]()
+        self.unpacked, self.passes = unpacked, passes
+
+        def once(held: _Held) -> Any:
+            number = checkpoints_in_pass()
+            if number not in passes:
+                return unpack(held.packed)
+            if held.number != number:
+                held.tensor, held.number = unpack(held.packed), number
+                unpacked.append(held)
+            return held.tensor
+
+        with saved_tensors_hooks(lambda tensor: _Held(pack(tensor)), once):
+            yield
+
+    def forget(self) -> None:
+        """The backward of the call has run: nothing else is asked for in this pass."""
+        for held in self.unpacked or ():
+            held.tensor = held.number = None
+        if self.unpacked:
+            self.unpacked.clear()
 
     def guard(self, who: str) -> None:
         """From now on a gradient that comes to an alias without being asked for is an error: it came to a tensor that
@@ -130,7 +164,6 @@ class KeptGraph:
     def end(self, results: Sequence[Tensor]) -> Tensor:
         """The forward has run: `results` are where the graph ends. The outer node saves what this returns."""
         self.ends = tuple([index for index, result in enumerate(results) if result.requires_grad])
-        self.passes: set[int] | None = None
         if not self.ends:  # a forward may cut all gradients, as torch.detach does
             return _EMPTY
         if saves_plainly():
@@ -138,7 +171,9 @@ class KeptGraph:
             token: Any = results[0].new_empty(0) if in_modes() else _EMPTY.data
             token.ends = tuple([_edge_of(results[index]) for index in self.ends])
             return token
-        self.passes, self.apart = set(), False
+        self.apart = False
+        if self.passes is None:
+            self.passes = set()
         return _tail(*[results[index] for index in self.ends])
 
     def save(self, call: Call, saver: Saver, outs: Sequence[Tensor], values: Sequence[Any]) -> None:
@@ -195,12 +230,12 @@ class KeptGraph:
         return _tied(found, [*known, *_cuts(cut, given)])
 
     def _new_pass(self, passes: set[int]) -> int | None:
-        """The backward pass that runs now, if it has not come to this graph before.
+        """The backward pass that runs now, if it has not come to this graph before, or what it was given is held.
 
         A checkpoint gives back what it has saved once in a pass: for another gradient it must run its block again.
         """
         number = checkpoints_in_pass()
-        if self.apart or number == -1 or number in passes:
+        if self.apart or number == -1 or (number in passes and self.unpacked is None):
             return None
         passes.add(number)
         return number
@@ -253,6 +288,17 @@ def _is_wanted(outer: Tensor | None) -> bool:
         return False
     node = _edge_of(outer).node if outer.is_leaf else outer.grad_fn.next_functions[outer.output_nr][0]  # type: ignore[union-attr]  # no leaf
     return comes_to(node, leaves=True)
+
+
+class _Held:
+    """What is saved under the hooks of others: what they made of it, and in which pass they gave which tensor back."""
+
+    __slots__ = ("number", "packed", "tensor")
+
+    def __init__(self, packed: Any) -> None:
+        self.packed = packed
+        self.number: int | None = None
+        self.tensor: Any = None
 
 
 def shares_versions(forward_may_write: bool) -> bool:

@@ -253,19 +253,68 @@ def test_second_derivative_in_a_checkpoint_is_that_without_it(x):
         closely(second(lambda x: checkpoint(model, x, use_reentrant=False)), second(model))
 
 
+def twice(grad_output, vjp):
+    return vjp(2 * grad_output)
+
+
+def twice_in_two_passes(grad_output, vjp):
+    return vjp(3 * grad_output) - vjp(grad_output.clone())
+
+
+def twice_of_all(grad_output, vjp, params):
+    return {name: 2 * grad for name, grad in vjp.by_name(grad_output).items()}
+
+
+@pytest.mark.parametrize("rule", [twice, twice_in_two_passes, twice_of_all])
+@pytest.mark.parametrize("retained", [False, True])
+@pytest.mark.parametrize("around", [None, tripled], ids=["alone", "within another"])
+def test_block_runs_again_once_for_parameters_that_are_left_to_autograd(rule, retained, around, x):
+    """Their gradient is for the unmodified gradient of the result, and asked for beside that of the arguments."""
+
+    class Normed(nn.Sequential):
+        pass
+
+    def build():
+        torch.manual_seed(0)
+        parts = nn.Linear(3, 3), Normed(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.5))
+        return nn.Sequential(*parts, Normed(nn.Linear(4, 2), nn.BatchNorm1d(2))).double()
+
+    def gradients(model, call):
+        torch.manual_seed(1)
+        result = call(x)
+        for _ in range(1 + retained):
+            result.sin().sum().backward(retain_graph=retained)
+        found, x.grad = x.grad, None
+        return [found, *[param.grad for param in model.parameters()]]
+
+    plain, blocked = build(), build()
+    rules = {Normed: rule, **({nn.Sequential: around} if around else {})}
+    with go.override(plain, rules), go.override(blocked, rules):
+        expected = gradients(plain, plain)
+        found = gradients(blocked, lambda x: checkpoint(blocked, x, use_reentrant=False))
+    for one, other in zip(found, expected, strict=True):
+        closely(one, other)
+    assert [part.num_batches_tracked.item() for part in (plain[1][1], plain[2][1])] == [1, 1]
+    assert [part.num_batches_tracked.item() for part in (blocked[1][1], blocked[2][1])] == [2 + retained] * 2
+
+
 def in_selective_checkpoint(model):
     contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
     return lambda x: checkpoint(model, x, use_reentrant=False, context_fn=contexts)
 
 
-def test_rule_in_a_selective_checkpoint_is_in_force_and_one_that_asks_for_a_second_gradient_is_refused():
+def test_rule_in_a_selective_checkpoint_is_in_force_and_one_of_a_function_that_asks_for_a_second_gradient_is_refused():
     model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double(), noise(2, 3)
     (expected,) = torch.autograd.grad(model(x).sum(), x)
-    for rule in (lambda grad_output, output: 2 * grad_output * (1 - output**2), lambda g, vjp: vjp(2 * g)):
+    for rule in (
+        lambda grad_output, output: 2 * grad_output * (1 - output**2),
+        lambda grad_output, vjp: vjp(2 * grad_output),
+        lambda grad_output, vjp: vjp(grad_output) + vjp(grad_output.clone()),
+    ):
         with go.override(model, {nn.Tanh: rule}):
             (actual,) = torch.autograd.grad(in_selective_checkpoint(model)(x).sum(), x)
         closely(actual, 2 * expected)
-    with go.override(model, {nn.Tanh: lambda grad_output, vjp: vjp(grad_output) + vjp(grad_output.cos())}):
+    with go.override(model, {torch.tanh: lambda grad_output, vjp: vjp(grad_output) + vjp(grad_output.cos())}):
         result = in_selective_checkpoint(model)(x)
         with pytest.raises(go.UnsupportedError) as caught:
             result.sum().backward()

@@ -19,6 +19,7 @@ __all__ = [
     "use_count",
     "has_memory_alone",
     "saves_plainly",
+    "hooks_on_saved",
     "results_of",
     "function_of",
     "is_freed",
@@ -83,6 +84,11 @@ _ALONE = None if _storage_use_count is None else _owners(made_at_import().view(1
 def saves_plainly() -> bool:
     """Whether a saved tensor is given back as the object it was: with hooks on saved tensors it is another."""
     return _hooks is not None and _hooks(True) is None
+
+
+def hooks_on_saved() -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:
+    """The hooks on saved tensors, if there are any and it can be told."""
+    return None if _hooks is None else _hooks(True)
 
 
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
