@@ -99,15 +99,18 @@ def is_parametrized(module: nn.Module | None) -> bool:
 
 
 @evaluated_while_tracing
-def _traced(cls: Any) -> Any:
-    """`cls`, unless it assigns in its own way, as `_Assigning`."""
+def _has_assigning(cls: Any) -> bool:
+    """Whether `cls` has a class of its own for stand-ins, as `_Assigning`: unless it assigns in its own way.
+
+    Dynamo reads that as an attribute: of a class that it does not know by a name it knows no methods.
+    """
     plain = cls.__setattr__ is nn.Module.__setattr__ and cls.register_buffer is nn.Module.register_buffer
-    return _assigning(cls) if plain else cls
+    if plain and _ASSIGNING not in cls.__dict__:
+        setattr(cls, _ASSIGNING, type(cls.__name__, (_Assigning, cls), {"__module__": cls.__module__}))
+    return plain
 
 
-@functools.cache
-def _assigning(cls: Any) -> Any:
-    return type(cls.__name__, (_Assigning, cls), {"__module__": cls.__module__})
+_ASSIGNING = "_gradoverride_assigning"
 
 
 class _Assigning:
@@ -150,7 +153,7 @@ def stand_in(
     others = () if table is None else _computed_from(table, prefix, tensors)
     cls: Any = type(module)
     if torch.compiler.is_dynamo_compiling():
-        cls = _traced(cls) if buffers else cls
+        cls = getattr(cls, _ASSIGNING) if buffers and _has_assigning(cls) else cls
     elif others:
         cls = _reading(cls, others, _computed)
     if seen is not None and table is not None:

@@ -270,6 +270,28 @@ def test_subclass_with_both_of_its_own_may_call_the_forward_of_its_base_which_ha
     closely(layer.weights.grad, 10 * 5 * given * given)
 
 
+class Counted(Odd):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x):
+        self.count = self.count + 1
+        return super().forward(x) * 2
+
+    def backward(self, grad_output, x):
+        return super().backward(2 * grad_output, x)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_subclass_with_a_buffer_that_it_assigns_may_call_the_forward_of_its_base(compiled):
+    layer, x = Counted(), noise(3)
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    run(x).sum().backward()
+    exactly((x.grad, layer.weights.grad), (6 * layer.weights.detach(), 10 * x.detach()))
+    assert layer.count.item() == 1
+
+
 class Elevenfold(Odd):
     def forward(self, x):
         return x * self.weights * 11

@@ -1304,6 +1304,39 @@ def test_slots_are_there_in_the_forward_and_in_the_rule_in_compiled_code_too(com
         assert module.seen is seen
 
 
+class ByItsClass(nn.Module):
+    factor = 3.0
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(float64(2.0, 2.0))
+        self.register_buffer("seen", float64(0.0, 0.0, grad=False))
+
+    def tripled(self, x):
+        return self.factor * x
+
+    @classmethod
+    def grown(cls, x):
+        return cls.factor * x
+
+    @go.custom_backward(lambda grad_output, x, weight: {"x": grad_output * weight, "weight": grad_output * x * 7})
+    def forward(self, x):
+        self.seen = self.seen + x.detach()
+        factor = self.factor if hasattr(type(self), "factor") else 100.0
+        return type(self).tripled(self, x) * type(self).grown(x) * factor * self.weight
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_forward_of_a_module_with_buffers_may_look_at_its_class(compiled):
+    module, x = ByItsClass(), float64(1.0, 2.0)
+    run = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+    y = run(x)
+    y.sum().backward()
+    exactly(y.detach(), float64(54.0, 216.0, grad=False))
+    exactly((x.grad, module.weight.grad), (float64(2.0, 2.0, grad=False), float64(7.0, 14.0, grad=False)))
+    exactly(module.seen, x.detach())
+
+
 def test_class_with_slots_is_let_go():
     def used():
         class Scaled(nn.Module):
