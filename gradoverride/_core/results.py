@@ -26,12 +26,12 @@ def without_gradient(run: ForwardPass, result: Any) -> Any:
     tensors: list[Tensor] = []
     flatten(result, is_tensor, tensors)
     kind = f" of {result.dtype}" if isinstance(result, Tensor) else ""
-    remedy = ". Convert it: .to(torch.get_default_dtype())" if kind else ""
+    remedy = "Convert it: .to(torch.get_default_dtype())" if kind else "Return the tensor that it makes of its argument"
     if run.plan.straight_through:
         fail(
             ForwardResultError,
             f"{run.plan.forward.who} must return a floating tensor for a gradient to pass straight through it; "
-            f"it returned {what(result)}{kind}{remedy}",
+            f"it returned {what(result)}{kind}. {remedy}",
         )
     if not tensors:
         one = "array of numbers" if run.plan.forward.of_arrays else "tensor"

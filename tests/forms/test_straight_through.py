@@ -347,6 +347,12 @@ def test_result_that_is_no_floating_tensor_is_an_error_that_says_how_to_convert_
         go.straight_through(positive)(noise(3))
 
 
+def test_result_that_is_no_tensor_is_an_error_that_says_what_to_return():
+    message = r" must return a floating tensor .*; it returned None. Return the tensor that it makes of its argument$"
+    with pytest.raises(go.ForwardResultError, match=message):
+        go.straight_through(lambda x: None)(noise(3))
+
+
 def test_method_of_a_module_that_is_given_no_floating_tensor_is_an_error():
     class Look(nn.Embedding):
         @go.straight_through
