@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import functools
 import sys
 from collections.abc import Iterator
 from types import CodeType
@@ -35,10 +34,9 @@ def codes_in(code: CodeType) -> Iterator[CodeType]:
             yield from codes_in(constant)
 
 
-@functools.lru_cache(maxsize=64)
-def instructions(code: CodeType) -> tuple[dis.Instruction, ...]:
-    """What `code` does, step by step. Where it is read at all, it is read some ten times."""
-    return tuple([step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"])  # part of the next one
+def instructions(code: CodeType) -> Iterator[dis.Instruction]:
+    """What `code` does, step by step."""
+    return (step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG")  # a part of the next one
 
 
 def without_preparations(code: CodeType) -> list[dis.Instruction]:
