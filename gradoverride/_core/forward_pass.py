@@ -35,6 +35,7 @@ from gradoverride._core.results import check_straight_through, refuse_captured, 
 from gradoverride._core.saver import Saver
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.standin import Copied, is_parametrized, stand_in, with_parameters, write_back
+from gradoverride._core.state import note_state, state_of
 from gradoverride._core.structure import LEAF, flatten, skeleton, unchanged, unflatten
 from gradoverride._core.tensors import is_differentiable, may_want_gradient
 from gradoverride._core.traced_graph import distinct
@@ -183,6 +184,9 @@ class ForwardPass:
                 if not (may_want_gradient(leaf) if mode == TRANSFORMED else leaf.requires_grad):
                     self.as_given[index] = leaf.clone()
         self.writes.watch(aliases, self.values)
+        module = self.module if mode == EAGER and call.graph is None else None
+        kept = () if module is None else plan.names_kept(type(module))
+        state = state_of(module, kept) if module is not None and kept else []
         if mode == TRANSFORMED:
             with noted_rules() as call.rules:
                 result, residuals = self._forward(aliases)
@@ -191,6 +195,8 @@ class ForwardPass:
                 result, residuals = self._forward(aliases)
         else:
             result, residuals = self._forward(aliases)
+        if module is not None and kept:
+            note_state(plan, module, kept, state)
         if named:
             copy_attributes(aliases, sources, named)
         if mode == TRACED:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -27,6 +28,7 @@ from gradoverride._core.residuals import close_frame, open_frame, save_for_backw
 from gradoverride._core.rule import Rule
 from gradoverride._core.rule_code import RuleCode, is_known_method
 from gradoverride._core.signature import RESERVED, Forward, resolve, unknown_name
+from gradoverride._core.state import names_kept
 from gradoverride._core.tracers import EXPORT, recorded_as, warn
 from gradoverride.errors import (
     ForwardResultError,
@@ -96,6 +98,8 @@ class Plan:
         self.transformed = named(Transformed, forward.name)
         self._subclasses: dict[Any, Plan] = {}
         self._backwards: dict[Any, Any] = {}  # by class, the one that its plan was made for
+        self._kept: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
+        self.told_of_state = False
         self.layouts = Layouts(forward)
         self._recorded: Callable[..., Any] | None = None
 
@@ -163,6 +167,13 @@ class Plan:
         backward = next(owners, cls).backward
         same = backward is self.rule.fn
         self._subclasses[cls] = self if same else Plan(self.forward, Rule(backward, method=True), class_form=True)
+
+    def names_kept(self, cls: Any) -> tuple[str, ...]:
+        """The attributes in which the forward may keep something from one call of a module of `cls` to the next."""
+        known = self._kept.get(cls)
+        if known is None:
+            known = self._kept[cls] = names_kept(self.fn, cls)
+        return known
 
     @evaluated_while_tracing
     def attribute_names_of(self, cls: Any) -> tuple[str, ...]:

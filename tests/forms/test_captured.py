@@ -899,3 +899,83 @@ def test_captured_tensor_behind_a_function_that_keeps_the_argument_in_its_contex
 
     with pytest.raises(go.CapturedTensorError, match="it reached 'weight', which requires grad"):
         scale(float64(1.0, 2.0))
+
+
+# --- what a module keeps from one call to the next
+
+
+class Neuron(nn.Module):
+    """Goes on from what its call before has left."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(float64(2.0, 3.0).detach())
+        self.potential, self.mask = None, None
+
+    def forward(self, x):
+        if self.mask is None:
+            self.mask = torch.ones_like(x)
+        self.charge(x)
+        return self.potential**2 * self.mask * self.weight
+
+    def charge(self, x):
+        self.potential = x if self.potential is None else self.potential / 2 + x
+
+
+class Keeping(Neuron):
+    """The same with a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        del self.potential
+        self.register_buffer("potential", None, persistent=False)
+
+
+class Cutting(Neuron):
+    def charge(self, x):
+        self.potential = x if self.potential is None else self.potential.detach() / 2 + x
+
+
+class Table(Neuron):
+    def forward(self, x):
+        if self.mask is None:
+            self.mask = torch.ones_like(x)
+        return x * self.mask
+
+
+@pytest.mark.parametrize("kind", [Neuron, Keeping])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_state_that_is_cut_off_from_earlier_calls_is_told_of_once(kind, by_name):
+    def of_state(grad_output, x, module):
+        return 2 * grad_output * x * module.weight
+
+    rule = of_state if by_name else lambda grad_output: grad_output
+    module, x = kind(), float64(1.0, 2.0)
+    with go.override(module, {module: rule}):
+        first = module(x)
+        text = r"'(Neuron|Keeping)' .* goes on from 'self.potential', which a call before has kept: .*'vjp'.*detach\(\)"
+        with pytest.warns(go.GradOverrideWarning, match=text):
+            second = module(x)
+        module(x)
+    (first.sum() + second.sum()).backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [Cutting, Table])
+def test_a_state_that_is_cut_anyway_and_a_table_that_is_made_once_are_not(kind):
+    module, x = kind(), float64(1.0, 2.0)
+    with go.override(module, {module: lambda grad_output: grad_output}):
+        for _ in range(3):
+            module(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 3.0))
+
+
+def test_a_state_under_no_rule_or_where_no_gradient_is_wanted_is_not_told_of():
+    module, x = Neuron(), float64(1.0, 2.0)
+    with go.override(module, {module: lambda grad_output: grad_output}):
+        with torch.no_grad():
+            module(x)
+            module(x)
+        module.potential = None
+        module(x)
+    module(x)
