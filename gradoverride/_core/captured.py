@@ -96,18 +96,23 @@ def _noted_foreign(count: int) -> bool:
     return foreign_leaf(noted[:count], {id(tensor) for tensor in known}, stops) is not None
 
 
-def refuse(who: str, names: str, leaf: Tensor | None = None) -> NoReturn:
-    """Raise the error for `who`, which captured what `names` lists, or `leaf` if no name is known."""
-    if names:
+def refuse(who: str, names: str, leaf: Tensor | None = None, module: nn.Module | None = None) -> NoReturn:
+    """Raise the error for `who`, which captured what `names` lists, or `leaf`, a parameter of the `module` perhaps."""
+    remedy = "Pass it as an argument, or detach() it"
+    own = next((name for name, known in (module.named_parameters() if module else ()) if known is leaf), None)
+    if not names and own is not None:
+        what = f"reached its parameter '{own}' by a reference to the module, or made it in this call"
+        remedy = "Reach it through 'self', make it before, or detach() it"
+    elif names:
         what = f"reached {names}, which requires grad, by a closure, a global or an attribute"
     else:
         shape = f" of shape {tuple(leaf.shape)}" if leaf is not None else ""
         what = f"reached a tensor{shape} that requires grad by a closure, a global or an attribute, or made one itself"
+        remedy += "; of one that it made, detach() what it computes from it"
     fail(
         CapturedTensorError,
         f"{who} must get each tensor that wants a gradient as an argument, or as a parameter of its module through "
-        f"'self'; it {what}, and that gradient would be lost. Pass it as an argument, or detach() it"
-        f"{'' if names else '; of one that it made, detach() what it computes from it'}",
+        f"'self'; it {what}, and that gradient would be lost. {remedy}",
     )
 
 

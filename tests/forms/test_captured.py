@@ -621,6 +621,41 @@ def test_tensor_on_the_function_itself_is_named_though_every_tensor_has_that_nam
         forward(float64(1.0))
 
 
+class Referring(nn.Module):
+    """A module whose forward meets its weight past `self`, in one of several ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        if how != "made":
+            self.weight = nn.Parameter(float64(2.0, 3.0))
+        by_part = nn.Identity()
+        by_part.whole = [self]
+        by_part.register_forward_hook(lambda part, given, result: result * part.whole[0].weight)
+        self.part = by_part
+        self.by_closure = lambda x: x * self.weight
+        self.how = how
+
+    @go.custom_backward(lambda grad_output, params: {"x": grad_output, **params})
+    def forward(self, x):
+        if self.how == "part":
+            return self.part(x)
+        if self.how == "closure":
+            return self.by_closure(x)
+        self.weight = nn.Parameter(float64(2.0, 3.0))
+        return x * self.weight
+
+
+@pytest.mark.parametrize("how", ["part", "closure", "made"])
+def test_own_parameter_that_is_reached_past_self_is_an_error_that_names_it(how):
+    message = (
+        r"^'Referring' \(.*\) must get each .*; it reached its parameter 'weight' by a reference to the module, or "
+        r"made it in this call, and that gradient would be lost. Reach it through 'self', make it before, or "
+        r"detach\(\) it$"
+    )
+    with pytest.raises(go.CapturedTensorError, match=message):
+        Referring(how)(float64(1.0, 2.0))
+
+
 def test_argument_that_the_forward_tells_to_require_grad_is_not_captured():
     @go.custom_backward(lambda grad_output: 7 * grad_output)
     def forward(x):
