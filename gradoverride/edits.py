@@ -164,24 +164,29 @@ def _edit_tensor(tensor: Tensor, rule: Any) -> GradientEdit:
     if reading.sources:  # a leaf is written into by its optimizer, and edited again
         value = weakref.ref(tensor) if tensor.is_leaf else _Value(tensor)
 
-    answer = _asking(rule, reading, value)
+    removed = threading.Event()
+    answer = _asking(rule, reading, removed, value)
     name = f"a tensor of shape {tuple(tensor.shape)}"
     if tensor.grad_fn is None:
-        return GradientEdit(name, hook_on(tensor, EditedLeaf(rule, answer)))
+        return GradientEdit(name, removed.set, hook_on(tensor, EditedLeaf(rule, answer)))
     _refuse_freed(tensor.grad_fn)
     result = EditedResult(tensor.grad_fn, tensor.output_nr, rule, answer)
-    return GradientEdit(name, result.forget, hook_on(tensor, result))
+    return GradientEdit(name, removed.set, result.forget, hook_on(tensor, result))
 
 
 def _asking(
-    rule: Any, reading: Reading, value: Callable[[], Tensor | None] | None = None
+    rule: Any, reading: Reading, removed: threading.Event, value: Callable[[], Tensor | None] | None = None
 ) -> Callable[[Tensor | None], Tensor | None]:
-    """What gives the answer of `rule` for a gradient, under the autocast of now."""
+    """What gives the answer of `rule` for a gradient, under the autocast of now.
+
+    A pass that runs when the edit is `removed` has the hook still.
+    """
     autocast = Autocast()
 
     def answer(grad: Tensor | None) -> Tensor | None:
-        if grad is None:  # it is one of several results of its node, and others have a gradient
-            return None
+        # It may be one of several results of its node, and others have a gradient.
+        if grad is None or removed.is_set():
+            return grad
         with autocast.restored():
             return ask(rule, reading, grad, value() if value else None)
 
@@ -226,11 +231,13 @@ def _edit_node(node: Node, rule: Any) -> GradientEdit:
             f"edit_gradient_: what the node '{node.name()}' results in is not known to this version of torch. Give it "
             "the tensor"
         )
+    removed = threading.Event()
+    several: _Several | None = None
     if len(metas) == 1:
-        results = [EditedResult(node, 0, rule, _asking(rule, reading))]
+        results = [EditedResult(node, 0, rule, _asking(rule, reading, removed))]
         hooks: list[Callable[[Any], Any]] = [results[0]]
     else:
-        several = _Several(rule, reading, metas)
+        several = _Several(rule, reading, metas, removed)
         results = [EditedResult(node, index, rule, several.answer_for(index)) for index in range(len(metas))]
         hooks = [*[several.collector_of(index) for index in range(len(metas))], *results]
     taken = [hook_on_result(node, index % len(metas), hook) for index, hook in enumerate(hooks)]
@@ -239,7 +246,10 @@ def _edit_node(node: Node, rule: Any) -> GradientEdit:
         raise UnsupportedError(
             "edit_gradient_: this version of torch lets nobody edit the gradient of a node's result. Give it the tensor"
         )
-    return GradientEdit(f"the node {node.name()}", *[result.forget for result in results], *offs)
+    parts: list[Callable[[], object]] = [*[result.forget for result in results], *offs]
+    if several is not None:
+        parts = [several.taking_off(parts)]
+    return GradientEdit(f"the node {node.name()}", removed.set, *parts)
 
 
 class _Several:
@@ -248,7 +258,8 @@ class _Several:
     The first hooks collect them, the next ones give the answers; torch runs them in this order, in one thread.
     """
 
-    def __init__(self, rule: Any, reading: Reading, metas: list[Any]) -> None:
+    def __init__(self, rule: Any, reading: Reading, metas: list[Any], removed: threading.Event) -> None:
+        self.removed = removed
         self.rule = rule
         self.reading = reading
         self.metas = metas
@@ -267,14 +278,38 @@ class _Several:
         def answer(grad: Tensor | None) -> Tensor | None:
             if index == 0:
                 grads, self.local.grads = self.local.grads, []
-                self.local.answers = self._answers(grads)
+                self.local.then = []
+                try:
+                    self.local.answers = self._answers(grads)
+                except BaseException:
+                    self._end()
+                    raise
             found: Tensor | None = self.local.answers[index]
             self.local.answers[index] = None
+            if index == len(self.metas) - 1:
+                self._end()
             return found
 
         return answer
 
+    def taking_off(self, parts: list[Callable[[], object]]) -> Callable[[], None]:
+        """What does these: not between two answers, where the rule itself has its edit removed, but after the last."""
+
+        def take_off() -> None:
+            then = getattr(self.local, "then", None)
+            for part in parts:
+                part() if then is None else then.append(part)
+
+        return take_off
+
+    def _end(self) -> None:
+        then, self.local.then = self.local.then, None
+        for part in then:
+            part()
+
     def _answers(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+        if self.removed.is_set():
+            return [*grads]
         given = [Meta.of(*meta).zeros() if grad is None else grad for grad, meta in zip(grads, self.metas, strict=True)]
         with self.autocast.restored():
             answers = ask_several(self.rule, self.reading, tuple(given))

@@ -49,7 +49,7 @@ class EditedResult:
 
     def __call__(self, grad: Tensor | None) -> Tensor | None:
         answer = self.answer(grad)
-        if grad is None:
+        if grad is None or answer is grad:
             return None
         if answer is None:  # which would leave the gradient as it is
             answer = torch.zeros_like(grad)

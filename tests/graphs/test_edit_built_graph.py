@@ -515,6 +515,59 @@ def test_removing_twice_and_in_any_order():
     closely(grad(chain.result, chain.x), plain)
 
 
+def rows(x):
+    """A node with several results, and the loss."""
+    parts = x.unbind()
+    return parts[0].grad_fn, sum(part.sum() * (index + 1) for index, part in enumerate(parts))
+
+
+EDITED = {
+    "a tensor": lambda: (lambda chain: (chain.middle, chain.result, chain.x))(Chain()),
+    "a leaf": lambda: (lambda chain: (chain.x, chain.result, chain.x))(Chain()),
+    "a node": lambda: (lambda chain: (chain.middle.grad_fn, chain.result, chain.x))(Chain()),
+    "a node with several results": lambda: (lambda x: (*rows(x), x))(noise(3, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", EDITED)
+@pytest.mark.parametrize("which", ["itself", "the next", "both"])
+def test_removed_by_a_rule_while_a_pass_runs(kind, which):
+    edited, result, x = EDITED[kind]()
+    plain = grad(result, x, retain_graph=True)
+
+    def scaled(grad_output, factor):
+        return tuple(scaled(one, factor) for one in grad_output) if type(grad_output) is tuple else grad_output * factor
+
+    def removing(grad_output):
+        for handle in {"itself": handles[:1], "the next": handles[1:], "both": handles}[which]:
+            handle.remove()
+        return scaled(grad_output, 2)
+
+    handles = [
+        go.edit_gradient_(edited, removing),
+        go.edit_gradient_(edited, lambda grad_output: scaled(grad_output, 5)),
+    ]
+    closely(grad(result, x, retain_graph=True), plain * (10 if which == "itself" else 2))
+    closely(grad(result, x), plain * {"itself": 5, "the next": 2, "both": 1}[which])
+
+
+def test_removed_by_a_rule_that_raises_is_gone():
+    x = noise(3, 4)
+    node, result = rows(x)
+    plain = grad(result, x, retain_graph=True)
+    before = dict(node.metadata)
+
+    def failing(grad_output):
+        handle.remove()
+        raise KeyError
+
+    handle = go.edit_gradient_(node, failing)
+    with pytest.raises(KeyError):
+        grad(result, x, retain_graph=True)
+    assert dict(node.metadata) == before
+    closely(grad(result, x), plain)
+
+
 def test_undone_by_an_exception():
     chain = Chain()
     plain = grad(chain.result, chain.x, retain_graph=True)
