@@ -2,7 +2,7 @@
 without a history, and gradients through time would be cut without a word.
 
 Torch does not tell what a value was computed from then. So code is read: an attribute counts that a forward both reads
-and assigns, unless it says somewhere that gradients are cut.
+and assigns, in this order, unless it says somewhere that gradients are cut.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from gradoverride._core import scan
-from gradoverride._core.bytecode import instructions, is_method, last_loaded
+from gradoverride._core.bytecode import instructions, last_loaded
 from gradoverride._core.tensors import is_differentiable
 from gradoverride.errors import GradOverrideWarning
 
@@ -28,27 +28,39 @@ __all__ = ["names_kept", "note_state", "state_of"]
 
 
 def names_kept(fn: Any, cls: Any) -> tuple[str, ...]:
-    """The attributes that `fn`, a method of `cls`, reads and assigns, itself or in methods of `cls` that it calls."""
-    read: set[str] = set()
+    """The attributes that `fn`, a method of `cls`, reads before it assigns them, itself or in methods that it calls."""
+    read_first: dict[str, bool] = {}
     assigned: set[str] = set()
     seen: set[FunctionType] = set()
-    waiting = [scan.python_function(fn)]
-    while waiting:
-        function = waiting.pop()
+
+    def follow(function: FunctionType | None) -> bool:
+        """In order; whether no gradients are cut there."""
         if function is None or function in seen:
-            continue
+            return True
         seen.add(function)
         code = function.__code__
         if not _CUTTING.isdisjoint(code.co_names):
-            return ()
+            return False
         receiver, owner = code.co_varnames[:1], None
         for step in instructions(code):
-            if owner in receiver and not is_method(step):
-                (assigned if step.opname == "STORE_ATTR" else read).add(str(step.argval))
+            name = str(step.argval)
+            own = (
+                inspect.getattr_static(cls, name, None)
+                if name in code.co_names and not hasattr(nn.Module, name)
+                else None
+            )
+            if isinstance(own, FunctionType):
+                if not follow(inspect.unwrap(own)):
+                    return False
+            elif owner in receiver:
+                if step.opname == "STORE_ATTR":
+                    assigned.add(name)
+                read_first.setdefault(name, step.opname != "STORE_ATTR")
             owner = last_loaded(step) if "FAST" in step.opname else None
-        own = [inspect.getattr_static(cls, name, None) for name in code.co_names if not hasattr(nn.Module, name)]
-        waiting += [inspect.unwrap(one) for one in own if isinstance(one, FunctionType)]
-    return tuple(sorted(read & assigned))
+        return True
+
+    goes_on = follow(scan.python_function(fn))
+    return tuple(sorted([name for name in assigned if goes_on and read_first[name]]))
 
 
 _CUTTING = frozenset({"data", "detach", "detach_", "inference_mode", "no_grad", "set_grad_enabled"})

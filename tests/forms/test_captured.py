@@ -978,6 +978,17 @@ class Table(Neuron):
         return x * self.mask
 
 
+class Shown(Neuron):
+    """Keeps what it computes for whoever wants to see it."""
+
+    def forward(self, x):
+        self.charge(x)
+        return self.potential * 2
+
+    def charge(self, x):
+        self.potential = x * self.weight
+
+
 @pytest.mark.parametrize("kind", [Neuron, Keeping])
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_state_that_is_cut_off_from_earlier_calls_is_told_of_once(kind, by_name):
@@ -996,8 +1007,8 @@ def test_a_state_that_is_cut_off_from_earlier_calls_is_told_of_once(kind, by_nam
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", [Cutting, Table])
-def test_a_state_that_is_cut_anyway_and_a_table_that_is_made_once_are_not(kind):
+@pytest.mark.parametrize("kind", [Cutting, Table, Shown])
+def test_a_state_that_is_cut_anyway_a_table_that_is_made_once_and_what_is_shown_are_not(kind):
     module, x = kind(), float64(1.0, 2.0)
     with go.override(module, {module: lambda grad_output: grad_output}):
         for _ in range(3):
