@@ -41,6 +41,7 @@ from gradoverride._core.private.marks import uncompiled
 from gradoverride._core.puts import (
     Put,
     Puts,
+    of_paths,
     on_class,
     on_copies,
     on_modules,
@@ -163,7 +164,7 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
         names = functions_called(module)
         calling.setdefault(id(names), (names, []))[1].append(added)
     before = {function for module, _ in placed.values() for function in functions_of(module)}
-    before.update(layers_on_paths(scoped=True))
+    before.update(of_paths)
     for target, rule in called:
         name = str(target.name)
         layer = FunctionLayer(name, rule, "", names_of[target], order, _first_free(count(), before, name, rule))
@@ -206,7 +207,7 @@ def _override_everywhere(rules: Registry) -> Override:
     check_forwards(_called(entries), chain(ruled, ((record.subject.base, record.layers) for record in all_in_force())))
     for (of_class, _), layer_of_class in zip(classes.values(), layers, strict=True):
         puts.append(partial(on_class, of_class, layer_of_class, of_class.path))
-    before_all = [*everywhere.functions, *layers_on_paths()]
+    before_all = [*everywhere.functions, *of_paths]
     for target, rule in _called(entries):
         name = str(target.name)
         nth = _first_free(count(-1, -1), before_all, name, rule)  # a model has none of these

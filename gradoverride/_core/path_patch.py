@@ -393,9 +393,9 @@ def _place_among(layer: tuple[FunctionLayer, bool]) -> Order:
 _replacements: list[_Replacement] = []
 
 
-def layers_on_paths(*, scoped: bool = False) -> list[FunctionLayer]:
-    """The rules in force on what paths name, an inner one before an outer one: of the whole process, or of models."""
-    found = [layer for one in _replacements for layer, of_models in one.layers if of_models is scoped]
+def layers_on_paths() -> list[FunctionLayer]:
+    """The rules in force on what paths name, of the whole process, an inner one before an outer one."""
+    found = [layer for one in _replacements for layer, scoped in one.layers if not scoped]
     return sorted(dict.fromkeys(found), key=lambda layer: layer.order)
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "Put",
     "Puts",
     "keep_on_path",
+    "of_paths",
     "on_class",
     "on_copies",
     "on_modules",
@@ -152,6 +153,10 @@ def on_thread(layer: FunctionLayer) -> Puts:
     return [_of_calls(layer, "", lambda: take_off_thread(layer))]
 
 
+of_paths: list[FunctionLayer] = []
+"""The rules for what paths name, in models and in the whole process, now or when it is imported."""
+
+
 def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
     """A rule for what a path names, now or when it is imported; if `scoped`, in modules that have the layer too.
 
@@ -183,6 +188,7 @@ def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
         put(value)
 
     def take_off() -> None:
+        of_paths.remove(layer)
         call_off()
         take_off_path(layer)
         for of_class in puts:
@@ -192,6 +198,7 @@ def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
     if value is not PENDING:
         put_if_it_fits(value)
     call_off = when_imported(path, put_if_it_fits)
+    of_paths.append(layer)
     own = _of_calls(layer, "", take_off)
     return [
         own._replace(

@@ -465,6 +465,26 @@ class TestWhatIsImportedLater:
 
             closely(gradient(thirdparty.functions.cube, x), gradient(lambda x: x**3, x))
 
+    def test_in_two_models_in_another_order_each(self, package, x):
+        class Model(nn.Module):
+            def forward(self, x):
+                from thirdparty.functions import cube
+
+                return cube(x)
+
+        one, other = Model(), Model()
+        with (
+            go.override(one, {CUBE: doubled}),
+            go.override(one, {CUBE: plus_one}),
+            go.override(other, {CUBE: plus_one}),
+            go.override(other, {CUBE: doubled}),
+        ):
+            import thirdparty.functions
+
+            plain = gradient(thirdparty.functions.cube, x)
+            closely(gradient(one, x), 2 * plain + 1)
+            closely(gradient(other, x), 2 * (plain + 1))
+
     def test_without_the_name_is_warned_of(self, package):
         handle = go.override({"thirdparty.functions:cub": doubled})
         with pytest.warns(go.GradOverrideWarning, match="has been imported and has no 'cub'"):
