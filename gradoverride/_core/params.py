@@ -144,6 +144,6 @@ def _behind_attributes(module: nn.Module, fn: Any) -> set[int]:
     """The ids of parameters that attributes of `module` were computed from before `fn`, which meets these: by the hooks
     of `prune` and of the older `weight_norm` and `spectral_norm`.
     """
-    computed = [(name, one.grad_fn) for name, one in vars(module).items() if isinstance(one, Tensor)]
+    computed = [(name, one.grad_fn) for name, one in [*vars(module).items()] if isinstance(one, Tensor)]
     nodes = [node for name, node in computed if node is not None and mentions(fn, name)]
     return {id(leaf) for leaf in leaves_behind(nodes) if not leaf._backward_hooks}
