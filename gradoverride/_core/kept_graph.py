@@ -272,11 +272,11 @@ def _start_of(leaf: Tensor) -> Any:
 def _ids_behind(roots: Sequence[Any]) -> set[int]:
     """The ids of the nodes behind the roots of the backward pass that runs now."""
     global _behind
-    number = pass_id()
-    if number != _behind[0]:
+    number, found = pass_id(), _behind  # which another thread may replace
+    if number != found[0] or number < 0:
         nodes = [root.node if isinstance(root, GradientEdge) else root.grad_fn for root in roots]
-        _behind = number, {id(node) for start in nodes if start is not None for node in nodes_behind(start)}
-    return _behind[1]
+        found = _behind = number, {id(node) for start in nodes if start is not None for node in nodes_behind(start)}
+    return found[1]
 
 
 _behind: tuple[int, set[int]] = -1, set()  # in the last pass that was asked about

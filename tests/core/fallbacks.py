@@ -45,6 +45,7 @@ REFUSED = (
     "it must be made outside of the code that is compiled",  # in an error of torch's own then
     "offers 'args', 'kwargs'",  # an operator of torch.library.custom_op, whose function is not known
     "is a view and is being modified inplace",  # whose it is cannot be told
+    "must return each tensor that a gradient is to come back from",  # whether an input is behind it cannot be told
     "records the forward of",  # torch.func.linearize cannot be told from make_fx, so it is warned of
 )
 

@@ -111,7 +111,10 @@ def _passes(frame: FrameType | None) -> Iterator[Pass]:
 
 
 def roots_if_given_inputs() -> Sequence[Any]:
-    """What the backward pass that runs now starts from, if it is given its inputs. In less time than `passes_now`."""
+    """What the backward pass that runs now starts from, if it is given its inputs. In less time than `passes_now`.
+
+    Without the name of the engine's call it is read from those of the public functions around it.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _ENGINE_CODE:
@@ -119,6 +122,10 @@ def roots_if_given_inputs() -> Sequence[Any]:
             return called["t_outputs"] if called["args"][3] else ()
         if frame.f_code is pull.__code__:
             return ()
+        if _ENGINE_CODE is None and frame.f_code in (torch.autograd.grad.__code__, torch.autograd.backward.__code__):
+            called = frame.f_locals
+            given = called.get("t_inputs", called.get("inputs_tuple", ()))
+            return called.get("t_outputs", called.get("tensors", ())) if given else ()
         frame = frame.f_back
     return [root for one in passes_now() if one.inputs for root in one.roots]
 
@@ -143,14 +150,14 @@ def passes_on(node: Any) -> bool:
 
 
 def comes_to(node: Any, leaves: bool = False) -> bool:
-    """Whether the backward pass that runs now comes to `node`; `leaves`: or returns its gradient. False where torch
-    does not say, where compiled autograd has the backward traced, say.
+    """Whether the backward pass that runs now comes to `node`; `leaves`: or returns its gradient, or torch has no name
+    to ask by. False where compiled autograd has the backward traced.
     """
     if torch.compiler.is_dynamo_compiling():
         return False
     will_run = getattr(torch._C, "_will_engine_execute_node", None)
     try:
-        return will_run is not None and bool(will_run(node))
+        return leaves if will_run is None else bool(will_run(node))
     except RuntimeError:  # there is no such pass, or it returns the gradient of this leaf
         return leaves
 
