@@ -64,7 +64,7 @@ class KeptGraph:
         node: Any = cut[0].grad_fn if cut else None
         self.node, self.who = node, ""
         self.passes: set[int] | None = None
-        self.unpacked: list[_Held] | None = None
+        self.unpacked: _Unpacked | None = None
         # For those that are not leaves now: keeping them would keep their memory.
         self.natural = [
             (None, tensor) if tensor.is_leaf else (_edge_of(tensor), _carry(tensor)[0]) for tensor in natural
@@ -112,16 +112,17 @@ class KeptGraph:
         if hooks is None:
             yield
             return
-        (pack, unpack), unpacked, passes = hooks, list[_Held](), set[int]()
-        self.unpacked, self.passes = unpacked, passes
+        pack, unpack = hooks
+        self.unpacked, self.passes = unpacked, passes = _Unpacked(), set[int]()
 
         def once(held: _Held) -> Any:
-            number = checkpoints_in_pass()
+            number = checkpoints_in_pass() if unpacked.again is None else unpacked.again
             if number not in passes:
                 return unpack(held.packed)
             if held.number != number:
-                held.tensor, held.number = unpack(held.packed), number
-                unpacked.append(held)
+                with as_part_of_pass(number):
+                    held.tensor, held.number = unpack(held.packed), number
+                unpacked.held.append(held)
             return held.tensor
 
         with saved_tensors_hooks(lambda tensor: _Held(pack(tensor)), once):
@@ -129,10 +130,10 @@ class KeptGraph:
 
     def forget(self) -> None:
         """The backward of the call has run: nothing else is asked for in this pass."""
-        for held in self.unpacked or ():
-            held.tensor = held.number = None
-        if self.unpacked:
-            self.unpacked.clear()
+        if self.unpacked is not None:
+            for held in self.unpacked.held:
+                held.tensor = held.number = None
+            self.unpacked.held.clear()
 
     def guard(self, who: str) -> None:
         """From now on a gradient that comes to an alias without being asked for is an error: it came to a tensor that
@@ -209,7 +210,7 @@ class KeptGraph:
             if self.passes is None:
                 found = _pull(ends, cut, edges, keep)
             else:
-                with as_part_of_pass(self._new_pass(self.passes)):
+                with self._in_pass(self.passes):
                     found = _pull(ends, cut, edges, keep)
         except RuntimeError as error:
             if "selective activation checkpoint" in str(error):
@@ -229,16 +230,22 @@ class KeptGraph:
         known += [(edge or _edge_of(outer), outer) for edge, outer in self.natural]
         return _tied(found, [*known, *_cuts(cut, given)])
 
-    def _new_pass(self, passes: set[int]) -> int | None:
-        """The backward pass that runs now, if it has not come to this graph before, or what it was given is held.
+    @contextlib.contextmanager
+    def _in_pass(self, passes: set[int]) -> Iterator[None]:
+        """A context for a gradient: a part of the backward pass that runs now, if that has not come here before.
 
-        A checkpoint gives back what it has saved once in a pass: for another gradient it must run its block again.
+        A checkpoint gives back what it has saved once in a pass. So for another gradient one within the forward runs
+        its block again, and so does one around it, of which nothing is held.
         """
         number = checkpoints_in_pass()
-        if self.apart or number == -1 or (number in passes and self.unpacked is None):
-            return None
-        passes.add(number)
-        return number
+        if self.apart or number == -1 or number in passes:
+            again = number if number in passes and not self.apart else None
+            with as_part_of_pass(None), contextlib.nullcontext() if self.unpacked is None else self.unpacked.of(again):
+                yield
+        else:
+            passes.add(number)
+            with as_part_of_pass(number):
+                yield
 
     def _is_met(self) -> bool:
         """Whether the backward pass that runs now comes to an alias; of one that is given its inputs, and leaves these
@@ -288,6 +295,25 @@ def _is_wanted(outer: Tensor | None) -> bool:
         return False
     node = _edge_of(outer).node if outer.is_leaf else outer.grad_fn.next_functions[outer.output_nr][0]  # type: ignore[union-attr]  # no leaf
     return comes_to(node, leaves=True)
+
+
+class _Unpacked:
+    """What the hooks of others have given back in a pass, for what is asked for again in it."""
+
+    __slots__ = ("again", "held")
+
+    def __init__(self) -> None:
+        self.held: list[_Held] = []
+        self.again: int | None = None  # the pass in which something is asked for again, now
+
+    @contextlib.contextmanager
+    def of(self, number: int | None) -> Iterator[None]:
+        """A context for what is asked for again in this pass."""
+        before, self.again = self.again, number
+        try:
+            yield
+        finally:
+            self.again = before
 
 
 class _Held:

@@ -303,6 +303,37 @@ def in_selective_checkpoint(model):
     return lambda x: checkpoint(model, x, use_reentrant=False, context_fn=contexts)
 
 
+@pytest.mark.parametrize("rule", [twice, twice_in_two_passes, twice_of_all])
+@pytest.mark.parametrize("around", [None, tripled], ids=["alone", "within another"])
+@pytest.mark.parametrize("steps", ["deep", "beside"])
+def test_a_model_with_a_rule_may_have_checkpoints_of_its_own_within_one(rule, around, steps, x):
+    """For a second gradient the inner ones run their blocks again, and are given what the outer one has given back."""
+
+    class Inner(nn.Sequential):
+        def forward(self, x):
+            for part in self:
+                x = checkpoint(part, x, use_reentrant=False)
+            return x.sin()
+
+    def build():
+        torch.manual_seed(0)
+        parts = [nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.Tanh()), nn.Linear(3, 3)]
+        return nn.Sequential(Inner(*parts) if steps == "beside" else Inner(parts[0], Inner(*parts[1:]))).double()
+
+    def gradients(model, call):
+        call(x).sin().sum().backward()
+        found, x.grad = x.grad, None
+        return [found, *[param.grad for param in model.parameters()]]
+
+    plain, blocked = build(), build()
+    rules = {Inner: rule, **({type(plain): around} if around else {})}
+    with go.override(plain, rules), go.override(blocked, rules):
+        expected = gradients(plain, plain)
+        found = gradients(blocked, lambda x: checkpoint(blocked, x, use_reentrant=False))
+    for one, other in zip(found, expected, strict=True):
+        closely(one, other)
+
+
 def test_rule_in_a_selective_checkpoint_is_in_force_and_one_of_a_function_that_asks_for_a_second_gradient_is_refused():
     model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double(), noise(2, 3)
     (expected,) = torch.autograd.grad(model(x).sum(), x)
