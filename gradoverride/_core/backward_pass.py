@@ -152,7 +152,9 @@ class Backward:
         rule = self.call.rule
         collector = self._collector() if self.plan.class_form else None
         first = (grad_output,) if collector is None else (collector.stand_in, grad_output)
-        looks = self.plan.rule_code.accumulates and not (self.traced or torch.compiler.is_dynamo_compiling())
+        # (In the class form it is collected: other threads may be accumulating meanwhile.)
+        looks = self.plan.rule_code.accumulates and collector is None
+        looks = looks and not (self.traced or torch.compiler.is_dynamo_compiling())
         accumulated = self._accumulated(supplied) if looks else {}
         if self.traced:
             answer = rule(*first, **supplied)

@@ -27,7 +27,7 @@ class RuleCode:
         self.gives_alike = purity.gives_alike(fn)
         self.strings = scan.strings(fn)  # a rule may answer for parameters whose names are among them
         self.names_by_name = scan.mentions(fn, "by_name")
-        self.accumulates = scan.mentions(fn, "grad") or scan.mentions(fn, "backward")  # perhaps
+        self.accumulates = scan.accumulates(fn)
         self.calls_vjp_once = scan.called_once(fn, "vjp")
 
     @staticmethod

@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
@@ -16,6 +17,7 @@ from gradoverride._core import bytecode
 
 __all__ = [
     "NOTHING",
+    "accumulates",
     "called_once",
     "calls",
     "constants",
@@ -103,6 +105,19 @@ def global_names(code: CodeType) -> list[str]:
 def mentions(fn: Any, name: str) -> bool:
     """Whether the code of `fn` has this name (of a global, an attribute, a method)."""
     return any(name in code.co_names for _, code in reachable(fn))
+
+
+def accumulates(fn: Any) -> bool:
+    """Whether `fn` may change what is accumulated: its code assigns a `grad`, writes into one, or says `backward`."""
+    if mentions(fn, "backward"):
+        return True
+    for _, code in reachable(fn):
+        steps = list(bytecode.instructions(code))
+        for step, following in itertools.pairwise(steps):
+            written = following.opname in bytecode.ATTRIBUTES and str(following.argval).endswith("_")
+            if step.argval == "grad" and (step.opname == "STORE_ATTR" or (step.opname == "LOAD_ATTR" and written)):
+                return True
+    return False
 
 
 def calls(fn: Any, target: Callable[..., Any]) -> bool:

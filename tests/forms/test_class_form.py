@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 import threading
 
 import pytest
@@ -104,13 +105,22 @@ def test_question_asked_by_autograd_grad_for_the_input_alone(layer, a):
     assert layer.weights.grad is None
 
 
+@pytest.fixture
+def threads_that_take_turns_often():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("threads_that_take_turns_often")
 def test_question_in_two_threads(layer):
     inputs = [nn.Parameter(torch.randn(200)) for _ in range(2)]
     barrier = threading.Barrier(2)
 
     def work(x, factor):
-        for _ in range(20):
-            barrier.wait()
+        for _ in range(300):
+            barrier.wait(60)
             (factor * layer(x)).sum().backward()
 
     threads = [threading.Thread(target=work, args=(x, factor)) for x, factor in zip(inputs, (1, 10), strict=True)]
@@ -118,8 +128,8 @@ def test_question_in_two_threads(layer):
         thread.start()
     for thread in threads:
         thread.join()
-    exactly([x.grad for x in inputs], [ones(20 * 3), ones(20 * 30)])
-    exactly(layer.weights.grad, ones(20 * 55))
+    exactly([x.grad for x in inputs], [ones(300 * 3), ones(300 * 30)])
+    exactly(layer.weights.grad, ones(300 * 55))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
