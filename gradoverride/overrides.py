@@ -6,7 +6,6 @@ registry or mapping -> `_core/targets.py` says which rule wins which module
 
 from __future__ import annotations
 
-import html
 import threading
 import warnings
 import weakref
@@ -14,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, count
 from types import TracebackType
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 from torch import nn
 
@@ -54,6 +53,7 @@ from gradoverride._core.record import all_in_force
 from gradoverride._core.rule import Rule
 from gradoverride._core.scripted import is_scripted
 from gradoverride._core.signature import Forward, kind_of
+from gradoverride._core.table import EVERYWHERE, Row, Table, row_of
 from gradoverride._core.targets import (
     Class,
     Entry,
@@ -207,19 +207,15 @@ def _override_everywhere(rules: Registry) -> Override:
     check_forwards(_called(entries), chain(ruled, ((record.subject.base, record.layers) for record in all_in_force())))
     for (of_class, _), layer_of_class in zip(classes.values(), layers, strict=True):
         puts.append(partial(on_class, of_class, layer_of_class, of_class.path))
-    before_all = [*everywhere.functions, *of_paths]
     for target, rule in _called(entries):
         name = str(target.name)
-        nth = _first_free(count(-1, -1), before_all, name, rule)  # a model has none of these
+        nth = _first_free(count(-1, -1), everywhere.functions, name, rule)  # a model has none of these
         layer = FunctionLayer(name, rule, EVERYWHERE, _named(target), order, nth)
         if isinstance(target, ImportPath):
             puts.append(partial(on_path, target.value, layer, scoped=False))
         else:
             puts.append(partial(on_thread, layer))
     return Override(owner, puts, _optional(entries))
-
-
-EVERYWHERE = "(everywhere)"
 
 
 def _entries(rules: Registry, owner: str) -> list[Entry]:
@@ -310,18 +306,18 @@ def explain(model: nn.Module | None = None) -> Table:
             known.add(id(module))
             of_class = everywhere.layers_on(base_of(module)) if has_forward(module) else []
             for layer in of_class:
-                rows.append(_row(path, class_of(module).__name__, layer, layer.known_calls))
+                rows.append(row_of(path, class_of(module).__name__, layer, layer.known_calls))
             for own in layers_of(module):
-                rows.append(_row(path, class_of(module).__name__, own, calls_under(module, own)))
+                rows.append(row_of(path, class_of(module).__name__, own, calls_under(module, own)))
             for function in functions_of(module):
                 if function not in seen:
                     seen.add(function)
-                    rows.append(_row(path, class_of(module).__name__, function, function.known_calls))
+                    rows.append(row_of(path, class_of(module).__name__, function, function.known_calls))
     else:
         for target, layer in everywhere.classes:
-            rows.append(_row(EVERYWHERE, target.value.__name__, layer, layer.known_calls))
+            rows.append(row_of(EVERYWHERE, target.value.__name__, layer, layer.known_calls))
     for function in (*everywhere.functions, *layers_on_paths()):
-        rows.append(_row(EVERYWHERE, "", function, function.known_calls))
+        rows.append(row_of(EVERYWHERE, "", function, function.known_calls))
     return Table(rows)
 
 
@@ -386,7 +382,7 @@ class Override:
     def table(self) -> Table:
         """What is overridden, and how often it has been called; after the removal what it was then."""
         self._find()
-        rows = {put.layer: _row(put.layer.path, put.cls, put.layer, put.calls()) for put in self._puts}
+        rows = {put.layer: row_of(put.layer.path, put.cls, put.layer, put.calls()) for put in self._puts}
         return Table(list(rows.values()) or self._rows)
 
     def __str__(self) -> str:
@@ -465,42 +461,3 @@ class Override:
             put.take_off()
         never = [layer for rule, layer in idle.items() if rule not in ran and rule not in self._optional]
         return never, list(awaited.values())
-
-
-class Row(NamedTuple):
-    """One rule on one module, in words."""
-
-    path: str
-    cls: str
-    target: str
-    rule: str
-    calls: str
-
-
-class Table(list[Row]):
-    """Rows that print as a table, in a notebook as one of HTML."""
-
-    heads = Row("module", "class", "target that won", "rule", "calls")
-
-    def __str__(self) -> str:
-        if not self:
-            return "nothing is overridden"
-        lines = [self.heads, *self]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.heads))]
-        padded = [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines]
-        return "\n".join("  ".join(line).rstrip() for line in padded)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        rows = "".join(_cells(row, "td") for row in self)
-        return f"<table>{_cells(self.heads, 'th')}{rows}</table>"
-
-
-def _cells(row: Row, tag: str) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row) + "</tr>"
-
-
-def _row(path: str, cls: str, layer: Layer | FunctionLayer, calls: int | None) -> Row:
-    said = "compiled" if calls is None else str(calls)
-    return Row(path or "(the model)", cls, layer.target, layer.rule.who, said)

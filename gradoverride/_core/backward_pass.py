@@ -153,8 +153,8 @@ class Backward:
         collector = self._collector() if self.plan.class_form else None
         first = (grad_output,) if collector is None else (collector.stand_in, grad_output)
         # (In the class form it is collected: other threads may be accumulating meanwhile.)
-        looks = self.plan.rule_code.accumulates and collector is None
-        looks = looks and not (self.traced or torch.compiler.is_dynamo_compiling())
+        looks = self.plan.rule_code.accumulates and collector is None and self.eager
+        looks = looks and not torch.compiler.is_dynamo_compiling()
         accumulated = self._accumulated(supplied) if looks else {}
         if self.traced:
             answer = rule(*first, **supplied)

@@ -154,7 +154,7 @@ def on_thread(layer: FunctionLayer) -> Puts:
 
 
 of_paths: list[FunctionLayer] = []
-"""The rules for what paths name, in models and in the whole process, now or when it is imported."""
+"""The rules for what paths name, now or when it is imported."""
 
 
 def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
@@ -223,10 +223,11 @@ _lock = threading.RLock()
 
 def keep_on_path(layer: FunctionLayer) -> _Kept:
     """What keeps the rule of `layer` on what its path names, for a copy, which has no handle."""
-    kept = _kept.get(layer.key)
-    if kept is None:
-        kept = _kept[layer.key] = _Kept(layer)
-    return kept
+    with _lock:
+        kept = _kept.get(layer.key)
+        if kept is None:
+            kept = _kept[layer.key] = _Kept(layer)
+        return kept
 
 
 def take_off_given_up() -> None:

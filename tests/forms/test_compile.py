@@ -14,6 +14,7 @@ import pytest
 import torch
 from oracles import closely, exactly, float64, noise, right_or_refused
 from torch import nn
+from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, vjp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -1274,3 +1275,29 @@ def test_array_as_an_argument_of_a_compiled_function():
     result = run(x, array)
     result.sum().backward()
     assert (result.tolist(), x.grad.tolist()) == ([5.0, 7.0], [3.0, 3.0])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+def test_where_a_rule_breaks_the_graph_no_function_of_this_library_is_compiled():
+    def counting(grad_output, module):
+        module.first.calls += 1
+        return grad_output
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(3, 3)
+            self.first.calls = 0
+
+        @go.custom_backward(counting)
+        def forward(self, x):
+            return self.first(x).sum(1, keepdim=True) * x
+
+    compiled: list[str] = []
+    hook = register_bytecode_hook(lambda code, _: compiled.append(code.co_filename))
+    try:
+        torch.compile(Counted(), backend="eager")(noise(2, 3).float()).sum().backward()
+    finally:
+        hook.remove()
+    assert compiled
+    assert [name for name in compiled if "gradoverride/_core" in name] == []
