@@ -44,6 +44,7 @@ def is_plain(plan: Plan) -> bool:
         and (not plan.takes_receiver or _is_plain_method(plan))
         and not plan.hands_over
         and not plan.keeps_given
+        and not (plan.forward_asks_grad and plan.reach is None and not plan.asks_vjp)
         and not plan.class_form
         and can_call_directly()
         and all(

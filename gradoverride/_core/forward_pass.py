@@ -158,6 +158,7 @@ class ForwardPass:
         self.writes = Writes(call, leaves, before)
         self.buffer_versions: dict[str, int | None] = {}
         self.may_give_data = call.plan.may_give_data or call.plan.reach is None
+        self.graph_is_shown = False  # whether there is one for the forward to see alone: nothing asks it for gradients
         self.places: list[int] | None = None  # of the aliases, before an eager forward that may give them other data
         self.as_given: dict[int, Tensor] = {}  # copies of leaves that the forward may write into uncounted
 
@@ -165,7 +166,9 @@ class ForwardPass:
         """The forward on aliases, and its result tied to the rule."""
         call, plan, mode = self.call, self.plan, self.mode
         sources = [*self.leaves, *[param.tensor for param in call.aliased]]
-        if plan.asks_vjp or not all([param.asked for param in call.aliased]):
+        needs_graph = plan.asks_vjp or not all([param.asked for param in call.aliased])
+        self.graph_is_shown = plan.forward_asks_grad and not needs_graph and mode != TRANSFORMED
+        if needs_graph or self.graph_is_shown:
             call.graph = inner_graph(call, self.module, self.receiver, sources)
             aliases = call.graph.start()
         else:
@@ -223,6 +226,8 @@ class ForwardPass:
         if not self.on_leaves:
             refuse_captured(self, outs, aliases)
         self.writes.find(outs, aliases)
+        if self.graph_is_shown:
+            call.graph = None
         return self._tie(aliases, outs, residuals)
 
     def _alias(self, tensor: Tensor) -> Tensor:

@@ -81,6 +81,8 @@ class Plan:
         # What it may do with aliases: to attributes that not every tensor has, and to their data.
         self.attribute_names = attribute_names(self.fn, method=self.takes_receiver)
         self.uses_attributes = self.reach is None or bool(self.attribute_names)
+        # Such a forward runs where aliases require grad as the arguments do, in a graph.
+        self.forward_asks_grad = scan.mentions(self.fn, "requires_grad")
         # As its code shows it: what gives data to an argument elsewhere is not worth a look at each short call.
         self.may_give_data = any(scan.mentions(self.fn, name) for name in ("data", "set_"))
         # Whether arguments that the rule asks for are to be kept as they were given: torch counts no write of these.

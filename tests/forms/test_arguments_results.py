@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import typing
+import weakref
 
 import numpy as np
 import pytest
@@ -1158,3 +1159,102 @@ def test_keyword_that_is_named_as_a_parameter_without_one_is_refused(function, c
         run(float64(1.0), x=float64(2.0))
     with torch.no_grad():
         assert forward(float64(1.0), x=float64(2.0)).item() == 2.0
+
+
+# What a forward sees of its arguments
+
+
+def doubled_if_a_gradient_is_wanted(x):
+    return sum([x, x]) if x.requires_grad else x * 5
+
+
+def by_weight_if_it_is_trained(self, x):
+    return sum([x * self.weight, x]) if self.weight.requires_grad else x * 7
+
+
+class Trained(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2,), 4.0, dtype=torch.float64))
+
+    forward = by_weight_if_it_is_trained
+
+
+COMPILED = {
+    "eager": lambda function: function,
+    "compiled": functools.partial(torch.compile, backend="aot_eager", fullgraph=True),
+}
+
+
+@pytest.mark.parametrize("run", COMPILED)
+@pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "computed"])
+def test_forward_sees_whether_an_argument_requires_grad(run, leaf):
+    forward = go.custom_backward(lambda grad_output: grad_output * 3)(doubled_if_a_gradient_is_wanted)
+    called = COMPILED[run](lambda x: forward(x if leaf else x * 1))
+    x = float64(1.0, 2.0)
+    y = called(x)
+    exactly(y.detach(), x.detach() * 2)
+    (grad_x,) = torch.autograd.grad(y.sum(), x)
+    exactly(grad_x, torch.full_like(x, 3))
+    exactly(called(x.detach()), x.detach() * 5)
+
+
+@pytest.mark.parametrize("run", COMPILED)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda grad_output, weight: {"x": grad_output * 3, "weight": grad_output * 2},
+        lambda grad_output: grad_output * 3,
+    ],
+    ids=["answers for the weight", "leaves it"],
+)
+def test_forward_sees_whether_a_parameter_requires_grad(run, rule):
+    module, x = Trained(), float64(1.0, 2.0)
+    with go.override(module, {module: rule}):
+        y = COMPILED[run](module)(x)
+        exactly(y.detach(), x.detach() * 5)
+        grad_x, grad_weight = torch.autograd.grad(y.sum(), (x, module.weight))
+        exactly(grad_x, torch.full_like(x, 3))
+        exactly(grad_weight, torch.full_like(x, 2) if len(rule.__code__.co_varnames) > 1 else x.detach())
+        module.weight.requires_grad_(False)
+        exactly(COMPILED[run](module)(x).detach(), x.detach() * 7)
+
+
+def test_residual_that_is_made_only_for_a_gradient_reaches_the_rule():
+    @go.custom_backward(lambda grad_output, mask: grad_output * mask)
+    def forward(x):
+        mask = sum([x > 0, x > 1]) if x.requires_grad else None
+        return go.save_for_backward(x.clamp(min=0), mask=mask)
+
+    x = float64(-1.0, 0.5, 2.0)
+    forward(x).sum().backward()
+    exactly(x.grad, torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64))
+
+
+def test_forward_that_asks_whether_a_gradient_is_wanted_keeps_nothing_for_it():
+    kept = weakref.WeakSet()
+
+    class Packed:
+        def __init__(self, tensor):
+            self.tensor = tensor.detach()
+            kept.add(self)
+
+    @go.custom_backward(lambda grad_output: grad_output)
+    def forward(x):
+        return sum([x.exp(), x]).sin() if x.requires_grad else x
+
+    with torch.autograd.graph.saved_tensors_hooks(Packed, lambda packed: packed.tensor):
+        y = forward(noise(4))
+    assert not kept
+    assert y.requires_grad
+
+
+def test_forward_that_asks_whether_a_gradient_is_wanted_may_capture_no_tensor():
+    weight = float64(2.0)
+
+    @go.custom_backward(lambda grad_output: grad_output)
+    def forward(x):
+        return sum([x * weight, x]) if x.requires_grad else x
+
+    with pytest.raises(go.CapturedTensorError, match=r"'forward' .* reached 'weight', which requires grad"):
+        forward(float64(1.0))
