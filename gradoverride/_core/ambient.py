@@ -202,9 +202,15 @@ class RandomState:
         same = torch.equal(now.cpu, self.cpu) and all(
             torch.equal(a, b) for a, b in zip(now.accelerator, self.accelerator, strict=True)
         )
+        return not same or self._differs_in_python(now)
+
+    def differs_in_python(self) -> bool:
+        """Whether numbers of Python or NumPy were drawn since."""
+        return self._differs_in_python(RandomState())
+
+    def _differs_in_python(self, now: RandomState) -> bool:
         # NumPy's state is a dict with an array in it, which `==` does not take.
-        same = same and now.python == self.python and pickle.dumps(now.numpy) == pickle.dumps(self.numpy)
-        return not same
+        return now.python != self.python or pickle.dumps(now.numpy) != pickle.dumps(self.numpy)
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:

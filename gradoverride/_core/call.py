@@ -46,6 +46,7 @@ class Call:
     plan: Plan
     layout: Layout
     mode: str
+    opaque: bool  # whether Dynamo is to look through it only, for torch.func transforms: `opaque_call.py`
     rule: Any  # that of the plan, or one of the same code
     names: tuple[str, ...]  # of the arguments, from the layout
     groups: dict[str, tuple[int, ...]]
@@ -100,6 +101,7 @@ class Call:
         self.plan = plan
         self.layout = layout
         self.mode = mode
+        self.opaque = False
         self.rule = plan.rule.fn if rule is None else rule
         self.names = layout.names
         self.groups = layout.groups

@@ -24,7 +24,7 @@ from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.reach import SCALARS
 from gradoverride.errors import CapturedTensorError
 
-__all__ = ["captured_names", "foreign_leaf", "is_gone", "refuse", "requires_grad", "tensors_in"]
+__all__ = ["captured_names", "foreign_leaf", "is_gone", "refuse", "requires_grad", "tensors_in", "tensors_known"]
 
 
 def requires_grad(tensor: Tensor) -> bool:
@@ -143,6 +143,16 @@ def captured_names(
     inner = [(name, tensor.grad_fn) for name, tensor in found if not tensor.is_leaf]
     leading = [name for name, node in inner if any(start is leaf for start in leaves_behind([node]))]
     return list(dict.fromkeys(exact or leading))
+
+
+def tensors_known(fn: Any) -> list[str]:
+    """The names under which `fn` reaches tensors without being given them, with a gradient or without."""
+    found: list[tuple[str, Tensor]] = []
+    if scan.python_function(fn) is not fn:  # an object that is called
+        found += tensors_in(f"'{type(fn).__name__}'", fn, depth=2, objects=True, counts=lambda tensor: True)
+    for name, value in _names(fn, helpers=True):
+        found += tensors_in(f"'{name}'", value, depth=2, objects=True, counts=lambda tensor: True)
+    return [name for name, _ in found]
 
 
 def _attributes(receiver: Any) -> Iterator[tuple[str, Any]]:

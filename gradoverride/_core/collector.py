@@ -49,11 +49,12 @@ class Collector:
             # are shown to (those of compiled autograd, of FLOP counters) do not know ours.
             if traced or type(tensor) not in (Tensor, nn.Parameter) or in_modes():
                 self.params[name] = tensor.detach()
-                if traced or not in_functorch():
+                if not in_functorch():
                     self.params[name].requires_grad_()
                 if not traced and torch.is_grad_enabled() and tensor.requires_grad:  # for second derivatives
                     self.params[name] = tensor.view_as(tensor)
-                    self.params[name].retain_grad()  # or torch warns of a look at its `grad`
+                    if not in_functorch():
+                        self.params[name].retain_grad()  # or torch warns of a look at its `grad`
                 self.params[name].grad = self.before[name] = torch.zeros_like(tensor)
             elif torch.is_grad_enabled() or in_functorch():
                 self.params[name] = tensor.view_as(tensor).as_subclass(_Collected)

@@ -11,6 +11,7 @@ is for what was computed elsewhere.) The inputs of the Function are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -26,11 +27,13 @@ from gradoverride._core.inner_graph import inner_graph
 from gradoverride._core.kept_graph import KeptGraph, outer_of
 from gradoverride._core.layout import Layout
 from gradoverride._core.module_then import keep_module
+from gradoverride._core.opaque_call import NoGraph, call_opaque, changed_before_opaque, looked_through, refuse_opaque
 from gradoverride._core.params import find_params
 from gradoverride._core.plan import Plan
 from gradoverride._core.private.dynamo import fail, keep_own_frames_whole
 from gradoverride._core.private.tensors import counted_once, version_of
 from gradoverride._core.private.transforms import forward_mode_depth, in_forward_ad, in_functorch
+from gradoverride._core.replay import replayable
 from gradoverride._core.results import check_straight_through, refuse_captured, without_gradient
 from gradoverride._core.saver import Saver
 from gradoverride._core.signature import unknown_name
@@ -60,7 +63,10 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
         return plan.undecorated(layout, receiver, values)
     if mode == TRANSFORMED and plan.marked:
         note_rule(plan.rule)
+    opaque = mode == TRACED and in_functorch()
+    changed = changed_before_opaque(plan, receiver, rule) if opaque else None
     call = Call(plan, layout, mode, rule)
+    call.opaque = opaque
     leaves = call.take_apart(values)
     if isinstance(receiver, nn.Module) and "_is_replica" in receiver.__dict__:
         receiver = with_parameters(receiver)
@@ -72,12 +78,13 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
             raise unknown_name(plan.rule, plan.forward, "params", ())
         if plan.takes_receiver and plan.sources.get("module") == "reserved" and plan.rule.asks["module"]:
             _refuse_no_module(plan, receiver)
-    wanted = mode == TRANSFORMED or any(leaf.requires_grad for leaf in leaves) or bool(call.params)
+    wanted = opaque or mode == TRANSFORMED or any(leaf.requires_grad for leaf in leaves) or bool(call.params)
     if not wanted or not (leaves or call.params):
         result = plan.undecorated(layout, receiver, values)
         refuse_held(call, values, result)
         return result
-    return ForwardPass(call, module, receiver, leaves, values).run()
+    result = ForwardPass(call, module, receiver, leaves, values).run()
+    return call_opaque(plan, layout, receiver, values, result, changed) if opaque else result
 
 
 def _refuse_no_module(plan: Plan, receiver: Any) -> NoReturn:
@@ -95,6 +102,8 @@ def tie(plan: Plan, layout: Layout, values: Sequence[Any], result: Any, rule: An
     mode = _mode(plan, tracer_now(values))
     if mode is None:
         return result
+    if mode == TRACED and in_functorch():
+        refuse_opaque(plan, "it has its result from elsewhere")
     call = Call(plan, layout, mode, rule)
     leaves = call.take_apart(values)
     forward_pass = ForwardPass(call, None, None, leaves, values, on_leaves=True)
@@ -109,13 +118,8 @@ def _mode(plan: Plan, tracer: str | None) -> str | None:
     if torch.compiler.is_dynamo_compiling():
         keep_own_frames_whole()
         plan.note_trace()
-        if transformed:
-            fail(
-                UnsupportedError,
-                f"{plan.forward.who} is called in a torch.func transform inside of torch.compile, where torch drops "
-                "the backward of every autograd.Function (pytorch issue 193279). Compile the function alone and use "
-                "backward(), or leave the transform uncompiled",
-            )
+        if in_forward_ad():
+            refuse_opaque(plan, "in forward mode it is seen by values whether its rule is linear")
         mode = TRACED
     elif not transformed:
         mode = EAGER
@@ -167,8 +171,11 @@ class ForwardPass:
         call, plan, mode = self.call, self.plan, self.mode
         sources = [*self.leaves, *[param.tensor for param in call.aliased]]
         needs_graph = plan.asks_vjp or not all([param.asked for param in call.aliased])
-        self.graph_is_shown = plan.forward_asks_grad and not needs_graph and mode != TRANSFORMED
-        if needs_graph or self.graph_is_shown:
+        self.graph_is_shown = plan.forward_asks_grad and not needs_graph and not call.opaque and mode != TRANSFORMED
+        if call.opaque and needs_graph:
+            call.graph = NoGraph(sources)
+            aliases = [self._alias(tensor) for tensor in sources]
+        elif needs_graph or self.graph_is_shown:
             call.graph = inner_graph(call, self.module, self.receiver, sources)
             aliases = call.graph.start()
         else:
@@ -191,7 +198,7 @@ class ForwardPass:
         kept = () if module is None else plan.names_kept(type(module))
         state = state_of(module, kept) if module is not None and kept else []
         if mode == TRANSFORMED:
-            with noted_rules() as call.rules:
+            with noted_rules() as call.rules, replayable(plan) if call.graph is not None else nullcontext():
                 result, residuals = self._forward(aliases)
         elif mode == EAGER and isinstance(call.graph, KeptGraph) and not call.asks_once:
             with call.graph.unpacked_once():
@@ -223,7 +230,7 @@ class ForwardPass:
         if self.plan.on_first_call is not None and self.mode == EAGER:
             self.plan.on_first_call(leaves[0], outs[0])
             self.plan.on_first_call = None
-        if not self.on_leaves:
+        if not self.on_leaves and not call.opaque:
             refuse_captured(self, outs, aliases)
         self.writes.find(outs, aliases)
         if self.graph_is_shown:
@@ -234,7 +241,7 @@ class ForwardPass:
         if self.mode == EAGER:
             # .data has a version counter of its own, which shows a forward that writes in place.
             return tensor.data if tensor.requires_grad else tensor
-        if self.mode == TRACED and not tensor.requires_grad:
+        if self.mode == TRACED and not tensor.requires_grad and not self.call.opaque:
             return tensor
         return alias_of(tensor, self.plan.forward_may_write)
 
@@ -342,6 +349,8 @@ class ForwardPass:
                 results = self.plan.apply(call, *inputs)
         elif mode == EAGER:
             results = self.plan.apply(call, *inputs)
+        elif call.opaque:
+            results = looked_through(call, inputs)
         elif mode == TRACED:
             results = self.plan.general.apply(call, *inputs)
         else:

@@ -23,7 +23,7 @@ class Layout:
     forward is to be called in the same way.
     """
 
-    __slots__ = ("given", "groups", "keywords", "names", "positional", "variadic")
+    __slots__ = ("given", "groups", "key", "keywords", "names", "positional", "variadic")
 
     def __init__(
         self,
@@ -33,6 +33,7 @@ class Layout:
         extra: int,
         given: tuple[int, tuple[str, ...]] | None = None,
     ) -> None:
+        self.key = extra, tuple(keywords), given
         self.positional = len(names) + extra
         self.keywords = tuple(keywords)
         self.variadic = variadic
@@ -52,7 +53,7 @@ class Layouts:
 
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
-        self._found: dict[Any, Layout] = {}
+        self.found: dict[Any, Layout] = {}
         self._own_signature = inspect.Signature(forward.parameters) if forward.as_given else None
 
     def of(self, extra: int, keywords: tuple[str, ...], given: tuple[int, tuple[str, ...]] | None = None) -> Layout:
@@ -61,7 +62,7 @@ class Layouts:
             kept: Layout = getattr(self, self._kept_layout(extra, keywords, given))
             return kept
         key = (extra, keywords, given)
-        found = self._found.get(key)
+        found = self.found.get(key)
         if found is None:
             parameters = self.forward.parameters or ()
             names = [p.name for p in parameters if p.kind in POSITIONAL]
@@ -71,7 +72,7 @@ class Layouts:
             for name in keywords:
                 if name in names or name == variadic:
                     self._refuse_twice(name)
-            found = self._found[key] = Layout(names, keywords, variadic, extra, given)
+            found = self.found[key] = Layout(names, keywords, variadic, extra, given)
         return found
 
     def _refuse_twice(self, name: str) -> NoReturn:
@@ -87,7 +88,7 @@ class Layouts:
     ) -> str:
         """The attribute under which a layout is kept: Dynamo needs a place to know an object by."""
         layout = self.of(extra, keywords, given)
-        name = f"layout_{[*self._found].index((extra, keywords, given))}"
+        name = f"layout_{[*self.found].index((extra, keywords, given))}"
         setattr(self, name, layout)
         return name
 

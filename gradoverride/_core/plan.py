@@ -10,6 +10,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -19,7 +20,8 @@ from gradoverride._core.captured import captured_names
 from gradoverride._core.contract import shape_text
 from gradoverride._core.function import General, Transformed, named
 from gradoverride._core.layout import Layout, Layouts
-from gradoverride._core.private.dynamo import fail
+from gradoverride._core.opaque_call import step_of
+from gradoverride._core.private.dynamo import fail, step_of_graph
 from gradoverride._core.private.engine import call_directly, can_call_directly, fast_apply
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.private.tensors import made_at_import
@@ -103,6 +105,7 @@ class Plan:
         self._kept: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
         self.told_of_state = False
         self.layouts = Layouts(forward)
+        self.steps = SimpleNamespace()  # Dynamo needs a place to know an object by
         self._recorded: Callable[..., Any] | None = None
 
     @property
@@ -145,6 +148,13 @@ class Plan:
         if self._recorded is None:
             self._recorded = recorded_as(self.forward.name, self.wrapper)
         return self._recorded
+
+    @evaluated_while_tracing
+    def add_step(self, key: Any, arguments: Any, changed: Any) -> str:
+        """The name under which `steps` has one for a layout and these arguments: see `opaque_call.py`."""
+        name = f"step_{len(vars(self.steps))}"
+        setattr(self.steps, name, step_of_graph(step_of(self, self.layouts.found[key], arguments, changed)))
+        return name
 
     @evaluated_while_tracing
     def note_trace(self) -> None:

@@ -7,7 +7,8 @@ for a state that nobody knows of (a generator of one's own) shows in nothing els
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from gradoverride._core.aliases import alias_of
 from gradoverride._core.ambient import FunctionRules, RandomState, noted_rules
 from gradoverride._core.call import Call
 from gradoverride._core.private.dynamo import fail
-from gradoverride._core.private.modes import in_modes
+from gradoverride._core.private.modes import Draws, has_no_values, in_modes
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.snapshot import snapshots
 from gradoverride._core.standin import stand_in
@@ -27,9 +28,27 @@ from gradoverride._core.tensors import is_differentiable, is_tensor, may_want_gr
 from gradoverride.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from gradoverride._core.plan import Plan
     from gradoverride._core.saver import Saver
 
 __all__ = ["Replay"]
+
+
+@contextlib.contextmanager
+def replayable(plan: Plan) -> Iterator[None]:
+    """A context for a forward that is to run again: what it draws without values cannot be drawn again."""
+    if not in_modes():
+        yield
+        return
+    with Draws() as draws:
+        yield
+    if draws.of_no_values:
+        fail(
+            UnsupportedError,
+            f"{plan.forward.who} draws random numbers, and must draw them again under torch.func for the gradient that "
+            "is autograd's own ('vjp', or of parameters left to it), which is impossible where it is traced without "
+            "values. Leave the transform uncompiled, or answer for every parameter and ask for no 'vjp'",
+        )
 
 
 class Replay:
@@ -61,7 +80,7 @@ class Replay:
         self.rules = call.rules
         for index in call.copies:  # it is needed as it was, and is about to be written into
             saver.inputs[index] = saver.inputs[index].clone()
-        self.drew = self.random.differs()
+        self.drew = not has_no_values(outs) and self.random.differs()
         self.first = [debug_unwrap(result) for result in outs]
         self.versions = [_writes(one) for one in self.first]
         if self.module is not None:

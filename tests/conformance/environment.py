@@ -92,8 +92,14 @@ REFUSALS = {
     ),
     "compiled transform": Refusal(
         r"in a torch.func transform inside of torch.compile.*leave the transform uncompiled",
-        "torch drops the backward of every autograd.Function there",
+        "torch drops the backward of every autograd.Function there; a call is one step of the graph instead, which one "
+        "cannot be that has its rule or its result from the code that is traced",
         "pytorch issue 193279",
+    ),
+    "compiled forward mode": Refusal(
+        r"in forward mode it is seen by values whether its rule is linear",
+        "whether a rule is linear is seen by values, and what is traced has none",
+        "torch.compile traces with fake tensors",
     ),
     "compiled twice": Refusal(
         r"double backward",

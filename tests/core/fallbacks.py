@@ -46,6 +46,7 @@ REFUSED = (
     "offers 'args', 'kwargs'",  # an operator of torch.library.custom_op, whose function is not known
     "is a view and is being modified inplace",  # whose it is cannot be told
     "must return each tensor that a gradient is to come back from",  # whether an input is behind it cannot be told
+    "has no 'torch._dynamo.nonstrict_trace'",
     "records the forward of",  # torch.func.linearize cannot be told from make_fx, so it is warned of
 )
 

@@ -16,7 +16,7 @@ from oracles import closely, exactly, float64, noise, right_or_refused
 from torch import nn
 from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.func import functional_call, grad, vjp, vmap
+from torch.func import functional_call, grad
 from torch.utils.checkpoint import checkpoint
 
 import gradoverride as go
@@ -780,34 +780,6 @@ def test_shapes_that_change_under_the_default_settings():
     assert counter.frame_count == 2  # static at first, dynamic ever after
 
 
-# Transforms in compiled code: right, or raised
-
-
-TRANSFORMED = ["function", "argument and output", "vjp", "residual", "dict result", "straight_through", "surrogate"]
-
-
-@pytest.mark.parametrize("kind", TRANSFORMED)
-@pytest.mark.parametrize("transform", ["grad", "vmap of grad", "vjp", "vmap"])
-def test_compiled_transform_is_right_or_refused(kind, transform, x):
-    form = FUNCTIONS[kind]
-
-    def total(x):
-        return form(x).sum()
-
-    def backward_through_vmap(x):
-        batch = x[None].requires_grad_()
-        return torch.autograd.grad(torch.compile(vmap(form), backend="aot_eager")(batch).sum(), batch)[0][0]
-
-    run = {
-        "grad": torch.compile(grad(total), backend="aot_eager"),
-        "vmap of grad": torch.compile(lambda x: vmap(grad(total))(x[None])[0], backend="aot_eager"),
-        "vjp": torch.compile(lambda x: vjp(total, x)[1](torch.ones_like(x[0]))[0], backend="aot_eager"),
-        "vmap": backward_through_vmap,
-    }[transform]
-    refusal = "is called in a torch.func transform inside of torch.compile"
-    right_or_refused(lambda: run(x.detach()), torch.full_like(x, 7.0), refusal)
-
-
 # Errors
 
 
@@ -1243,7 +1215,7 @@ REFUSED = {
     "name": (go.RuleSignatureError, asks_for_what_is_not_there),
     "graph": (go.GraphError, lambda x: go.connect(x * 2, x)),
     "parameter": (go.RuleResultError, LeavesItsWeightOut()),
-    "transform": (go.UnsupportedError, grad(lambda x: FUNCTIONS["function"](x).sum())),
+    "transform": (go.UnsupportedError, grad(lambda x: go.edit_gradient(x, seven_times).sum())),
 }
 
 

@@ -16,9 +16,12 @@ import torch
 from gradoverride._core.bytecode import codes_in
 from gradoverride._core.imports import on_import
 from gradoverride._core.private.marks import evaluated_while_tracing
+from gradoverride.errors import UnsupportedError
 
 __all__ = [
     "fail",
+    "step_of_graph",
+    "changed_while_tracing",
     "as_dynamo_hands_on",
     "hidden_from_dynamo",
     "let_dynamo_show",
@@ -74,6 +77,39 @@ def _of_both(handed_on: Any, kind: Any) -> Any:
 
 
 # --- what it is to trace ---
+
+
+def step_of_graph(fn: F) -> F:
+    """`fn`, which Dynamo does not look into: a call of it is one step of the graph, which AOTAutograd traces.
+
+    Only while Dynamo traces. `nonstrict_trace` is documented, but as a name of `torch._dynamo`. If it is gone one day,
+    such calls are refused.
+    """
+    made: Any = getattr(sys.modules.get("torch._dynamo"), "nonstrict_trace", None)
+    if made is None:
+        text = (
+            "a call with a rule in a torch.func transform inside of torch.compile must be one step of the graph, for "
+            "which this version of torch has no 'torch._dynamo.nonstrict_trace'. Leave the transform uncompiled"
+        )
+        raise as_dynamo_hands_on(UnsupportedError(text))
+    step: F = made(fn)
+    return step
+
+
+@evaluated_while_tracing
+def changed_while_tracing() -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The ids of modules of which the code that Dynamo traces has set attributes, and the globals that it has set: all
+    others see that when the compiled code has run. If Dynamo notes it elsewhere one day, none are known.
+    """
+    translator: Any = getattr(sys.modules.get("torch._dynamo.symbolic_convert"), "InstructionTranslator", None)
+    effects = getattr(getattr(translator and translator.current_tx(), "output", None), "side_effects", None)
+    changes = getattr(effects, "store_attr_mutations", {})
+    changed = [getattr(known, "value", None) for known, attributes in changes.items() if attributes]
+    of_globals = [attributes for known, attributes in changes.items() if type(known).__name__ == "NewGlobalVariable"]
+    return (
+        tuple([id(value) for value in changed if isinstance(value, torch.nn.Module)]),
+        tuple([name for attributes in of_globals for name in attributes]),
+    )
 
 
 def hidden_from_dynamo(fn: F, reason: str) -> F:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from gradoverride._core.private.engine import _ENGINE_CODE, pass_id
@@ -24,6 +25,8 @@ __all__ = [
     "checkpoints_in_pass",
     "as_part_of_pass",
     "HigherOrderOperator",
+    "Draws",
+    "has_no_values",
 ]
 
 
@@ -141,3 +144,30 @@ _set_group: Callable[[Any], None] | None = getattr(torch._C, "_set_graph_exec_gr
 # The class of `torch.cond` and what else runs functions that it is given. Without it nothing is such an operator, and
 # no rules for functions are in force in what these run.
 HigherOrderOperator: Any = getattr(torch._ops, "HigherOrderOperator", ())
+
+
+# --- values that are not there ---
+
+
+# Whether a tensor is one of `FakeTensorMode`, under whatever wrappers. If it bears another name one day, none is known
+# to be, and what replays a forward for such tensors ends in an error of torch's own.
+_is_fake: Any = getattr(torch._subclasses.fake_tensor, "is_fake", lambda value: False)
+
+
+class Draws(TorchDispatchMode):
+    """Notes whether random numbers are drawn that have no values."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives no types
+        self.of_no_values = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags and has_no_values([result]):
+            self.of_no_values = True
+        return result
+
+
+def has_no_values(results: Sequence[Any]) -> bool:
+    """Whether these are tensors without values, as while code is traced."""
+    return any([_is_fake(result) for result in results])

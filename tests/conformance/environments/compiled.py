@@ -207,7 +207,7 @@ def vjp_of(subject: Subject) -> Any:
 
 
 def vmap_of(subject: Subject) -> Any:
-    return vmap(subject.call)
+    return vmap(lambda *inputs: subject.call(*inputs))  # of a module Dynamo traces no `repr`, which vmap asks for
 
 
 def jvp_of(subject: Subject) -> Any:
@@ -323,12 +323,14 @@ ENVIRONMENTS = [
         partial(compiled_transform, transform=vmap_grad_of),
         vmap_of_grad,
         refusals=TRANSFORM,
-        quick=True,
     ),
     column("compile(func.vjp)", partial(compiled_transform, transform=vjp_of), vjp_in_eager, refusals=TRANSFORM),
     column("compile(vmap)", partial(compiled_transform, transform=vmap_of), vmapped_value, refusals=TRANSFORM),
     column(
-        "compile(jvp)", partial(compiled_transform, transform=jvp_of), func_jvp, refusals=(*TRANSFORM, "not linear")
+        "compile(jvp)",
+        partial(compiled_transform, transform=jvp_of),
+        func_jvp,
+        refusals=(*TRANSFORM, "compiled forward mode"),
     ),
     column("func.grad of compiled", partial(transformed, run=func_grad), func_grad, refusals=OF_COMPILED),
     column("vmap(grad) of compiled", partial(transformed, run=vmap_of_grad), vmap_of_grad, refusals=OF_COMPILED),
