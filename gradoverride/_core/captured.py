@@ -21,10 +21,20 @@ from gradoverride._core.ambient import unseen_by_hooks
 from gradoverride._core.nodes import leaves_behind, nodes_behind
 from gradoverride._core.private.dynamo import fail, note_while_tracing, take_noted
 from gradoverride._core.private.marks import evaluated_while_tracing
+from gradoverride._core.private.transforms import has_tangent
 from gradoverride._core.reach import SCALARS
 from gradoverride.errors import CapturedTensorError
 
-__all__ = ["captured_names", "foreign_leaf", "is_gone", "refuse", "requires_grad", "tensors_in", "tensors_known"]
+__all__ = [
+    "captured_names",
+    "foreign_leaf",
+    "is_gone",
+    "refuse",
+    "refuse_tangent",
+    "requires_grad",
+    "tensors_in",
+    "tensors_known",
+]
 
 
 def requires_grad(tensor: Tensor) -> bool:
@@ -116,8 +126,23 @@ def refuse(who: str, names: str, leaf: Tensor | None = None, module: nn.Module |
     )
 
 
+def refuse_tangent(who: str, fn: Any, receiver: Any) -> NoReturn:
+    """Raise the error for a forward that has reached a tensor with a tangent besides those that it was given."""
+    names = ", ".join(captured_names(fn, receiver=receiver, counts=has_tangent)) or "one"
+    fail(
+        CapturedTensorError,
+        f"{who} must get each tensor that has a tangent as an argument, or as a parameter of its module; it reached "
+        f"{names} by a closure, a global or an attribute, and that tangent would be lost. Pass it as an argument, give "
+        "it to the module by torch.func.functional_call, or detach() it",
+    )
+
+
 def captured_names(
-    fn: Any, leaf: Tensor | None = None, receiver: Any = None, arguments: Iterable[tuple[str, Any]] = ()
+    fn: Any,
+    leaf: Tensor | None = None,
+    receiver: Any = None,
+    arguments: Iterable[tuple[str, Any]] = (),
+    counts: Callable[[Tensor], bool] = requires_grad,
 ) -> list[str]:
     """The names under which `fn`, a method of `receiver` perhaps, knows `leaf`, or else any tensor with a gradient.
 
@@ -127,14 +152,14 @@ def captured_names(
     objects = leaf is not None
     for name, value in arguments:
         if not isinstance(value, Tensor):  # of one itself the rule has the gradient
-            found += tensors_in(f"'{name}'", value, depth=3, objects=True)
+            found += tensors_in(f"'{name}'", value, depth=3, objects=True, counts=counts)
     for name, value in _names(fn, objects):
-        found += tensors_in(f"'{name}'", value, depth=2, objects=objects)
+        found += tensors_in(f"'{name}'", value, depth=2, objects=objects, counts=counts)
     if receiver is None and scan.python_function(fn) is not fn and not isinstance(fn, functools.partial):
         receiver = getattr(fn, "__self__", fn)  # a bound method, or an object that is called
     for name, value in _attributes(receiver):
         if name not in ("_parameters", "_buffers", "_modules"):  # these are reached through self, as they should be
-            found += tensors_in(f"'self.{name}'", value, depth=2, objects=objects)
+            found += tensors_in(f"'self.{name}'", value, depth=2, objects=objects, counts=counts)
     if leaf is None:
         return [name for name, _ in found]
     if isinstance(receiver, nn.Module):

@@ -11,6 +11,7 @@ from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED
 from gradoverride._core.contract import what
 from gradoverride._core.function import CUT, TOKEN
 from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.transforms import has_tangent, in_forward_ad
 from gradoverride._core.structure import LEAF, alike, flatten
 from gradoverride._core.tensors import is_tensor, requires_grad_anywhere
 from gradoverride.errors import ForwardResultError, UnsupportedError
@@ -90,6 +91,8 @@ def refuse_captured(run: ForwardPass, outs: list[Tensor], aliases: list[Tensor])
     """Raise the error for a tensor with a gradient that a forward on `aliases` has reached besides: `captured.py`."""
     call, forward = run.call, run.plan.forward
     if run.mode == TRANSFORMED:
+        if in_forward_ad() and any(map(has_tangent, outs)):
+            captured.refuse_tangent(forward.who, forward.fn, run.receiver)
         tracked = [out for out in outs if requires_grad_anywhere(out)]
     else:
         tracked = [out for out in outs if out.requires_grad]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.func import debug_unwrap
 
-from gradoverride._core.private.transforms import in_forward_ad
+from gradoverride._core.private.transforms import has_tangent, in_forward_ad
 
 __all__ = ["is_differentiable", "is_tensor", "is_tracked", "may_want_gradient", "requires_grad_anywhere"]
 
@@ -23,9 +22,7 @@ def is_differentiable(value: Any) -> bool:
 
 def is_tracked(tensor: Tensor) -> bool:
     """Whether a transform tracks this tensor. `requires_grad` does not tell: it is False in forward mode."""
-    if in_forward_ad() and forward_ad.unpack_dual(tensor).tangent is not None:
-        return True
-    return debug_unwrap(tensor, recurse=False) is not tensor
+    return debug_unwrap(tensor, recurse=False) is not tensor or (in_forward_ad() and has_tangent(tensor))
 
 
 def may_want_gradient(tensor: Tensor) -> bool:

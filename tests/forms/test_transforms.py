@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracles import closely, exactly, float64, noise, right_or_refused
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import gradoverride as go
@@ -130,6 +131,32 @@ def test_vmap_of_jvp(form, batch):
     tangents = noise(5, 4, grad=False)
     derivative = vmap(lambda x, t: jvp(form, (x,), (t,))[1])(batch, tangents)
     closely(derivative, slope(batch) * tangents)
+
+
+def test_forward_mode_over_vmap(form, batch):
+    value, tangent = jvp(vmap(form), (batch,), (torch.cos(batch),))
+    exactly(value, torch.stack([form(row) for row in batch]))
+    closely(tangent, slope(batch) * torch.cos(batch))
+    closely(jacfwd(total(vmap(form)))(batch), slope(batch))
+
+
+def test_forward_mode_of_parameters_over_vmap(batch):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(1.0, 2.0, 3.0, 4.0))
+
+        @go.custom_backward(lambda grad_output, vjp: 7 * vjp(grad_output))
+        def forward(self, x):
+            return x * self.weight
+
+    model = Scaled()
+    given = {"weight": model.weight.detach()}
+    tangent = float64(1.0, -1.0, 2.0, 0.5, grad=False)
+    _, found = jvp(
+        lambda given: vmap(lambda x: functional_call(model, given, (x,)))(batch), (given,), ({"weight": tangent},)
+    )
+    closely(found, batch * tangent)  # a parameter that the rule leaves to autograd
 
 
 def test_dual_numbers(form, x):
@@ -476,6 +503,44 @@ def test_captured_tensor_under_a_transform_is_an_error(transform, rule, x):
     captured = go.custom_backward(rule)(lambda x: x * weight)
     with pytest.raises(go.CapturedTensorError, match="weight"):
         CAPTURING[transform](captured, x)
+
+
+def in_dual_level(form, primal, tangent):
+    with forward_ad.dual_level():
+        return form(forward_ad.make_dual(primal, tangent))
+
+
+FORWARD = {
+    "jvp": lambda form, w: jvp(form, (w,), (w,)),
+    "dual numbers": lambda form, w: in_dual_level(form, w, w),
+    "vmap of jvp": lambda form, w: vmap(lambda w: jvp(form, (w,), (w,)))(w[None]),
+    "jvp over vmap": lambda form, w: jvp(vmap(form), (w[None],), (w[None],)),
+    "jvp over vmap that does not have it": lambda form, w: jvp(lambda w: vmap(lambda _: form(w))(w), (w,), (w,)),
+    "jvp over grad": lambda form, w: jvp(lambda w: grad(lambda y: (form(w) * y).sum())(w), (w,), (w,)),
+    "grad over jvp": lambda form, w: grad(lambda w: jvp(form, (w,), (w,))[1].sum())(w),
+}
+
+
+@pytest.mark.parametrize(
+    "rule", [lambda grad_output: grad_output, lambda grad_output, vjp: vjp(grad_output)], ids=["gradient alone", "vjp"]
+)
+@pytest.mark.parametrize("mode", FORWARD)
+def test_captured_tensor_with_a_tangent_is_an_error(mode, rule, x):
+    def captures(weight):
+        return go.custom_backward(rule)(lambda x: x * weight)(x)
+
+    with pytest.raises(go.CapturedTensorError, match=r"reached 'weight' by a closure, .* that tangent would be lost"):
+        FORWARD[mode](captures, noise(4, grad=False))
+
+
+def test_dual_tensors_in_place_of_the_parameters_of_a_module_are_an_error(x):
+    model = nn.Linear(4, 2, dtype=torch.float64)
+    with go.override(model, {model: lambda grad_output, vjp: vjp(grad_output)}), forward_ad.dual_level():
+        for name, parameter in list(model.named_parameters()):
+            delattr(model, name)
+            setattr(model, name, forward_ad.make_dual(parameter.detach(), torch.ones_like(parameter)))
+        with pytest.raises(go.CapturedTensorError, match=r"'self.weight', 'self.bias' .* torch.func.functional_call"):
+            model(x)
 
 
 def test_captured_tensor_under_vmap_of_an_input_without_gradient_is_an_error_or_keeps_its_own(x):

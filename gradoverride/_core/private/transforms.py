@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.func import debug_unwrap
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from gradoverride._core.private.marks import evaluated_while_tracing
@@ -19,6 +20,7 @@ __all__ = [
     "in_forward_ad",
     "out_of_left_transforms",
     "forward_mode_depth",
+    "has_tangent",
     "in_batched_autograd",
     "is_jit_tracing",
     "fx_tracer",
@@ -101,6 +103,29 @@ def forward_mode_depth() -> int:
 
 # Without it all forward mode in `torch.func` is taken for nested, and refused.
 _transforms: Any = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", None)
+
+
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Whether forward mode tracks `tensor`, at any level of transforms. Only the inmost is asked of without private
+    names.
+    """
+    stack = _transforms() if _transforms is not None else None
+    try:
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            return True
+    except RuntimeError:  # vmap does not know this operation
+        pass
+    if not stack or _without_inmost is None:
+        return False
+    inner = debug_unwrap(tensor, recurse=False) if _level_of(tensor) == stack[-1].level() else tensor
+    with _without_inmost():
+        return has_tangent(inner)
+
+
+_functorch = getattr(torch._C, "_functorch", None)
+_level_of: Callable[[torch.Tensor], int] = getattr(_functorch, "maybe_get_level", lambda tensor: -1)
+_interpreters = getattr(getattr(torch, "_functorch", None), "pyfunctorch", None)
+_without_inmost: Any = getattr(_interpreters, "temporarily_pop_interpreter_stack", None)
 
 
 def in_batched_autograd() -> bool:
