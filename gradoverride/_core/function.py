@@ -30,7 +30,7 @@ from torch.autograd import Function
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.engine import call_directly, can_call_directly, fast_apply
 from gradoverride._core.private.tensors import has_memory_alone, made_at_import
-from gradoverride._core.private.transforms import in_forward_ad, in_functorch
+from gradoverride._core.private.transforms import in_batched_autograd, in_forward_ad, in_functorch
 from gradoverride.errors import UnsupportedError
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "fresh",
     "named",
     "plain_function",
+    "refuse_batched",
     "refuse_lost",
     "tied",
     "trackable",
@@ -299,10 +300,25 @@ def tied(found: list[Tensor], sources: Sequence[Tensor], text: str) -> list[Tens
     outer = [source for source in sources if source.requires_grad]
     if not torch.is_grad_enabled() or not outer:
         return found
+    refuse_batched(found)
     return [_refuse(text, tensor, *outer) for tensor in found]
 
 
 _refuse = fast_apply(Refused)
+
+
+def refuse_batched(found: Sequence[Tensor | None]) -> None:
+    """Raise the error where a gradient with a history is computed for a batch at once, and not by torch.func: the
+    history that a Function gives is lost there.
+    """
+    if in_batched_autograd(*[grad for grad in found if grad is not None]):
+        fail(
+            UnsupportedError,
+            "a gradient that is found by a rule's 'vjp', or through parameters that a rule leaves to autograd, must be "
+            "computed one at a time if it is to be differentiated again; it is computed for a batch at once "
+            "(torch.autograd.functional with vectorize=True, torch.autograd.grad with is_grads_batched=True), where "
+            "torch drops the backward of every autograd.Function. Leave that out, or use torch.func",
+        )
 
 
 class ByLoop(Function):

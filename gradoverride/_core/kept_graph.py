@@ -26,7 +26,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from gradoverride._core.captured import foreign_leaf
 from gradoverride._core.contract import Meta, shape_text
-from gradoverride._core.function import CUT, Carry, Cut, Lifted, Tail, refuse_lost
+from gradoverride._core.function import CUT, Carry, Cut, Lifted, Tail, refuse_batched, refuse_lost
 from gradoverride._core.nodes import nodes_behind
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.engine import comes_to, fast_apply, keeps_graph, pass_id, pull, roots_if_given_inputs
@@ -385,6 +385,7 @@ def _refuse_hooked(leaf: Tensor) -> None:
 
 def _tied(found: Sequence[Tensor | None], pairs: Sequence[tuple[Any, Tensor]]) -> list[Tensor | None]:
     """`found`, computed inside, as functions of the outer tensors of `pairs`."""
+    refuse_batched(found)
     depending = [index for index, grad in enumerate(found) if grad is not None and grad.requires_grad]
     results = list(found)
     if depending:

@@ -42,6 +42,7 @@ REFUSED = (
     "does not show functions in place, such as torch.relu_, to a TorchFunctionMode",  # while Dynamo traces
     "must not be compiled inside of a checkpoint, or of other hooks on saved tensors",  # which cannot be told
     "and that cannot be looked at where it is traced",  # torch's older vmap, of torch.autograd.functional
+    "Batching rule not implemented",  # the same, of gradients that are differentiated again: an error of torch's own
     "it must be made outside of the code that is compiled",  # in an error of torch's own then
     "offers 'args', 'kwargs'",  # an operator of torch.library.custom_op, whose function is not known
     "is a view and is being modified inplace",  # whose it is cannot be told

@@ -224,6 +224,51 @@ def test_batch_of_incoming_gradients(form, x):
     closely(torch.autograd.grad(form(x), x, rows, is_grads_batched=True), (7 * rows,))
 
 
+class SineOfWeighted(nn.Module):
+    """Its rule leaves the weight to autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(float64(1.0, 2.0, 3.0))
+
+    @go.custom_backward(lambda grad_output: grad_output)
+    def forward(self, x):
+        return torch.sin(x * self.weight)
+
+
+def with_vjp(x):
+    return go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))(lambda x: x**3)(x)
+
+
+@pytest.mark.parametrize("make", [lambda: with_vjp, SineOfWeighted], ids=["vjp", "parameter left to autograd"])
+@pytest.mark.parametrize("batched", [False, True], ids=["one at a time", "a batch at once"])
+def test_second_derivative_of_gradients_of_a_batch_is_right_or_refused(make, batched, x):
+    call = make()
+    wanted = [x, *(call.parameters() if isinstance(call, nn.Module) else ())]
+    rows = torch.eye(3, dtype=torch.float64)
+
+    def second():
+        if batched:
+            first = torch.autograd.grad(call(x), wanted, rows, is_grads_batched=True, create_graph=True)
+        else:
+            first = torch.autograd.grad(call(x), wanted, rows[0] + rows[1] + rows[2], create_graph=True)
+        return torch.autograd.grad(sum([grad.sum() for grad in first]), wanted[-1])
+
+    if batched:
+        with pytest.raises(go.UnsupportedError, match=r"computed for a batch at once .* Leave that out"):
+            second()
+    elif call is with_vjp:
+        closely(second(), (18 * x.detach(),))
+    else:  # of x * cos(x * weight) with respect to the weight
+        closely(second(), (-(x**2).detach() * torch.sin(x * call.weight).detach(),))
+
+
+def test_second_derivative_of_a_batch_is_right_where_the_rule_is_a_formula(x):
+    ruled = go.custom_backward(lambda grad_output, x: 5 * grad_output * x**2)(lambda x: x**3)
+    (found,) = torch.autograd.functional.jacobian(ruled, (x,), create_graph=True, vectorize=True)
+    closely(torch.autograd.grad(found.sum(), x), (10 * x.detach(),))
+
+
 def test_graph_that_was_not_retained_is_freed(x):
     loss = cube(x).sum()
     loss.backward()

@@ -128,13 +128,16 @@ _interpreters = getattr(getattr(torch, "_functorch", None), "pyfunctorch", None)
 _without_inmost: Any = getattr(_interpreters, "temporarily_pop_interpreter_stack", None)
 
 
-def in_batched_autograd() -> bool:
+def in_batched_autograd(*tensors: torch.Tensor) -> bool:
     """Whether `torch.autograd.functional` runs for a batch at once, by a vmap that is older than that of torch.func.
 
-    It tells its depth by its changes alone. Without them the answer is no, and what then looks at values raises.
+    It tells its depth by its changes alone. Without them the answer is no, and what then looks at values raises; so do
+    `tensors` of a batch, for that vmap cannot detach them.
     """
     deeper = getattr(torch._C, "_vmapmode_increment_nesting", None)
     if deeper is None:
+        for tensor in tensors:
+            tensor.detach()
         return False
     depth: int = deeper() - 1
     torch._C._vmapmode_decrement_nesting()
