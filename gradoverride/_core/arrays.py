@@ -48,13 +48,19 @@ class Kind:
                 f"{who} must be given dense tensors by its bridge, to turn them into arrays; it got one of layout "
                 f"{tensor.layout} of shape {shape_text(tensor.shape)}. Give it tensor.to_dense()"
             )
-        tensor = tensor.detach()
         dtype = tensor.dtype
         if dtype.is_floating_point or dtype.is_complex:
             known = self.work or (dtype if dtype in _IN_NUMPY else torch.float32)
             dtype = known.to_complex() if dtype.is_complex else known
-        plain = tensor.resolve_conj().resolve_neg().to("cpu", dtype, copy=True)
-        return plain.contiguous().numpy()
+        try:
+            plain = tensor.detach().resolve_conj().resolve_neg().to("cpu", dtype, copy=True)
+            return plain.contiguous().numpy()
+        except RuntimeError as error:
+            raise UnsupportedError(
+                f"{who} must be given tensors with values by its bridge, to turn them into arrays; it got one of shape "
+                f"{shape_text(tensor.shape)} on '{tensor.device}' that has none to show ({error}). Leave meta and fake "
+                "tensors out, and gradients for a batch at once (vectorize=True, is_grads_batched=True)"
+            ) from error
 
 
 _IN_NUMPY = (torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128)

@@ -667,3 +667,14 @@ def test_sparse_tensor_is_refused():
     text = r"'.*' \(.*\) must be given dense tensors .*; it got one of layout torch.sparse_coo of .*to_dense\(\)"
     with pytest.raises(go.UnsupportedError, match=text):
         go.bridge(lambda g: g)(lambda x: x)(torch.ones(3).to_sparse().requires_grad_())
+
+
+def test_tensor_without_values_is_refused():
+    cosine = go.bridge(lambda grad_output, x: -grad_output * numpy.sin(x))(lambda x: numpy.cos(x))
+    text = r"must be given tensors with values by its bridge, .* of shape \(3,\)"
+    with pytest.raises(go.UnsupportedError, match=text):
+        cosine(torch.empty(3, device="meta"))
+    x = float64(1.0, 2.0, 3.0)
+    result = cosine(x)
+    with pytest.raises(go.UnsupportedError, match=text):
+        torch.autograd.grad(result, x, torch.eye(3, dtype=torch.float64), is_grads_batched=True)
