@@ -62,18 +62,21 @@ class SurrogateRule:
                 "which torch.func does not run. Compile what has the checkpoint within, or call what is compiled once "
                 "outside of it, or use one of gradoverride.surrogates, which are derivatives already",
             )
-        if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or in_functorch():
+        if torch.compiler.is_dynamo_compiling() or in_functorch():
             result, pullback, *_ = torch.func.vjp(self.surrogate, input)  # differentiable again
             _check_shape(self.who, result, grad_output)
             (grad_input,) = pullback(grad_output.to(result.dtype))
             return grad_input
+        again = torch.is_grad_enabled()
         with torch.enable_grad():
-            alias = input.detach().requires_grad_()
+            alias = input.view_as(input) if again and input.requires_grad else input.detach().requires_grad_()
             result = self.surrogate(alias)
         _check_shape(self.who, result, grad_output)
         self._check_differentiable(result)
         self._check_captured(result, alias)
-        (grad_input,) = torch.autograd.grad(result, alias, grad_output.to(result.dtype), materialize_grads=True)
+        (grad_input,) = torch.autograd.grad(
+            result, alias, grad_output.to(result.dtype), create_graph=again, materialize_grads=True
+        )
         return grad_input
 
     def check(self, input: Tensor, result: Tensor) -> None:
@@ -100,7 +103,8 @@ class SurrogateRule:
 
     def _check_captured(self, given: Tensor, input: Tensor) -> None:
         """Refuse a tensor that `is_learnable` did not find, or that requires grad only since."""
-        leaf = captured.foreign_leaf([given], {id(input)}, set()) if given.requires_grad else None
+        stops = {input.grad_fn} - {None}
+        leaf = captured.foreign_leaf([given], {id(input)}, stops) if given.requires_grad else None
         if leaf is not None:
             names = ", ".join(captured.captured_names(self.surrogate, leaf)) or what(leaf)
             fail(
