@@ -31,6 +31,7 @@ from gradoverride._core.opaque_call import NoGraph, call_opaque, changed_before_
 from gradoverride._core.params import find_params
 from gradoverride._core.plan import Plan
 from gradoverride._core.private.dynamo import fail, keep_own_frames_whole
+from gradoverride._core.private.modes import in_modes
 from gradoverride._core.private.tensors import counted_once, version_of
 from gradoverride._core.private.transforms import forward_mode_depth, in_forward_ad, in_functorch
 from gradoverride._core.replay import replayable
@@ -228,7 +229,8 @@ class ForwardPass:
         if self.plan.straight_through:
             check_straight_through(self, result, outs)
         if self.plan.on_first_call is not None and self.mode == EAGER:
-            self.plan.on_first_call(leaves[0], outs[0])
+            if not in_modes():  # a selective checkpoint counts what is computed, and replays no first call
+                self.plan.on_first_call(leaves[0], outs[0])
             self.plan.on_first_call = None
         if not self.on_leaves and not call.opaque:
             refuse_captured(self, outs, aliases)

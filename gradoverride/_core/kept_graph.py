@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gradoverride._core.captured import foreign_leaf
 from gradoverride._core.contract import Meta, shape_text
@@ -31,7 +31,13 @@ from gradoverride._core.nodes import nodes_behind
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.engine import comes_to, fast_apply, keeps_graph, pass_id, pull, roots_if_given_inputs
 from gradoverride._core.private.modes import as_part_of_pass, checkpoints_in_pass, in_modes
-from gradoverride._core.private.tensors import counted_once, hooks_on_saved, made_at_import, saves_plainly
+from gradoverride._core.private.tensors import (
+    counted_once,
+    hooks_on_saved,
+    hooks_over_others,
+    made_at_import,
+    saves_plainly,
+)
 from gradoverride.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -125,7 +131,7 @@ class KeptGraph:
                 unpacked.held.append(held)
             return held.tensor
 
-        with saved_tensors_hooks(lambda tensor: _Held(pack(tensor)), once):
+        with hooks_over_others(lambda tensor: _Held(pack(tensor)), once):
             yield
 
     def forget(self) -> None:

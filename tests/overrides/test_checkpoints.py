@@ -3,12 +3,13 @@ compares nothing; and selective ones, which run their block again once only.
 """
 
 import functools
+import inspect
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import closely, noise
+from oracles import closely, exactly, noise
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import CheckpointError, checkpoint, create_selective_checkpoint_contexts
@@ -332,6 +333,55 @@ def test_a_model_with_a_rule_may_have_checkpoints_of_its_own_within_one(rule, ar
         found = gradients(blocked, lambda x: checkpoint(blocked, x, use_reentrant=False))
     for one, other in zip(found, expected, strict=True):
         closely(one, other)
+
+
+def test_first_call_of_a_surrogate_may_be_in_a_selective_checkpoint(x):
+    """What is computed in one call alone would be given back in the place of another result."""
+    sign = go.straight_through(torch.sign, surrogate=torch.tanh)
+
+    def block(x):
+        return torch.tanh(0.3 * sign(x)) + torch.tanh(x).sin()
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.tanh.default])
+    first = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+    (found,) = torch.autograd.grad(first.sum(), x)
+    value, slope = torch.tanh(x.detach()), 1 - torch.tanh(x.detach()) ** 2
+    outer = 0.3 * (1 - torch.tanh(0.3 * torch.sign(x.detach())) ** 2)
+    closely(found, (outer + value.cos()) * slope)
+
+
+class OnDisk:
+    """Hooks on saved tensors that count what they are given."""
+
+    def __init__(self):
+        self.count = 0
+
+    def pack(self, tensor):
+        self.count += 1
+        return tensor.numpy(force=True).copy()
+
+    def unpack(self, array):
+        return torch.from_numpy(array)
+
+
+@pytest.mark.parametrize("respects", [None, True, False])
+def test_selective_checkpoint_takes_no_hooks_of_a_rule_for_those_of_the_user(respects, x):
+    options = {} if respects is None else {"respect_saved_tensors_hooks": respects}
+    if options and "respect_saved_tensors_hooks" not in inspect.signature(checkpoint).parameters:
+        pytest.skip("torch has no such option before 2.15")
+    contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    wanted = [x, *model.parameters()]
+    with go.override(model, {nn.Linear: twice}):
+        expected = torch.autograd.grad(model(x).sum(), wanted)
+        result = checkpoint(model, x, use_reentrant=False, context_fn=contexts, **options)
+        exactly(torch.autograd.grad(result.sum(), wanted), expected)
+        disk = OnDisk()
+        if options:
+            with torch.autograd.graph.saved_tensors_hooks(disk.pack, disk.unpack):
+                result = checkpoint(model, x, use_reentrant=False, context_fn=contexts, **options)
+            assert (disk.count > 1) == respects  # the results of both layers; the input of the block in any case
+            exactly(torch.autograd.grad(result.sum(), wanted), expected)
 
 
 def test_rule_in_a_selective_checkpoint_is_in_force_and_one_of_a_function_that_asks_for_a_second_gradient_is_refused():

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.autograd import Function
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import debug_unwrap
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "has_memory_alone",
     "saves_plainly",
     "hooks_on_saved",
+    "hooks_over_others",
     "results_of",
     "function_of",
     "is_freed",
@@ -89,6 +91,22 @@ def saves_plainly() -> bool:
 def hooks_on_saved() -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:
     """The hooks on saved tensors, if there are any and it can be told."""
     return None if _hooks is None else _hooks(True)
+
+
+@contextlib.contextmanager
+def hooks_over_others(pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> Iterator[None]:
+    """`saved_tensors_hooks` for a `pack` that hands on to the hooks in force.
+
+    A selective checkpoint of torch 2.15 warns of hooks within it, and may give them what it keeps itself. It passes by
+    those of checkpoints, which are known by these marks.
+    """
+    marked: Any = pack
+    marked._checkpoint_internal, marked._user_hooks = True, hooks_on_saved()
+    try:
+        with saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        del marked._user_hooks  # the graph keeps `pack`
 
 
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
