@@ -19,7 +19,7 @@ from torch import nn
 from gradoverride._core.class_form import place_of, refuse_function, refuse_lazy, text_of, with_own_backward
 from gradoverride._core.contract import what
 from gradoverride._core.plan import Plan
-from gradoverride._core.private.dynamo import hidden_from_dynamo
+from gradoverride._core.private.dynamo import MADE_OUTSIDE, hidden_from_dynamo, out_of_graph
 from gradoverride._core.private.marks import uncompiled
 from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location
@@ -84,6 +84,8 @@ def custom_backward(rule: Any, /, *, jvp: Any = None) -> Any:
     `CapturedTensorError` for a tensor that the forward reaches by a closure, `DecorationError` for what cannot be
     decorated.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return _rule_out_of_graph(rule, jvp=jvp)
     if jvp is not None and (isinstance(jvp, type) or not callable(jvp)):
         raise DecorationError(f"custom_backward: 'jvp' must be a function of the tangents; got {what(jvp)}")
     if isinstance(rule, type):
@@ -141,11 +143,17 @@ def straight_through(fn: Any = None, /, *, surrogate: Callable[..., Any] | None 
 
     Source: Bengio, Leonard, Courville, "Estimating or propagating gradients through stochastic neurons" (2013).
     """
+    if torch.compiler.is_dynamo_compiling():
+        return _through_out_of_graph(fn, surrogate=surrogate)
     if surrogate is not None and not isinstance(surrogate, Surrogate):
         _check_surrogate(surrogate)
     if fn is None:
         return functools.partial(_straight_through, surrogate)
     return _straight_through(surrogate, fn)
+
+
+_rule_out_of_graph = out_of_graph(custom_backward, MADE_OUTSIDE)
+_through_out_of_graph = out_of_graph(straight_through, MADE_OUTSIDE)
 
 
 def _straight_through(surrogate: Callable[..., Any] | None, fn: Any) -> Any:

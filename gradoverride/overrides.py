@@ -15,6 +15,7 @@ from itertools import chain, count
 from types import TracebackType
 from typing import Any, overload
 
+import torch
 from torch import nn
 
 from gradoverride._core import everywhere
@@ -36,6 +37,7 @@ from gradoverride._core.overridden import (
 )
 from gradoverride._core.path_patch import check_names, check_path, layers_on_paths
 from gradoverride._core.paths import find, place_of
+from gradoverride._core.private.dynamo import MADE_OUTSIDE, out_of_graph
 from gradoverride._core.private.marks import uncompiled
 from gradoverride._core.puts import (
     Put,
@@ -110,6 +112,8 @@ def override(model: Any, rules: Any = None, /) -> Override:
     `UnsupportedError` for a module that cannot be overridden, `RuleSignatureError` for a rule that asks for a name
     which the module does not have. Then nothing is changed.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return _override_out_of_graph(model, rules)
     if not isinstance(model, nn.Module):
         if rules is not None or not isinstance(model, (Registry, Mapping, str)):
             raise TargetError(
@@ -118,6 +122,9 @@ def override(model: Any, rules: Any = None, /) -> Override:
             )
         return _override_everywhere(_read(model))
     return _override_in(model, registry if rules is None else _read(rules))
+
+
+_override_out_of_graph = out_of_graph(override, MADE_OUTSIDE)
 
 
 def _read(rules: Any) -> Registry:

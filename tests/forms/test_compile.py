@@ -1240,6 +1240,55 @@ def test_function_that_is_decorated_in_compiled_code_breaks_the_graph(decorator)
     closely(x.grad, by_hand.grad)
 
 
+def overrides_a_module(x):
+    with go.override(TANHS, {nn.Tanh: lambda grad_output: grad_output * 3}):
+        result = TANHS(x)
+    return result + TANHS(x)
+
+
+def overrides_for_good(x):
+    handle = go.override(TANHS, {"0": lambda grad_output: grad_output * 3})
+    result = TANHS(x)
+    handle.remove()
+    return result + TANHS(x)
+
+
+def overrides_a_function(x):
+    with go.override({torch.tanh: lambda grad_output: grad_output * 3}):
+        result = torch.tanh(x)
+    return result + TANHS(x)
+
+
+def decorates(x):
+    return go.custom_backward(lambda grad_output: grad_output * 3)(lambda x: torch.tanh(x))(x) + TANHS(x)
+
+
+def passes_through(x):
+    return go.straight_through(lambda x: torch.tanh(x), surrogate=lambda x: x * 3)(x) + TANHS(x)
+
+
+TANHS = nn.Sequential(nn.Tanh())
+GIVING = [overrides_a_module, overrides_for_good, overrides_a_function, decorates, passes_through]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+@pytest.mark.filterwarnings("ignore:Dynamo ")  # of what it cannot trace
+@pytest.mark.parametrize("function", GIVING, ids=[function.__name__ for function in GIVING])
+def test_rule_that_is_given_in_compiled_code_breaks_the_graph_and_is_in_force(function, x):
+    result = torch.compile(function, backend="aot_eager")(x)
+    expected = 4 - torch.tanh(x.detach()) ** 2  # 3, and the derivative of tanh
+    closely(torch.autograd.grad(result.sum(), x), (expected,))
+    closely(result.detach(), 2 * torch.tanh(x.detach()))
+
+
+@pytest.mark.parametrize("function", GIVING, ids=[function.__name__ for function in GIVING])
+def test_rule_that_is_given_in_one_graph_is_refused_with_the_reason(function, x):
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="rules are given outside of what is compiled, or where its graph may break"
+    ):
+        torch.compile(function, backend="aot_eager", fullgraph=True)(x)
+
+
 def test_array_as_an_argument_of_a_compiled_function():
     tripled = go.custom_backward(lambda grad_output: grad_output * 3)(lambda x, array: x * torch.from_numpy(array))
     x, array = torch.ones(2, dtype=torch.float64, requires_grad=True), numpy.array([5.0, 7.0])

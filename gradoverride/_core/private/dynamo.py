@@ -24,6 +24,8 @@ __all__ = [
     "changed_while_tracing",
     "as_dynamo_hands_on",
     "hidden_from_dynamo",
+    "out_of_graph",
+    "MADE_OUTSIDE",
     "let_dynamo_show",
     "on_traced",
     "dynamo_shows",
@@ -113,8 +115,21 @@ def changed_while_tracing() -> tuple[tuple[int, ...], tuple[str, ...]]:
 
 
 def hidden_from_dynamo(fn: F, reason: str) -> F:
-    """`fn`, which Dynamo breaks its graph for and never traces: `torch.compiler.disable`, which takes 1 s to import all
-    of Dynamo, once it is there.
+    """`fn`, which Dynamo breaks its graph for and never traces."""
+    hidden = out_of_graph(fn, reason)
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return hidden(*args, **kwargs)
+        return fn(*args, **kwargs)
+
+    return call  # type: ignore[return-value]  # with the signature of `fn`
+
+
+def out_of_graph(fn: F, reason: str) -> F:
+    """The same for where Dynamo traces alone: `torch.compiler.disable`, which takes 1 s to import all of Dynamo, once
+    it is there.
     """
     name = f"fn_{id(fn)}"
 
@@ -124,13 +139,14 @@ def hidden_from_dynamo(fn: F, reason: str) -> F:
             setattr(_Hidden, name, staticmethod(torch.compiler.disable(fn, reason=reason)))
         return name
 
-    @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            return getattr(_Hidden, hide())(*args, **kwargs)
-        return fn(*args, **kwargs)
+        return getattr(_Hidden, hide())(*args, **kwargs)
 
     return call  # type: ignore[return-value]  # with the signature of `fn`
+
+
+MADE_OUTSIDE = "rules are given outside of what is compiled, or where its graph may break (gradoverride)"
+"""Why Dynamo breaks a graph where a function is decorated in it, or something overridden."""
 
 
 class _Hidden:
@@ -243,7 +259,7 @@ def _codes_in(module: Any) -> Iterator[CodeType]:
         for member in (value, *(vars(value).values() if isinstance(value, type) else ())):
             function = inspect.unwrap(getattr(member, "__func__", member))  # what a cache or the like is around
             # What is hidden is to be traced: it breaks the graph, and what it calls stays as it is.
-            hides = function is hidden_from_dynamo
+            hides = function in (hidden_from_dynamo, out_of_graph)
             if isinstance(function, FunctionType) and function.__module__ == module.__name__ and not hides:
                 yield from codes_in(function.__code__)
 
