@@ -176,13 +176,24 @@ class Cut(Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return tuple([tensor.detach() for tensor in tensors])
+        return tuple([_unviewed(tensor) for tensor in tensors])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
         if hasattr(ctx, "who"):  # the forward has returned (`KeptGraph.guard`)
             refuse_lost(ctx.who)
         return (None,) * (len(grads) + 1)
+
+
+def _unviewed(tensor: Tensor) -> Tensor:
+    """An alias that is no view, so that a forward may write into it."""
+    alias = tensor.detach()
+    if not alias._is_view() or type(alias).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return alias
+    plain = alias.as_subclass(Tensor).detach()  # torch gives what it computes of a subclass its class by a view
+    plain.__class__ = type(alias)
+    plain.__dict__.update(alias.__dict__)
+    return plain
 
 
 def refuse_lost(who: str) -> NoReturn:

@@ -754,3 +754,30 @@ def test_forward_runs_again_under_a_transform_on_what_it_overwrote():
     decorated = go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))(overwriting)
     found = torch.func.grad(lambda x: decorated(x * 1).sum())(x)
     closely(found, 3 * 2 * (x + 1))
+
+
+class Image(torch.Tensor):
+    """As in fastai: all that is computed of one is one, and bears its attributes."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        given = next((part for part in args if isinstance(part, Image)), None)
+        if isinstance(result, Image) and given is not None:
+            result.__dict__.update(given.__dict__)
+        return result
+
+
+@pytest.mark.parametrize("overridden", [nn.ReLU, torch.relu, "relu"])
+def test_activation_in_place_of_a_tensor_of_a_class_of_ones_own_has_its_rule(overridden):
+    model = nn.Sequential()
+    model.add_module("linear", nn.Linear(3, 3, dtype=torch.float64))
+    model.add_module("relu", nn.ReLU(inplace=True))
+    x = noise(4, 3, grad=False).as_subclass(Image).requires_grad_()
+    x.size_shown = 7
+    (plain,) = torch.autograd.grad(model(x).sum(), x)
+    with go.override(model, {overridden: lambda grad_output, vjp: 3 * vjp(grad_output)}):
+        result = model(x)
+    assert (type(result), result.size_shown) == (Image, 7)
+    exactly(result, model(x.detach()))
+    closely(torch.autograd.grad(result.sum(), x)[0], 3 * plain)
