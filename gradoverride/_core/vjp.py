@@ -26,7 +26,9 @@ class Vjp:
     def __init__(self, backward: Backward, grad_output: Any) -> None:
         self._backward = backward
         # What is known for it is kept, unless the rule may write into it, or into what it was given for it.
-        self._grad_output = self if backward.plan.rule_writes else grad_output
+        # Nor that for a tuple where Dynamo traces, which cannot tell whether two of them are the same.
+        unknown = backward.plan.rule_writes or (backward.traced and type(grad_output) is tuple)
+        self._grad_output = self if unknown else grad_output
         self._kept: list[Tensor] | None = None
 
     def __call__(self, grad_output: Any) -> Any:

@@ -1240,6 +1240,24 @@ def test_function_that_is_decorated_in_compiled_code_breaks_the_graph(decorator)
     closely(x.grad, by_hand.grad)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda grad_output, vjp: vjp(tuple(3 * grad for grad in grad_output)),
+        lambda grad_output, vjp: (
+            vjp((grad_output[0], 0 * grad_output[1])) + 2 * vjp(grad_output) + vjp((0 * grad_output[0], grad_output[1]))
+        ),
+        lambda grad_output, vjp: vjp.by_name((3 * grad_output[0], 3 * grad_output[1])),
+    ],
+    ids=["new", "new and as it came", "by name"],
+)
+def test_vjp_of_a_tuple_that_a_rule_has_made_is_compiled(rule, x):
+    ruled = go.custom_backward(rule)(lambda x: (x * x, torch.sin(x)))
+    square, sine = torch.compile(ruled, backend="aot_eager", fullgraph=True)(x)
+    found = torch.autograd.grad((square + 5 * sine).sum(), x)
+    closely(found, (3 * (2 * x + 5 * torch.cos(x)).detach(),))
+
+
 def overrides_a_module(x):
     with go.override(TANHS, {nn.Tanh: lambda grad_output: grad_output * 3}):
         result = TANHS(x)
