@@ -17,7 +17,9 @@ __all__ = [
     "check",
     "check_broadcasts",
     "check_dim",
+    "check_dim_of",
     "check_flag",
+    "check_floating",
     "check_generator",
     "is_integer",
     "is_number",
@@ -47,6 +49,22 @@ def check_dim(rule: str, dim: Any) -> None:
     """Raise `RuleOptionError` unless it names dimensions, or is None."""
     fits = dim is None or is_integer(dim) or (isinstance(dim, tuple) and bool(dim) and all(map(is_integer, dim)))
     check(rule, "dim", dim, fits, "None, an integer or a tuple of integers")
+
+
+def check_dim_of(rule: str, dim: Any, tensor: Tensor, name: str) -> None:
+    """Raise `RuleOptionError` unless the tensor that is called `name` has these dimensions, or `dim` is None."""
+    count = tensor.dim()
+    room = max(count, 1)  # torch gives one without dimensions the dimension 0
+    if dim is not None and not all([-room <= one < room for one in (dim if isinstance(dim, tuple) else (dim,))]):
+        refuse(rule, "dim", dim, f"within the dimensions of {name}, which has {count}")
+
+
+def check_floating(rule: str, option: str, value: Any, required: str = "a real floating tensor") -> None:
+    """Raise `RuleOptionError` unless it is a real floating tensor."""
+    if not isinstance(value, Tensor):
+        refuse(rule, option, value, required)
+    if not value.is_floating_point():
+        refuse(rule, option, value.dtype, required)
 
 
 def check_generator(rule: str, generator: Any) -> None:

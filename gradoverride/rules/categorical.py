@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradoverride._core.options import check, check_generator, is_integer, is_number
+from gradoverride._core.options import check, check_floating, check_generator, is_integer, is_number
 from gradoverride._core.precision import wide
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride.decorators import custom_backward
@@ -149,7 +149,8 @@ def _keep(generator: torch.Generator) -> int:
 # --- options ---
 
 
-def _check(function: str, logits: Tensor, dim: Any, generator: Any) -> None:
+def _check(function: str, logits: Any, dim: Any, generator: Any) -> None:
+    check_floating(function, "logits", logits)
     fits = is_integer(dim) and -logits.dim() <= dim < logits.dim()
     check(function, "dim", dim, fits, f"a dimension of the logits, which have {logits.dim()}")
     check_generator(function, generator)

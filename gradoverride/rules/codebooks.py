@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gradoverride._core.contract import what
-from gradoverride._core.options import check_flag
+from gradoverride._core.options import check_flag, check_floating
 from gradoverride._core.precision import wide
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.rule import writes_nothing
@@ -117,9 +117,11 @@ def _dot(one: Tensor, two: Tensor) -> Tensor:
 # --- options ---
 
 
-def _check(x: Tensor, codebook: Any, rotate: Any) -> None:
+def _check(x: Any, codebook: Any, rotate: Any) -> None:
     check_flag("vector_quantize", "rotate", rotate)
+    check_floating("vector_quantize", "x", x)
     fits = isinstance(codebook, Tensor) and codebook.dim() == 2 and len(codebook) > 0
     if not fits or x.dim() == 0 or x.shape[-1] != codebook.shape[-1]:
         required = f"a tensor of shape (vectors, size), with the size of the last dimension of x, {what(x)}"
         fail(RuleOptionError, f"vector_quantize: 'codebook' must be {required}; got {what(codebook)}")
+    check_floating("vector_quantize", "codebook", codebook)

@@ -33,6 +33,7 @@ from gradoverride._core.options import (
     check,
     check_broadcasts,
     check_dim,
+    check_dim_of,
     check_flag,
     check_generator,
     is_integer,
@@ -196,6 +197,7 @@ class centralize(Each):
         check_dim("centralize", self.dim)
 
     def of(self, grad: Tensor) -> Tensor:
+        check_dim_of("centralize", self.dim, grad, "the gradient")
         dim = tuple(range(1, grad.dim())) if self.dim is None else self.dim
         return grad if dim == () else grad - grad.mean(dim, keepdim=True)
 
@@ -264,7 +266,7 @@ class clip_norm:
             short = norm * scale <= self.max_norm
             return torch.where(short, grad, scaled / (norm / self.max_norm).masked_fill(short, 1))
 
-        return _by_norm(grad_output, self.dim, clipped)
+        return _by_norm("clip_norm", grad_output, self.dim, clipped)
 
 
 @dataclass(frozen=True)
@@ -295,15 +297,20 @@ class normalize:
     def __call__(self, grad_output: X) -> X:
         """The gradient that goes on."""
         return _by_norm(
-            grad_output, self.dim, lambda _, scaled, norm, __: scaled / norm.masked_fill(norm == 0, math.inf)
+            "normalize",
+            grad_output,
+            self.dim,
+            lambda _, scaled, norm, __: scaled / norm.masked_fill(norm == 0, math.inf),
         )
 
 
-def _by_norm(grad_output: X, dim: Any, edit: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> X:
+def _by_norm(rule: str, grad_output: X, dim: Any, edit: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> X:
     """`edit(grad, grad / scale, norm of that, scale)` of each gradient. The scale is 1 wherever squares have room."""
     spec, leaves = gradients_in(grad_output)
     if any([leaf.is_sparse for leaf in leaves]):
-        return _by_norm_of_values(grad_output, dim, edit)
+        return _by_norm_of_values(rule, grad_output, dim, edit)
+    for leaf in leaves:
+        check_dim_of(rule, dim, leaf, "the gradient")
     edited = list(leaves)
     places = [place for place, leaf in enumerate(leaves) if leaf.numel()]  # of none there is no largest value
     grads = [wide(leaves[place]) for place in places]
@@ -319,18 +326,20 @@ def _by_norm(grad_output: X, dim: Any, edit: Callable[[Tensor, Tensor, Tensor, T
     return result
 
 
-def _by_norm_of_values(grad_output: X, dim: Any, edit: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> X:
+def _by_norm_of_values(
+    rule: str, grad_output: X, dim: Any, edit: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+) -> X:
     """The same, where some gradients are sparse."""
     if dim is not None:
         fail(
             UnsupportedError,
-            "clip_norm and normalize: a gradient over 'dim' must not be sparse, as that of nn.Embedding(sparse=True) "
+            f"{rule}: a gradient over 'dim' must not be sparse, as that of nn.Embedding(sparse=True) "
             "is. Leave 'dim' out, or make it dense before (`lambda g: g.to_dense()` in a chain)",
         )
     spec, leaves = gradients_in(grad_output)
     sparse = [leaf.coalesce() if leaf.is_sparse else None for leaf in leaves]
     values = [leaf if of is None else of.values() for leaf, of in zip(leaves, sparse, strict=True)]
-    edited = iter(_by_norm(values, None, edit))
+    edited = iter(_by_norm(rule, values, None, edit))
     result: X = unflatten(spec, iter([of_values(lambda _: next(edited), leaf) for leaf in leaves]))
     return result
 
@@ -468,6 +477,7 @@ class quantize(Drawing):
         check_generator("quantize", self.generator)
 
     def untraced(self, grad: Tensor) -> Tensor:
+        check_dim_of("quantize", self.dim, grad, "the gradient")
         if grad.numel() == 0:
             return grad
         largest = 2 ** (self.bits - 1) - 1

@@ -36,7 +36,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradoverride._core.options import check, check_broadcasts, check_dim, check_flag, is_integer, is_number
+from gradoverride._core.options import (
+    check,
+    check_broadcasts,
+    check_dim,
+    check_dim_of,
+    check_flag,
+    check_floating,
+    is_integer,
+    is_number,
+)
 from gradoverride._core.precision import wide
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.rule import writes_nothing
@@ -96,6 +105,7 @@ def fake_quantize(
     """
     fits = is_integer(quant_min) and is_integer(quant_max) and quant_min < quant_max
     check("fake_quantize", "quant_min' and 'quant_max", (quant_min, quant_max), fits, "integers with min < max")
+    check_floating("fake_quantize", "x", x)
     if isinstance(scale, Tensor):
         _check_tensor("fake_quantize", "scale", scale, x)
     else:
@@ -175,7 +185,8 @@ def lsq(x: Tensor, step: Tensor, bits: int, *, signed: bool = True, count: int |
     """
     high = _largest("lsq", bits, signed)
     low = -high - 1 if signed else 0
-    check("lsq", "step", step, isinstance(step, Tensor), "a tensor (for a number there is fake_quantize)")
+    check_floating("lsq", "x", x)
+    check_floating("lsq", "step", step, "a real floating tensor (for a number there is fake_quantize)")
     check_broadcasts("lsq", "step", step, x, "x")
     fits = count is None or (is_integer(count) and count > 0)
     check("lsq", "count", count, fits, "None or an integer larger than 0")
@@ -219,6 +230,8 @@ def lsq_step(x: Tensor, bits: int, *, signed: bool = True, dim: int | tuple[int,
     """
     high = _largest("lsq_step", bits, signed)
     check_dim("lsq_step", dim)
+    check_floating("lsq_step", "x", x)
+    check_dim_of("lsq_step", dim, x, "x")
     size = x.detach().abs()
     mean = size.mean() if dim is None else size.mean(dim, keepdim=True)
     return mean * (2 / math.sqrt(high))
@@ -249,7 +262,8 @@ def pact(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
     3 (which leave the gradient of x at the ends open: here it is 0, as that of a ReLU and as alpha has it).
     """
     _check_bits("pact", bits, 1)
-    check("pact", "alpha", alpha, isinstance(alpha, Tensor), "a tensor (for a number there is fake_quantize)")
+    check_floating("pact", "x", x)
+    check_floating("pact", "alpha", alpha, "a real floating tensor (for a number there is fake_quantize)")
     check_broadcasts("pact", "alpha", alpha, x, "x")
     return _pact(x, alpha, 2**bits - 1)
 
@@ -295,6 +309,7 @@ def dorefa_weight(w: Tensor, bits: int) -> Tensor:
     (2016), equations 5 to 9.
     """
     _check_bits("dorefa_weight", bits, 1)
+    check_floating("dorefa_weight", "w", w)
     if bits == 1:
         return _signs_of_mean_size(w)
     bounded = torch.tanh(wide(w))
@@ -334,6 +349,7 @@ def dorefa_activation(x: Tensor, bits: int) -> Tensor:
     Source: Zhou et al. (2016), equations 5, 6 and 11. The paper leaves open how x is bounded; its code clips.
     """
     _check_bits("dorefa_activation", bits, 1)
+    check_floating("dorefa_activation", "x", x)
     return _clipped_to_levels(x, 2**bits - 1)
 
 
@@ -371,6 +387,8 @@ def magnitude_aware_sign(w: Tensor, dim: int | tuple[int, ...] | None = None) ->
     and advanced training algorithm" (2018), on the magnitude-aware gradient.
     """
     check_dim("magnitude_aware_sign", dim)
+    check_floating("magnitude_aware_sign", "w", w)
+    check_dim_of("magnitude_aware_sign", dim, w, "w")
     if dim is None:
         dim = tuple(range(1, w.dim()))
     size = w.detach().abs()

@@ -272,6 +272,14 @@ class TestEachGradient:
             lambda x: rules.reinmax(x, generator=3),
             "reinmax: 'generator' must be None or a torch.Generator; got 3",
         ),
+        (
+            lambda x: rules.gumbel_softmax(x.long()),
+            "gumbel_softmax: 'logits' must be a real floating tensor; got torch.int64",
+        ),
+        (
+            lambda x: rules.reinmax(x.tolist()[0]),
+            "reinmax: 'logits' must be a real floating tensor; got [0.0, 0.0, 0.0]",
+        ),
     ],
 )
 def test_options_out_of_range_are_errors(call, text):

@@ -210,9 +210,23 @@ CODEBOOK = (
         (torch.ones(0, 3), False, CODEBOOK + "a tensor of shape (0, 3)"),
         ([1.0], False, CODEBOOK + "a list of 1 (1.0, a float)"),
         (torch.ones(4, 3), 1, "vector_quantize: 'rotate' must be True or False; got 1"),
+        (
+            torch.ones(4, 3, dtype=torch.int64),
+            False,
+            "vector_quantize: 'codebook' must be a real floating tensor; got torch.int64",
+        ),
     ],
 )
 def test_what_is_no_codebook_is_an_error(codebook, rotate, text):
     with pytest.raises(go.RuleOptionError) as error:
         rules.vector_quantize(torch.ones(5, 3), codebook, rotate=rotate)
     assert str(error.value) == text
+
+
+@pytest.mark.parametrize(
+    ("x", "got"), [([1.0], "[1.0]"), (None, "None"), (torch.ones(5, 3, dtype=torch.int64), "torch.int64")]
+)
+def test_what_has_no_vectors_is_an_error(x, got):
+    with pytest.raises(go.RuleOptionError) as error:
+        rules.vector_quantize(x, torch.ones(4, 3))
+    assert str(error.value) == f"vector_quantize: 'x' must be a real floating tensor; got {got}"

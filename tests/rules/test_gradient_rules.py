@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import pickle
+import re
 from contextlib import nullcontext
 
 import numpy as np
@@ -753,6 +754,30 @@ def test_options_out_of_range_are_errors_at_once(make, text):
     with pytest.raises(go.RuleOptionError) as error:
         make()
     assert str(error.value) == text
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (rules.clip_norm(1.0, 2), "clip_norm"),
+        (rules.normalize((0, 2)), "normalize"),
+        (rules.centralize(-3), "centralize"),
+        (rules.quantize(4, 2), "quantize"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_dimension_that_the_gradient_does_not_have_is_an_error(rule, name, compiled):
+    def edited(x):
+        return go.edit_gradient(x, rule).sum()
+
+    torch.compiler.reset()
+    x = torch.ones(2, 3, requires_grad=True)
+    found = f"{name}: 'dim' must be within the dimensions of the gradient, which has 2; got {rule.dim}"
+    with pytest.raises(Exception, match=re.escape(found)) as error:
+        (torch.compile(edited, backend="aot_eager") if compiled else edited)(x).backward()
+    assert compiled or type(error.value) is go.RuleOptionError
+    assert x.grad is None
 
 
 @pytest.mark.parametrize(

@@ -465,7 +465,8 @@ def test_parameters_of_a_module_are_learnt_and_the_module_pickles():
 X = torch.ones(3, 4)
 BITS = "an integer from 2 to 16"
 DIM = "None, an integer or a tuple of integers"
-TENSOR = "a tensor (for a number there is fake_quantize)"
+FLOATING = "a real floating tensor"
+TENSOR = "a real floating tensor (for a number there is fake_quantize)"
 
 
 @pytest.mark.parametrize(
@@ -536,6 +537,24 @@ TENSOR = "a tensor (for a number there is fake_quantize)"
         ),
         (lambda: rules.ewgs(-0.1), "ewgs: 'delta' must be a number that is not negative; got -0.1"),
         (lambda: rules.ewgs(NAN), "ewgs: 'delta' must be a number that is not negative; got nan"),
+        (lambda: rules.fake_quantize(0.5, 0.1), f"fake_quantize: 'x' must be {FLOATING}; got 0.5"),
+        (lambda: rules.fake_quantize(X.int(), 0.1), f"fake_quantize: 'x' must be {FLOATING}; got torch.int32"),
+        (lambda: rules.lsq(X.to(torch.complex64), X, 2), f"lsq: 'x' must be {FLOATING}; got torch.complex64"),
+        (lambda: rules.lsq(X, torch.tensor(1), 2), f"lsq: 'step' must be {TENSOR}; got torch.int64"),
+        (lambda: rules.lsq_step(X > 0, 2), f"lsq_step: 'x' must be {FLOATING}; got torch.bool"),
+        (lambda: rules.lsq_step(X, 2, dim=2), "lsq_step: 'dim' must be within the dimensions of x, which has 2; got 2"),
+        (lambda: rules.pact([1.0], torch.ones(()), 2), f"pact: 'x' must be {FLOATING}; got [1.0]"),
+        (lambda: rules.pact(X, torch.tensor(6), 2), f"pact: 'alpha' must be {TENSOR}; got torch.int64"),
+        (lambda: rules.dorefa_weight(X.numpy(), 2), f"dorefa_weight: 'w' must be {FLOATING}; got a ndarray"),
+        (lambda: rules.dorefa_activation(X.long(), 2), f"dorefa_activation: 'x' must be {FLOATING}; got torch.int64"),
+        (
+            lambda: rules.magnitude_aware_sign(nn.Linear(2, 2)),
+            f"magnitude_aware_sign: 'w' must be {FLOATING}; got a Linear",
+        ),
+        (
+            lambda: rules.magnitude_aware_sign(X, (0, -3)),
+            "magnitude_aware_sign: 'dim' must be within the dimensions of w, which has 2; got (0, -3)",
+        ),
     ],
 )
 def test_options_out_of_range_are_errors(call, text):
