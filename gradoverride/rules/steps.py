@@ -125,8 +125,9 @@ def heaviside(x: Tensor, at_zero: float = 1) -> Tensor:
     >>> heaviside(x), heaviside(x, at_zero=0)
     (tensor([0., 1., 1.]), tensor([0., 0., 1.]))
     """
+    from_zero = _is_one("heaviside", x, at_zero)
     recorded = torch.is_grad_enabled() and x.requires_grad
-    return _STEPS[_is_one("heaviside", at_zero), _is_plain(x) and not recorded](x)
+    return _STEPS[from_zero, _is_plain(x) and not recorded](x)
 
 
 def heaviside_ste(x: Tensor, at_zero: float = 1) -> Tensor:
@@ -140,7 +141,7 @@ def heaviside_ste(x: Tensor, at_zero: float = 1) -> Tensor:
     >>> torch.autograd.grad(heaviside_ste(x).sum(), x)
     (tensor([1., 1., 1.]),)
     """
-    return _STE[_is_one("heaviside_ste", at_zero), _is_plain(x)](x)
+    return _STE[_is_one("heaviside_ste", x, at_zero), _is_plain(x)](x)
 
 
 class spike(nn.Module):
@@ -178,7 +179,7 @@ class spike(nn.Module):
         self._fire, self._fire_plain = self._make()
 
     def _make(self) -> list[Callable[[Tensor], Tensor]]:
-        from_zero = _is_one("spike", self.at_zero)
+        from_zero = _is_from_zero("spike", self.at_zero)
         if isinstance(self.surrogate, Surrogate):
             return [_spike_by(self.surrogate, from_zero, plain) for plain in (False, True)]
         return [_STE[from_zero, plain] for plain in (False, True)]
@@ -257,9 +258,10 @@ def clamp_ste(x: Tensor, min: Bound = None, max: Bound = None) -> Tensor:
     >>> torch.autograd.grad(clamp_ste(x, -1, 1).sum(), x)
     (tensor([1., 1.]),)
 
-    Numbers, tensors or None as for `torch.clamp`, but one of numbers that is larger than the other is an error here.
+    Numbers, tensors or None as for `torch.clamp`, which takes no number beside a tensor; but one of numbers that is
+    larger than the other is an error here.
     """
-    _check_bounds("clamp_ste", min, max)
+    _check_bounds("clamp_ste", x, min, max)
     return _clamp_ste(x, min, max)
 
 
@@ -280,7 +282,7 @@ def clamp_toward(x: Tensor, min: Bound = None, max: Bound = None) -> Tensor:
     Source: Crowson et al., "VQGAN-CLIP: open domain image generation and editing with natural language guidance"
     (2022), in its code.
     """
-    _check_bounds("clamp_toward", min, max)
+    _check_bounds("clamp_toward", x, min, max)
     if isinstance(min, Tensor) or isinstance(max, Tensor):
         return _clamp_toward_tensors(x, min, max)
     return _clamp_toward(x, min, max)
@@ -366,18 +368,30 @@ def _clamp_toward_tensors(x: Tensor, min: Any, max: Any) -> Tensor:
 # --- options ---
 
 
-def _is_one(function: str, at_zero: Any) -> bool:
+def _is_one(function: str, x: Any, at_zero: Any) -> bool:
+    if not isinstance(x, Tensor):
+        refuse(function, "x", x, "a tensor")
+    return _is_from_zero(function, at_zero)
+
+
+def _is_from_zero(function: str, at_zero: Any) -> bool:
     if not is_number(at_zero) or at_zero not in (1, 0):
         refuse(function, "at_zero", at_zero, "1 (for x >= 0) or 0 (for x > 0)")
     return bool(at_zero == 1)
 
 
-def _check_bounds(function: str, low: Any, high: Any) -> None:
+def _check_bounds(function: str, x: Any, low: Any, high: Any) -> None:
+    if not isinstance(x, Tensor):
+        refuse(function, "x", x, "a tensor")
     for option, value in (("min", low), ("max", high)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value  # not nan
         if not (number or value is None or isinstance(value, Tensor)):
             refuse(function, option, value, "a number, a tensor or None")
     if low is None and high is None:
         refuse(function, "min' and 'max", (low, high), "a number or a tensor, one of them at least")
-    if not (low is None or high is None or isinstance(low, Tensor) or isinstance(high, Tensor) or low <= high):
+    if low is None or high is None:
+        return
+    if isinstance(low, Tensor) != isinstance(high, Tensor):
+        refuse(function, "min' and 'max", (low, high), "two numbers or two tensors")
+    if not isinstance(low, Tensor) and not low <= high:
         refuse(function, "min' and 'max", (low, high), "numbers with min <= max")

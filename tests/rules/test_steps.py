@@ -264,6 +264,26 @@ BAD = {
         lambda x: steps.clamp_toward(x, 0, "1"),
         "clamp_toward: 'max' must be a number, a tensor or None; got '1'",
     ),
+    "a number and a tensor": (
+        lambda x: steps.clamp_ste(x, 0, torch.ones(3)),
+        "clamp_ste: 'min' and 'max' must be two numbers or two tensors; got a tuple of 2 (0, an int, a tensor of shape "
+        "(3,))",
+    ),
+    "a tensor and a number": (
+        lambda x: steps.clamp_toward(x, torch.ones(3), 2.0),
+        "clamp_toward: 'min' and 'max' must be two numbers or two tensors; got a tuple of 2 (a tensor of shape (3,), "
+        "2.0, a float)",
+    ),
+    "no tensor": (lambda x: steps.clamp_ste(0.5, -1, 1), "clamp_ste: 'x' must be a tensor; got 0.5"),
+    "no tensor, clamp_toward": (
+        lambda x: steps.clamp_toward([1.0], -1, 1),
+        "clamp_toward: 'x' must be a tensor; got [1.0]",
+    ),
+    "no tensor, step": (lambda x: steps.heaviside(0.5), "heaviside: 'x' must be a tensor; got 0.5"),
+    "no tensor, step through": (
+        lambda x: steps.heaviside_ste(x.detach().numpy()),
+        "heaviside_ste: 'x' must be a tensor; got a ndarray",
+    ),
 }
 
 
