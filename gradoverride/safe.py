@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradoverride._core.contract import shape_text
-from gradoverride._core.options import check, is_integer, is_number
+from gradoverride._core.options import check, is_integer, is_number, refuse
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.rule import writes_nothing
 from gradoverride.decorators import custom_backward
@@ -165,7 +165,7 @@ def log1pexp(x: Tensor) -> Tensor:
     >>> y.tolist()
     [0.0, 0.6931471824645996, 1000.0]
     """
-    if not x.is_floating_point():
+    if not torch.is_floating_point(x):
         return torch.log1p(torch.exp(_real("log1pexp", x)))
     return F.softplus(x, threshold=math.log(torch.finfo(x.dtype).max))
 
@@ -375,11 +375,13 @@ def where(condition: Tensor, if_true: Any, if_false: Any, *inputs: Any) -> Tenso
     its result is not used; the gradient of `inputs` is right then too, that of what else it reaches may be nan. At a
     singularity where it *is* taken, a function has its own gradient: give `safe.log` for a 0.
 
-    Raises `RuleOptionError` for a condition that is no tensor of bool, `ForwardResultError` for a result of another
-    shape.
+    Raises `RuleOptionError` for a condition that is no tensor of bool and for inputs without a function,
+    `ForwardResultError` for a result of another shape.
     """
     kind = getattr(condition, "dtype", condition)
     check("where", "condition", kind, kind is torch.bool, "a tensor of bool")
+    if inputs and not callable(if_true) and not callable(if_false):
+        refuse("where", "if_true' or 'if_false", (if_true, if_false), "a function of the inputs that are given")
     shape = torch.broadcast_shapes(condition.shape, *[given.shape for given in inputs if isinstance(given, Tensor)])
     holds = condition.expand(shape)
     return torch.where(holds, _taken("if_true", if_true, holds, inputs), _taken("if_false", if_false, ~holds, inputs))

@@ -316,6 +316,11 @@ OPTIONS = {
     "dim, True": (lambda x: safe.min(x, True), "min: 'dim' must be an integer, or None for all; got True"),
     "condition": (lambda x: safe.where(x, 0, 1), "where: 'condition' must be a tensor of bool; got torch.float64"),
     "no tensor": (lambda x: safe.where(True, 0, x), "where: 'condition' must be a tensor of bool; got True"),
+    "inputs of no function": (
+        lambda x: safe.where(x > 0, x.log(), 0.0, x),
+        "where: 'if_true' or 'if_false' must be a function of the inputs that are given; got a tuple of 2 (a tensor of "
+        "shape (2, 3), 0.0, a float)",
+    ),
 }
 
 
