@@ -90,8 +90,7 @@ def _bridged(attach: Callable[[Any], Any], kind: Any, fn: Any) -> Any:
     if isinstance(fn, (staticmethod, classmethod)):
         return type(fn)(_bridged(attach, kind, fn.__func__))
     if not callable(fn) or isinstance(fn, (type, torch.nn.Module)):
-        given = f"the class '{fn.__name__}'" if isinstance(fn, type) else what(fn)
-        raise DecorationError(f"bridge: a function of NumPy arrays is needed; got {given}")
+        raise DecorationError(f"bridge: a function of NumPy arrays is needed; got {what(fn)}")
     run = ArrayForward(fn, kind, scan.calls(fn, save_for_backward))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -114,7 +113,8 @@ def _floating(dtype: Any) -> torch.dtype | None:
     if dtype is None:
         return None
     name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype).removeprefix("torch."))
-    with contextlib.suppress(TypeError):  # "double", "f8"; "float" is one dtype for NumPy and another for torch
+    # "double", "f8"; "float" is one dtype for NumPy and another for torch.
+    with contextlib.suppress(TypeError, ValueError):
         name = name if name == "float" else numpy.dtype(name).name
     found = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}.get(name)
     if found is None:

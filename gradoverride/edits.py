@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from gradoverride._core.ambient import Autocast
@@ -355,7 +355,7 @@ def find_nodes(root: Tensor | Node, pattern: str | Tensor | Callable[[Node], boo
             return []
         wanted = get_gradient_edge(pattern).node
         return [node for node in _nodes(root) if node is wanted]
-    if not callable(pattern):
+    if isinstance(pattern, (type, nn.Module, Node)) or not callable(pattern):
         raise GraphError(
             f"find_nodes: 'pattern' must be a glob over names of nodes, a tensor or a predicate; got {what(pattern)}"
         )

@@ -13,7 +13,7 @@ from torch.autograd.function import BackwardCFunction
 
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.nodes import nodes_behind, rule_of
-from gradoverride._core.options import check, is_integer, is_number
+from gradoverride._core.options import check, check_function, is_integer, is_number
 from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location
 from gradoverride._core.signature import name_of
@@ -208,7 +208,8 @@ def _check_options(low: Any, high: Any, points: Any, primitive: Any, ax: Any) ->
     fits = is_number(low) and is_number(high) and low < high
     check("plot_rule", "low' and 'high", (low, high), fits, "numbers with low < high")
     check("plot_rule", "points", points, is_integer(points) and points >= 2, "an integer, 2 at least")
-    check("plot_rule", "primitive", primitive, primitive is None or callable(primitive), "a function of one tensor")
+    if primitive is not None:
+        check_function("plot_rule", "primitive", primitive, 1, "a function of one tensor")
     check("plot_rule", "ax", ax, ax is None or hasattr(ax, "plot"), "Axes of matplotlib")
 
 

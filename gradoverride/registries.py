@@ -73,6 +73,11 @@ class Registry:
         """
         if not targets:
             raise TargetError("register: give at least one target, such as register(nn.ReLU)(rule); got none")
+        if not isinstance(optional, bool):
+            raise TargetError(
+                f"register: 'optional' must be True or False; got {kind_of(optional)}. Several targets of one rule: "
+                "register(nn.ReLU, F.relu)(rule)"
+            )
         read = tuple(read_target(target) for target in targets)
 
         def enter(rule: R) -> R:

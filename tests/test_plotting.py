@@ -203,6 +203,10 @@ def test_leaves_the_gradients_of_a_module_alone():
         ({"points": 10.0}, "plot_rule: 'points' must be an integer, 2 at least; got 10.0"),
         ({"primitive": 3}, "plot_rule: 'primitive' must be a function of one tensor; got 3"),
         (
+            {"primitive": lambda: 1},
+            r"plot_rule: 'primitive' must be a function of .*; got '<lambda>' .*which takes \(\)",
+        ),
+        (
             {"primitive": torch.tanh},
             "plot_rule: 'primitive' must be left out: a rule of the gradient has none; got 'tanh'",
         ),

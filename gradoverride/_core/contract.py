@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.marks import evaluated_while_tracing
-from gradoverride._core.signature import with_article
+from gradoverride._core.signature import kind_of, with_article
 from gradoverride._core.structure import LEAF, Node, describe, has_leaf, holds_value, leaves_out_none
 from gradoverride.errors import RuleResultError
 
@@ -326,8 +326,6 @@ def what(value: Any) -> str:
     """What came, in a few words; never a tensor's repr."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {shape_text(value.shape)}"
-    if value is None:
-        return "None"
     if isinstance(value, (tuple, list)):
         inside = ", ".join(what(part) for part in value[:4]) + (", ..." if len(value) > 4 else "")
         kind = type(value).__name__
@@ -336,7 +334,7 @@ def what(value: Any) -> str:
         return f"{with_article(type(value).__name__)} with the keys {', '.join(map(repr, value)) or '(none)'}"
     if isinstance(value, (int, float, complex, str, bool)):
         return f"{value!r}, {with_article(type(value).__name__)}"
-    return with_article(type(value).__name__)
+    return kind_of(value)
 
 
 def _refuse(plan: Plan, text: str, who: str = "") -> NoReturn:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.private.dynamo import fail
+from gradoverride._core.scan import location
+from gradoverride._core.signature import name_of, read_signature
 from gradoverride.errors import RuleOptionError
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "check_dim_of",
     "check_flag",
     "check_floating",
+    "check_function",
     "check_generator",
     "is_integer",
     "is_number",
@@ -65,6 +68,20 @@ def check_floating(rule: str, option: str, value: Any, required: str = "a real f
         refuse(rule, option, value, required)
     if not value.is_floating_point():
         refuse(rule, option, value.dtype, required)
+
+
+def check_function(rule: str, option: str, value: Any, count: int, required: str) -> None:
+    """Raise `RuleOptionError` unless it is a function, and no class, that takes so many arguments by position."""
+    check(rule, option, value, callable(value) and not isinstance(value, type), required)
+    if torch.compiler.is_dynamo_compiling():  # which does not know signatures
+        return
+    signature = read_signature(value)
+    try:
+        if signature is not None:  # as that of a builtin may be
+            signature.bind(*[None] * count)
+    except TypeError:
+        got = f"'{name_of(value)}' ({location(value)}), which takes {signature}"
+        fail(RuleOptionError, f"{rule}: '{option}' must be {required}; got {got}")
 
 
 def check_generator(rule: str, generator: Any) -> None:

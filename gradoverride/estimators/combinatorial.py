@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.function import tied
-from gradoverride._core.options import check, check_flag
+from gradoverride._core.options import check, check_flag, check_function
 from gradoverride._core.precision import wide
 from gradoverride._core.residuals import save_for_backward
 from gradoverride._core.signature import POSITIONAL, Forward
@@ -197,8 +197,9 @@ class imle(Estimator):
     def __post_init__(self) -> None:
         check_options(self)
         check_flag("imle", "maximizes", self.maximizes)
-        fits = self.noise in ("normal", "gumbel") or callable(self.noise)
-        check("imle", "noise", self.noise, fits, "'normal', 'gumbel' or a function of a tensor and a generator")
+        if self.noise not in ("normal", "gumbel"):
+            required = "'normal', 'gumbel' or a function of a tensor and a generator"
+            check_function("imle", "noise", self.noise, 2, required)
 
     def gradients(self, evaluation: Evaluation) -> list[Tensor]:
         """One for each of the points."""

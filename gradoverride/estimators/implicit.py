@@ -71,7 +71,8 @@ class _Implicit:
     def _prepare(self, fn: Any, option: str, solvers: tuple[str, ...]) -> None:
         """Check the options, and read what the function asks for."""
         kind = type(self).__name__
-        check(kind, option, fn, callable(fn), "a function of the result and of what it depends on")
+        fits = callable(fn) and not isinstance(fn, type)
+        check(kind, option, fn, fits, "a function of the result and of what it depends on")
         named = ", ".join(map(repr, solvers))
         check(kind, "solver", self.solver, self.solver in (None, *solvers), f"None, {named}")
         for name in ("tol", "root_tol"):
@@ -81,7 +82,13 @@ class _Implicit:
         for name, least in (("batch_dims", 0), ("max_iter", 1)):
             value = getattr(self, name)
             check(kind, name, value, is_integer(value) and value >= least, f"an integer, {least} or larger")
-        read = Rule(fn)
+        try:
+            read = Rule(fn)
+        except RuleSignatureError as error:
+            raise RuleSignatureError(
+                f"{kind}: '{option}' must take the result first, where a rule takes the gradient, and ask for the rest "
+                f"by name: {error}"
+            ) from None
         if "input" in read.asks and len(read.asks) > 1:
             raise RuleSignatureError(
                 f"{kind}: {read.who} must ask for arguments by their own names, or for 'input' alone; it asks for "

@@ -21,7 +21,7 @@ The rules differ in the contributions that they count. Alike in all of them:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -457,9 +457,8 @@ def _negative(tensor: Tensor) -> Tensor:
 
 def _read_bound(name: str, value: Any) -> Any:
     """A number, or numbers in nested tuples."""
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, Iterable) and not isinstance(value, str):
+    value = value.tolist() if hasattr(value, "tolist") else value  # a tensor, or one of NumPy
+    if isinstance(value, (tuple, list)) and value:
         return tuple([_read_bound(name, part) for part in value])
     check("lrp_z_box", name, value, is_number(value), "a number, or numbers in a tensor or in nested sequences")
     return float(value)

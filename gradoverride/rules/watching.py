@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.func import debug_unwrap
 
-from gradoverride._core.options import check, printed
+from gradoverride._core.options import check, check_function, printed
 from gradoverride._core.structure import LEAF, Node, unflatten
 from gradoverride.errors import NonFiniteGradientError
 from gradoverride.rules.each import gradients_in, of_values
@@ -148,7 +148,7 @@ class observe(Untraced):
     callback: Callable[[Tensor], Any]
 
     def __post_init__(self) -> None:
-        check("observe", "callback", self.callback, callable(self.callback), "a function of one tensor")
+        check_function("observe", "callback", self.callback, 1, "a function of one tensor")
 
     def untraced(self, grad: Tensor) -> Tensor:
         self.callback(grad.detach())

@@ -479,6 +479,11 @@ WRONG = [
         {"strength": 1, "noise": 3},
         "imle: 'noise' must be 'normal', 'gumbel' or a function of a tensor and a generator; got 3",
     ),
+    (
+        imle,
+        {"strength": 1, "noise": torch.distributions.Gumbel},
+        "imle: 'noise' must be 'normal', 'gumbel' or a function of a tensor and a generator; got the class 'Gumbel'",
+    ),
 ]
 
 

@@ -625,6 +625,12 @@ def test_without_scipy_an_error_names_the_extra(monkeypatch):
 
 WRONG = [
     (implicit_root, (3,), {}, "'residual' must be a function of the result and of what it depends on; got 3"),
+    (
+        implicit_root,
+        (nn.Linear,),
+        {},
+        "'residual' must be a function of the result and of what it depends on; got the c",
+    ),
     (fixed_point, (None,), {}, "'fn' must be a function of the result and of what it depends on; got None"),
     (implicit_root, (square_of, "lu"), {}, "'solver' must be None, 'dense', 'gmres', 'bicgstab', 'cg'; got 'lu'"),
     (implicit_root, (square_of, "neumann"), {}, "'solver' must be None, 'dense', 'gmres', 'bicgstab', 'cg'; got 'neu"),
@@ -640,6 +646,15 @@ def test_options_out_of_range_are_errors_when_it_is_made(make, given, options, t
     with pytest.raises(go.RuleOptionError) as caught:
         make(*given, **options)
     assert str(caught.value).startswith(f"{make.__name__}: {text}")
+
+
+@pytest.mark.parametrize(("make", "option"), [(implicit_root, "residual"), (fixed_point, "fn")])
+def test_function_that_does_not_take_the_result_is_an_error(make, option):
+    with pytest.raises(go.RuleSignatureError) as caught:
+        make(lambda *, x: x)
+    text = f"{make.__name__}: '{option}' must take the result first, where a rule takes the gradient, and ask for the "
+    assert str(caught.value).startswith(f"{text}rest by name: rule '<lambda>' (")
+    assert str(caught.value).endswith("; it takes (*, x)")
 
 
 # --- values

@@ -602,7 +602,9 @@ def test_unknown_name():
             return x
 
 
-@pytest.mark.parametrize("dtype", ["int64", "float", float, 3, "bfloat16", "longdouble", "nonsense"])
+@pytest.mark.parametrize(
+    "dtype", ["int64", "float", float, 3, "bfloat16", "longdouble", "nonsense", torch.ones(3), ("a",)]
+)
 def test_wrong_dtype(dtype):
     with pytest.raises(go.DecorationError, match=r"bridge: 'dtype' must be a floating dtype that NumPy and torch have"):
         go.bridge(cube_rule, dtype=dtype)

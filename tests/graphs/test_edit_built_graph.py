@@ -826,3 +826,16 @@ def test_roots_without_a_graph():
         go.GraphError, match=r"'pattern' must be a glob over names of nodes, a tensor or a predicate; got 3"
     ):
         go.find_nodes(noise(3), 3)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "got"),
+    [(nn.ReLU, "the class 'ReLU'"), (nn.Identity(), "an Identity"), ((noise(3) * 2).grad_fn, "a MulBackward0")],
+    ids=["class", "module", "node"],
+)
+def test_what_can_be_called_and_is_no_predicate(pattern, got):
+    with pytest.raises(go.GraphError) as caught:
+        go.find_nodes(noise(3) * 2, pattern)
+    assert str(caught.value) == (
+        f"find_nodes: 'pattern' must be a glob over names of nodes, a tensor or a predicate; got {got}"
+    )

@@ -377,6 +377,16 @@ def test_register_without_a_target_is_an_error():
         go.Registry().register()
 
 
+@pytest.mark.parametrize("given", [nn.GELU, "relu", 1, None])
+def test_register_with_a_target_for_the_option_is_an_error(given):
+    registry = go.Registry("r")
+    with pytest.raises(
+        go.TargetError, match=r"register: 'optional' must be True or False; got .*\. Several targets of"
+    ):
+        registry.register(nn.ReLU, optional=given)
+    assert len(registry) == 0
+
+
 def test_a_rule_where_the_target_should_be_is_an_error():
     registry = go.Registry("r")
     with pytest.raises(go.TargetError, match=r"'rule' \(.*_targets.py:\d+\) asks for 'grad_output', 'vjp', as a rule"):

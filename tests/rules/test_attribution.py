@@ -215,6 +215,11 @@ class TestRelus:
         (lambda: rules.lrp_gamma(-1.0), "lrp_gamma: 'gamma' must be a number that is not negative; got -1.0"),
         (lambda: rules.lrp_alpha_beta(2.0, 2.0), "lrp_alpha_beta: 'alpha' and 'beta' must be numbers with alpha - b"),
         (lambda: rules.lrp_z_box(1.0, 0.0), "lrp_z_box: 'low' and 'high' must be numbers of shapes that broadcast"),
+        (lambda: rules.lrp_z_box((), 1.0), r"lrp_z_box: 'low' must be a number, or numbers in .*; got \(\)"),
+        (lambda: rules.lrp_z_box(0.0, [[], []]), r"lrp_z_box: 'high' must be a number, or numbers in .*; got \[\]"),
+        (lambda: rules.lrp_z_box({}, 1.0), "lrp_z_box: 'low' must be a number, .*; got a dict"),
+        (lambda: rules.lrp_z_box(iter([0.0]), 1.0), "lrp_z_box: 'low' must be a number, .*; got a list_iterator"),
+        (lambda: rules.lrp_z_box(b"a", 200.0), "lrp_z_box: 'low' must be a number, .*; got a bytes"),
         (lambda: rules.smooth_relu(0.0), "smooth_relu: 'beta' must be a number larger than 0; got 0.0"),
     ],
 )

@@ -748,12 +748,27 @@ NUMBER = "a number larger than 0"
         (lambda: rules.quantize(4, generator=0), "quantize: 'generator' must be None or a torch.Generator; got 0"),
         (lambda: rules.check_finite(3), "check_finite: 'name' must be a string; got 3"),
         (lambda: rules.observe(3), "observe: 'callback' must be a function of one tensor; got 3"),
+        (lambda: rules.observe(list), "observe: 'callback' must be a function of one tensor; got the class 'list'"),
+        (lambda: rules.observe(nn.ReLU), "observe: 'callback' must be a function of one tensor; got the class 'ReLU'"),
     ],
 )
 def test_options_out_of_range_are_errors_at_once(make, text):
     with pytest.raises(go.RuleOptionError) as error:
         make()
     assert str(error.value) == text
+
+
+def test_callback_that_takes_no_tensor_is_an_error_at_once():
+    def tick():
+        pass
+
+    with pytest.raises(go.RuleOptionError) as error:
+        rules.observe(tick)
+    text = str(error.value)
+    assert text.startswith("observe: 'callback' must be a function of one tensor; got 'tick' (")
+    assert text.endswith("), which takes ()")
+    for taken in (print, [].append, functools.partial(print, "gradient"), nn.Identity(), torch.isfinite):
+        rules.observe(taken)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
