@@ -213,6 +213,9 @@ def _refuse_key(call: Call, key: Any) -> NoReturn:
     names = [*call.groups, *(param.name for param in call.params)]
     close = _closest(str(key), *names)
     hint = f"Did you mean '{close}'?" if close is not None else "Leave it out"
+    for name, spec in zip(call.names, call.specs, strict=True):
+        if isinstance(spec, Node) and spec.kind is dict and key in (spec.keys or ()):
+            hint = f"The gradient of '{name}', which is a dict itself, goes under that name: {{'{name}': {{...}}}}"
     _refuse(
         call.plan,
         f"must return a dict by the names of arguments and parameters "

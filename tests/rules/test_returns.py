@@ -289,7 +289,8 @@ def test_dict_answer_for_an_argument_that_is_a_dict_is_by_the_arguments_name():
 
 
 def test_dict_answer_in_the_structure_of_a_dict_argument_is_refused():
-    refused(r"\(pair\); it has 'a'", lambda pair: pair["a"] * 2, lambda g: {"a": g}, {"a": noise(3)})
+    text = r"\(pair\); it has 'a'. The gradient of 'pair', which is a dict itself, goes under that name: {'pair': "
+    refused(text, lambda pair: pair["a"] * 2, lambda g: {"a": g}, {"a": noise(3)})
 
 
 class Dict(dict):
