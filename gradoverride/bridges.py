@@ -63,7 +63,7 @@ def bridge(rule: Callable[..., Any], *, dtype: Any = None) -> Callable[[F], F]:
             raise
         raise MissingExtraError("bridge needs NumPy: pip install numpy") from error
 
-    read = Rule(rule)
+    read = Rule(rule, given="bridge")
     for name in ("vjp", "params"):
         if name in read.asks:
             raise RuleSignatureError(

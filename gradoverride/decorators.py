@@ -95,7 +95,7 @@ def custom_backward(rule: Any, /, *, jvp: Any = None) -> Any:
                 "custom_backward(rule, jvp=...)"
             )
         return with_own_backward(rule)
-    read = Rule(rule)
+    read = Rule(rule, given="custom_backward")
     read.jvp = None if jvp is None else Rule(jvp)
 
     def attach(*given: Any, **named: Any) -> Any:
@@ -221,7 +221,7 @@ def _attach(rule: Rule, target: Any) -> Any:
 
 def _refuse_to_attach(rule: Rule, given: str, kind: type = object) -> NoReturn:
     who = "straight_through" if rule.straight_through else f"custom_backward: the rule {rule.who}"
-    if kind in (property, functools.cached_property, functools.partialmethod):
+    if kind in (property, functools.cached_property, functools.partialmethod, functools.singledispatchmethod):
         way_out = f". Decorate the function that the {kind.__name__} is made of"
     elif rule.straight_through:
         way_out = ". What it gives for a function is called with tensors"

@@ -81,7 +81,7 @@ class Registry:
         read = tuple(read_target(target) for target in targets)
 
         def enter(rule: R) -> R:
-            self._entries.append(Entry(read, Rule.of(rule), optional))
+            self._entries.append(Entry(read, Rule.of(rule, given=_in_words(read)), optional))
             return rule
 
         return enter
@@ -119,10 +119,7 @@ class Registry:
         return _again, (type(self), self.name, entries)
 
     def __repr__(self) -> str:
-        entries = [
-            f"{', '.join(f'{target.kind} {target}' for target in entry.targets)} -> {entry.rule.name}"
-            for entry in self._entries
-        ]
+        entries = [f"{_in_words(entry.targets)} -> {entry.rule.name}" for entry in self._entries]
         return f"Registry({self.name!r}: {'; '.join(entries) or 'empty'})"
 
     @staticmethod
@@ -138,6 +135,10 @@ def _again(cls: type[Registry], name: str, entries: list[tuple[tuple[Any, ...], 
     for targets, rule, optional in entries:
         made.register(*targets, optional=optional)(rule)
     return made
+
+
+def _in_words(targets: tuple[Target, ...]) -> str:
+    return ", ".join([f"{target.kind} {target}" for target in targets])
 
 
 def as_registry(rules: Any) -> Registry:

@@ -4,6 +4,7 @@ import builtins
 import functools
 import re
 import traceback
+import types
 
 import pytest
 import torch
@@ -380,6 +381,10 @@ NO_TENSORS = {
     "empty tuple": ((), "it returned an empty tuple"),
     "dict of strings": ({"a": "b"}, "it returned a dict with the keys 'a'"),
     "module": (GLOBAL_LAYER, "it returned a Layer"),
+    "namespace": (
+        types.SimpleNamespace(a=torch.ones(3)),
+        "it returned a SimpleNamespace. Return the tensor that the rule is about, alone or in a tuple, list, dict or ",
+    ),
 }
 
 
@@ -494,7 +499,9 @@ def test_method_that_was_decorated_without_a_rule_is_told_so_when_it_is_called()
         Layer()(noise(3))
 
 
-@pytest.mark.parametrize("kind", [property, functools.cached_property, functools.partialmethod])
+@pytest.mark.parametrize(
+    "kind", [property, functools.cached_property, functools.partialmethod, functools.singledispatchmethod]
+)
 @pytest.mark.parametrize(
     ("decorate", "who"),
     [(go.custom_backward(rule), f"custom_backward: the rule 'rule' {HERE}"), (go.straight_through, "straight_through")],
@@ -507,6 +514,52 @@ def test_what_is_made_of_a_function_is_to_be_made_of_the_decorated_one(kind, dec
         f"{kind.__name__} is made of$",
     ):
         decorate(kind(double))
+
+
+async def coroutine(x):
+    return x * 2
+
+
+def generator(x):
+    yield x * 2
+
+
+async def each(x):
+    yield x * 2
+
+
+class Later(nn.Module):
+    async def forward(self, x):
+        return x * 2
+
+    def backward(self, grad_output):
+        return grad_output
+
+
+LATER = {
+    "coroutine": (lambda: go.custom_backward(rule)(coroutine), "coroutine", "a coroutine"),
+    "generator": (lambda: go.custom_backward(rule)(generator), "generator", "a generator"),
+    "async generator": (lambda: go.custom_backward(rule)(each), "each", "an async generator"),
+    "partial": (lambda: go.custom_backward(rule)(functools.partial(generator)), "generator", "a generator"),
+    "straight_through": (lambda: go.straight_through(generator), "generator", "a generator"),
+    "static method": (lambda: go.custom_backward(rule)(staticmethod(generator)), "generator", "a generator"),
+    "class": (lambda: go.custom_backward(rule)(Later), "Later", "a coroutine"),
+    "bare class": (lambda: go.custom_backward(Later), "Later", "a coroutine"),
+    "override": (lambda: go.override(Later(), {Later: rule}), "Later", "a coroutine"),
+}
+
+
+@pytest.mark.parametrize(("made", "name", "kind"), LATER.values(), ids=LATER)
+def test_function_that_has_not_run_when_it_returns_is_refused_at_once(made, name, kind):
+    forward = Later.forward
+    with pytest.raises(
+        go.DecorationError,
+        match=rf"'{name}' {HERE} must return its result when it is called, for the rule '\w+' .* to be its backward; "
+        rf"it gives {kind}, which runs later. Give the rule to the function that computes the tensors, and call that "
+        "there$",
+    ):
+        made()
+    assert Later.forward is forward
 
 
 # --- CapturedTensorError ---
@@ -701,6 +754,24 @@ def test_rule_that_asks_for_self_is_told_to_ask_for_the_module(base):
         made()
 
 
-def test_what_came_instead_of_a_rule_has_its_article():
-    with pytest.raises(go.RuleSignatureError, match=r"got an int$"):
-        go.custom_backward(3)
+NO_RULES = {
+    "custom_backward": (lambda: go.custom_backward(3), "3, an int"),
+    "bridge": (lambda: go.bridge("numpy.sin"), "'numpy.sin', a str"),
+    "edit_gradient": (lambda: go.edit_gradient(lambda grad: grad, noise(3)), r"a tensor of shape \(3,\)"),
+    "edit_gradient_": (lambda: go.edit_gradient_(noise(3), None), "None"),
+    "connect": (lambda: go.connect(torch.ones(3), noise(3), nn.ReLU), "the class 'ReLU'"),
+    "connect_": (lambda: go.connect_(noise(3), noise(3), []), "an empty list"),
+    "chain": (lambda: go.rules.chain(rule, [rule]), r"a list of 1 \(a function\)"),
+    "class 'ReLU'": (lambda: go.override(nn.ReLU(), {nn.ReLU: None}), "None"),
+    "glob 'a', function 'relu'": (lambda: go.Registry("r").register("a", torch.relu)(2.0), "2.0, a float"),
+}
+
+
+@pytest.mark.parametrize(("who", "made", "got"), [(who, *case) for who, case in NO_RULES.items()], ids=NO_RULES)
+def test_what_came_instead_of_a_rule_is_named_with_whom_it_came_to(who, made, got):
+    with pytest.raises(
+        go.RuleSignatureError,
+        match=rf"^{who}: a rule is a function of the gradient, `rule\(grad_output, ...\)`; got {got}$",
+    ) as caught:
+        made()
+    assert caught.value.__context__ is None

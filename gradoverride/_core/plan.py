@@ -33,13 +33,21 @@ from gradoverride._core.signature import RESERVED, Forward, resolve, unknown_nam
 from gradoverride._core.state import names_kept
 from gradoverride._core.tracers import EXPORT, recorded_as, warn
 from gradoverride.errors import (
+    DecorationError,
     ForwardResultError,
     GradOverrideWarning,
     RuleResultError,
     RuleSignatureError,
+    UnsupportedError,
 )
 
 __all__ = ["Plan"]
+
+_LATER = {  # what a call gives that has not run yet
+    "a generator": inspect.isgeneratorfunction,
+    "a coroutine": inspect.iscoroutinefunction,
+    "an async generator": inspect.isasyncgenfunction,
+}
 
 
 class Plan:
@@ -52,6 +60,13 @@ class Plan:
         self.on_first_call = rule.on_first_call
         self.rule = rule = rule.for_forward(forward)
         self.fn: Callable[..., Any] = forward.fn
+        later = next((kind for kind, gives in _LATER.items() if gives(self.fn)), None)
+        if later is not None:
+            raise DecorationError(
+                f"{forward.who} must return its result when it is called, for the rule {rule.who} to be its backward; "
+                f"it gives {later}, which runs later. Give the rule to the function that computes the tensors, and "
+                "call that there"
+            )
         self.marked = False  # whether what it saves is to be told from what the bare forward saves: see `mark`
         self.on_trace: Callable[[], None] | None = None  # when Dynamo traces a call
         self.on_unrecorded: Callable[[Any], None] | None = None  # when a call of a receiver records no graph
@@ -107,6 +122,13 @@ class Plan:
         self.layouts = Layouts(forward)
         self.steps = SimpleNamespace()  # Dynamo needs a place to know an object by
         self._recorded: Callable[..., Any] | None = None
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            f"{self.forward.who} has a rule, {self.rule.who}, and must be found by its name in a module that can be "
+            "imported, to be pickled; it was to be pickled by value, as cloudpickle does with what a notebook or a "
+            "script defines. Move it into a module, or use override, whose rules are pickled with the model"
+        )
 
     @property
     def who(self) -> str:

@@ -53,7 +53,7 @@ class Reading:
         self.is_edit = is_edit
         self.code = function and function.__code__  # kept, for its id is what this reading is found by
         self.holds = function is not None and bool(function.__closure__)
-        read = Rule(rule)
+        read = Rule(rule, given=forward.name)
         self.sources = resolve(read, forward, may_defer=False)
         # Whether it asks for nothing but arguments and the result.
         self.of_values = all(

@@ -39,7 +39,8 @@ def without_gradient(run: ForwardPass, result: Any) -> Any:
         fail(
             ForwardResultError,
             f"{run.plan.forward.who} must return at least one {one}, for its rule {run.plan.rule.who} to get "
-            f"a gradient; it returned {what(result)}. Return the {one} that the rule is about",
+            f"a gradient; it returned {what(result)}. Return the {one} that the rule is about, alone or in a tuple, "
+            "list, dict or dataclass",
         )
     if getattr(run.plan.rule.fn, "needs_floating", False):
         fail(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -13,7 +14,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from gradoverride._core import scan
-from gradoverride._core.signature import POSITIONAL, Forward, kind_of, name_of, read_signature
+from gradoverride._core.contract import what
+from gradoverride._core.signature import POSITIONAL, Forward, name_of, read_signature
 from gradoverride.errors import RuleSignatureError
 
 __all__ = ["Made", "Rule", "passing", "writes_nothing"]
@@ -39,10 +41,13 @@ class Rule:
         name: str | None = None,
         place: str | None = None,
         straight_through: bool = False,
+        given: str = "",
     ) -> None:
+        """`given`: to whom, or for what, as an error begins with it."""
         if isinstance(fn, type) or not callable(fn):
+            who = f"{given}: " if given else ""
             raise RuleSignatureError(
-                f"a rule is a function of the gradient, `rule(grad_output, ...)`; got {kind_of(fn)}"
+                f"{who}a rule is a function of the gradient, `rule(grad_output, ...)`; got {what(fn)}"
             )
         self.fn = fn
         self.number = next(_numbers)
@@ -80,17 +85,16 @@ class Rule:
             self.asks[parameter.name] = parameter.default is inspect.Parameter.empty
 
     @staticmethod
-    def of(fn: Callable[..., Any]) -> Rule:
+    def of(fn: Callable[..., Any], given: str = "") -> Rule:
         """That of this function: always the same, so that what was made for it, and compiled, serves again."""
         if inspect.isfunction(fn):
             kept = fn.__dict__.get(_KEPT)
             if kept is None or kept.rule.fn is not fn:  # `functools.wraps` has copied it
                 kept = fn.__dict__[_KEPT] = _Kept(Rule(fn))
             return kept.rule
-        try:
+        with contextlib.suppress(TypeError):  # it has no hash, or is no rule
             return _of_other(_Same(fn))
-        except TypeError:  # it has no hash
-            return Rule(fn)
+        return Rule(fn, given=given)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` gives, made once for this key and kept as long as the rule is.

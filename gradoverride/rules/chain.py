@@ -55,7 +55,7 @@ class chain:
         if torch.compiler.is_dynamo_compiling():
             fail(UnsupportedError, "chain: it must be made outside of the code that is compiled; it was made within")
         check("chain", "rules", rules, bool(rules), "one rule or more")
-        read = [Rule(rule) for rule in rules]
+        read = [Rule(rule, given="chain") for rule in rules]
         own = self.__dict__  # it is frozen
         own["rules"] = rules
         own["links"] = tuple([(rule.fn, tuple(rule.asks), _may_write(rule.fn)) for rule in read])

@@ -3,9 +3,13 @@
 import abc
 import copy
 import functools
+import importlib
 import inspect
+import io
+import marshal
 import pickle
 import types
+import weakref
 
 import pytest
 import torch
@@ -227,6 +231,50 @@ def test_the_opening_example_has_the_gradients_of_the_product():
 
 def test_module_level_function_is_pickled_by_reference():
     assert pickle.loads(pickle.dumps(scale)) is scale
+
+
+class ByValue(pickle.Pickler):
+    """Pickles functions as cloudpickle does those that no module has."""
+
+    def reducer_override(self, value):
+        if isinstance(value, types.CodeType):
+            return marshal.loads, (marshal.dumps(value),)
+        if isinstance(value, types.CellType):
+            return made_of, ("CellType", value.cell_contents)
+        if isinstance(value, weakref.WeakSet):
+            return weakref.WeakSet, (list(value),)
+        if isinstance(value, types.ModuleType):
+            return importlib.import_module, (value.__name__,)
+        if isinstance(value, types.FunctionType) and "<locals>" in value.__qualname__:
+            found = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
+            parts = value.__code__, found, value.__name__, value.__defaults__, value.__closure__
+            return made_of, ("FunctionType", *parts)
+        return NotImplemented
+
+
+def made_of(kind, *parts):
+    return getattr(types, kind)(*parts)
+
+
+@pytest.mark.parametrize("rule", [lambda grad_output: 2 * grad_output, lambda grad_output, vjp: vjp(grad_output)])
+def test_function_is_not_pickled_by_value_and_the_error_says_what_to_do(rule):
+    def plain(x):
+        return x * x
+
+    class Layer(nn.Module):
+        @go.custom_backward(rule)
+        def forward(self, x):
+            return x * x
+
+    ByValue(io.BytesIO()).dump(plain)
+    for decorated, name in ((go.custom_backward(rule)(plain), "plain"), (Layer.forward, "Layer")):
+        with pytest.raises(go.UnsupportedError) as caught:
+            ByValue(io.BytesIO()).dump(decorated)
+        text = str(caught.value)
+        assert text.startswith(f"'{name}' (")
+        assert "has a rule, '<lambda>' (" in text
+        assert "must be found by its name in a module that can be imported, to be pickled" in text
+        assert text.endswith("Move it into a module, or use override, whose rules are pickled with the model")
 
 
 def test_function_copies_to_itself():

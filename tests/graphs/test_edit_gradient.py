@@ -735,7 +735,7 @@ def test_unknown_name():
 
 
 def test_rule_is_looked_at_where_no_gradient_is_wanted():
-    with pytest.raises(go.RuleSignatureError, match="got an int"):
+    with pytest.raises(go.RuleSignatureError, match="got 3, an int"):
         go.edit_gradient(noise(3, grad=False), 3)
 
 
