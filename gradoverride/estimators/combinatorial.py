@@ -215,12 +215,12 @@ class imle(Estimator):
     def draw(self, points: Points) -> list[Tensor]:
         """Noise for each of the points."""
         draw = self.noise if callable(self.noise) else _NOISES[self.noise]
-        noises = [draw(real(point), self.generator) for point in points]
+        noises: list[Any] = [draw(real(point), self.generator) for point in points]
         for noise, point in zip(noises, points, strict=True):
-            if noise.shape != real(point).shape:
+            if not isinstance(noise, Tensor) or noise.shape != real(point).shape:
                 raise ForwardResultError(
                     f"imle: 'noise' must return a tensor of the shape that it is given, "
-                    f"{shape_text(real(point).shape)}; it returned one of shape {shape_text(noise.shape)}"
+                    f"{shape_text(real(point).shape)}; it returned {what(noise)}"
                 )
         return noises
 

@@ -98,7 +98,7 @@ class _Implicit:
         own["names"] = tuple(read.asks)
         own["who"] = f"{kind}: {name_of(fn)!r} ({location(fn)})"
         own["__signature__"] = signature_asking({"output": True, "needs": True, **read.asks})
-        own["__name__"] = kind
+        own["__name__"] = f"{kind}({name_of(fn)})"  # how errors call it
 
     def _zero(self, result: Any, values: dict[str, Any]) -> list[Tensor]:
         """What is zero at the result: its floating tensors."""

@@ -29,11 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from gradoverride._core.everywhere import bare_forward
-from gradoverride._core.options import check, is_number
+from gradoverride._core.options import check, check_broadcasts, is_number
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.standin import stand_in
 from gradoverride._core.targets import RECORD, class_of
 from gradoverride.errors import UnsupportedError
+from gradoverride.rules.each import check_one_for_each
 
 __all__ = [
     "guided_relu",
@@ -104,8 +105,11 @@ class smooth_relu:
     def __post_init__(self) -> None:
         check("smooth_relu", "beta", self.beta, is_number(self.beta) and self.beta > 0, "a number larger than 0")
 
+    writes_nothing = True  # so it is given the gradient itself, no copy
+
     def __call__(self, grad_output: Tensor, input: Tensor) -> Tensor:
         """The gradient of the input."""
+        check_one_for_each("smooth_relu", grad_output, input)
         return torch.sigmoid(self.beta * input) * grad_output
 
 
@@ -289,7 +293,7 @@ class lrp_z_box:
     def __call__(self, grad_output: Tensor, input: Tensor, module: Any, needs: Any, params: Any) -> dict[str, Any]:
         """The relevance of the input."""
         # In this form no contribution is negative and none cancels.
-        above_low, below_high = input - _like(self.low, input), input - _like(self.high, input)
+        above_low, below_high = input - _like("low", self.low, input), input - _like("high", self.high, input)
         parts = Part(above_low, _positive, torch.zeros_like), Part(below_high, _negative, torch.zeros_like)
         return _of_input(_distributed(grad_output, module, *parts), needs, params)
 
@@ -464,5 +468,9 @@ def _read_bound(name: str, value: Any) -> Any:
     return float(value)
 
 
-def _like(bound: Any, input: Tensor) -> Any:
-    return torch.tensor(bound, dtype=input.dtype, device=input.device) if isinstance(bound, tuple) else bound
+def _like(name: str, bound: Any, input: Tensor) -> Any:
+    if not isinstance(bound, tuple):
+        return bound
+    found = torch.tensor(bound, dtype=input.dtype, device=input.device)
+    check_broadcasts("lrp_z_box", name, found, input, "the input")
+    return found

@@ -28,6 +28,7 @@ from gradoverride._core.private.dynamo import fail
 from gradoverride._core.rule import writes_nothing
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
+from gradoverride.rules.each import check_one_for_each
 
 __all__ = ["vector_quantize", "rotation_trick"]
 
@@ -77,6 +78,7 @@ def rotation_trick(grad_output: Tensor, input: Tensor, output: Tensor) -> Tensor
 
     Source: Fifty et al., "Restructuring vector quantization with the rotation trick" (2024), section 4.
     """
+    check_one_for_each("rotation_trick", grad_output, input)
     grad, x, y = wide(grad_output), wide(input), wide(output)
     size, size_of_code = _norm(x), _norm(y)
     e = x / size.masked_fill(size == 0, 1)

@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gradoverride._core.contract import what
+from gradoverride._core.contract import shape_text, what
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.structure import flatten, is_container, unflatten
 from gradoverride._core.tensors import is_differentiable
-from gradoverride.errors import RuleResultError
+from gradoverride.errors import RuleResultError, UnsupportedError
 
-__all__ = ["Each", "each", "gradients_in", "of_values"]
+__all__ = ["Each", "check_one_for_each", "each", "gradients_in", "of_values"]
 
 X = TypeVar("X")
 
@@ -36,6 +36,16 @@ def of_values(edit: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(
         grad.indices(), edit(grad.values()), grad.shape, check_invariants=False, is_coalesced=True
     )
+
+
+def check_one_for_each(rule: str, grad_output: Any, input: Tensor) -> None:
+    """Raise `UnsupportedError` for a gradient of another shape: broadcast with the input it might fit by chance."""
+    if not isinstance(grad_output, Tensor) or grad_output.shape != input.shape:
+        fail(
+            UnsupportedError,
+            f"{rule} is for what has one result for each input; it is in force on another, with an input of shape "
+            f"{shape_text(input.shape)} and, as the gradient of its result, {what(grad_output)}",
+        )
 
 
 def gradients_in(grad_output: Any) -> tuple[Any, list[Tensor]]:

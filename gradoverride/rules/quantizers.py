@@ -51,6 +51,7 @@ from gradoverride._core.private.dynamo import fail
 from gradoverride._core.rule import writes_nothing
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
+from gradoverride.rules.each import check_one_for_each
 from gradoverride.surrogates import clipped
 
 __all__ = [
@@ -440,6 +441,7 @@ class ewgs:
 
     def __call__(self, grad_output: Tensor, input: Tensor, output: Tensor) -> Tensor:
         """The gradient of the input."""
+        check_one_for_each("ewgs", grad_output, input)
         return torch.addcmul(grad_output, grad_output.abs(), input - output, value=self.delta)
 
 

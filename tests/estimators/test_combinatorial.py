@@ -454,6 +454,9 @@ def test_noise_of_ones_own():
         go.ForwardResultError, match=r"imle: 'noise' must return a tensor .* \(4,\); it .* shape \(2,\)"
     ):
         y.sum().backward()
+    y = go.custom_backward(imle(2.0, noise=lambda tensor, generator: 0.5))(ranks)(x)
+    with pytest.raises(go.ForwardResultError, match=r"imle: 'noise' must return .* \(4,\); it returned 0.5, a float"):
+        y.sum().backward()
 
 
 def test_a_minimiser_by_imle():

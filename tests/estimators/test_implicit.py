@@ -508,11 +508,25 @@ def raised(kind, rule, fn, *inputs):
     return caught.value
 
 
+def test_argument_that_the_function_does_not_have_is_an_error_that_names_the_equation():
+    with pytest.raises(
+        go.RuleSignatureError, match=r"rule 'implicit_root\(of_a_cube\)' .* asks for 'b', which does not"
+    ):
+
+        @go.custom_backward(implicit_root(of_a_cube))
+        def solve(a):
+            return a
+
+
+def of_a_cube(y, b):
+    return y**3 - b
+
+
 def test_a_singular_equation_is_an_error():
     error = raised(go.ConvergenceError, implicit_root(square_of), lambda a: a * 1, float64(0.0, 1.0))
     assert str(error).startswith("implicit_root: 'square_of' (")
     assert "its derivative by the result is singular there, so the gradient is not defined" in str(error)
-    assert any("in the rule 'implicit_root'" in note for note in error.__notes__)
+    assert any("in the rule 'implicit_root(square_of)'" in note for note in error.__notes__)
 
 
 def hard(x, matrix, right):

@@ -233,6 +233,43 @@ def test_bounds_of_no_one_shape_are_an_error():
         rules.lrp_z_box([[1.0], [1.0, 2.0]], 3.0)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "text"),
+    [
+        (([0.0] * 4, 1.0), r"'low' must broadcast to the shape of the input, \(2, 3\); it has shape \(4,\)"),
+        ((0.0, torch.ones(1, 2, 3)), r"'high' must broadcast to the shape of the input, \(2, 3\); it .* \(1, 2, 3\)"),
+    ],
+)
+def test_bounds_that_the_input_does_not_have_are_an_error(bounds, text):
+    layer, x = nn.Linear(3, 2), torch.ones(2, 3, requires_grad=True)
+    with go.override(layer, {layer: rules.lrp_z_box(*bounds)}):
+        y = layer(x)
+    with pytest.raises(go.RuleOptionError, match=f"lrp_z_box: {text}. Give it sizes of 1"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (rules.smooth_relu(), "smooth_relu"),
+        (rules.ewgs(), "ewgs"),
+        (rules.rotation_trick, "rotation_trick"),
+    ],
+    ids=["smooth_relu", "ewgs", "rotation_trick"],
+)
+@pytest.mark.parametrize("results", [1, 2])  # the gradient of one broadcasts to the shape of the input
+def test_rule_for_one_result_of_each_input_is_refused_on_another_function(rule, name, results):
+    layer, x = nn.Linear(3, results), torch.ones(2, 3, requires_grad=True)
+    with go.override(layer, {layer: rule}):
+        y = layer(x)
+    with pytest.raises(go.UnsupportedError) as caught:
+        y.sum().backward()
+    assert str(caught.value) == (
+        f"{name} is for what has one result for each input; it is in force on another, with an input of shape (2, 3) "
+        f"and, as the gradient of its result, a tensor of shape (2, {results})"
+    )
+
+
 def test_z_plus_is_alpha_beta_of_one_and_zero():
     layer, x, r = nn.Linear(3, 3).double(), noise(2, 3), noise(2, 3, grad=False)
     found = []
