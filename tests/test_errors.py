@@ -562,6 +562,32 @@ def test_function_that_has_not_run_when_it_returns_is_refused_at_once(made, name
     assert Later.forward is forward
 
 
+@pytest.mark.parametrize(
+    ("made", "name", "kind"),
+    [
+        (lambda: go.custom_backward(coroutine), "coroutine", "a coroutine"),
+        (lambda: go.edit_gradient(noise(3), generator), "generator", "a generator"),
+        (lambda: go.override(nn.ReLU(), {nn.ReLU: each}), "each", "an async generator"),
+        (lambda: go.custom_backward(AnswersLater), "backward", "a coroutine"),
+    ],
+)
+def test_rule_that_has_not_run_when_it_returns_is_refused_at_once(made, name, kind):
+    with pytest.raises(
+        go.RuleSignatureError,
+        match=rf"rule '{name}' {HERE} must return the gradient when it is called; it gives {kind}, which runs later. "
+        "Use 'def' and 'return'$",
+    ):
+        made()
+
+
+class AnswersLater(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+    async def backward(self, grad_output):
+        return grad_output
+
+
 # --- CapturedTensorError ---
 
 

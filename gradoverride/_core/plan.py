@@ -29,7 +29,7 @@ from gradoverride._core.reach import Reach, attribute_names, calls_unseen
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.rule import Rule
 from gradoverride._core.rule_code import RuleCode, is_known_method
-from gradoverride._core.signature import RESERVED, Forward, resolve, unknown_name
+from gradoverride._core.signature import RESERVED, Forward, resolve, runs_later, unknown_name
 from gradoverride._core.state import names_kept
 from gradoverride._core.tracers import EXPORT, recorded_as, warn
 from gradoverride.errors import (
@@ -43,12 +43,6 @@ from gradoverride.errors import (
 
 __all__ = ["Plan"]
 
-_LATER = {  # what a call gives that has not run yet
-    "a generator": inspect.isgeneratorfunction,
-    "a coroutine": inspect.iscoroutinefunction,
-    "an async generator": inspect.isasyncgenfunction,
-}
-
 
 class Plan:
     """A forward and its rule."""
@@ -60,7 +54,7 @@ class Plan:
         self.on_first_call = rule.on_first_call
         self.rule = rule = rule.for_forward(forward)
         self.fn: Callable[..., Any] = forward.fn
-        later = next((kind for kind, gives in _LATER.items() if gives(self.fn)), None)
+        later = runs_later(self.fn)
         if later is not None:
             raise DecorationError(
                 f"{forward.who} must return its result when it is called, for the rule {rule.who} to be its backward; "

@@ -15,7 +15,7 @@ from torch import nn
 
 from gradoverride._core import scan
 from gradoverride._core.contract import what
-from gradoverride._core.signature import POSITIONAL, Forward, name_of, read_signature
+from gradoverride._core.signature import POSITIONAL, Forward, name_of, read_signature, runs_later
 from gradoverride.errors import RuleSignatureError
 
 __all__ = ["Made", "Rule", "passing", "writes_nothing"]
@@ -59,6 +59,12 @@ class Rule:
         self.name = name or name_of(fn)
         read = fn.forward if isinstance(fn, nn.Module) else fn  # a module takes what its forward takes
         self.place = place or scan.location(read)
+        later = runs_later(read)
+        if later is not None:
+            raise RuleSignatureError(
+                f"rule {self.who} must return the gradient when it is called; it gives {later}, which runs later. Use "
+                "'def' and 'return'"
+            )
         self.asks: dict[str, bool] = {}  # name -> whether it must exist
         self.first = ""  # the name that the gradient has
         signature = read_signature(read)

@@ -28,6 +28,7 @@ __all__ = [
     "name_of",
     "resolve",
     "read_signature",
+    "runs_later",
     "signature_asking",
     "takes",
     "unknown_name",
@@ -233,6 +234,18 @@ def takes(fn: Any, count: int) -> bool:
     except (TypeError, ValueError):  # builtins may have no signature
         return False
     return True
+
+
+def runs_later(fn: Any) -> str | None:
+    """What a call of `fn` gives that has not run yet, if it gives such."""
+    return next((kind for kind, gives in _LATER.items() if gives(fn)), None)
+
+
+_LATER: dict[str, Callable[[Any], bool]] = {
+    "a generator": inspect.isgeneratorfunction,
+    "a coroutine": inspect.iscoroutinefunction,
+    "an async generator": inspect.isasyncgenfunction,
+}
 
 
 def _scripted_signature(fn: Any) -> inspect.Signature | None:
