@@ -82,7 +82,7 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
     wanted = opaque or mode == TRANSFORMED or any(leaf.requires_grad for leaf in leaves) or bool(call.params)
     if not wanted or not (leaves or call.params):
         result = plan.undecorated(layout, receiver, values)
-        refuse_held(call, values, result)
+        refuse_held(call, receiver, values, result)
         return result
     result = ForwardPass(call, module, receiver, leaves, values).run()
     return call_opaque(plan, layout, receiver, values, result, changed) if opaque else result

@@ -20,19 +20,21 @@ from gradoverride.errors import CapturedTensorError, GraphError
 __all__ = ["refuse_held", "refuse_within"]
 
 
-def refuse_held(call: Call, values: Sequence[Any], result: Any) -> None:
+def refuse_held(call: Call, receiver: Any, values: Sequence[Any], result: Any) -> None:
     """No argument wants a gradient, but the result has one: of a tensor within an object, where it was not looked for.
 
-    Not of one in a closure or global: that has its own gradient by torch, as where nothing is decorated.
+    The `self` of a method that is given no tensors is such an object too. Not of one in a closure or global: that has
+    its own gradient by torch, as where nothing is decorated.
     """
-    if not any([_may_hold(spec) for spec in call.specs]):
+    alone = receiver is not None and not call.holders
+    if not alone and not any([_may_hold(spec) for spec in call.specs]):
         return
     results: list[Tensor] = []
     spec = flatten(result, is_differentiable, results)
     wanting = any([tensor.requires_grad for tensor in results])
     if wanting or (_may_hold(spec) and _held_by("", result) is not None):
-        for name, value in zip(call.names, values, strict=True):
-            held = _held_by(name, value)
+        found = [_held_by(name, value) for name, value in zip(call.names, values, strict=True)]
+        for held in (*found, _held_by_self(receiver) if wanting and alone else None):
             if held is not None:
                 fail(
                     CapturedTensorError,
@@ -76,6 +78,20 @@ def _held_by(name: str, value: Any) -> str | None:
     if isinstance(value, Iterator):
         return f"what '{name}' gives"
     return _first_in(name, value, requires_grad, modules=isinstance(value, nn.Module))
+
+
+def _held_by_self(receiver: Any) -> str | None:
+    """Where in the object of a method a tensor is that requires grad, beside the parameters of a module."""
+    if isinstance(receiver, (type, Tensor)) or torch.compiler.is_dynamo_compiling():
+        return None
+    if not isinstance(receiver, nn.Module):
+        return _first_in("self", receiver, requires_grad)
+    for path, module in receiver.named_modules(prefix="self"):
+        for name, value in {**vars(module), **module._buffers}.items():
+            held = None if name.startswith("_") else _first_in(f"{path}.{name}", value, requires_grad)
+            if held is not None:
+                return held
+    return None
 
 
 def _first_in(name: str, value: Any, counts: Callable[[Tensor], bool], modules: bool = False) -> str | None:

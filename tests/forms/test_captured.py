@@ -457,6 +457,54 @@ def test_parameter_of_a_module_that_is_an_argument_is_an_error_that_names_it(gra
     assert forward(frozen, float64(1.0, grad=grad)).requires_grad is grad
 
 
+class Readout(nn.Module):
+    """It reads out a state that another method, or the one who has it, has set."""
+
+    def __init__(self, state, how="attribute"):
+        super().__init__()
+        if how == "buffer":
+            self.register_buffer("state", state)
+        elif how == "part":
+            self.part = Readout(state)
+        else:
+            self.state = [state] if how == "list" else state
+
+    @property
+    @go.straight_through
+    def fired(self):
+        return torch.sign(self.state)
+
+    @go.custom_backward(lambda grad_output: 7 * grad_output)
+    def read(self, how="attribute", factor=2.0):
+        state = self.part.state if how == "part" else self.state
+        return (state[0] if how == "list" else state) * factor
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [("attribute", "self.state"), ("buffer", "self.state"), ("list", r"self.state\[0\]"), ("part", "self.part.state")],
+)
+def test_state_that_a_method_without_arguments_reads_is_an_error_that_names_it(how, name):
+    with pytest.raises(go.CapturedTensorError, match=rf"'read' \(.*'{name}', which requires grad.*would be dropped"):
+        Readout(float64(1.0) * 2, how).read(how)
+    plain = Readout(float64(1.0), how).read(how, torch.ones(1, dtype=torch.float64))
+    assert plain.requires_grad  # an argument is there, and wants none: torch's own graph, to the state
+    Readout(float64(1.0, grad=False), how).read(how)
+    with torch.no_grad():
+        Readout(float64(1.0), how).read(how)
+
+
+def test_state_that_a_property_reads_is_an_error_that_names_it():
+    with pytest.raises(go.CapturedTensorError, match=r"'fired' \(.*'self.state', which requires grad"):
+        _ = Readout(float64(1.0)).fired
+    # As an argument it has the rule, and what is not read is no matter.
+    x, neuron = float64(2.0), Readout(float64(1.0))
+    go.straight_through(torch.sign)(x).backward()
+    assert x.grad.item() == 1.0
+    neuron.state, neuron.other = float64(1.0, grad=False), x
+    assert not neuron.fired.requires_grad
+
+
 def test_object_that_holds_no_tensor_with_a_gradient_is_no_error():
     weight = float64(3.0)
     forward = go.custom_backward(lambda grad_output: grad_output)(lambda x, batch: x * weight * batch.x)
