@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradoverride._core.contract import what
@@ -38,7 +39,8 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, rotate: bool = False) -> tup
 
     Vectors lie along the last dimension of x (of a picture, `x.movedim(1, -1)`); the codebook has the shape
     (vectors, size). The values are rows of the codebook to the last bit; the first of two that are equally near is
-    taken. The gradient is g or, if `rotate`, that of the `rotation_trick`.
+    taken. (Distances are those of `torch.cdist`, in float32 at least: where all vectors are much farther from 0 than
+    from each other, take their mean off first.) The gradient is g or, if `rotate`, that of the `rotation_trick`.
 
     >>> import torch
     >>> from gradoverride.rules import vector_quantize
@@ -94,7 +96,7 @@ def rotation_trick(grad_output: Tensor, input: Tensor, output: Tensor) -> Tensor
 
 @straight_through
 def _code(x: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
-    return codebook[index]
+    return F.embedding(index, codebook)  # `codebook[index]` is refused under vmap, for a single vector
 
 
 @writes_nothing
@@ -104,7 +106,7 @@ def _rotation_backward(grad_output: Tensor, x: Tensor, output: Tensor) -> dict[s
 
 @custom_backward(_rotation_backward)
 def _code_by_rotation(x: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
-    return codebook[index]
+    return F.embedding(index, codebook)  # `codebook[index]` is refused under vmap, for a single vector
 
 
 def _norm(vectors: Tensor) -> Tensor:

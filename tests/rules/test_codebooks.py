@@ -94,8 +94,12 @@ class TestVectorQuantize:
         def gradient(x):
             return torch.func.grad(lambda x: (rules.vector_quantize(x, codebook, rotate=rotate)[0] * g).sum())(x)
 
+        def gradient_of_one(x, g):  # whose index is a single number
+            return torch.func.vjp(lambda x: rules.vector_quantize(x, codebook, rotate=rotate)[0], x)[1](g)[0]
+
         closely(gradient(x[0].detach()), expected[0])
         closely(torch.vmap(gradient)(x.detach()), expected)
+        closely(torch.vmap(torch.vmap(gradient_of_one))(x.detach(), g.expand_as(x)), expected)
 
     def test_compiled_it_is_that_of_eager(self, rotate):
         torch.compiler.reset()
