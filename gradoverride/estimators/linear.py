@@ -93,7 +93,10 @@ def _krylov(solver: str, apply: Apply, right: Tensor, tol: float, max_iter: int,
     def matvec(vector: Any) -> Any:
         return apply(torch.from_numpy(vector.copy()).reshape(right.shape).to(right)).reshape(-1).cpu().numpy()
 
-    flat = right.reshape(-1).cpu().numpy()
+    # Each sample relative to its own size: one of a small gradient would not be solved at all beside a large one.
+    size = torch.linalg.vector_norm(right, dim=-1, keepdim=True)
+    size = size.masked_fill(size == 0, 1)
+    flat = (right / size).reshape(-1).cpu().numpy()
     operator = scipy.LinearOperator((flat.size, flat.size), matvec=matvec, dtype=flat.dtype)
     steps = {"restart": min(50, flat.size)} if solver == "gmres" else {}
     found, info = getattr(scipy, solver)(operator, flat, rtol=tol, atol=0.0, maxiter=max_iter, **steps)
@@ -103,4 +106,4 @@ def _krylov(solver: str, apply: Apply, right: Tensor, tol: float, max_iter: int,
             f"{who} must solve a linear equation for the gradient; '{solver}' was {missing:.1e} of the gradient off "
             f"after {max_iter} iterations, and {tol:.1e} is allowed. Use solver='dense' or another, or raise 'max_iter'"
         )
-    return torch.from_numpy(found).to(right).reshape(right.shape)
+    return torch.from_numpy(found).to(right).reshape(right.shape) * size

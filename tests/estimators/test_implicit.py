@@ -376,6 +376,23 @@ def test_samples_are_equations_of_their_own():
         closely(grad(loss(go.custom_backward(implicit_root(residual, batch_dims=batch_dims))(solve)), a), expected)
 
 
+@pytest.mark.parametrize("solver", ["dense", "gmres", "bicgstab", "cg"])
+def test_a_sample_whose_gradient_is_small_beside_others_is_solved_as_well(solver):
+    torch.manual_seed(0)
+    half = torch.randn(3, 20, 20, dtype=torch.float64) * 0.3 + 2 * torch.eye(20)
+    matrices = (half @ half.mT).float()
+    b, g = torch.randn(3, 20, requires_grad=True), torch.ones(3, 20)
+    g[1] *= 1e-6
+
+    def residual(y, b):
+        return (matrices @ y[..., None])[..., 0] - b
+
+    rule = implicit_root(residual, solver=solver, batch_dims=1)
+    (found,) = torch.autograd.grad(go.custom_backward(rule)(lambda b: torch.linalg.solve(matrices, b))(b), b, g)
+    expected = torch.linalg.solve(matrices.double().mT, g.double())
+    assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-3
+
+
 @pytest.mark.parametrize(("make", "large"), [(implicit_root, "gmres"), (fixed_point, "neumann")])
 def test_the_solver_is_chosen_by_the_number_of_unknowns(make, large):
     def damped(y, a):
