@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from gradoverride._core import everywhere
 from gradoverride._core.ambient import here
 from gradoverride._core.callers import opened, reaching
-from gradoverride._core.functions import INLINED, every_spelling, signature_of, spellings, turned
+from gradoverride._core.functions import INLINED, OF_OPERATORS, every_spelling, signature_of, spellings, turned
 from gradoverride._core.generators import RUN_LATER, in_steps
 from gradoverride._core.higher_order import run_under
 from gradoverride._core.layers import FunctionRule
@@ -48,7 +48,7 @@ from gradoverride._core.private.modes import HigherOrderOperator, in_checkpoint_
 from gradoverride._core.rule import passing
 from gradoverride._core.signature import Forward
 from gradoverride._core.wrapper import make_refusal, make_wrapper
-from gradoverride.errors import RuleSignatureError, UnsupportedError
+from gradoverride.errors import GradOverrideError, RuleSignatureError, UnsupportedError
 
 __all__ = ["FunctionMode", "count", "here", "note_unrecorded", "quieted", "scope_of", "scoped"]
 
@@ -195,6 +195,7 @@ def _run(function: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
     several = len(keys) > 1
     some = _step_by_step(bare, keys, function) if several else bare
     internal = keys[0].name in _USED_BY_THE_ENGINE
+    of_operator = keys[0].name in OF_OPERATORS
     marks = _marks_of(keys)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -208,11 +209,17 @@ def _run(function: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
             if _is_not_of_the_model(sys._getframe(2), internal):
                 return bare(*args, **kwargs)
             count(now)
-        if several and len(now) < len(keys):
-            return some(*args, **kwargs)
-        here.quiet = (*before, *marks)
         try:
+            if several and len(now) < len(keys):
+                return some(*args, **kwargs)
+            here.quiet = (*before, *marks)
             return outermost(*args, **kwargs)
+        except GradOverrideError as error:
+            # torch hears a TypeError of an operator as "not this way", and Python tries another: `x + y`, after
+            # `x += y` has written into x.
+            if of_operator and isinstance(error, TypeError):
+                raise UnsupportedError(str(error)) from error
+            raise
         finally:
             here.quiet = before
 

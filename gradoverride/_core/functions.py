@@ -22,6 +22,7 @@ from gradoverride._core.private.dynamo import PAD
 
 __all__ = [
     "INLINED",
+    "OF_OPERATORS",
     "every_spelling",
     "is_of_torch",
     "name_of_function",
@@ -171,6 +172,8 @@ _DUNDERS = {
     **{f"__{prefix}mod__": "remainder" for prefix in ("", "r", "i")},
     **{"__neg__": "neg", "__abs__": "abs", "__pos__": "positive"},
 }
+# What an operator of Python calls.
+OF_OPERATORS = frozenset({*_DUNDERS.values(), "eq", "ge", "gt", "le", "lt", "ne"})
 _MAX = ("max", "adaptive_max", "fractional_max")
 # torch documents these as other names of the same functions.
 _ALIASES = {

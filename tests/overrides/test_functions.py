@@ -156,6 +156,33 @@ def test_operators_are_spellings(target, operation, compiled):
 @pytest.mark.parametrize(
     ("target", "operation"),
     [
+        (torch.add, operator.iadd),
+        (torch.sub, operator.isub),
+        (torch.mul, operator.imul),
+        (torch.div, operator.itruediv),
+        (torch.pow, lambda x, _: operator.ipow(x, 2)),
+        (torch.add, torch.Tensor.add_),
+    ],
+    ids=["+=", "-=", "*=", "/=", "**=", "add_"],
+)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_an_operator_in_place_is_refused_where_the_rule_asks_for_what_it_overwrites(target, operation, compiled):
+    class Pair(nn.Module):
+        def forward(self, x, y):
+            return operation(x * 1, y)
+
+    x, y, model = noise(3, 3).abs().detach().requires_grad_(), noise(3, 3), Pair()
+    model = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    with (
+        go.override(model, {target: lambda grad_output, input: (grad_output * input, None)}),
+        pytest.raises(Exception, match=r"overwrites its argument '.*' in place, and its rule .* asks for 'input'"),
+    ):
+        model(x, y)  # Python would take `x + y` in its place, with an x that y has been added to
+
+
+@pytest.mark.parametrize(
+    ("target", "operation"),
+    [
         (torch.add, lambda x: 2 + x),
         (torch.sub, lambda x: 2 - x),
         (torch.mul, lambda x: 2 * x),
