@@ -8,16 +8,17 @@
 
 Each is published under its name too: `go.override(model, "guided_backprop")`.
 
-The LRP composites (`epsilon_plus`, `epsilon_alpha2_beta1`, `epsilon_gamma_box`) are for chains of dense layers,
-convolutions, pooling and activations: all activations of torch with one result for each input, as modules and as
-functions, pass the relevance on; max pooling gives it to the largest, as its gradient does. Normalisations are refused
-with an `UnsupportedError` until they have a rule: merge those of batches into the layer before. All else has its
-gradient, which is no relevance: sums of two branches (`x + f(x)` hands the whole to each), gates (`F.glu`, a product of
-two results), softmax, and linear functions that are not modules. All normalisations of batches are merged in the copy
-that `torch.fx.experimental.optimization.fuse(model.eval())` gives.
+The LRP composites (`epsilon_plus`, `epsilon_alpha2_beta1`, `epsilon_gamma_box`) are for dense layers, convolutions,
+pooling and activations, in chains and with residual connections: all activations of torch with one result for each
+input, as modules and as functions, pass the relevance on; max pooling gives it to the largest, as its gradient does;
+sums and averages that are no modules divide it as dense layers do (`x + f(x)`, `x.mean((2, 3))`, `F.avg_pool2d`).
+Normalisations are refused with an `UnsupportedError` until they have a rule: merge those of batches into the layer
+before. All else has its gradient, which is no relevance: gates (`F.glu`, a product of two results), differences,
+softmax, and other linear functions that are not modules. All normalisations of batches are merged in the copy that
+`torch.fx.experimental.optimization.fuse(model.eval())` gives.
 
-The rules of `deeplift` and `attn_lrp` ask for the input of activations, and refuse one in place, as most models of
-torchvision and timm have it:
+The rules of `deeplift` and `attn_lrp` ask for the input of activations, those of the composites for the sums before
+them, and refuse one in place, as most models of torchvision and timm have it:
 
 >>> for module in model.modules():
 ...     if hasattr(module, "inplace"):
@@ -94,6 +95,28 @@ def _identity_of_prelu(grad_output: Any) -> Any:
     return grad_output, None
 
 
+_AVERAGE_FUNCTIONS = (
+    *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    *(torch.mean, torch.sum),
+)
+
+
+def _epsilon_of_average(grad_output: Any, input: Any, output: Any, vjp: Any) -> Any:
+    """What `rules.lrp_epsilon` gives for a module."""
+    return input * vjp(grad_output / _stabilised(output))
+
+
+def _epsilon_of_sum(grad_output: Any, other: Any, output: Any, needs: Any, vjp: Any, alpha: Any = 1) -> Any:
+    """The same for a sum of two. What is added in place is gone, but is what the sum has more than the other."""
+    share = grad_output / _stabilised(output)
+    parts = {"input": (output - alpha * other) * share, "other": other * share}
+    return {name: vjp.by_name(part)[name] for name, part in parts.items() if needs[name]}
+
+
+def _stabilised(output: Any) -> Any:
+    return torch.where(output < 0, output - 1e-6, output + 1e-6)
+
+
 _NORMALISATIONS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.local_response_norm, F.rms_norm)
 
 
@@ -112,6 +135,8 @@ def _composite(name: str, convolution: Any) -> Registry:
     registry.register(*_ACTIVATIONS, *_ACTIVATION_FUNCTIONS)(rules.lrp_identity)
     registry.register(F.prelu, optional=True)(_identity_of_prelu)
     registry.register(nn.Linear, *_AVERAGES, optional=True)(rules.lrp_epsilon())
+    registry.register(*_AVERAGE_FUNCTIONS, optional=True)(_epsilon_of_average)
+    registry.register(torch.add, optional=True)(_epsilon_of_sum)
     registry.register(*_CONVOLUTIONS, optional=True)(convolution)
     registry.register(*_NORMALISATIONS, optional=True)(_refuse_normalisation)
     return registry

@@ -376,18 +376,16 @@ def _by_negative(relevance: Tensor, input: Tensor, module: Any) -> Tensor:
 
 def _distributed(relevance: Tensor, module: Any, *parts: Part) -> Tensor:
     """`relevance` in proportion to the contributions of all parts."""
-    forwards = [_forward_with(module, part.weight, part.bias) for part in parts]
-    inputs = [part.input for part in parts]
-
-    def forward(*given: Tensor) -> Tensor:
-        results = [run(value) for run, value in zip(forwards, given, strict=True)]
-        return results[0] if len(results) == 1 else results[0] + results[1]
-
-    total, pullback, *_ = torch.func.vjp(forward, *inputs)
+    # Each by itself, and summed outside: within a transform, compiled code could have no rule for sums.
+    found = [torch.func.vjp(_forward_with(module, part.weight, part.bias), part.input) for part in parts]
+    total = _sum([result for result, *_ in found])
     _check_result(total, relevance, module)
-    pulled = pullback(_divided(relevance, total))
-    shares = [value * grad for value, grad in zip(inputs, pulled, strict=True)]
-    return shares[0] if len(shares) == 1 else shares[0] + shares[1]
+    shared = _divided(relevance, total)
+    return _sum([part.input * pullback(shared)[0] for part, (_, pullback, *_) in zip(parts, found, strict=True)])
+
+
+def _sum(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else tensors[0] + tensors[1]
 
 
 def _check_result(result: Tensor, relevance: Tensor, module: Any) -> None:

@@ -1,5 +1,7 @@
 """Presets: guided backpropagation on every ReLU there is, LRP composites. Contract, section 5."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,6 +138,98 @@ def test_composite_is_its_rules_layer_by_layer(name):
 def alone(layer, rule):
     go.override(layer, {layer: rule})
     return layer
+
+
+class Residual(nn.Module):
+    """`join` is how it adds the two branches, `average` how it takes the mean over places."""
+
+    def __init__(self, join, average):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = [nn.Conv2d(i, 3, 3, padding=1, bias=False) for i in (2, 3)]
+        self.head = nn.Linear(3, 2, bias=False)
+        self.join, self.average = join, average
+        self.double()
+
+    def forward(self, x):
+        before = self.first(x).relu()
+        return self.head(self.average(self.join(self.second(before), before).relu()))
+
+
+def of_residual_by_hand(model, x, r):
+    """LRP from the result to the input: epsilon for all but the convolutions, z-plus for those."""
+
+    def divided(contributions, total):
+        return contributions / (total + torch.where(total < 0, -1e-6, 1e-6))
+
+    def z_plus(layer, x, r):
+        w = layer.weight
+        with torch.enable_grad():  # as `conv2d` of the positive contributions, summed by autograd
+            above, below = x.clamp(min=0).requires_grad_(), x.clamp(max=0).requires_grad_()
+            z = F.conv2d(above, w.clamp(min=0), padding=1) + F.conv2d(below, w.clamp(max=0), padding=1)
+            parts = torch.autograd.grad(z, [above, below], r / z)
+        return (above * parts[0] + below * parts[1]).detach()
+
+    with torch.no_grad():
+        before = model.first(x).relu()
+        branch = model.second(before)
+        after = (branch + before).relu()
+        average = model.average(after)
+        r = average * (divided(r, model.head(average)) @ model.head.weight)
+        r = after * divided(r, after.sum((2, 3)))[..., None, None]
+        of_branch, of_before = [divided(part * r, branch + before) for part in (branch, before)]
+        return z_plus(model.first, x, of_before + z_plus(model.second, before, of_branch))
+
+
+JOINS = {
+    "x + f(x)": lambda f, x: x + f,
+    "y += x": operator.iadd,
+    "torch.add": torch.add,
+    "sum": lambda f, x: sum([f, x]),
+}
+AVERAGES = {
+    "mean": lambda x: x.mean((2, 3)),
+    "sum": lambda x: x.sum((2, 3)),
+    "adaptive": lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1),
+    "pool": lambda x: F.avg_pool2d(x, 4).flatten(1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("join", "average"), [*[(join, "mean") for join in JOINS], *[("x + f(x)", average) for average in AVERAGES]]
+)
+def test_composite_divides_relevance_between_the_branches_of_a_sum_and_over_an_average(join, average, compiled):
+    torch.compiler.reset()
+    model, x = Residual(JOINS[join], AVERAGES[average]), noise(2, 2, 4, 4)
+    called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    with go.override(model, go.presets.epsilon_plus):
+        y = called(x)
+    r = y.detach()
+    (found,) = torch.autograd.grad(y, x, r)
+    torch.testing.assert_close(found, of_residual_by_hand(model, x, r), rtol=1e-4, atol=1e-6)  # epsilon has its share
+    torch.testing.assert_close(found.sum((1, 2, 3)), r.sum(1), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("add", "of_x", "of_y"),
+    [
+        (lambda x, y: x + 2.0, [1 / 3, 3 / 5], None),  # a constant keeps its share
+        (lambda x, y: 2.0 + x, [1 / 3, 3 / 5], None),
+        (lambda x, y: x + y.detach(), [1 / 5, 3 / 7], None),
+        (lambda x, y: x + y, [1 / 5, 3 / 7], [4 / 5 + 4 / 7]),  # which broadcasts
+        (lambda x, y: torch.add(y, x, alpha=2), [2 / 6, 6 / 10], [4 / 6 + 4 / 10]),
+        (lambda x, y: x.add(other=y, alpha=-2), [-1 / 7, -3 / 5], [8 / 7 + 8 / 5]),
+    ],
+)
+def test_composite_divides_relevance_in_proportion_to_what_is_added(add, of_x, of_y):
+    x, y = float64(1.0, 3.0), float64(4.0)
+    model = Calls(add, y)
+    with go.override(model, go.presets.epsilon_plus):
+        found = torch.autograd.grad(model(x), [x, y], torch.ones(2, dtype=torch.float64), allow_unused=True)
+    torch.testing.assert_close(found[0].tolist(), of_x, rtol=1e-5, atol=0)
+    assert (of_y is None and found[1] is None) or found[1].tolist() == pytest.approx(of_y, rel=1e-5)
 
 
 def test_composite_needs_no_convolution():
