@@ -362,7 +362,7 @@ class fast_sigmoid(Surrogate):
     k: Option = 25.0
 
     def of(self, grad: Tensor, x: Tensor) -> Tensor:
-        return _over(grad, x.abs().mul_(self.k).add_(1).pow_(2))
+        return _over(grad, x.abs().mul_(self.k).add_(1).square_())
 
     def primitive(self, x: Tensor) -> Tensor:
         """`x / (1 + k |x|)`, from -1 / k to 1 / k."""
