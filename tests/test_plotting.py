@@ -14,7 +14,7 @@ from oracles import closely, exactly
 from torch import nn
 
 import gradoverride as go
-from gradoverride import rules, surrogates
+from gradoverride import rules, safe, surrogates
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,12 @@ def lines_of(ax):
     }
 
 
-X = torch.linspace(-2, 2, 1001, dtype=torch.float64)
+X = torch.arange(-500, 501, dtype=torch.float64) / 250
+
+
+def test_zero_is_drawn_as_zero_and_no_number_beside_it():
+    lines = lines_of(go.plot_rule(safe.log))
+    exactly(lines["gradient"], (X, torch.where(X == 0, 0, 1 / X)))
 
 
 class TestOfASurrogate:
