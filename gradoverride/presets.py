@@ -10,11 +10,12 @@ Each is published under its name too: `go.override(model, "guided_backprop")`.
 
 The LRP composites (`epsilon_plus`, `epsilon_alpha2_beta1`, `epsilon_gamma_box`) are for dense layers, convolutions,
 pooling and activations, in chains and with residual connections: all activations of torch with one result for each
-input, as modules and as functions, pass the relevance on; max pooling gives it to the largest, as its gradient does;
-sums and averages that are no modules divide it as dense layers do (`x + f(x)`, `x.mean((2, 3))`, `F.avg_pool2d`).
-Normalisations are refused with an `UnsupportedError` until they have a rule: merge those of batches into the layer
-before. All else has its gradient, which is no relevance: gates (`F.glu`, a product of two results), differences,
-softmax, and other linear functions that are not modules. All normalisations of batches are merged in the copy that
+input, as modules and as functions, pass the relevance on, and so does what scales by a constant; max pooling gives it
+to the largest, as its gradient does; sums, differences and averages that are no modules divide it as dense layers do
+(`x + f(x)`, `x.mean((2, 3))`, `F.avg_pool2d`). Normalisations are refused with an `UnsupportedError` until they have a
+rule: merge those of batches into the layer before. All else has its gradient, which is no relevance: gates (`F.glu`, a
+product of two results, or of one and a parameter that is not frozen), softmax, recurrent layers, and other linear
+functions that are not modules. All normalisations of batches are merged in the copy that
 `torch.fx.experimental.optimization.fuse(model.eval())` gives.
 
 The rules of `deeplift` and `attn_lrp` ask for the input of activations, those of the composites for the sums before
@@ -107,10 +108,25 @@ def _epsilon_of_average(grad_output: Any, input: Any, output: Any, vjp: Any) -> 
 
 
 def _epsilon_of_sum(grad_output: Any, other: Any, output: Any, needs: Any, vjp: Any, alpha: Any = 1) -> Any:
-    """The same for a sum of two. What is added in place is gone, but is what the sum has more than the other."""
+    """The same for a sum of two. What is written into in place is gone, but is what the sum has more than the other."""
     share = grad_output / _stabilised(output)
     parts = {"input": (output - alpha * other) * share, "other": other * share}
     return {name: vjp.by_name(part)[name] for name, part in parts.items() if needs[name]}
+
+
+def _epsilon_of_difference(grad_output: Any, other: Any, output: Any, needs: Any, vjp: Any, alpha: Any = 1) -> Any:
+    """The same for a difference."""
+    return _epsilon_of_sum(grad_output, other, output, needs, vjp, -alpha)
+
+
+def _identity_of_scaling(grad_output: Any, other: Any, needs: Any, vjp: Any) -> Any:
+    """For what is scaled by constants; a product of two results has its gradient."""
+    gradients = vjp.by_name(grad_output)
+    wanted = [name for name in ("input", "other") if needs[name]]
+    if len(wanted) == 1:
+        (name,) = wanted
+        return {name: grad_output.sum_to_size(gradients[name].shape)}
+    return {name: gradients[name] for name in wanted}
 
 
 def _stabilised(output: Any) -> Any:
@@ -137,6 +153,9 @@ def _composite(name: str, convolution: Any) -> Registry:
     registry.register(nn.Linear, *_AVERAGES, optional=True)(rules.lrp_epsilon())
     registry.register(*_AVERAGE_FUNCTIONS, optional=True)(_epsilon_of_average)
     registry.register(torch.add, optional=True)(_epsilon_of_sum)
+    registry.register(torch.sub, optional=True)(_epsilon_of_difference)
+    registry.register(torch.mul, torch.div, optional=True)(_identity_of_scaling)
+    registry.register(torch.neg, optional=True)(rules.lrp_identity)
     registry.register(*_CONVOLUTIONS, optional=True)(convolution)
     registry.register(*_NORMALISATIONS, optional=True)(_refuse_normalisation)
     return registry

@@ -263,6 +263,8 @@ def signature_of(function: Any, asked: Iterable[str]) -> inspect.Signature | Non
 _TAKES: dict[str, Callable[..., None]] = {
     "layer_norm": lambda input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True: None,
     "group_norm": lambda input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True: None,
-    "add": lambda input, other, *, alpha=1: None,
+    **dict.fromkeys(("add", "sub"), lambda input, other, *, alpha=1: None),
+    "mul": lambda input, other: None,
+    "div": lambda input, other, **rounding: None,
     **dict.fromkeys(("pow", "float_power"), lambda input, exponent: None),
 }

@@ -212,24 +212,39 @@ def test_composite_divides_relevance_between_the_branches_of_a_sum_and_over_an_a
     torch.testing.assert_close(found.sum((1, 2, 3)), r.sum(1), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("add", "of_x", "of_y"),
-    [
-        (lambda x, y: x + 2.0, [1 / 3, 3 / 5], None),  # a constant keeps its share
-        (lambda x, y: 2.0 + x, [1 / 3, 3 / 5], None),
-        (lambda x, y: x + y.detach(), [1 / 5, 3 / 7], None),
-        (lambda x, y: x + y, [1 / 5, 3 / 7], [4 / 5 + 4 / 7]),  # which broadcasts
-        (lambda x, y: torch.add(y, x, alpha=2), [2 / 6, 6 / 10], [4 / 6 + 4 / 10]),
-        (lambda x, y: x.add(other=y, alpha=-2), [-1 / 7, -3 / 5], [8 / 7 + 8 / 5]),
-    ],
-)
-def test_composite_divides_relevance_in_proportion_to_what_is_added(add, of_x, of_y):
+BY_ELEMENTS = {  # of x = (1, 3) and y = (4): a function, and the relevance of both where that of each result is 1
+    "x + 2": (lambda x, y: x + 2.0, [1 / 3, 3 / 5], None),  # a constant keeps its share
+    "2 + x": (lambda x, y: 2.0 + x, [1 / 3, 3 / 5], None),
+    "x + constant": (lambda x, y: x + y.detach(), [1 / 5, 3 / 7], None),
+    "x + y": (lambda x, y: x + y, [1 / 5, 3 / 7], [4 / 5 + 4 / 7]),
+    "y + 2 x": (lambda x, y: torch.add(y, x, alpha=2), [2 / 6, 6 / 10], [4 / 6 + 4 / 10]),
+    "x - 2 y": (lambda x, y: x.add(other=y, alpha=-2), [-1 / 7, -3 / 5], [8 / 7 + 8 / 5]),
+    "x - y": (lambda x, y: x - y, [-1 / 3, -3.0], [4 / 3 + 4.0]),
+    "x -= y": (lambda x, y: operator.isub(x.clone(), y), [-1 / 3, -3.0], [4 / 3 + 4.0]),
+    "2 - x": (lambda x, y: 2.0 - x, [-1.0, 3.0], None),
+    "2 x": (lambda x, y: 2.0 * x, [1.0, 1.0], None),
+    "x *= 2": (lambda x, y: operator.imul(x.clone(), 2), [1.0, 1.0], None),
+    "x / constant": (lambda x, y: x / y.detach(), [1.0, 1.0], None),
+    "3 copies of 2 y": (lambda x, y: y * torch.full((3, 1), 2.0), None, [3.0]),
+    "-x": (lambda x, y: -x, [1.0, 1.0], None),
+    "a gate": (lambda x, y: x * y, [4.0, 4.0], [1.0 + 3.0]),  # which has its gradient
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", BY_ELEMENTS)
+def test_composite_divides_relevance_in_proportion_to_what_is_added_and_passes_on_what_is_scaled(name, compiled):
+    torch.compiler.reset()
+    function, *expected = BY_ELEMENTS[name]
     x, y = float64(1.0, 3.0), float64(4.0)
-    model = Calls(add, y)
+    model = Calls(function, y)
+    called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     with go.override(model, go.presets.epsilon_plus):
-        found = torch.autograd.grad(model(x), [x, y], torch.ones(2, dtype=torch.float64), allow_unused=True)
-    torch.testing.assert_close(found[0].tolist(), of_x, rtol=1e-5, atol=0)
-    assert (of_y is None and found[1] is None) or found[1].tolist() == pytest.approx(of_y, rel=1e-5)
+        result = called(x)
+    found = torch.autograd.grad(result, [x, y], torch.ones_like(result), allow_unused=True)
+    for relevance, numbers in zip(found, expected, strict=True):
+        assert relevance is None if numbers is None else relevance.tolist() == pytest.approx(numbers, rel=1e-5)
 
 
 def test_composite_needs_no_convolution():
