@@ -16,7 +16,8 @@ to the largest, as its gradient does; sums, differences and averages that are no
 rule: merge those of batches into the layer before. All else has its gradient, which is no relevance: gates (`F.glu`, a
 product of two results, or of one and a parameter that is not frozen), softmax, recurrent layers, and other linear
 functions that are not modules. All normalisations of batches are merged in the copy that
-`torch.fx.experimental.optimization.fuse(model.eval())` gives.
+`torch.fx.experimental.optimization.fuse(model.eval())` gives. Without a model (`override("epsilon_plus")`) a sum over
+the results is one of these sums too: leave the context before it.
 
 The rules of `deeplift` and `attn_lrp` ask for the input of activations, those of the composites for the sums before
 them, and refuse one in place, as most models of torchvision and timm have it:
