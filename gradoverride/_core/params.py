@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gradoverride._core.ambient import EAGER, TRANSFORMED
+from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED
 from gradoverride._core.contract import Meta
 from gradoverride._core.nodes import leaves_behind
 from gradoverride._core.private.dynamo import fail
@@ -65,6 +65,7 @@ def find_params(call: Call, module: nn.Module) -> None:
     explicit = call.mode == TRANSFORMED or plan.through_aliases or call.unsettled
     explicit = explicit or any(name in plan.may_answer for param in params for name in param.names)
     explicit = explicit or (call.mode == EAGER and any(param.tensor._backward_hooks for param in params))
+    explicit = explicit or (call.mode == TRACED and plan.asks_vjp and any([not p.tensor.is_leaf for p in params]))
     kept = _behind_attributes(module, plan.fn) if explicit and call.mode == EAGER else ()
     # (Dynamo would guard each id that it sees.)
     aliased = [param.asked or (explicit and not (kept and id(param.tensor) in kept)) for param in params]

@@ -157,6 +157,18 @@ def test_backward_after_the_call_and_the_override_has_the_tensors_of_the_forward
     closely(gradients(result, [x, *leaves.values()]), expected)
 
 
+@EVERY_RULE
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo
+def test_compiled_code_has_the_gradients_of_tensors_that_were_computed_before_it(model, x, rule, factors):
+    """As a learned initialisation is, from its leaves."""
+    leaves, given = given_to(model)
+    expected = gradients(functional_call(by_hand(model, factors), given, x), [x, *leaves.values()])
+    compiled = torch.compile(lambda given, x: functional_call(model, given, x), backend="aot_eager", fullgraph=True)
+    with go.override(model, {nn.Linear: rule}):
+        result = compiled(given, x)
+    closely(torch.autograd.grad(total(result), [x, *leaves.values()]), expected)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
