@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradoverride._core.contract import shape_text
 from gradoverride._core.function import ByLoop, tied
 from gradoverride._core.private.dynamo import fail
-from gradoverride._core.private.transforms import in_forward_ad, in_functorch
+from gradoverride._core.private.transforms import in_batched_autograd, in_forward_ad, in_functorch
 from gradoverride._core.rule import Rule
 from gradoverride._core.signature import Forward, signature_asking
 from gradoverride._core.structure import flatten, unflatten
@@ -158,6 +158,13 @@ class _Run:
 
     def on(self, tensors: Sequence[Tensor]) -> Any:
         """The result, in its structure, with tensors for arrays."""
+        if in_batched_autograd():
+            fail(
+                UnsupportedError,
+                f"{self.who} works on NumPy arrays, and torch.autograd shows it a batch of gradients at once, of which "
+                "no array can be made (is_grads_batched, vectorize=True). Ask for one gradient after the other, or use "
+                "torch.func.jacrev",
+            )
         if in_functorch() or in_forward_ad():
             found = ByLoop.apply(self, *tensors) if tensors else self()  # type: ignore[no-untyped-call]
         else:

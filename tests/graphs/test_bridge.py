@@ -574,6 +574,13 @@ def test_forward_mode_is_refused():
         torch.func.jvp(cube, (x,), (x,))
 
 
+def test_batch_of_gradients_is_refused_and_torch_func_takes_it():
+    x = noise(3)
+    with pytest.raises(go.UnsupportedError, match=r"'cube_rule' .* no array can be made .* use torch.func.jacrev"):
+        torch.autograd.functional.jacobian(cube, x, vectorize=True)
+    closely(torch.func.jacrev(cube)(x.detach()), (3 * x**2).diag())
+
+
 def test_empty_batch_is_refused():
     with pytest.raises(
         go.UnsupportedError, match=r"'cube' .* must have a batch of one or more under vmap, .* one of 0"
