@@ -187,7 +187,7 @@ def _check_wanted(names: tuple[str, ...] | None, values: tuple[Any, ...], who: s
             GraphError,
             f"{who}: 'inputs' must hold a tensor that requires grad, for a gradient to reach it; got "
             f"{what(values[0] if len(values) == 1 else given)} and none requires grad. Call requires_grad_(), or "
-            "leave the connection out",
+            "leave the connection out; in a forward that has a rule, let that ask for 'vjp'",
         )
 
 

@@ -316,6 +316,17 @@ def test_inputs_that_need_no_gradient():
         go.connect(torch.ones(3), {"a": noise(3, grad=False), "n": 3})
 
 
+def test_connection_in_a_forward_that_has_a_rule_needs_a_vjp_there_and_says_so():
+    def layer(x):
+        return go.connect(x.detach().round(), x, lambda grad_output: 5 * grad_output)
+
+    x = noise(3)
+    with pytest.raises(go.GraphError, match=r"in a forward that has a rule, let that ask for 'vjp'"):
+        go.custom_backward(lambda grad_output: 2 * grad_output)(layer)(x)
+    decorated = go.custom_backward(lambda grad_output, vjp: vjp(2 * grad_output))(layer)
+    closely(grad(decorated(x).sum(), x), torch.full_like(x, 10))
+
+
 HOLDERS = {
     "namespace": (lambda t: types.SimpleNamespace(t=t), r"\.t"),
     "deque": (lambda t: deque([t]), r"\[0\]"),
