@@ -381,6 +381,17 @@ class TestCopies:
             closely(gradient(pickle.loads(data), x), 6 * plain)
 
 
+@pytest.mark.parametrize("target", [nn.ReLU, torch.relu], ids=["class", "function"])
+def test_rules_come_and_go_while_another_thread_is_about_to_compile(target, x):
+    from torch._dynamo.callback import CallbackTrigger, callback_handler
+
+    model, ones = nn.Sequential(nn.ReLU()), torch.ones_like(x)
+    with callback_handler.install_callbacks(CallbackTrigger.DYNAMO, "0/0"):  # which it then has entered
+        with go.override({target: negated}):
+            closely(gradient(model, x, weights=ones), -ones)
+        closely(gradient(model, x, weights=ones), (x > 0).to(x.dtype))
+
+
 def test_a_module_that_was_parametrized_under_a_rule_loses_it_while_its_class_has_another(x):
     module = nn.Linear(3, 3, bias=False).double()
     first = go.override(module, {module: doubled})
