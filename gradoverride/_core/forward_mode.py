@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from gradoverride._core.ambient import Autocast
 from gradoverride._core.contract import Meta
 from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.tensors import hooks_on_saved
 from gradoverride._core.private.transforms import in_batched_autograd
 from gradoverride.errors import UnsupportedError
 
@@ -33,6 +34,12 @@ def transpose(gradients: Gradients, metas: Sequence[Meta], tangents: Sequence[Te
     """The tangents of the results, for `tangents` of the inputs whose gradients `gradients(*grad_outputs)` gives."""
     if get_proxy_mode() is not None:
         _refuse_traced(who)
+    if hooks_on_saved() is not None:  # torch.func would fail, and name what the user did not call
+        fail(
+            UnsupportedError,
+            f"{who} must not be called in forward mode (jvp, jacfwd, hessian) in a checkpoint, or under other hooks on "
+            "saved tensors: it is transposed by torch.func, which takes none. Call it outside of them there",
+        )
     first, second = ([_probe(meta, seed) for meta in metas] for seed in (1, 2))
     answers = gradients(*first), gradients(*second)
     roundings = _Roundings([*first, *answers[0], *tangents])

@@ -9,6 +9,7 @@ from oracles import closely, exactly, float64, noise, right_or_refused
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.utils.checkpoint import checkpoint
 
 import gradoverride as go
 
@@ -157,6 +158,11 @@ def test_forward_mode_of_parameters_over_vmap(batch):
         lambda given: vmap(lambda x: functional_call(model, given, (x,)))(batch), (given,), ({"weight": tangent},)
     )
     closely(found, batch * tangent)  # a parameter that the rule leaves to autograd
+
+
+def test_jvp_in_a_checkpoint_is_refused_in_words(form, x):
+    with pytest.raises(go.UnsupportedError, match=r"must not be called in forward mode .* in a checkpoint, .* outside"):
+        jvp(lambda x: checkpoint(form, x, use_reentrant=False), (x,), (x,))
 
 
 def test_dual_numbers(form, x):
