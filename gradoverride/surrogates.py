@@ -75,7 +75,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradoverride._core.private.transforms import in_functorch
+from gradoverride._core.private.transforms import in_batched_autograd, in_functorch
 from gradoverride._core.surrogate_class import Option, Surrogate, check_interval, check_not_negative, check_positive
 
 __all__ = [
@@ -570,6 +570,6 @@ def _over(grad: Tensor, reciprocal: Tensor) -> Tensor:
 
 def _may_write_into(new: Tensor, grad: Tensor) -> bool:
     """Whether what becomes of both fits into the memory of `new`, and no graph needs what is there."""
-    # Under vmap the gradient may have more elements; a compiler sees to memory itself.
+    # Under vmap, the older one too, the gradient may have more elements; a compiler sees to memory itself.
     recorded = torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or in_functorch()
-    return not recorded and type(new) is Tensor and new.dtype is grad.dtype
+    return not (recorded or in_batched_autograd()) and type(new) is Tensor and new.dtype is grad.dtype

@@ -356,6 +356,11 @@ class TestTransforms:
         expected = signs + rows * torch.func.grad(lambda x: primitive(x).sum())(x).reshape(rows.shape)
         closely(found, expected)
 
+    def test_batch_of_gradients(self, name):
+        function, primitive, x = self.setting(name)
+        found, expected = [torch.autograd.functional.jacobian(f, x, vectorize=True) for f in (function, primitive)]
+        closely(found, expected)
+
     def test_forward_mode(self, name):
         function, primitive, x = self.setting(name)
         tangent = noise(x.numel(), grad=False)
