@@ -41,6 +41,7 @@ from gradoverride._core.options import (
 )
 from gradoverride._core.precision import wide
 from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.transforms import in_batched_autograd
 from gradoverride._core.rule import writes_nothing
 from gradoverride._core.structure import unflatten
 from gradoverride.errors import RuleResultError, UnsupportedError
@@ -348,7 +349,9 @@ def _scales(grads: list[Tensor], dim: Any) -> list[Tensor]:
     """What each is to be divided by before it is squared: 1, or its largest value where the square of that would not be
     finite, or have too few digits. Without `dim` one for all.
     """
-    sizes = [torch.linalg.vector_norm(grad.detach(), math.inf, dim=dim, keepdim=dim is not None) for grad in grads]
+    if torch.compiler.is_dynamo_compiling() or not in_batched_autograd():  # which detaches nothing
+        grads = [grad.detach() for grad in grads]
+    sizes = [torch.linalg.vector_norm(grad, math.inf, dim=dim, keepdim=dim is not None) for grad in grads]
     limits = [torch.finfo(size.dtype) for size in sizes]
     if dim is None and len(sizes) > 1:
         whole = torch.stack([size.to(sizes[0].device) for size in sizes]).amax()

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.func import debug_unwrap
 
 from gradoverride._core.options import check, check_function, printed
+from gradoverride._core.private.transforms import in_batched_autograd
 from gradoverride._core.structure import LEAF, Node, unflatten
-from gradoverride.errors import NonFiniteGradientError
+from gradoverride.errors import NonFiniteGradientError, UnsupportedError
 from gradoverride.rules.each import gradients_in, of_values
 from gradoverride.rules.untraced import Untraced, untraced
 
@@ -52,6 +53,7 @@ class scrub(Untraced):
         return sum(int(count) for count in self._counts.values())
 
     def untraced(self, grad: Tensor) -> Tensor:
+        _refuse_batch(self)
         return of_values(self._scrubbed, grad)
 
     def _scrubbed(self, grad: Tensor) -> Tensor:
@@ -103,6 +105,7 @@ class check_finite:
         return result
 
     def untraced(self, grad: Tensor, place: str) -> Tensor:
+        _refuse_batch(self)
         plain = debug_unwrap(grad).detach()
         if not bool(plain.sum().isfinite()):  # in one pass: no sum is finite that has nan or inf in it
             self._refuse(plain, place)
@@ -151,8 +154,18 @@ class observe(Untraced):
         check_function("observe", "callback", self.callback, 1, "a function of one tensor")
 
     def untraced(self, grad: Tensor) -> Tensor:
+        _refuse_batch(self)
         self.callback(grad.detach())
         return grad
 
     def __repr__(self) -> str:
         return f"observe({printed(self.callback)})"
+
+
+def _refuse_batch(rule: Any) -> None:
+    if in_batched_autograd():
+        raise UnsupportedError(
+            f"{type(rule).__name__}: a gradient must have values to look at; torch.autograd shows a batch of gradients "
+            "at once (is_grads_batched, vectorize=True), which has none. Ask for one after the other, or use "
+            "torch.func.jacrev"
+        )

@@ -358,6 +358,26 @@ class TestAddNoise:
             torch.vmap(gradient)(torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("rule", [rules.clip_norm(0.5), rules.normalize(), rules.clip_norm(0.5, 0)], ids=repr)
+def test_norms_are_those_of_each_gradient_of_a_batch(rule):
+    x = noise(3)
+    grads = torch.tensor([[3.0, 4.0, 0.0], [0.1, 0.0, 0.0]], dtype=torch.float64)
+    (found,) = torch.autograd.grad(go.edit_gradient(x, rule), x, grads, is_grads_batched=True)
+    closely(found, torch.stack([edited(rule, grad) for grad in grads]))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [rules.scrub, rules.check_finite, functools.partial(rules.observe, print)],
+    ids=["scrub", "check_finite", "observe"],
+)
+def test_rules_that_look_at_values_refuse_a_batch_of_gradients(make):
+    x, rule = noise(3), make()
+    with pytest.raises(go.UnsupportedError, match=f"{type(rule).__name__}: a gradient must have values .*jacrev"):
+        torch.autograd.functional.jacobian(lambda x: go.edit_gradient(x, rule), x, vectorize=True)
+    assert getattr(rule, "count", 0) == 0
+
+
 class TestScrub:
     def test_is_nan_to_num_and_counts(self):
         rule = rules.scrub()
