@@ -1,4 +1,4 @@
-"""Random models with decorated calls, under random stacks of overrides, in random environments.
+"""Random models with decorated calls, under random stacks of overrides, in random environments, several at once.
 
 A model is a list of steps: layers, functions, models within, and decorated functions and methods that call these. Its
 twin has the same steps, where each call under a rule is a hand-written Function (`ByHand`) around the call beneath.
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracles import closely
+from oracles import closely, in_threads
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -330,3 +330,106 @@ def test_gradients_of_random_models_are_those_of_hand_written_ones(name, steps, 
         found = environment(model, x, remove=stack.close)
         closely(found, of_twin(twin.model, x, run=twin))
     closely(gradients(model, x), expected)
+
+
+# --- several environments at once: what is around a call, from the inside out, and leaves its gradients as they are
+
+
+class Around(nn.Module):
+    """A call of `model`, whose parameters it has."""
+
+    def __init__(self, model, call):
+        super().__init__()
+        self.model, self.call = model, (call,)  # no part, where it is the model itself
+
+    def forward(self, x):
+        return self.call[0](x)
+
+
+def with_computed_parameters(model, call):
+    around = Around(model, call)
+    return lambda x: functional_call(around, {name: 1 * p for name, p in around.named_parameters()}, (x,))
+
+
+def under(context):
+    def around(model, call):
+        def run(x):
+            with context():
+                return call(x)
+
+        return run
+
+    return around
+
+
+def in_a_thread(model, call):
+    def run(x):
+        found = []
+        in_threads(1, lambda _: found.append(call(x)))
+        return found[0]
+
+    return run
+
+
+def called_before(model, call):
+    def run(x):
+        with torch.no_grad():
+            call(x)
+        return call(x)
+
+    return run
+
+
+WITHIN_VMAP = {
+    "computed parameters": with_computed_parameters,
+    "autocast": under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)),  # which leaves float64 alone
+    "called before": called_before,
+}
+AROUND = {
+    **WITHIN_VMAP,
+    "vmap": lambda model, call: lambda x: vmap(call)(x[None])[0],
+    "checkpoint": lambda model, call: lambda x: checkpoint(call, x, use_reentrant=False),
+    "saved as copies": under(lambda: torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved)),
+    "thread": in_a_thread,
+}
+TAKES_FORWARD_MODE = (*WITHIN_VMAP, "vmap")
+
+
+@pytest.mark.parametrize("end", ["eager", "second derivatives", "forward mode"])
+@given(
+    steps=MODEL,
+    overrides=st.lists(LAYER, min_size=1, max_size=2),
+    names=st.lists(st.sampled_from(sorted(AROUND)), min_size=2, max_size=3, unique=True),
+    copied=st.booleans(),
+)
+@examples(40)
+def test_gradients_of_random_models_hold_in_several_environments_at_once(end, steps, overrides, names, copied):
+    flat = [step for each in steps for step in ([each] if isinstance(each, str) else each)]
+    assume("checkpoint" not in flat)
+    rules = {rule for each in overrides for _, rule in each}
+    assume(end == "eager" or clamped not in rules)  # see above
+    assume(end != "second derivatives" or negated not in rules)
+    # A defect of torch: the second derivative of a layer norm with a weight is wrong under vmap.
+    assume(end != "second derivatives" or "vmap" not in names or "norm" not in flat)
+    assume(end != "forward mode" or set(names) <= set(TAKES_FORWARD_MODE))
+    names = sorted(names, key=lambda name: (name not in WITHIN_VMAP, name != "vmap"))
+    torch.manual_seed(0)
+    model = Model(steps).double()
+    x = torch.linspace(-1.5, 2, 6, dtype=torch.float64).view(2, 3).requires_grad_()
+    layers = []
+    twin = Twin(copy.deepcopy(model), layers)
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore", go.GradOverrideWarning)  # a rule of a function may have no calls
+        for entries in overrides:
+            targets, layer = layer_of(twin.model, entries)
+            if targets:
+                stack.enter_context(go.override(model, targets))
+                layers.append(layer)
+        if copied:
+            model = copy.deepcopy(model)
+        run = model
+        for name in names:
+            run = AROUND[name](model, run)
+        environment, of_twin, _ = ENVIRONMENTS[end]
+        found = forward_mode(run, x) if end == "forward mode" else environment(model, x, run)
+        closely(found, of_twin(twin.model, x, run=twin))
