@@ -59,7 +59,7 @@ class Kind:
             raise UnsupportedError(
                 f"{who} must be given tensors with values by its bridge, to turn them into arrays; it got one of shape "
                 f"{shape_text(tensor.shape)} on '{tensor.device}' that has none to show ({error}). Leave meta and fake "
-                "tensors out, and gradients for a batch at once (vectorize=True, is_grads_batched=True)"
+                "tensors out"
             ) from error
 
 

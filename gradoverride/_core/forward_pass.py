@@ -85,7 +85,7 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
         refuse_held(call, receiver, values, result)
         return result
     result = ForwardPass(call, module, receiver, leaves, values).run()
-    return call_opaque(plan, layout, receiver, values, result, changed) if opaque else result
+    return call_opaque(plan, layout, receiver, values, result, changed, differentiate) if opaque else result
 
 
 def _refuse_no_module(plan: Plan, receiver: Any) -> NoReturn:

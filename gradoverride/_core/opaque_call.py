@@ -11,7 +11,7 @@ the tensors of the step take the place of those that it has seen, and nothing is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -97,11 +97,19 @@ def looked_through(call: Call, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
     return results
 
 
-def call_opaque(plan: Plan, layout: Layout, receiver: Any, values: Sequence[Any], seen: Any, changed: Any) -> Any:
+def call_opaque(
+    plan: Plan,
+    layout: Layout,
+    receiver: Any,
+    values: Sequence[Any],
+    seen: Any,
+    changed: Any,
+    differentiate: Callable[..., Any],
+) -> Any:
     """The result of the call as one step of the graph, in the structure of what Dynamo has `seen`."""
     given: list[Any] = []
     arguments = tuple([_as_constant(plan, flatten(value, _is_input, given)) for value in values])
-    step = getattr(plan.steps, plan.add_step(layout.key, arguments, changed))
+    step = getattr(plan.steps, plan.add_step(layout.key, arguments, changed, differentiate))
     found = step(*given) if receiver is None else step(receiver, *given)
     _raise_noted()
     return unflatten(flatten(seen, is_tensor, []), iter(found))
@@ -131,13 +139,11 @@ _CONSTANTS = (type(None), str, bytes, complex, torch.dtype, torch.device, torch.
 # --- the step ---
 
 
-def step_of(plan: Plan, layout: Layout, arguments: Any, changed: Any) -> Any:
+def step_of(plan: Plan, layout: Layout, arguments: Any, changed: Any, differentiate: Callable[..., Any]) -> Any:
     """A function of the leaves in `arguments` that makes the call, and gives the tensors of its result.
 
     `changed`: what `changed_while_tracing` gave before the call was looked through.
     """
-    from gradoverride._core.forward_pass import differentiate  # which is what calls this, while it is traced
-
     specs = [_as_spec(constant) for constant in arguments]
     modules, names = changed
     stale = [name for name in names if scan.mentions(plan.fn, name) or scan.mentions(plan.rule.fn, name)]

@@ -166,10 +166,12 @@ class Plan:
         return self._recorded
 
     @evaluated_while_tracing
-    def add_step(self, key: Any, arguments: Any, changed: Any) -> str:
+    def add_step(self, key: Any, arguments: Any, changed: Any, differentiate: Callable[..., Any]) -> str:
         """The name under which `steps` has one for a layout and these arguments: see `opaque_call.py`."""
         name = f"step_{len(vars(self.steps))}"
-        setattr(self.steps, name, step_of_graph(step_of(self, self.layouts.found[key], arguments, changed)))
+        setattr(
+            self.steps, name, step_of_graph(step_of(self, self.layouts.found[key], arguments, changed, differentiate))
+        )
         return name
 
     @evaluated_while_tracing
