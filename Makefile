@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet
 TORCH := $(shell grep '^torch==' constraints.txt)
-# A process for each core, and so a thread of torch for each; a file of tests stays in one.
-PYTEST := -m pytest --numprocesses auto --dist loadfile
+# A process for each core, and so a thread of torch for each; a file of tests stays in one. In their order: xdist would
+# begin with those of the most tests, and the few that take minutes are in files of a few.
+PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 test compat: export OMP_NUM_THREADS := 1
 
 .PHONY: help demo test conformance mutants soak lint bench build compat clean

@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from oracles import exactly, float64
 
 import gradoverride as go
+from core import parts
 from gradoverride._core import dispatch, fast
 from gradoverride._core.private import engine, modes, tensors, transforms
 
-TESTS = Path(__file__).parent.parent
-# What a compiler costs, and what tensors the fallbacks keep themselves, is not the question here. (That compiled calls
-# are right too was looked at by hand.)
-LEFT_OUT = ["forms/test_compile.py", "rules/test_memory.py"]
 
-
-@pytest.mark.parametrize("part", ["forms", "rules"])
-def test_suite_passes_without_the_private_names_of_torch(part):
-    left_out = [f"--ignore={TESTS / name}" for name in LEFT_OUT]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.core.fallbacks"]
-    run = subprocess.run(
-        [*command, *left_out, str(TESTS / part)], cwd=TESTS.parent, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
-    assert " passed" in run.stdout
+def test_parts_of_that_suite_are_all_of_it():
+    files = [path for part in range(parts.COUNT) for path in parts.files_of(part)]
+    assert len(set(files)) == len(files) > 20
+    whole = [path for folder in ("forms", "rules") for path in (parts.TESTS / folder).glob("test_*.py")]
+    assert {path.relative_to(parts.TESTS).as_posix() for path in {*whole}.difference(files)} == {*parts.LEFT_OUT}
+    assert len(list((parts.TESTS / "core").glob("test_fallbacks_*.py"))) == parts.COUNT
 
 
 def test_fallbacks_are_what_that_suite_ran_on():
     script = "import tests.core.fallbacks; from gradoverride._core.private import engine, tensors, transforms; "
     script += "print(engine.can_call_directly(), transforms.in_functorch.__name__, tensors.use_count.__name__)"
-    run = subprocess.run([sys.executable, "-c", script], cwd=TESTS.parent, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, cwd=parts.TESTS.parent, capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "_probe_functorch", "<lambda>"]
 
 

@@ -1,7 +1,7 @@
 """Every private name of torch that this library uses, with the reason and the public way that stands in for it.
 
 Private names move between releases, so they are named here and nowhere else, and each has a public fallback that is
-right, only slower; where there is none, what needs it is refused. `tests/core/test_private.py` runs the suite on the
+right, only slower; where there is none, what needs it is refused. `tests/core/fallbacks.py` runs the suite on the
 fallbacks too.
 
 Elsewhere are those alone that everybody's code reads: the tables of a module (`_parameters`, `_buffers`, `_modules`),
