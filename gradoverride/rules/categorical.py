@@ -24,7 +24,7 @@ Alike in both:
 
 from __future__ import annotations
 
-import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,8 +32,8 @@ from torch import Tensor
 
 from gradoverride._core.options import check, check_floating, check_generator, is_integer, is_number
 from gradoverride._core.precision import wide
-from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride.decorators import custom_backward
+from gradoverride.rules.untraced import untraced
 
 __all__ = ["gumbel_softmax", "reinmax"]
 
@@ -118,32 +118,19 @@ def _sample(logits: Tensor, noise: Tensor, tau: float = 1.0, dim: int = -1) -> T
 def _gumbel_noise(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     """Whose largest place, once the logits are added, is distributed as their softmax."""
     like = torch.empty_like(wide(logits.detach()))
-    if generator is not None and torch.compiler.is_dynamo_compiling():  # which knows no generators
-        exponential = _exponential_by_key(like, _keep(generator))
-    else:
-        exponential = like.exponential_(generator=generator)
+    exponential = like.exponential_() if generator is None else untraced(_EXPONENTIAL, like, generator)
     return exponential.clamp(min=torch.finfo(like.dtype).tiny).log_().neg_()
 
 
-@torch.library.custom_op("gradoverride::exponential", mutates_args=(), schema="(Tensor like, int key) -> Tensor")
-def _exponential_by_key(like: Tensor, key: int) -> Tensor:
-    return torch.empty_like(like).exponential_(generator=_kept[key])
+@dataclass(frozen=True)
+class _Exponential:
+    """Numbers of an exponential distribution, of a generator: Dynamo knows none."""
+
+    def untraced(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.empty_like(like).exponential_(generator=generator)
 
 
-@_exponential_by_key.register_fake
-def _like(like: Tensor, key: int) -> Tensor:
-    return torch.empty_like(like)
-
-
-_kept: dict[int, torch.Generator] = {}  # generators in compiled code, which knows them by these numbers
-_keys = itertools.count()
-
-
-@evaluated_while_tracing
-def _keep(generator: torch.Generator) -> int:
-    key = next(_keys)  # another one at each place, or two samples of the same logits would be taken for one
-    _kept[key] = generator
-    return key
+_EXPONENTIAL = _Exponential()
 
 
 # --- options ---

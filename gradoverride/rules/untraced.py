@@ -36,7 +36,7 @@ class Drawing(Untraced):
         return self.untraced(grad) if self.generator is None else untraced(self, grad)
 
 
-def untraced(rule: Any, grad: Tensor, *more: str) -> Tensor:
+def untraced(rule: Any, grad: Tensor, *more: Any) -> Tensor:
     """`rule.untraced(grad, *more)`, which Dynamo is not to look into."""
     if torch.compiler.is_dynamo_compiling():
         return _run_rule(grad, _keep(rule, *more))
@@ -62,7 +62,7 @@ _keys = itertools.count()
 
 
 @evaluated_while_tracing
-def _keep(rule: Any, *more: str) -> int:
+def _keep(rule: Any, *more: Any) -> int:
     if not all([hasattr(rule, option.name) for option in fields(rule)]):  # Dynamo has not run what makes it
         text = f"{type(rule).__name__}: it must be made outside of the code that is compiled; it was made within"
         raise as_dynamo_hands_on(UnsupportedError(text))
