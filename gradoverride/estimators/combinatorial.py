@@ -28,7 +28,7 @@ from gradoverride.decorators import custom_backward
 from gradoverride.errors import DecorationError, ForwardResultError, UnsupportedError
 from gradoverride.estimators.binding import NOT_TRACED, Estimator, check_options
 from gradoverride.estimators.evaluation import Evaluation, Points, is_floating, leaves_of, real
-from gradoverride.estimators.sampling import moved, normal
+from gradoverride.estimators.sampling import drawn, moved, normal
 
 __all__ = ["blackbox", "perturbed", "imle"]
 
@@ -72,7 +72,7 @@ class blackbox(Estimator):
     def gradients(self, evaluation: Evaluation) -> list[Tensor]:
         """One for each of the points."""
         step = -self.strength if self.maximizes else self.strength
-        answers = _at(evaluation, _along(evaluation, evaluation.points, step))
+        (answers,) = _at_each(evaluation, [_along(evaluation, evaluation.points, step)])
         pairs = zip(answers, evaluation.results, evaluation.points, strict=True)
         return [((wide(answer) - wide(result)) / step).to(point) for answer, result, point in pairs]
 
@@ -137,9 +137,7 @@ class perturbed(Estimator):
         """Noise for each of the points."""
         return [_NOISES[self.noise](point, self.generator) for point in points]
 
-    def from_samples(
-        self, evaluation: Evaluation, noises: Sequence[Sequence[Tensor]], answers: Sequence[Sequence[Tensor]]
-    ) -> list[Tensor]:
+    def from_samples(self, evaluation: Evaluation, noises: Sequence[Points], answers: Sequence[Points]) -> list[Tensor]:
         """The gradients, from samples that were drawn in the forward."""
         baseline = [wide(result) if self.n > 1 else torch.zeros_like(wide(result)) for result in evaluation.results]
 
@@ -203,7 +201,7 @@ class imle(Estimator):
 
     def gradients(self, evaluation: Evaluation) -> list[Tensor]:
         """One for each of the points."""
-        return self._difference(evaluation, [self.draw(evaluation.points) for _ in range(self.n)], None)
+        return self.from_samples(evaluation, [self.draw(evaluation.points) for _ in range(self.n)], None)
 
     def mean(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """The function whose value is the mean over `n` samples, its first argument perturbed.
@@ -225,17 +223,9 @@ class imle(Estimator):
         return noises
 
     def from_samples(
-        self, evaluation: Evaluation, noises: Sequence[Sequence[Tensor]], answers: Sequence[Sequence[Tensor]]
+        self, evaluation: Evaluation, noises: Sequence[Points], answers: Sequence[Points] | None
     ) -> list[Tensor]:
-        """The gradients, from samples that were drawn in the forward."""
-        return self._difference(evaluation, noises, answers)
-
-    def _difference(
-        self,
-        evaluation: Evaluation,
-        noises: Sequence[Sequence[Tensor]],
-        answers: Sequence[Sequence[Tensor]] | None,
-    ) -> list[Tensor]:
+        """The gradients, from samples that were drawn in the forward, or whose answers are not known yet."""
         step = -self.strength if self.maximizes else self.strength
         near = [_moved(evaluation.points, noise, self.sigma) for noise in noises]
         far = [_along(evaluation, points, step) for points in near]
@@ -248,10 +238,8 @@ class imle(Estimator):
 
 
 def _gumbel(point: Tensor, generator: torch.Generator | None) -> Tensor:
-    each = wide(real(point))
-    device = each.device if generator is None else generator.device
-    uniform = torch.rand(each.shape, generator=generator, dtype=each.dtype, device=device).to(each.device)
-    tiny = torch.finfo(each.dtype).tiny
+    uniform = drawn(torch.rand, wide(real(point)), generator)
+    tiny = torch.finfo(uniform.dtype).tiny
     exponential = -torch.log(uniform.clamp(min=tiny))
     return -torch.log(exponential.clamp(min=tiny))
 
@@ -275,12 +263,8 @@ def _along(evaluation: Evaluation, points: Points, step: float) -> list[Tensor]:
     return [point + step * grad.to(point) for point, grad in zip(points, evaluation.grads, strict=True)]
 
 
-def _at(evaluation: Evaluation, points: Points) -> list[Tensor]:
-    """The result at points that depend on the gradient: that has no derivative either."""
-    return next(_at_each(evaluation, [points]))
-
-
 def _at_each(evaluation: Evaluation, many: Sequence[Points]) -> Iterator[list[Tensor]]:
+    """The results at points that depend on the gradient: that has no derivative either."""
     for answer in evaluation.at_each(many):
         yield tied(answer, evaluation.grads, evaluation.refusal)
 

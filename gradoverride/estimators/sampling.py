@@ -20,8 +20,9 @@ Alike in all of them:
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -237,14 +238,16 @@ def widths(upper: Points, lower: Points) -> list[Tensor]:
 
 def normal(point: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal noise for each real number of the point."""
-    each = wide(real(point))
-    device = each.device if generator is None else generator.device
-    return torch.randn(each.shape, generator=generator, dtype=each.dtype, device=device).to(each.device)
+    return drawn(torch.randn, wide(real(point)), generator)
 
 
 def signs(point: Tensor, generator: torch.Generator | None) -> Tensor:
     """-1 or 1 for each real number of the point."""
-    each = real(point)
+    bits = drawn(functools.partial(torch.randint, 0, 2), real(point), generator)
+    return 2 * bits - 1
+
+
+def drawn(draw: Callable[..., Tensor], each: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A number for each of these, drawn where the generator is."""
     device = each.device if generator is None else generator.device
-    bits = torch.randint(0, 2, each.shape, generator=generator, device=device)
-    return (2 * bits - 1).to(each)
+    return draw(each.shape, generator=generator, dtype=each.dtype, device=device).to(each.device)
