@@ -338,7 +338,7 @@ class Override:
         self,
         owner: str,
         puts: Sequence[Callable[[], Puts]],
-        optional: frozenset[Rule] = frozenset(),
+        optional: frozenset[Rule],
         model: nn.Module | None = None,
     ) -> None:
         self._owner = owner

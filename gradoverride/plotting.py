@@ -61,8 +61,7 @@ def plot_rule(
     given: Any = rule_or_function
     if not callable(given) or isinstance(given, type):
         raise RuleSignatureError(
-            "plot_rule: 'rule_or_function' must be a rule, a surrogate or a function of one tensor; got "
-            f"{_described(given)}"
+            f"plot_rule: 'rule_or_function' must be a rule, a surrogate or a function of one tensor; got {what(given)}"
         )
     places = torch.arange(points, dtype=torch.float64)
     x = (low * places.flip(0) + high * places) / (points - 1)  # `linspace` passes 0 by a bit, where some are huge
@@ -212,7 +211,3 @@ def _check_options(low: Any, high: Any, points: Any, primitive: Any, ax: Any) ->
     if primitive is not None:
         check_function("plot_rule", "primitive", primitive, 1, "a function of one tensor")
     check("plot_rule", "ax", ax, ax is None or hasattr(ax, "plot"), "Axes of matplotlib")
-
-
-def _described(value: Any) -> str:
-    return f"the class '{value.__name__}'" if isinstance(value, type) else what(value)

@@ -26,9 +26,7 @@ __all__ = ["Connection", "ends_of_connections"]
 class Connection:
     """A connection to a graph that was built on a leaf, in force until it is left or removed."""
 
-    def __init__(
-        self, leaf: Tensor, end: Tensor, inputs: Sequence[Tensor], anew: Callable[[], Tensor] | None = None
-    ) -> None:
+    def __init__(self, leaf: Tensor, end: Tensor, inputs: Sequence[Tensor], anew: Callable[[], Tensor] | None) -> None:
         """`end`: the value of `leaf`, with the graph of the `inputs` that it is connected to. `anew` gives another."""
         self._leaf = weakref.ref(leaf)
         self._end = end

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from gradoverride._core.ambient import Autocast
 from gradoverride._core.contract import Meta
+from gradoverride._core.precision import wide
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.tensors import hooks_on_saved
 from gradoverride._core.private.transforms import in_batched_autograd
@@ -120,7 +121,7 @@ def _check_sum(
     some = next((part for part in (found, *parts) if part is not None), None)
     if some is None or not some.numel():
         return
-    terms = [_wide(torch.zeros_like(some) if part is None else part) for part in (found, *parts)]
+    terms = [wide(torch.zeros_like(some) if part is None else part) for part in (found, *parts)]
     got, expected = terms[0] / scale, sum(terms[2:], terms[1])
     finite = torch.isfinite(got) & torch.isfinite(expected)  # where it is too large, nothing can be said
     size = torch.stack([term.abs().where(finite, 0.0).amax() for term in (expected, *terms[1:])]).amax()
@@ -148,7 +149,7 @@ def _check_derivative(
     right = [_terms(*pair, device) for pair in zip(probes, results, strict=True)]
     gap = torch.stack([terms.sum() for terms in left]).sum() - torch.stack([terms.sum() for terms in right]).sum()
     size = torch.stack([terms.abs().sum() for terms in (*left, *right)]).sum()
-    sizes = [_wide(each).abs().amax().to(device) for each in tangents if each is not None and each.numel()]
+    sizes = [wide(each).abs().amax().to(device) for each in tangents if each is not None and each.numel()]
     noise = 16 * roundings.eps * torch.stack(sizes).amax() if sizes else 0.0
     absolute = (roundings.absolute + noise) * sum(terms.numel() for terms in (*left, *right))
     if _any(gap.abs() > 2 * roundings.relative * size + absolute, who):
@@ -164,13 +165,8 @@ def _terms(a: Tensor | None, b: Tensor | None, device: torch.device) -> Tensor:
     """The terms of a real inner product."""
     if a is None or b is None:
         return torch.zeros((), device=device)
-    product = _wide(a).conj() * _wide(b)
+    product = wide(a).conj() * wide(b)
     return (product.real if product.is_complex() else product).to(device)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In a dtype that holds sums and multiples of its numbers."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _any(wrong: Tensor, who: str) -> bool:

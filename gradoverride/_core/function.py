@@ -10,6 +10,7 @@ as ever. On the short path a forward of known reach runs inside, as one does tha
     General         everything else, eager or traced
     Transformed     the same for torch.func: a generated vmap rule, and `jvp`, on which Dynamo breaks its graph
     Cut             aliases that the kept graph behind `vjp` starts from: gradients end there
+    TracedCut       the same while Dynamo traces
     Carry           what leads to the tensors of those aliases: gradients of gradients go there
     Tail            where the kept graph ends: a tensor of no bytes, which the engine frees like any saved one
     Lifted          a derivative computed in the kept graph, tied to the outer tensors again, for second derivatives
@@ -34,13 +35,17 @@ from gradoverride._core.private.transforms import in_batched_autograd, in_forwar
 from gradoverride.errors import UnsupportedError
 
 __all__ = [
+    "Alias",
     "ByLoop",
     "CUT",
     "Carry",
     "Cut",
     "General",
+    "KeptAlias",
     "Lifted",
+    "TOKEN",
     "Tail",
+    "TracedCut",
     "Transformed",
     "alias_function",
     "fresh",

@@ -50,7 +50,7 @@ from gradoverride._core.signature import Forward
 from gradoverride._core.wrapper import make_refusal, make_wrapper
 from gradoverride.errors import GradOverrideError, RuleSignatureError, UnsupportedError
 
-__all__ = ["FunctionMode", "count", "here", "note_unrecorded", "quieted", "scope_of", "scoped"]
+__all__ = ["FunctionMode", "count", "note_unrecorded", "quieted", "scope_of", "scoped"]
 
 
 class FunctionMode(TorchFunctionMode):

@@ -111,7 +111,7 @@ class FunctionLayer:
 
     __slots__ = ("key", "order", "path", "tally", "target")
 
-    def __init__(self, name: str, rule: Rule, path: str, target: str, order: Order, nth: int = 0) -> None:
+    def __init__(self, name: str, rule: Rule, path: str, target: str, order: Order, nth: int) -> None:
         self.key = rule.once((FunctionRule, name, nth), lambda: FunctionRule(name, rule, nth))
         self.path = path
         self.target = target

@@ -31,7 +31,7 @@ class Layout:
         keywords: Sequence[str],
         variadic: str | None,
         extra: int,
-        given: tuple[int, tuple[str, ...]] | None = None,
+        given: tuple[int, tuple[str, ...]] | None,
     ) -> None:
         self.key = extra, tuple(keywords), given
         self.positional = len(names) + extra
@@ -83,9 +83,7 @@ class Layouts:
         raise as_dynamo_hands_on(UnsupportedError(text))  # layouts are made while it evaluates
 
     @evaluated_while_tracing
-    def _kept_layout(
-        self, extra: int, keywords: tuple[str, ...], given: tuple[int, tuple[str, ...]] | None = None
-    ) -> str:
+    def _kept_layout(self, extra: int, keywords: tuple[str, ...], given: tuple[int, tuple[str, ...]] | None) -> str:
         """The attribute under which a layout is kept: Dynamo needs a place to know an object by."""
         layout = self.of(extra, keywords, given)
         name = f"layout_{[*self.found].index((extra, keywords, given))}"

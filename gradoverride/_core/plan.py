@@ -115,7 +115,6 @@ class Plan:
         self.told_of_state = False
         self.layouts = Layouts(forward)
         self.steps = SimpleNamespace()  # Dynamo needs a place to know an object by
-        self._recorded: Callable[..., Any] | None = None
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
@@ -159,11 +158,10 @@ class Plan:
                 )
         return sources
 
+    @functools.cached_property
     def recorded(self) -> Callable[..., Any]:
         """What torch.fx records as called, always the same."""
-        if self._recorded is None:
-            self._recorded = recorded_as(self.forward.name, self.wrapper)
-        return self._recorded
+        return recorded_as(self.forward.name, self.wrapper)
 
     @evaluated_while_tracing
     def add_step(self, key: Any, arguments: Any, changed: Any, differentiate: Callable[..., Any]) -> str:

@@ -44,24 +44,24 @@ def writes(fn: Any, but: str = "") -> bool:
     return False
 
 
-def is_arithmetic(fn: Any, attributes: frozenset[str] = frozenset(), *, free: bool = False) -> bool:
+def is_arithmetic(fn: Any, attributes: frozenset[str] = frozenset()) -> bool:
     """Whether `fn` is an expression of its own arguments, constants and these attributes in operators and elementwise
-    functions of torch alone, or a tuple or dict of such. If `free`, of the values in its closure too.
+    functions of torch alone, or a tuple or dict of such.
 
     Such a function writes nowhere, reaches nothing else, stays on its device, and means the same under autocast.
     """
-    return _is_expression(fn, _ELEMENTWISE, attributes, _OPERATORS, free=free)
+    return _is_expression(fn, _ELEMENTWISE, attributes, _OPERATORS)
 
 
 def is_algebra(fn: Any) -> bool:
     """The same with matrix products, sums and other shapes besides: not all of it means the same under autocast, and
     what it gives may be a view.
     """
-    return _is_expression(fn, _ELEMENTWISE | _ALGEBRA, _TRANSPOSED, _OPERATORS | {"@"}, free=False)
+    return _is_expression(fn, _ELEMENTWISE | _ALGEBRA, _TRANSPOSED, _OPERATORS | {"@"})
 
 
 def _is_expression(
-    fn: Any, functions: frozenset[str], attributes: frozenset[str], operators: frozenset[str], *, free: bool
+    fn: Any, functions: frozenset[str], attributes: frozenset[str], operators: frozenset[str], free: bool = False
 ) -> bool:
     if isinstance(fn, BuiltinFunctionType):
         return fn.__name__ in functions and getattr(sys.modules.get("torch"), fn.__name__, None) is fn

@@ -122,7 +122,7 @@ def _taking_off(placed: Placed) -> Callable[[], None]:
     return take_off
 
 
-def on_class(target: Class, layer: ClassLayer, path: str = "") -> Puts:
+def on_class(target: Class, layer: ClassLayer, path: str) -> Puts:
     """A rule for all modules of a class: of that which a path names too, when its module is loaded again."""
     put_on_class(target, layer)
 

@@ -28,18 +28,8 @@ class Reading:
     """What is known of rules of one code for one forward, whatever their closures, defaults and attributes hold."""
 
     __slots__ = (
-        "code",
-        "forward",
-        "gives_alike",
-        "holds",
-        "is_edit",
-        "of_values",
-        "plain",
-        "plan",
-        "rule_code",
-        "sources",
-        "value_second",
-        "writes",
+        *("code", "forward", "gives_alike", "holds", "is_edit", "of_values", "plain", "plan", "rule_code", "sources"),
+        *("value_second", "writes"),
     )
 
     def __init__(self, forward: Forward, rule: Any, is_edit: bool) -> None:

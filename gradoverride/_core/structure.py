@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["LEAF", "Node", "alike", "flatten", "in_order_of", "is_container", "skeleton", "unchanged", "unflatten"]
+__all__ = [
+    *("LEAF", "Constant", "Node", "alike", "describe", "flatten", "has_leaf", "holds_value", "in_order_of"),
+    *("is_container", "leaves_out_none", "skeleton", "unchanged", "unflatten"),
+]
 
 
 class _Leaf:

@@ -20,6 +20,8 @@ from gradoverride._core.signature import name_of
 from gradoverride.errors import TargetNotFoundError
 
 __all__ = [
+    "BASE",
+    "RECORD",
     "Class",
     "Entry",
     "Function",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EXPORT",
     "FX",
+    "MAKE_FX",
     "drops_rule",
     "exporting",
     "record_call",
@@ -104,9 +105,9 @@ def record_call(plan: Plan, layout: Layout, receiver: Any, values: Sequence[Any]
     arguments = tuple(values[: layout.positional])
     keywords = dict(zip(layout.keywords, values[layout.positional :], strict=True))
     if not plan.forward.takes_self:
-        return tracer.create_proxy("call_function", plan.recorded(), arguments, keywords)
+        return tracer.create_proxy("call_function", plan.recorded, arguments, keywords)
     if isinstance(receiver, Proxy):  # of a function, whatever it calls its first argument
-        return tracer.create_proxy("call_function", plan.recorded(), (receiver, *arguments), keywords)
+        return tracer.create_proxy("call_function", plan.recorded, (receiver, *arguments), keywords)
     if not isinstance(receiver, nn.Module):
         bound = recorded_as(plan.forward.name, functools.partial(plan.wrapper, receiver))
         return tracer.create_proxy("call_function", bound, arguments, keywords)

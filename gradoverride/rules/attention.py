@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradoverride._core.precision import wide
 from gradoverride._core.private.dynamo import fail
 from gradoverride.errors import UnsupportedError
 
@@ -357,5 +358,4 @@ def _centered(grad: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _deviation(input: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    wide = input.to(torch.promote_types(input.dtype, torch.float32))
-    return (_centered(wide, dims).square().mean(dims, keepdim=True) + eps).sqrt()  # var() warns of none
+    return (_centered(wide(input), dims).square().mean(dims, keepdim=True) + eps).sqrt()  # var() warns of none

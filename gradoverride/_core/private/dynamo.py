@@ -205,9 +205,9 @@ def _let_dynamo_show_builtins(_: Any) -> None:
 
 
 @evaluated_while_tracing
-def dynamo_shows(function: Any = torch.relu_) -> bool:
-    """Whether Dynamo, which traces now, shows a function in place to modes."""
-    return any(function in getattr(module, "get_overridable_functions", set)() for module in _shown)
+def dynamo_shows() -> bool:
+    """Whether Dynamo, which traces now, shows functions in place to modes."""
+    return any(torch.relu_ in getattr(module, "get_overridable_functions", set)() for module in _shown)
 
 
 # What Dynamo shows to modes instead of `F.pad`. Without it a rule for that is refused in compiled code.
