@@ -20,6 +20,7 @@ from torch import nn
 
 from gradoverride._core import everywhere
 from gradoverride._core.class_patch import check_classes
+from gradoverride._core.following import of_paths, take_off_given_up
 from gradoverride._core.functions import name_of_function, signature_of
 from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, next_order
 from gradoverride._core.obstacles import check_calls, check_forwards, check_scripted, warn_of_scripted
@@ -39,19 +40,7 @@ from gradoverride._core.path_patch import check_names, check_path, layers_on_pat
 from gradoverride._core.paths import find, place_of
 from gradoverride._core.private.dynamo import MADE_OUTSIDE, out_of_graph
 from gradoverride._core.private.marks import uncompiled
-from gradoverride._core.puts import (
-    Put,
-    Puts,
-    of_paths,
-    on_class,
-    on_copies,
-    on_modules,
-    on_none,
-    on_path,
-    on_thread,
-    take_off_given_up,
-)
-from gradoverride._core.record import all_in_force
+from gradoverride._core.puts import Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
 from gradoverride._core.rule import Rule
 from gradoverride._core.scripted import is_scripted
 from gradoverride._core.signature import Forward, kind_of
@@ -211,7 +200,8 @@ def _override_everywhere(rules: Registry) -> Override:
     layers = [ClassLayer(rule, EVERYWHERE, _named(of_class), order) for of_class, rule in classes.values()]
     before = [(of_class.value, layer) for of_class, layer in everywhere.classes]
     ruled = ((cls, [layer]) for base, layer in (*before, *zip(classes, layers, strict=True)) for cls in family(base))
-    check_forwards(_called(entries), chain(ruled, ((record.subject.base, record.layers) for record in all_in_force())))
+    records = everywhere.all_records()
+    check_forwards(_called(entries), chain(ruled, ((record.subject.base, record.layers) for record in records)))
     for (of_class, _), layer_of_class in zip(classes.values(), layers, strict=True):
         puts.append(partial(on_class, of_class, layer_of_class, of_class.path))
     for target, rule in _called(entries):

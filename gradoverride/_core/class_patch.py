@@ -23,7 +23,6 @@ from gradoverride._core import everywhere
 from gradoverride._core.callers import calls_that_are
 from gradoverride._core.chain import Subject, chain_of, links
 from gradoverride._core.layers import ClassLayer
-from gradoverride._core.record import refresh_all
 from gradoverride._core.targets import BASE, RECORD, Class, class_of, family
 from gradoverride.errors import GradOverrideWarning, UnsupportedError
 
@@ -182,7 +181,7 @@ def refresh() -> None:
             _unwatch(cls)
         for cls in watched - _watched.keys():
             _watch(cls)
-        refresh_all()
+        everywhere.refresh_records()
         everywhere.forget_compiled()
 
 

@@ -1,6 +1,8 @@
-"""What is in force in the whole process: layers on classes, and on functions. Only the state and how to ask it.
+"""What is in force in the whole process: layers on classes, and on functions; and which modules are overridden. Only
+the state and how to ask it.
 
-`class_patch.py` and `thread_mode.py` put things here; the chains of modules that are overridden ask (`chain.py`).
+`class_patch.py`, `thread_mode.py` and `record.py` put things here; the chains of modules that are overridden ask
+(`chain.py`).
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import threading
 import weakref
 from collections.abc import Collection
 from types import FunctionType
@@ -19,6 +22,7 @@ from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, Order
 from gradoverride._core.targets import Class
 
 __all__ = [
+    "all_records",
     "bare_forward",
     "classes",
     "derived_from",
@@ -29,6 +33,9 @@ __all__ = [
     "layers_on",
     "no_method",
     "originals",
+    "records",
+    "records_lock",
+    "refresh_records",
     "without_inert",
 ]
 
@@ -38,6 +45,8 @@ originals: dict[Any, Any] = {}  # by forward that was put on a class: the one th
 derived_from: dict[Any, Any] = {}  # by forward of a class of overridden modules: the class that it is derived from
 inert: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # the same of what does nothing any more
 _given: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()  # by class, see `bare_forward`
+records: weakref.WeakSet[Any] = weakref.WeakSet()  # what is in force on each module: `record.py`
+records_lock = threading.RLock()  # a set lets nothing be added while it is gone through
 
 
 def bare_forward(cls: Any) -> Any:
@@ -107,3 +116,16 @@ def forget_compiled() -> None:
         # Torch says so at the end, where another thread is about to compile something: it finds nothing by then.
         with contextlib.suppress(AssertionError):
             torch.compiler.reset()
+
+
+def all_records() -> list[Any]:
+    """What is in force on each module that is overridden."""
+    with records_lock:
+        return list(records)
+
+
+def refresh_records() -> None:
+    """Have all modules that are overridden look again at what is in force everywhere."""
+    with records_lock:
+        for record in all_records():
+            record.refresh()

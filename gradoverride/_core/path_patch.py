@@ -37,7 +37,6 @@ from gradoverride._core.layers import FunctionLayer, FunctionRule, Order
 from gradoverride._core.paths import PENDING, parts_of, way_to_apply
 from gradoverride._core.plan import Plan
 from gradoverride._core.private.dynamo import fail
-from gradoverride._core.record import refresh_all
 from gradoverride._core.residuals import save_for_backward
 from gradoverride._core.rule import Made, Rule
 from gradoverride._core.signature import Forward, kind_of, resolve
@@ -185,7 +184,7 @@ class _Replacement:
     def _tell(self) -> None:
         """What was made of the function before is made anew."""
         if self.in_class:
-            refresh_all()
+            everywhere.refresh_records()
         everywhere.forget_compiled()
 
     def _step(self, layer: FunctionLayer, scoped: bool, beneath: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,26 +10,13 @@ from torch import nn
 
 from gradoverride._core import everywhere, overridden
 from gradoverride._core.class_patch import check_classes, put_on_class, take_off_class
-from gradoverride._core.layers import ClassLayer, FunctionLayer, FunctionRule, Layer, Order
-from gradoverride._core.path_patch import check_path, put_on_path, stands_on_path, take_off_path
-from gradoverride._core.paths import PENDING, find, when_imported
+from gradoverride._core.following import follow, is_class_of_modules, take_off_given_up
+from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, Order
+from gradoverride._core.paths import when_imported
 from gradoverride._core.targets import Class, class_of, modules_of
 from gradoverride._core.thread_mode import put_on_thread, take_off_thread
-from gradoverride.errors import GradOverrideWarning
 
-__all__ = [
-    "Put",
-    "Puts",
-    "keep_on_path",
-    "of_paths",
-    "on_class",
-    "on_copies",
-    "on_modules",
-    "on_none",
-    "on_path",
-    "on_thread",
-    "take_off_given_up",
-]
+__all__ = ["Put", "Puts", "on_class", "on_copies", "on_modules", "on_none", "on_path", "on_thread"]
 
 
 class Put(NamedTuple):
@@ -128,7 +113,7 @@ def on_class(target: Class, layer: ClassLayer, path: str) -> Puts:
 
     def put_again(value: Any) -> None:
         has_it = [of.value for of, one in everywhere.classes if one is layer]
-        if _is_class_of_modules(value) and value not in has_it:
+        if is_class_of_modules(value) and value not in has_it:
             again = Class(value)
             check_classes([again])
             put_on_class(again, layer)
@@ -143,62 +128,28 @@ def on_class(target: Class, layer: ClassLayer, path: str) -> Puts:
     return [_of_calls(layer, target.value.__name__, take_off)]
 
 
-def _is_class_of_modules(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, nn.Module)
-
-
 def on_thread(layer: FunctionLayer) -> Puts:
     """A rule for a function of torch in this thread."""
     put_on_thread(layer)
     return [_of_calls(layer, "", lambda: take_off_thread(layer))]
 
 
-of_paths: list[FunctionLayer] = []
-"""The rules for what paths name, now or when it is imported."""
-
-
 def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
-    """A rule for what a path names, now or when it is imported; if `scoped`, in modules that have the layer too.
-
-    A module that is loaded again has another function there, which has the rule too: the one before, as well.
-    """
+    """A rule for what a path names, now or when it is imported; if `scoped`, in modules that have the layer too."""
     puts: list[Put] = []
 
-    def put(value: Any) -> None:
-        if _is_class_of_modules(value):
-            if scoped:
-                warnings.warn(
-                    f"override of path '{path}': its module must be imported before a model is overridden, for it "
-                    f"names the class of modules '{value.__name__}'; nothing is overridden. Import it first",
-                    GradOverrideWarning,
-                    stacklevel=2,
-                )
-                return
-            if not puts:
-                of_class = ClassLayer(layer.rule, layer.path, layer.target, layer.order)
-                puts.extend(on_class(Class(value), of_class, path))
-        else:
-            put_on_path(path, layer, scoped=scoped)
+    def put_on_first(cls: type) -> None:
+        if not puts:
+            of_class = ClassLayer(layer.rule, layer.path, layer.target, layer.order)
+            puts.extend(on_class(Class(cls), of_class, path))
 
-    def put_if_it_fits(value: Any) -> None:
-        if stands_on_path(value, layer):
-            return
-        if not _is_class_of_modules(value):
-            check_path(path, value, layer.rule)
-        put(value)
+    leave = follow(path, layer, scoped=scoped, on_class=None if scoped else put_on_first)
 
     def take_off() -> None:
-        of_paths.remove(layer)
-        call_off()
-        take_off_path(layer)
+        leave()
         for of_class in puts:
             of_class.take_off()
 
-    value = find(path)
-    if value is not PENDING:
-        put_if_it_fits(value)
-    call_off = when_imported(path, put_if_it_fits)
-    of_paths.append(layer)
     own = _of_calls(layer, "", take_off)
     return [
         own._replace(
@@ -206,32 +157,3 @@ def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
             awaits=lambda: (puts or [own])[0].awaits(),
         )
     ]
-
-
-class _Kept:
-    """A rule for what a path names, of copies of a model: on it as long as one of them has it."""
-
-    def __init__(self, layer: FunctionLayer) -> None:
-        (put,) = on_path(layer.key.name, layer.again(), scoped=True)
-        weakref.finalize(self, _given_up.append, put.take_off).atexit = False
-
-
-_kept: weakref.WeakValueDictionary[FunctionRule, _Kept] = weakref.WeakValueDictionary()
-_given_up: list[Callable[[], None]] = []  # to be taken off: not when a copy goes, for that may be at any time
-_lock = threading.RLock()
-
-
-def keep_on_path(layer: FunctionLayer) -> _Kept:
-    """What keeps the rule of `layer` on what its path names, for a copy, which has no handle."""
-    with _lock:
-        kept = _kept.get(layer.key)
-        if kept is None:
-            kept = _kept[layer.key] = _Kept(layer)
-        return kept
-
-
-def take_off_given_up() -> None:
-    """Take off what no copy has any more."""
-    with _lock:
-        while _given_up:
-            _given_up.pop()()

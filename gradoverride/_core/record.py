@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import threading
-import weakref
 from typing import Any
 
+from gradoverride._core import everywhere
 from gradoverride._core.chain import Chain, Subject, chain_of, links
+from gradoverride._core.following import kept_for_copies
 from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer
 from gradoverride._core.tally import Tally
 
-__all__ = ["ModuleTally", "Record", "all_in_force", "refresh_all"]
+__all__ = ["ModuleTally", "Record"]
 
 
 class ModuleTally(Tally):
@@ -51,18 +51,18 @@ class Record:
         of_copy: bool = False,
     ) -> None:
         """`like`: one of the same subject under the same rules, in the same order. `of_copy`: it is under no handle."""
-        self.paths = _kept(functions) if of_copy else None
+        self.paths = kept_for_copies(functions) if of_copy else None
         self.subject = subject
         self.layers = layers
         self.functions = functions
         self.tally = tally
-        with _lock:
+        with everywhere.records_lock:
             if like is None:
                 self.refresh()
             else:
                 self.seen, self.counted = like.seen, like.counted
                 self._use(like.chain)
-            _records.add(self)
+            everywhere.records.add(self)
 
     def refresh(self) -> None:
         """Look again at what is in force everywhere, and at the forward of the class."""
@@ -84,8 +84,8 @@ class Record:
 
     def leave(self) -> None:
         """It is on no module any more. Compiled code may keep it alive."""
-        with _lock:
-            _records.discard(self)
+        with everywhere.records_lock:
+            everywhere.records.discard(self)
 
     def __deepcopy__(self, memo: Any) -> Record:
         self.tally.copied = True
@@ -96,29 +96,5 @@ class Record:
         return _record_again, (self.subject, self.layers, self.functions)
 
 
-_records: weakref.WeakSet[Record] = weakref.WeakSet()
-_lock = threading.RLock()  # a set lets nothing be added while it is gone through
-
-
-def all_in_force() -> list[Record]:
-    """What is in force on each module that is overridden."""
-    with _lock:
-        return list(_records)
-
-
-def refresh_all() -> None:
-    """Have all modules that are overridden look again at what is in force everywhere."""
-    with _lock:
-        for record in all_in_force():
-            record.refresh()
-
-
 def _record_again(subject: Subject, layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
     return Record(subject, layers, functions, ModuleTally(), of_copy=True)
-
-
-def _kept(functions: tuple[FunctionLayer, ...]) -> list[Any]:
-    """What keeps the rules of a copy on what paths name."""
-    from gradoverride._core.puts import keep_on_path  # which puts records on modules
-
-    return [keep_on_path(layer) for layer in functions if layer.of_path]
