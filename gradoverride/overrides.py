@@ -139,13 +139,12 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
         check(match.module, match.path)
         check_rule(match.module, match.path, match.rule)
     order = next_order()
-    names_of = {target: f"{target.kind} {target}" for entry in entries for target in entry.targets}
     # By identity: modules may compare equal.
     placed: dict[int, tuple[nn.Module, list[Layer | FunctionLayer]]] = {
         id(module): (module, []) for module in modules.values()
     }
     for match in found:
-        placed[id(match.module)][1].append(Layer(match.rule, match.path, names_of[match.target], order))
+        placed[id(match.module)][1].append(Layer(match.rule, match.path, match.target.text, order))
     puts: list[Callable[[], Puts]] = []
     called = _called(entries)
     if called:
@@ -163,7 +162,7 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
     before.update(of_paths)
     for target, rule in called:
         name = str(target.name)
-        layer = FunctionLayer(name, rule, "", names_of[target], order, _first_free(count(), before, name, rule))
+        layer = FunctionLayer(name, rule, "", target.text, order, _first_free(count(), before, name, rule))
         in_torch = isinstance(target, ImportPath) and name.startswith("torch.")
         takers = [lists for names, lists in calling.values() if names is None or name in names or in_torch]
         for lists in takers:
@@ -193,11 +192,11 @@ def _override_everywhere(rules: Registry) -> Override:
             elif not isinstance(target, (Function, ImportPath)):
                 raise TargetError(
                     f"override of {owner}: a target must be a class, a function of torch or an import path; the "
-                    f"{target.kind} {target} names modules of a model. Give the model first"
+                    f"{target.text} names modules of a model. Give the model first"
                 )
     check_classes([of_class for of_class, _ in classes.values()])
     warn_of_scripted([target.name for target, _ in _called(entries) if isinstance(target, Function)])
-    layers = [ClassLayer(rule, EVERYWHERE, _named(of_class), order) for of_class, rule in classes.values()]
+    layers = [ClassLayer(rule, EVERYWHERE, of_class.text, order) for of_class, rule in classes.values()]
     before = [(of_class.value, layer) for of_class, layer in everywhere.classes]
     ruled = ((cls, [layer]) for base, layer in (*before, *zip(classes, layers, strict=True)) for cls in family(base))
     records = everywhere.all_records()
@@ -207,7 +206,7 @@ def _override_everywhere(rules: Registry) -> Override:
     for target, rule in _called(entries):
         name = str(target.name)
         nth = _first_free(count(-1, -1), everywhere.functions, name, rule)  # a model has none of these
-        layer = FunctionLayer(name, rule, EVERYWHERE, _named(target), order, nth)
+        layer = FunctionLayer(name, rule, EVERYWHERE, target.text, order, nth)
         if isinstance(target, ImportPath):
             puts.append(partial(on_path, target.value, layer, scoped=False))
         else:
@@ -261,10 +260,6 @@ def _first_free(numbers: Iterable[int], before: Collection[FunctionLayer], name:
     """A number for a rule that tells it from the same rule for the same function in an override before."""
     taken = {layer.key.nth for layer in before if layer.key.name == name and layer.rule is rule}
     return next(number for number in numbers if number not in taken)
-
-
-def _named(target: Target) -> str:
-    return f"{target.kind} {target}"
 
 
 def _without_containers(found: list[Match], modules: Mapping[str, nn.Module]) -> list[Match]:

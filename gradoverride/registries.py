@@ -138,7 +138,7 @@ def _again(cls: type[Registry], name: str, entries: list[tuple[tuple[Any, ...], 
 
 
 def _in_words(targets: tuple[Target, ...]) -> str:
-    return ", ".join([f"{target.kind} {target}" for target in targets])
+    return ", ".join([target.text for target in targets])
 
 
 def as_registry(rules: Any) -> Registry:

@@ -70,7 +70,7 @@ def check_forwards(
             own = next((layer for layer in layers if isinstance(layer, Layer)), None)
             if own is not None and type(cls.forward) is FunctionType and value is everywhere.bare_forward(cls):
                 raise UnsupportedError(
-                    f"override of {target.kind} {target}: a call must have one rule of each override, the later one "
+                    f"override of {target.text}: a call must have one rule of each override, the later one "
                     f"outside; this is the forward of a '{cls.__name__}', which has the rule {own.rule.who} by the "
                     f"{own.target}, and would stay inside. Give the class as the target of both"
                 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -49,6 +50,11 @@ class Target:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+    @functools.cached_property
+    def text(self) -> str:
+        """What it is called in messages and tables."""
+        return f"{self.kind} {self}"
 
     def distance(self, path: str, module: Any) -> int | None:
         """How far this is from naming just the module at `path`; None if it does not name it."""
@@ -258,7 +264,7 @@ def matches(entries: Sequence[Entry], modules: Iterable[tuple[str, Any]], owner:
         if index not in used and not called and not entry.optional:
             target = entry.targets[0]
             raise TargetNotFoundError(
-                f"override of {owner}: the {target.kind} {target}, a target of the rule {entry.rule.who}, must name a "
+                f"override of {owner}: the {target.text}, a target of the rule {entry.rule.who}, must name a "
                 f"module in it; it names none. {target.closest(named)}"
             )
     found = []
