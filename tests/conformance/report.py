@@ -14,7 +14,7 @@ from conformance import distributed, table
 from conformance.environment import REFUSALS
 from conformance.environments import GROUPS
 from conformance.forms import FORMS
-from conformance.table import CELLS, Outcome
+from conformance.table import Outcome
 
 __all__ = ["PAGE", "committed", "counts", "page", "release", "summary"]
 
@@ -145,7 +145,3 @@ def _numbered(text: str) -> list[tuple[str, str]]:
     reasons = {_sentence(refusal.reason): key for key, refusal in REFUSALS.items()}
     listed = re.findall(r"^(\d+)\. (.*?) Source: ", text, re.MULTILINE)
     return [(number, reasons[reason]) for number, reason in listed if reason in reasons]
-
-
-def known_cells() -> set[str]:
-    return {cell.id for cell in CELLS}

@@ -93,7 +93,6 @@ class Double(nn.Module):
 
 X = torch.tensor([[1.0, -2.0, 0.25], [-1.0, 0.5, 0.5]], dtype=torch.float64)
 GRAD_OUTPUT = torch.tensor([[2.0, -1.0, 1.0], [3.0, 1.0, -2.0]], dtype=torch.float64)
-NAMES = ["first", "act", "inner.0", "inner.1", "inner"]
 # By target, how specific it is where, and what it is for a model.
 TARGETS = {
     "instance first": ({"first": 5}, lambda model: model.first),

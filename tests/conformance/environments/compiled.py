@@ -17,7 +17,6 @@ from conformance.environments.call import eager, no_grad
 from conformance.environments.transforms import (
     LOOSE,
     autocast,
-    called_functionally,
     detached,
     eager_on_copy,
     every,
@@ -279,10 +278,6 @@ def retained_in_eager(make: Make) -> Any:
     for _ in range(2):
         total.backward(retain_graph=True)
     return accumulated(subject)
-
-
-def compiled_functional_call(make: Make) -> Any:
-    return called_functionally(make)
 
 
 ARRAYS = ("arrays compiled",)
