@@ -30,9 +30,10 @@ R = TypeVar("R", bound=Callable[..., Any])
 class Registry:
     """Rules in order, each for its targets, under a name.
 
-    A target is a module, a class of modules (and those derived from it), a glob over dotted names
-    (`"encoder.layers.*.attn"`), or a predicate of a name and a module. Where several name one module, the most specific
-    wins, in this order; a later entry wins a tie.
+    A target is a module, a glob over dotted names (`"encoder.layers.*.attn"`), a predicate of a name and a module, a
+    class of modules (and those derived from it), a function of torch (in all its spellings), or an import path
+    (`"package.module:attribute"`). Where several name one module or call, the most specific wins, in this order; a
+    later entry wins a tie.
 
     >>> import torch, gradoverride as go
     >>> guided = go.Registry("guided")

@@ -100,8 +100,8 @@ class Forward:
         self.receiver_name = parameters[0].name if parameters else ""  # if it is a method
         first = bool(parameters) and parameters[0].kind in POSITIONAL
         self.named_so = first and parameters[0].name in _RECEIVERS
-        self.read_so = self.named_so or (first and self._is_in_class)
-        self.takes_self = receiver is None and bool(parameters) and (self.read_so if method is None else method)
+        reads_so = self.named_so or (first and self._is_in_class)
+        self.takes_self = receiver is None and bool(parameters) and (reads_so if method is None else method)
         self.parameters = None if self.signature is None else parameters[1 if self.takes_self else 0 :]
         self.is_method = self.takes_self or receiver is not None
 
