@@ -248,6 +248,7 @@ def _entry(call: Call, index: int, entry: Any) -> list[Tensor | None]:
 def _match(
     call: Call, path: tuple[Any, ...], spec: Any, entry: Any, metas: list[Meta], grads: list[Tensor | None]
 ) -> None:
+    """Add what `entry` answers for the leaves of `spec`, at a `path` of a name, and containers and keys in turn."""
     if entry is None:
         grads += _nothing(spec)
     elif spec is LEAF:

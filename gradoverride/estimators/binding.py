@@ -8,6 +8,7 @@ one rule within another, it asks for `input`, and serves forwards of one argumen
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -76,24 +77,13 @@ class Arguments:
                 f"{forward.who} must have a signature, for an estimator to call it again with all its arguments; it "
                 f"has none. Give a function that calls it, such as `lambda x: {forward.name}(x)`"
             )
-        self.parameters = forward.parameters
-        self.rest = next((p.name for p in self.parameters if p.kind is p.VAR_KEYWORD), None)
+        self.signature = inspect.Signature(forward.parameters)
+        self.rest = next((p.name for p in forward.parameters if p.kind is p.VAR_KEYWORD), None)
 
-    def call(self, fn: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+    def call(self, fn: Callable[..., Any], values: dict[str, Any]) -> Any:
         """`fn` of these."""
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        for parameter in self.parameters:
-            value = values[parameter.name]
-            if parameter.kind is parameter.VAR_POSITIONAL:
-                args += value
-            elif parameter.kind is parameter.VAR_KEYWORD:
-                kwargs.update(value)
-            elif parameter.kind is parameter.KEYWORD_ONLY:
-                kwargs[parameter.name] = value
-            else:
-                args.append(value)
-        return fn(*args, **kwargs)
+        bound = inspect.BoundArguments(self.signature, values)
+        return fn(*bound.args, **bound.kwargs)
 
     def wanted(self, values: Mapping[str, Any], needs: Mapping[str, bool]) -> dict[str, bool]:
         """By name, whether a gradient is wanted: of `**kwargs` if of any of them."""
