@@ -17,7 +17,7 @@ from torch import Tensor
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.signature import kind_of, with_article
-from gradoverride._core.structure import LEAF, Node, describe, has_leaf, holds_value, leaves_out_none
+from gradoverride._core.structure import LEAF, Node, describe, has_leaf, holds_value, leaves_out_none, step_to
 from gradoverride.errors import RuleResultError
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ def _text(path: tuple[Any, ...]) -> str:
     """A place in an argument, as `pair['x'][0]`. Put into words for a message alone."""
     name, *steps = path
     for spec, key in zip(steps[::2], steps[1::2], strict=True):
-        name += f".{key}" if spec.keys is not None and not issubclass(spec.kind, dict) else f"[{key!r}]"
+        name += step_to(spec, key)
     return str(name)
 
 

@@ -13,7 +13,7 @@ from gradoverride._core.captured import requires_grad, tensors_in
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.transforms import in_forward_ad, in_functorch
 from gradoverride._core.reach import SCALARS
-from gradoverride._core.structure import LEAF, Constant, Node, flatten
+from gradoverride._core.structure import LEAF, Constant, Node, flatten, named_parts
 from gradoverride._core.tensors import is_differentiable, may_want_gradient
 from gradoverride.errors import CapturedTensorError, GraphError
 
@@ -107,10 +107,7 @@ def _held_within(name: str, spec: Any, counts: Callable[[Tensor], bool]) -> str 
         return _first_in(name, spec.value, counts)
     if not isinstance(spec, Node) or spec.bare:
         return None
-    keys = range(len(spec.parts)) if spec.keys is None else spec.keys
-    attributes = spec.keys is not None and not issubclass(spec.kind, dict)
-    inner = [(f".{key}" if attributes else f"[{key!r}]", part) for key, part in zip(keys, spec.parts, strict=True)]
-    inner += [(f".{key}", Constant(value)) for key, value in (spec.more or {}).items()]
+    inner = [*named_parts(spec), *((f".{key}", Constant(value)) for key, value in (spec.more or {}).items())]
     for step, part in inner:
         held = _held_within(f"{name}{step}", part, counts)
         if held is not None:

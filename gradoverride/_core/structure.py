@@ -16,7 +16,7 @@ import torch
 
 __all__ = [
     *("LEAF", "Constant", "Node", "alike", "describe", "flatten", "has_leaf", "holds_value", "in_order_of"),
-    *("is_container", "leaves_out_none", "skeleton", "unchanged", "unflatten"),
+    *("is_container", "leaves_out_none", "named_parts", "skeleton", "step_to", "unchanged", "unflatten"),
 ]
 
 
@@ -263,6 +263,17 @@ def has_leaf(spec: Any) -> bool:
     if spec is LEAF:
         return True
     return isinstance(spec, Node) and (spec.parts.count(LEAF) > 0 or any([has_leaf(part) for part in spec.parts]))
+
+
+def step_to(node: Node, key: Any) -> str:
+    """How the part at this key or index is reached: `.x`, `['x']`, `[0]`."""
+    return f".{key}" if node.keys is not None and not issubclass(node.kind, dict) else f"[{key!r}]"
+
+
+def named_parts(node: Node) -> Iterator[tuple[str, Any]]:
+    """The parts, each with how it is reached."""
+    for key, part in zip(range(len(node.parts)) if node.keys is None else node.keys, node.parts, strict=True):
+        yield step_to(node, key), part
 
 
 def describe(spec: Any) -> str:

@@ -176,7 +176,7 @@ def lrp_z_plus(grad_output: Tensor, input: Tensor, module: Any, needs: Any, para
     Source: Montavon et al., "Explaining nonlinear classification decisions with deep Taylor decomposition" (2017);
     with inputs of both signs and a bias, Bach et al. (2015), equation 60.
     """
-    return _of_input(_by_positive(grad_output, input, module), needs, params)
+    return _of_input(_by_sign(grad_output, input, module, _positive, _negative), needs, params)
 
 
 @dataclass(frozen=True)
@@ -248,9 +248,9 @@ class lrp_alpha_beta:
 
     def __call__(self, grad_output: Tensor, input: Tensor, module: Any, needs: Any, params: Any) -> dict[str, Any]:
         """The relevance of the input."""
-        relevance = self.alpha * _by_positive(grad_output, input, module)
+        relevance = self.alpha * _by_sign(grad_output, input, module, _positive, _negative)
         if self.beta:
-            relevance = relevance - self.beta * _by_negative(grad_output, input, module)
+            relevance = relevance - self.beta * _by_sign(grad_output, input, module, _negative, _positive)
         return _of_input(relevance, needs, params)
 
 
@@ -353,24 +353,22 @@ def lrp_identity(grad_output: Tensor) -> Tensor:
 # --- how relevance is divided ---
 
 
+Change = Callable[[Tensor], Tensor]
+
+
 class Part(NamedTuple):
     """Contributions: an input, and what the weights and the bias that it meets are changed to."""
 
     input: Tensor
-    weight: Callable[[Tensor], Tensor]
-    bias: Callable[[Tensor], Tensor]
+    weight: Change
+    bias: Change
 
 
-def _by_positive(relevance: Tensor, input: Tensor, module: Any) -> Tensor:
-    """Each bias stands in one of the parts."""
-    above, below = _positive(input), _negative(input)
-    parts = Part(above, _positive, _positive), Part(below, _negative, torch.zeros_like)
-    return _distributed(relevance, module, *parts)
-
-
-def _by_negative(relevance: Tensor, input: Tensor, module: Any) -> Tensor:
-    above, below = _positive(input), _negative(input)
-    parts = Part(above, _negative, _negative), Part(below, _positive, torch.zeros_like)
+def _by_sign(relevance: Tensor, input: Tensor, module: Any, own: Change, other: Change) -> Tensor:
+    """By contributions of one sign: of weights of that sign, `own`, above 0, and of the `other` below. Each bias stands
+    in one of the parts.
+    """
+    parts = Part(_positive(input), own, own), Part(_negative(input), other, torch.zeros_like)
     return _distributed(relevance, module, *parts)
 
 
@@ -397,9 +395,7 @@ def _check_result(result: Tensor, relevance: Tensor, module: Any) -> None:
         )
 
 
-def _forward_with(
-    module: Any, on_weight: Callable[[Tensor], Tensor], on_bias: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Any]:
+def _forward_with(module: Any, on_weight: Change, on_bias: Change) -> Callable[[Tensor], Any]:
     """The layer with other weights, and without the rules that are in force on it."""
     changed = {
         name: (on_bias if name == "bias" else on_weight)(getattr(module, name)) for name in _names_of_layer(module)

@@ -21,7 +21,7 @@ from torch.func import debug_unwrap
 
 from gradoverride._core.options import check, check_function, printed
 from gradoverride._core.private.transforms import in_batched_autograd
-from gradoverride._core.structure import LEAF, Node, unflatten
+from gradoverride._core.structure import LEAF, Node, named_parts, unflatten
 from gradoverride.errors import NonFiniteGradientError, UnsupportedError
 from gradoverride.rules.each import gradients_in, of_values
 from gradoverride.rules.untraced import Untraced, untraced
@@ -128,8 +128,8 @@ def _places(spec: Any, path: str = "") -> Iterator[str]:
     if spec is LEAF:
         yield path
     elif isinstance(spec, Node):
-        for key, part in zip(range(len(spec.parts)) if spec.keys is None else spec.keys, spec.parts, strict=True):
-            yield from _places(part, f"{path}[{key!r}]")
+        for step, part in named_parts(spec):
+            yield from _places(part, path + step)
 
 
 @dataclass(frozen=True, repr=False)

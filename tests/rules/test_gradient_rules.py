@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -22,6 +23,12 @@ from gradoverride import rules
 NAN, INF = math.nan, math.inf
 MASK = torch.tensor([True, False, True])
 WEIGHTS = torch.tensor([0.5, 0.0, -2.0], dtype=torch.float64)
+
+
+@dataclass
+class Pair:
+    first: object
+    second: object
 
 
 def edited(rule, grad, value=None):
@@ -436,6 +443,11 @@ class TestCheckFinite:
             go.NonFiniteGradientError, match=r"the gradient of x\['b'\]\[1\]\[0\] must .* -inf at \(1,\)"
         ):
             rules.check_finite("x")(grads)
+
+    def test_in_an_object(self):
+        pair = Pair(torch.ones(1), {"c": torch.tensor([NAN])})
+        with pytest.raises(go.NonFiniteGradientError, match=r"the gradient of x\.second\['c'\] must .* nan at \(0,\)"):
+            rules.check_finite("x")(pair)
 
     def test_its_error_is_of_both_families(self):
         assert issubclass(go.NonFiniteGradientError, go.GradOverrideError)
