@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -30,3 +31,13 @@ def test_text_above_it_names_every_other_file_and_folder():
     named = re.findall(r"`(?:gradoverride/)?(\w+(?:\.py|/))`", TEXT)
     folders = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
     assert set(named) == {f"{name}.py" for name in files(PACKAGE)} | folders
+
+
+def test_files_of_the_core_import_each_other_at_their_top_alone():
+    """So imports point one way."""
+    later = []
+    for path in (PACKAGE / "_core").rglob("*.py"):
+        functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        imports = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.ImportFrom)]
+        later += [f"{path.name}: {node.module}" for node in imports if str(node.module).startswith("gradoverride")]
+    assert later == []
