@@ -17,7 +17,8 @@ from torch import Tensor
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.signature import kind_of, with_article
-from gradoverride._core.structure import LEAF, Node, describe, has_leaf, holds_value, leaves_out_none, step_to
+from gradoverride._core.structure import LEAF, Node, describe, flatten, has_leaf, holds_value, leaves_out_none, step_to
+from gradoverride._core.tensors import is_differentiable
 from gradoverride.errors import RuleResultError
 
 if TYPE_CHECKING:
@@ -317,13 +318,9 @@ def _is_left(call: Call, path: tuple[Any, ...], spec: Any, entry: Any) -> bool:
 
 def _holds_gradient(value: Any) -> bool:
     """Whether there is a floating or complex tensor in it."""
-    if isinstance(value, dict):
-        return any([_holds_gradient(part) for part in value.values()])
-    if isinstance(value, (tuple, list)):
-        return any([_holds_gradient(part) for part in value])
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return any([_holds_gradient(getattr(value, field.name, None)) for field in dataclasses.fields(value)])
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    found: list[Tensor] = []
+    flatten(value, is_differentiable, found)
+    return bool(found)
 
 
 def what(value: Any) -> str:
