@@ -8,6 +8,7 @@ For `def scale(x, weight=1.0)` it reads
         if not grad_enabled() and not in_functorch() and not in_forward_ad():
             return fn(x, weight)
         if compiling():
+            ...  # `traced.py`, for calls that it is for
             return general(None, x, weight)
         if type(x) is not Tensor or type(weight) not in SCALARS:
             return runs[type(x), type(weight)](x, weight)
