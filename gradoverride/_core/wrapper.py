@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from gradoverride._core.dispatch import make_dispatch
-from gradoverride._core.fast import ShortPath, guessed_places
+from gradoverride._core.fast import Runs, ShortPath, guessed_places, is_plain
+from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.plan import Plan
 from gradoverride._core.private.marks import COMPILED_MARKS, written_as
 from gradoverride._core.private.transforms import IN_FORWARD_AD, dual_levels, in_functorch
@@ -47,7 +47,7 @@ def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> Function
     `as_function` is called instead where what stands for `self` shows that it is no method: it is a tensor, or under
     another name than `self` no module.
     """
-    general, runs = make_dispatch(plan)
+    general, runs = _make_paths(plan)
     names: dict[str, Any] = {
         "_go_compiling": torch.compiler.is_dynamo_compiling,
         "_go_fn": plan.fn,
@@ -113,6 +113,31 @@ def make_refusal(error: RuleSignatureError) -> Callable[..., Any]:
         raise RuleSignatureError(text)
 
     return refuse
+
+
+def _make_paths(plan: Plan) -> tuple[Callable[..., Any], Runs | None]:
+    """The general path of `plan`, as the wrapper calls it, and the short one if its calls can take it."""
+    parameters = plan.forward.parameters
+    if plan.forward.as_given and parameters is not None:
+
+        def as_given(receiver: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            layout, values = plan.layouts.taken_apart(args, kwargs)
+            return differentiate(plan, layout, receiver, values)
+
+        return as_given, None
+    if parameters is None or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+
+        def variadic(receiver: Any, positional: tuple[Any, ...], star: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            layout = plan.layouts.of(len(star), tuple(named))
+            return differentiate(plan, layout, receiver, (*positional, *star, *named.values()))
+
+        return variadic, Runs(plan, None) if parameters is None and is_plain(plan) else None
+    layout = plan.layouts.of(0, tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))
+
+    def fixed(receiver: Any, *values: Any) -> Any:
+        return differentiate(plan, layout, receiver, values)
+
+    return fixed, Runs(plan, layout) if is_plain(plan) else None
 
 
 def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:

@@ -11,7 +11,7 @@ from oracles import exactly, float64
 
 import gradoverride as go
 from core import parts
-from gradoverride._core import dispatch, fast
+from gradoverride._core import fast, wrapper
 from gradoverride._core.private import engine, modes, tensors, transforms
 
 
@@ -50,7 +50,7 @@ def test_installed_torch_has_each_private_name_that_a_call_is_fast_by():
 @pytest.mark.parametrize("rule", [lambda grad_output, input: 3 * grad_output * input, None])
 def test_plain_calls_take_the_short_path(rule, forward, monkeypatch):
     decorated = go.straight_through(forward) if rule is None else go.custom_backward(rule)(forward)
-    for module in (dispatch, fast):
+    for module in (wrapper, fast):
         monkeypatch.setattr(module, "differentiate", None)  # the general path: to call it would fail
     x = float64(1.0, 2.0)
     result = decorated(x)
