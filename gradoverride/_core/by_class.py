@@ -11,9 +11,17 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["once_per_class"]
+__all__ = ["once_per_class", "standing"]
 
 T = TypeVar("T")
+
+
+def standing(cls: Any, name: str) -> Any:
+    """What stands in a class under this name, be it that of a base; None if nothing does.
+
+    As `inspect.getattr_static` says. That Dynamo takes up where a graph breaks, and warns of the cache within.
+    """
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
 
 
 def once_per_class(find: Callable[[Any], T]) -> Callable[[Any], T]:

@@ -8,7 +8,6 @@ the state and how to ask it.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
 import threading
 import weakref
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from gradoverride._core.by_class import standing
 from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, Order
 from gradoverride._core.targets import Class
 
@@ -53,9 +53,9 @@ def bare_forward(cls: Any) -> Any:
     """The forward of a class without ours. As long as it is that, the same object."""
     forward = cls.forward
     if type(forward) is not FunctionType:  # wrapt gives a new object each time, which compares equal to what is within
-        standing = inspect.getattr_static(cls, "forward")
-        if cls not in _given or _given[cls][0] is not standing:
-            _given[cls] = standing, forward
+        own = standing(cls, "forward")
+        if cls not in _given or _given[cls][0] is not own:
+            _given[cls] = own, forward
         return _given[cls][1]
     base = derived_from.get(forward)
     if base is not None:  # others have derived theirs from a class of overridden modules

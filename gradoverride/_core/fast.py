@@ -5,7 +5,6 @@ To read that code, print what `ShortPath.body` gives.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from gradoverride._core.aliases import has_other_data
 from gradoverride._core.ambient import EAGER
+from gradoverride._core.by_class import standing
 from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.kept_graph import KeptGraph, shares_versions
 from gradoverride._core.layout import Layout
@@ -85,7 +85,7 @@ class FittingClasses(dict[type, bool]):
             and issubclass(cls, nn.Module)
             and cls.__getattr__ is nn.Module.__getattr__
             and cls.__getattribute__ is nn.Module.__getattribute__
-            and all(type(inspect.getattr_static(cls, name, None)) in SCALARS for name in self.reach.attributes)
+            and all(type(standing(cls, name)) in SCALARS for name in self.reach.attributes)
         )
         if fits:
             self[cls] = True

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import threading
 from abc import ABC, ABCMeta
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from torch.compiler import is_dynamo_compiling as compiling
 from torch.fx import GraphModule
 
 from gradoverride._core import everywhere, scan
-from gradoverride._core.by_class import once_per_class
+from gradoverride._core.by_class import once_per_class, standing
 from gradoverride._core.chain import Subject
 from gradoverride._core.layers import FunctionLayer, Layer
 from gradoverride._core.record import ModuleTally, Record
@@ -172,7 +171,7 @@ def written_methods(base: Any) -> tuple[str, ...]:
     """The methods of a class of modules besides those that torch has written, which its own forwards alone call."""
     found = [name for name in dir(base) if not hasattr(nn.Module, name) and not name.startswith("__")]
     found.append("__call__")  # which somebody may have written around that of torch
-    functions = [(name, inspect.getattr_static(base, name)) for name in found]
+    functions = [(name, standing(base, name)) for name in found]
     return tuple(
         name
         for name, function in functions

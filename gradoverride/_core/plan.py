@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from gradoverride._core import purity, scan
+from gradoverride._core.by_class import standing
 from gradoverride._core.captured import captured_names
 from gradoverride._core.contract import shape_text
 from gradoverride._core.function import General, Transformed, named
@@ -191,7 +192,7 @@ class Plan:
             return
         self._backwards[cls] = cls.backward
         # That of a subclass with a forward of its own is for it, and not for the one that it reaches by `super()`.
-        owners = (owner for owner in cls.__mro__ if inspect.getattr_static(owner, "forward", None) is self.wrapper)
+        owners = (owner for owner in cls.__mro__ if standing(owner, "forward") is self.wrapper)
         backward = next(owners, cls).backward
         same = backward is self.rule.fn
         self._subclasses[cls] = self if same else Plan(self.forward, Rule(backward, method=True), class_form=True)

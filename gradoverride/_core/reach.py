@@ -8,7 +8,6 @@ that requires grad. The code is read once; what its names stand for is looked at
 from __future__ import annotations
 
 import builtins
-import inspect
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gradoverride._core import scan
+from gradoverride._core.by_class import standing
 from gradoverride._core.bytecode import ATTRIBUTES, instructions, is_called, is_method, last_loaded, loaded
 
 __all__ = ["SCALARS", "Reach", "attribute_names", "calls_unseen", "of_modules"]
@@ -134,7 +134,7 @@ def attribute_names(fn: Any, *, method: bool, cls: Any = None) -> tuple[str, ...
                 names |= {text for text in code.co_consts if isinstance(text, str) and text.isidentifier()}
             found |= {name for name in names if not _is_known_attribute(name, known)}
             if cls is not None:
-                own = [inspect.getattr_static(cls, name, None) for name in code.co_names]
+                own = [standing(cls, name) for name in code.co_names]
                 own = [one.fget if isinstance(one, property) else one for one in own]
                 waiting += [one for one in own if isinstance(one, FunctionType) and not _is_of_library(one.__module__)]
     return tuple(sorted(found))

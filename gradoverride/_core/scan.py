@@ -14,6 +14,7 @@ from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from gradoverride._core import bytecode
+from gradoverride._core.by_class import standing
 
 __all__ = [
     "NOTHING",
@@ -43,7 +44,7 @@ def python_function(fn: Any) -> FunctionType | None:
         fn = fn.__func__
     if isinstance(fn, FunctionType):
         return fn
-    method = next((vars(cls)["__call__"] for cls in type(fn).__mro__ if "__call__" in vars(cls)), None)
+    method = standing(type(fn), "__call__")
     return method if isinstance(method, FunctionType) else None
 
 

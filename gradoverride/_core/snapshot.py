@@ -6,14 +6,13 @@ module is as it was on the stand-in that the forward runs on again.
 
 from __future__ import annotations
 
-import inspect
 from types import MemberDescriptorType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gradoverride._core.by_class import once_per_class
+from gradoverride._core.by_class import once_per_class, standing
 from gradoverride._core.private.marks import RNN_REFERENCES, RNN_WEIGHTS, evaluated_while_tracing
 from gradoverride._core.targets import RECORD
 
@@ -109,4 +108,4 @@ def _in_slots(module: nn.Module) -> dict[str, Any]:
 def _slots_of(cls: Any) -> tuple[str, ...]:
     """The attributes of instances of `cls` that are in `__slots__`, not in `__dict__`."""
     names = {name for base in cls.__mro__ for name in vars(base)}
-    return tuple([n for n in sorted(names) if isinstance(inspect.getattr_static(cls, n), MemberDescriptorType)])
+    return tuple([n for n in sorted(names) if isinstance(standing(cls, n), MemberDescriptorType)])

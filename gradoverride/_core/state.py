@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from gradoverride._core import scan
+from gradoverride._core.by_class import standing
 from gradoverride._core.bytecode import instructions, last_loaded
 from gradoverride._core.tensors import is_differentiable
 from gradoverride.errors import GradOverrideWarning
@@ -44,11 +45,7 @@ def names_kept(fn: Any, cls: Any) -> tuple[str, ...]:
         receiver, owner = code.co_varnames[:1], None
         for step in instructions(code):
             name = str(step.argval)
-            own = (
-                inspect.getattr_static(cls, name, None)
-                if name in code.co_names and not hasattr(nn.Module, name)
-                else None
-            )
+            own = standing(cls, name) if name in code.co_names and not hasattr(nn.Module, name) else None
             if isinstance(own, FunctionType):
                 if not follow(inspect.unwrap(own)):
                     return False

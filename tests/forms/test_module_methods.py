@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import gc
+import inspect
 import re
 import types
 import weakref
@@ -413,6 +414,34 @@ def test_rule_may_set_attributes_of_the_module(parts, fullgraph):
         right_or_refused(counted, float64(2.0, 45.0, grad=False), "side effect")
     else:
         exactly(counted(), float64(2.0, 45.0, grad=False))
+
+
+def scale_backward(grad_output, x, scale):
+    return {"x": scale * grad_output, "scale": x * grad_output}
+
+
+@pytest.mark.parametrize("rule", [counts_its_calls, scale_backward])
+def test_a_call_looks_at_classes_itself(rule, monkeypatch):
+    """Where a graph breaks, Dynamo takes up what a call uses of Python's; from 3.12 on it warns of a cache in that."""
+
+    def asked(*_):
+        raise AssertionError("inspect is asked")
+
+    class Ruled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(float64(1.0))
+            self.factor, self.first = 3.0, TwoLayers()
+            self.first.calls = 0
+
+        @go.custom_backward(rule)
+        def forward(self, x):
+            return x * self.scale * self.factor
+
+    model, x = Ruled(), float64(2.0)
+    monkeypatch.setattr(inspect, "getattr_static", asked)
+    model(x).backward()
+    exactly(x.grad, float64(1.0, grad=False))
 
 
 def test_submodule_parameter_is_answered_by_its_dotted_name():
