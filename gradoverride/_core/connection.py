@@ -195,8 +195,6 @@ class _Passing:
     def _pass_on(self, ready: list[Connection]) -> None:
         for connection in ready:
             connection._waits_for = None
-        if not ready:
-            return
         ends = [connection._end if connection._anew is None else connection._anew() for connection in ready]
         arrived = [self.grads.pop(connection) for connection in ready]
         open_ends = [(end, grad) for end, grad in zip(ends, arrived, strict=True) if end.requires_grad]

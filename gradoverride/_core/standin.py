@@ -169,11 +169,10 @@ def stand_in(
     children: dict[str, nn.Module | None] = {}
     for name, child in state["_modules"].items():
         path = f"{prefix}{name}."
-        if child is None:
-            children[name] = None
-        elif name == "parametrizations":
+        replaced = any(key.startswith(path) for key in (*tensors, *changes))
+        if name == "parametrizations":
             children[name] = _parametrizations(child, tensors, copied, prefix, path)
-        elif any(key.startswith(path) for key in (*tensors, *changes)) or (seen is not None and is_parametrized(child)):
+        elif replaced or (seen is not None and is_parametrized(child)):
             children[name] = stand_in(child, tensors, copied, path, changes, seen)
         else:
             children[name] = child

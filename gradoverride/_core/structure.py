@@ -177,10 +177,7 @@ def unchanged(spec: Any, leaves: Iterator[Any], value: Any) -> bool:
     keys, parts = _taken_apart(value)
     if keys != spec.keys or len(parts) != len(spec.parts):
         return False
-    for part, inner in zip(spec.parts, parts, strict=True):
-        if not (inner is next(leaves) if part is LEAF else unchanged(part, leaves, inner)):
-            return False
-    return True
+    return all([unchanged(part, leaves, inner) for part, inner in zip(spec.parts, parts, strict=True)])
 
 
 def alike(one: Any, other: Any) -> bool:

@@ -301,6 +301,16 @@ class TestMean:
             perturbed().mean(lambda *args: args[0])
         with pytest.raises(go.DecorationError, match=r"imle.mean: 'argmax' \(built in\) must have a first parameter"):
             imle(1.0).mean(torch.argmax)
+
+    def test_a_method_is_refused(self):
+        class Solver:
+            def solve(self, scores):
+                return scores
+
+        with pytest.raises(go.DecorationError, match=r"imle.mean: 'solve' \(.*\) must be a function; it is a method"):
+            imle(1.0).mean(Solver.solve)
+
+    def test_what_has_no_floating_argument_is_refused(self):
         with pytest.raises(go.DecorationError, match="must have floating tensors in its argument 'x'"):
             imle(1.0).mean(lambda x: x)(torch.tensor([1, 2]))
 

@@ -157,6 +157,15 @@ def test_arguments_that_want_no_gradient():
     closely(found, features @ torch.linalg.solve(matrix, torch.ones(3, dtype=torch.float64)))
 
 
+def test_a_first_guess_that_alone_wants_a_gradient_gets_none_and_nothing_is_solved():
+    def residual(w, features, target):
+        raise AssertionError("it is asked")
+
+    features, target, start = noise(20, 3, grad=False), noise(20, grad=False), noise(3)
+    found = go.custom_backward(implicit_root(residual))(ridge)(features, target, float64(1.5, grad=False), start)
+    assert torch.autograd.grad(found.sum(), start, allow_unused=True) == (None,)
+
+
 # --- structures
 
 

@@ -256,13 +256,22 @@ def test_forward_may_write_into_a_list_that_it_was_passed():
     assert log == ["called"]
 
 
-def test_forward_that_changes_a_container_of_tensors_that_want_a_gradient_is_refused():
-    def grows(xs):
-        xs.append(2 * xs[0])
-        return xs[0] + xs[1]
+def grows(xs):
+    xs.append(xs[0])
+    return xs[0][0] * 3
 
-    with pytest.raises(go.ForwardResultError, match=r"grows.*'xs'.*Return what is new instead, or detach\(\)"):
-        go.custom_backward(lambda grad_output: [7 * grad_output])(grows)([float64(1.0)])
+
+def has_a_tuple_now(xs):
+    xs[0] = tuple(xs[0])
+    return xs[0][0] * 3
+
+
+@pytest.mark.parametrize("forward", [grows, has_a_tuple_now])
+def test_forward_that_changes_a_container_of_tensors_that_want_a_gradient_is_refused(forward):
+    with pytest.raises(
+        go.ForwardResultError, match=rf"{forward.__name__}.*'xs'.*Return what is new instead, or detach"
+    ):
+        go.custom_backward(lambda grad_output: [[7 * grad_output]])(forward)([[float64(1.0)]])
 
 
 def keeps_a_state(x, state):
@@ -677,10 +686,23 @@ def test_attribute_that_is_no_part_round_trips(build, compiling):
     assert type(result) is type(build(x))
 
 
-def test_default_of_a_dict_round_trips():
-    result = go.custom_backward(lambda grad_output: grad_output["y"])(lambda x: collections.defaultdict(list, y=2 * x))(
-        float64(1.0)
-    )
+class Defaults(collections.defaultdict):
+    """One of the user's own, with an attribute."""
+
+    note = ""
+
+
+@pytest.mark.parametrize("kind", [collections.defaultdict, Defaults])
+def test_default_of_a_dict_round_trips(kind):
+    def doubled(x):
+        made = kind(list, y=2 * x)
+        if kind is Defaults:
+            made.note = "set"
+        return made
+
+    result = go.custom_backward(lambda grad_output: grad_output["y"])(doubled)(float64(1.0))
+    assert type(result) is kind
+    assert getattr(result, "note", "set") == "set"
     assert result["missing"] == []
 
 

@@ -1301,6 +1301,26 @@ def test_module_with_slots_keeps_them_before_the_rule_and_what_the_forward_puts_
     assert not hasattr(module, "empty")
 
 
+def test_slot_that_the_forward_empties_is_empty():
+    class Once(nn.Module):
+        __slots__ = ("factor",)
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(2.0))
+            self.factor = 3.0
+
+        @go.custom_backward(lambda grad_output, x, weight: {"x": grad_output * weight, "weight": grad_output * x})
+        def forward(self, x):
+            factor = self.factor
+            del self.factor
+            return x * self.weight * factor
+
+    module = Once()
+    exactly(module(float64(1.0)), float64(6.0, grad=False))
+    assert not hasattr(module, "factor")
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_slots_are_there_in_the_forward_and_in_the_rule_in_compiled_code_too(compiled):
     class Scaled(nn.Module):

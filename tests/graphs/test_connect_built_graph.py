@@ -515,6 +515,25 @@ def test_pass_after_a_failed_one():
     closely(x.grad, leaf.detach().exp())
 
 
+def test_pass_after_one_that_failed_on_its_way():
+    def fails(_):
+        raise RuntimeError("on the way")
+
+    x = noise(3)
+    first, second = leaf_of(x), leaf_of(x)
+    answers = iter([fails, lambda g: g])
+    go.connect_(first, x, lambda g: g)
+    go.connect_(second, first * 2, lambda g: next(answers)(g))
+    loss = (second * 3).sum()
+    with pytest.raises(RuntimeError, match="on the way"):
+        loss.backward(retain_graph=True)
+    assert x.grad is None
+    (first * 5).sum().backward()
+    closely(x.grad, torch.full_like(x, 5))
+    loss.backward()
+    closely(x.grad, torch.full_like(x, 11))
+
+
 def test_shared_graph_must_be_kept():
     def build():
         x = noise(3)
