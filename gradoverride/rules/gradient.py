@@ -349,7 +349,7 @@ def _scales(grads: list[Tensor], dim: Any) -> list[Tensor]:
     """What each is to be divided by before it is squared: 1, or its largest value where the square of that would not be
     finite, or have too few digits. Without `dim` one for all.
     """
-    if torch.compiler.is_dynamo_compiling() or not in_batched_autograd():  # which detaches nothing
+    if not in_batched_autograd():  # which detaches nothing
         grads = [grad.detach() for grad in grads]
     sizes = [torch.linalg.vector_norm(grad, math.inf, dim=dim, keepdim=dim is not None) for grad in grads]
     limits = [torch.finfo(size.dtype) for size in sizes]

@@ -134,6 +134,8 @@ def in_batched_autograd(*tensors: torch.Tensor) -> bool:
     It tells its depth by its changes alone. Without them the answer is no, and what then looks at values raises; so do
     `tensors` of a batch, for that vmap cannot detach them.
     """
+    if torch.compiler.is_dynamo_compiling():  # which would take the changes into its graph
+        return False
     deeper = getattr(torch._C, "_vmapmode_increment_nesting", None)
     if deeper is None:
         for tensor in tensors:
