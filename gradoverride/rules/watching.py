@@ -53,10 +53,10 @@ class scrub(Untraced):
         return sum(int(count) for count in self._counts.values())
 
     def untraced(self, grad: Tensor) -> Tensor:
-        _refuse_batch(self)
         return of_values(self._scrubbed, grad)
 
     def _scrubbed(self, grad: Tensor) -> Tensor:
+        _refuse_batch(self, grad)
         wrong = grad.isfinite().logical_not()
         # Plain numbers, which outlive the transforms (`vmap`, `grad`) around this.
         found = debug_unwrap(debug_unwrap(wrong).sum())
@@ -105,7 +105,7 @@ class check_finite:
         return result
 
     def untraced(self, grad: Tensor, place: str) -> Tensor:
-        _refuse_batch(self)
+        _refuse_batch(self, grad)
         plain = debug_unwrap(grad).detach()
         if not bool(plain.sum().isfinite()):  # in one pass: no sum is finite that has nan or inf in it
             self._refuse(plain, place)
@@ -154,7 +154,7 @@ class observe(Untraced):
         check_function("observe", "callback", self.callback, 1, "a function of one tensor")
 
     def untraced(self, grad: Tensor) -> Tensor:
-        _refuse_batch(self)
+        _refuse_batch(self, grad)
         self.callback(grad.detach())
         return grad
 
@@ -162,8 +162,8 @@ class observe(Untraced):
         return f"observe({printed(self.callback)})"
 
 
-def _refuse_batch(rule: Any) -> None:
-    if in_batched_autograd():
+def _refuse_batch(rule: Any, grad: Tensor) -> None:
+    if in_batched_autograd(grad):
         raise UnsupportedError(
             f"{type(rule).__name__}: a gradient must have values to look at; torch.autograd shows a batch of gradients "
             "at once (is_grads_batched, vectorize=True), which has none. Ask for one after the other, or use "

@@ -43,6 +43,7 @@ REFUSED = (
     "must not be compiled inside of a checkpoint, or of other hooks on saved tensors",  # which cannot be told
     "and that cannot be looked at where it is traced",  # torch's older vmap, of torch.autograd.functional
     "Batching rule not implemented",  # the same, of gradients that are differentiated again: an error of torch's own
+    "Batching rule not implemented for aten::detach",  # the same
     "it must be made outside of the code that is compiled",  # in an error of torch's own then
     "offers 'args', 'kwargs'",  # an operator of torch.library.custom_op, whose function is not known
     "is a view and is being modified inplace",  # whose it is cannot be told
