@@ -150,6 +150,8 @@ def step_of(plan: Plan, layout: Layout, arguments: Any, changed: Any, differenti
     known = [*tensors_known(plan.fn), *tensors_known(plan.rule.fn)]
 
     def step(*given: Any) -> tuple[Tensor, ...]:
+        if plan.forward_may_write:  # and has done so, as Dynamo saw
+            given = tuple([one.clone() if isinstance(one, Tensor) else one for one in given])
         inputs: Iterator[Any] = iter(given)
         receiver = next(inputs) if plan.takes_receiver else None
         values = [unflatten(spec, inputs) for spec in specs]
@@ -197,16 +199,21 @@ def _parts(receiver: nn.Module | None) -> Iterable[tuple[str, nn.Module]]:
 
 @contextlib.contextmanager
 def _unchanged(receiver: nn.Module | None) -> Iterator[None]:
-    """A context after which the attributes of a module are as before: Dynamo has seen how they change."""
+    """A context for what Dynamo has seen already: what is set on a module there, and written into its buffers, is gone
+    after it.
+    """
     parts = [part for _, part in _parts(receiver)]
-    before = [dict(part.__dict__) for part in parts]
+    before = [(dict(part.__dict__), dict(part._buffers)) for part in parts]
+    for part in parts:
+        part._buffers.update({name: one if one is None else one.clone() for name, one in part._buffers.items()})
     try:
         yield
     finally:
-        for part, attributes in zip(parts, before, strict=True):
+        for part, (attributes, buffers) in zip(parts, before, strict=True):
             for name in part.__dict__.keys() - attributes.keys():
                 del part.__dict__[name]
             part.__dict__.update(attributes)
+            part._buffers.update(buffers)
 
 
 _noted: list[GradOverrideError] = []

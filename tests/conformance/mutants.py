@@ -57,8 +57,8 @@ MUTANTS = [
     Mutant(
         "a missing detach: a parameter that is returned becomes the output of the node",
         "_core/function.py",
-        "    alias = tensor.detach()\n",
-        "    alias = tensor\n",
+        "has_memory_alone(tensor)\n    alias = tensor.detach()\n",
+        "has_memory_alone(tensor)\n    alias = tensor\n",
         "(call: result is a parameter|autograd: accumulation)",
     ),
     Mutant(
