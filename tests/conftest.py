@@ -10,3 +10,11 @@ collect_ignore = ["core/fallbacks.py"]
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Dynamo knows nothing before, and nothing is left of what it has compiled."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

@@ -97,11 +97,11 @@ class Call:
 
     __slots__ = tuple(__annotations__)
 
-    def __init__(self, plan: Plan, layout: Layout, mode: str, rule: Any = None) -> None:
+    def __init__(self, plan: Plan, layout: Layout, mode: str, rule: Any = None, opaque: bool = False) -> None:
         self.plan = plan
         self.layout = layout
         self.mode = mode
-        self.opaque = False
+        self.opaque = opaque
         self.rule = plan.rule.fn if rule is None else rule
         self.names = layout.names
         self.groups = layout.groups

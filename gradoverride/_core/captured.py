@@ -23,6 +23,7 @@ from gradoverride._core.private.dynamo import fail, note_while_tracing, take_not
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.private.transforms import has_tangent
 from gradoverride._core.reach import SCALARS
+from gradoverride._core.tensors import is_tensor
 from gradoverride.errors import CapturedTensorError
 
 __all__ = [
@@ -174,9 +175,9 @@ def tensors_known(fn: Any) -> list[str]:
     """The names under which `fn` reaches tensors without being given them, with a gradient or without."""
     found: list[tuple[str, Tensor]] = []
     if scan.python_function(fn) is not fn:  # an object that is called
-        found += tensors_in(f"'{type(fn).__name__}'", fn, depth=2, objects=True, counts=lambda tensor: True)
+        found += tensors_in(f"'{type(fn).__name__}'", fn, depth=2, objects=True, counts=is_tensor)
     for name, value in _names(fn, helpers=True):
-        found += tensors_in(f"'{name}'", value, depth=2, objects=True, counts=lambda tensor: True)
+        found += tensors_in(f"'{name}'", value, depth=2, objects=True, counts=is_tensor)
     return [name for name, _ in found]
 
 

@@ -27,10 +27,10 @@ from gradoverride._core.inner_graph import inner_graph
 from gradoverride._core.kept_graph import KeptGraph, outer_of
 from gradoverride._core.layout import Layout
 from gradoverride._core.module_then import keep_module
-from gradoverride._core.opaque_call import NoGraph, call_opaque, changed_before_opaque, looked_through, refuse_opaque
+from gradoverride._core.opaque_call import NoGraph, call_opaque, looked_through, refuse_opaque, refuse_unless_opaque
 from gradoverride._core.params import find_params
 from gradoverride._core.plan import Plan
-from gradoverride._core.private.dynamo import fail, keep_own_frames_whole
+from gradoverride._core.private.dynamo import changed_while_tracing, fail, keep_own_frames_whole
 from gradoverride._core.private.modes import in_modes
 from gradoverride._core.private.tensors import counted_once, version_of
 from gradoverride._core.private.transforms import forward_mode_depth, in_forward_ad, in_functorch
@@ -65,9 +65,10 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
     if mode == TRANSFORMED and plan.marked:
         note_rule(plan.rule)
     opaque = mode == TRACED and in_functorch()
-    changed = changed_before_opaque(plan, receiver, rule) if opaque else None
-    call = Call(plan, layout, mode, rule)
-    call.opaque = opaque
+    if opaque:
+        refuse_unless_opaque(plan, receiver, rule)
+    changed = changed_while_tracing() if opaque else None
+    call = Call(plan, layout, mode, rule, opaque)
     leaves = call.take_apart(values)
     if isinstance(receiver, nn.Module) and "_is_replica" in receiver.__dict__:
         receiver = with_parameters(receiver)

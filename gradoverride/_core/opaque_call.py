@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gradoverride._core import scan
 from gradoverride._core.ambient import RandomState, here
 from gradoverride._core.captured import tensors_known
-from gradoverride._core.private.dynamo import as_dynamo_hands_on, changed_while_tracing, fail
+from gradoverride._core.private.dynamo import as_dynamo_hands_on, fail
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten
 from gradoverride._core.tensors import is_tensor
@@ -32,18 +32,17 @@ if TYPE_CHECKING:
     from gradoverride._core.plan import Plan
     from gradoverride._core.saver import Saver
 
-__all__ = ["NoGraph", "call_opaque", "looked_through", "refuse_opaque", "changed_before_opaque", "step_of"]
+__all__ = ["NoGraph", "call_opaque", "looked_through", "refuse_opaque", "refuse_unless_opaque", "step_of"]
 
 
-def changed_before_opaque(plan: Plan, receiver: Any, rule: Any) -> Any:
-    """What the code that is traced has changed by now, or the error for a call that cannot be one step of the graph."""
+def refuse_unless_opaque(plan: Plan, receiver: Any, rule: Any) -> None:
+    """Raise the error for a call that cannot be one step of the graph."""
     if rule is not None:
         refuse_opaque(plan, "its rule is made in the code that is traced")
     if receiver is not None and not isinstance(receiver, nn.Module):
         refuse_opaque(plan, "its object is no module, whose tensors the step would be given")
     if any([mark not in here.quiet for mark in here.active]):
         refuse_opaque(plan, "rules of functions are in force around it, which are not within a step")
-    return changed_while_tracing()
 
 
 def refuse_opaque(plan: Plan, why: str) -> NoReturn:

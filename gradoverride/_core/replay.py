@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gradoverride._core.plan import Plan
     from gradoverride._core.saver import Saver
 
-__all__ = ["Replay"]
+__all__ = ["Replay", "replayable"]
 
 
 @contextlib.contextmanager

@@ -21,17 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradoverride as go
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*should not be instantiated:DeprecationWarning",  # Dynamo's own doing, for any Function
-    "ignore:.*torch.jit.*:DeprecationWarning",  # inductor's
-)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def seven_times(grad_output):

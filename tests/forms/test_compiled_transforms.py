@@ -14,17 +14,7 @@ from torch.nn import functional as F
 
 import gradoverride as go
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*should not be instantiated:DeprecationWarning",  # Dynamo's own doing, for any Function
-    "ignore:.*torch.jit.*:DeprecationWarning",  # inductor's
-)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def compiled(function, **options):
@@ -297,7 +287,7 @@ class Counting(nn.Module):
         return x * 2
 
 
-class CountingInABuffer(nn.Module):  # by itself: torch 2.13 loses the write where an attribute is set too
+class CountingInABuffer(nn.Module):  # alone: torch 2.13 loses the write where an attribute is set too
     def __init__(self):
         super().__init__()
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
@@ -312,7 +302,7 @@ class CountingInABuffer(nn.Module):  # by itself: torch 2.13 loses the write whe
 def test_what_a_forward_counts_is_counted_once_a_call(kind):
     module, batch = kind(), noise(4, 3, grad=False)
     run = compiled(vmap(lambda x: module(x)))
-    for calls in (1, 2, 3):
+    for calls in range(1, 6):  # in a later one the number is no constant any more
         exactly(run(batch), 2 * batch)
         assert int(module.calls) == calls
 

@@ -287,6 +287,21 @@ MODEL = st.lists(st.one_of(STEP, STEP, st.lists(STEP, min_size=1, max_size=3)), 
 LAYER = st.lists(st.tuples(st.sampled_from(sorted(TARGETS)), st.sampled_from(list(EFFECTS))), min_size=1, max_size=3)
 
 
+@contextlib.contextmanager
+def overridden(model, overrides):
+    """`model` under these, one in the other: gives its twin by hand, and what removes them all."""
+    layers = []
+    twin = Twin(copy.deepcopy(model), layers)
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore", go.GradOverrideWarning)  # a rule of a function may have no calls
+        for entries in overrides:
+            targets, layer = layer_of(twin.model, entries)
+            if targets:
+                stack.enter_context(go.override(model, targets))
+                layers.append(layer)
+        yield twin, stack.close
+
+
 def layer_of(model, entries):
     """The rules for `override`, and which of them win what: by module, and by function."""
     rules, modules, functions = {}, {}, {}
@@ -318,16 +333,8 @@ def test_gradients_of_random_models_are_those_of_hand_written_ones(name, steps, 
     model = Model(steps).double()
     x = torch.linspace(-1.5, 2, 6, dtype=torch.float64).view(2, 3).requires_grad_()
     expected = gradients(model, x)
-    layers = []
-    twin = Twin(copy.deepcopy(model), layers)
-    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-        warnings.simplefilter("ignore", go.GradOverrideWarning)  # a rule of a function may have no calls
-        for entries in overrides:
-            targets, layer = layer_of(twin.model, entries)
-            if targets:
-                stack.enter_context(go.override(model, targets))
-                layers.append(layer)
-        found = environment(model, x, remove=stack.close)
+    with overridden(model, overrides) as (twin, remove):
+        found = environment(model, x, remove=remove)
         closely(found, of_twin(twin.model, x, run=twin))
     closely(gradients(model, x), expected)
 
@@ -416,15 +423,7 @@ def test_gradients_of_random_models_hold_in_several_environments_at_once(end, st
     torch.manual_seed(0)
     model = Model(steps).double()
     x = torch.linspace(-1.5, 2, 6, dtype=torch.float64).view(2, 3).requires_grad_()
-    layers = []
-    twin = Twin(copy.deepcopy(model), layers)
-    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-        warnings.simplefilter("ignore", go.GradOverrideWarning)  # a rule of a function may have no calls
-        for entries in overrides:
-            targets, layer = layer_of(twin.model, entries)
-            if targets:
-                stack.enter_context(go.override(model, targets))
-                layers.append(layer)
+    with overridden(model, overrides) as (twin, _):
         if copied:
             model = copy.deepcopy(model)
         run = model

@@ -15,17 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import gradoverride as go
 from overrides.models import Branching, doubled, gradient, guided, guided_by_hand, mlp, negated
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*should not be instantiated:DeprecationWarning",  # Dynamo's own doing, for any Function
-    "ignore:.*torch.jit.*:DeprecationWarning",  # inductor's
-)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.fixture
