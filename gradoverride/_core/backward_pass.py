@@ -249,6 +249,8 @@ class Backward:
     def _with_own(self, answered: dict[str, Tensor | None]) -> tuple[Gradients, Gradients]:
         """The gradients of all parameters, and what flows on into torch's own graph."""
         call = self.call
+        if not call.params:
+            return [], [None] * call.n_outs
         results = {**self.own, **answered}
         left = [index for index, param in enumerate(call.aliased) if param.name not in results]
         natural = [param for param in call.natural if param.name not in results]

@@ -22,7 +22,7 @@ from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.function import alias_function
 from gradoverride._core.held import refuse_within
 from gradoverride._core.plan import Plan
-from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.dynamo import fail, forward_mode_around, transformed_while_tracing
 from gradoverride._core.private.engine import fast_apply
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.private.modes import any_autocast
@@ -230,7 +230,7 @@ def _edit_traced(x: Any, rule: Any) -> Any:
     autocast: tuple[tuple[str, torch.dtype | None], ...] = ()
     if names is None:
         names = _names_of_value(rule)
-        if names is None or not is_differentiable(x) or in_functorch() or exporting():
+        if names is None or not is_differentiable(x) or _otherwise():
             return _general(kept_plan(_name_of_plan(*unbound(rule))), x, rule)
         if not (x.requires_grad and _grad_enabled()):
             return x
@@ -241,7 +241,13 @@ def _edit_traced(x: Any, rule: Any) -> Any:
 @evaluated_while_tracing
 def _names_asked(code: CodeType) -> tuple[str, ...] | None:
     """By which names a function of this code asks for the value; None if it asks for more, or any call is special."""
-    return None if in_functorch() or exporting() or autocast_while_tracing() else _names_in(code)
+    return None if _otherwise() or autocast_while_tracing() else _names_in(code)
+
+
+@evaluated_while_tracing
+def _otherwise() -> bool:
+    """Whether it is traced in a transform, or for an export."""
+    return transformed_while_tracing() or forward_mode_around() or exporting()
 
 
 @evaluated_while_tracing

@@ -2,7 +2,8 @@
 
 If a rule maps grad_output to J^H grad_output, differentiating <rule(g), v> with respect to g gives J v, at any g but
 zero, where a linear rule may branch. A rule that is not linear (a clip, a normalisation) has no transpose, and is
-refused; so is one whose derivative autograd does not know (it detaches).
+refused; so is one whose derivative autograd does not know (it detaches). That is seen by values. What is traced checks
+it when it runs: the check is a part of the graph.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 from torch.func import debug_unwrap
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 
 from gradoverride._core.ambient import Autocast
 from gradoverride._core.contract import Meta
 from gradoverride._core.precision import wide
 from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.modes import has_no_values, require_in_graph
 from gradoverride._core.private.tensors import hooks_on_saved
 from gradoverride._core.private.transforms import in_batched_autograd
 from gradoverride.errors import UnsupportedError
@@ -33,8 +35,6 @@ _TF32 = (torch.float32, torch.complex64)
 
 def transpose(gradients: Gradients, metas: Sequence[Meta], tangents: Sequence[Tensor | None], who: str) -> list[Tensor]:
     """The tangents of the results, for `tangents` of the inputs whose gradients `gradients(*grad_outputs)` gives."""
-    if get_proxy_mode() is not None:
-        _refuse_traced(who)
     if hooks_on_saved() is not None:  # torch.func would fail, and name what the user did not call
         fail(
             UnsupportedError,
@@ -126,12 +126,12 @@ def _check_sum(
     finite = torch.isfinite(got) & torch.isfinite(expected)  # where it is too large, nothing can be said
     size = torch.stack([term.abs().where(finite, 0.0).amax() for term in (expected, *terms[1:])]).amax()
     tolerance = roundings.relative * size + roundings.absolute / abs(scale) + noise
-    if _any(((got - expected).abs() > tolerance) & finite, who):
-        fail(
-            UnsupportedError,
-            f"{who} must be linear in the gradient for forward mode (jvp, jacfwd, hessian), which is its "
-            "transpose; it is not. Use reverse mode, or a rule that is linear",
-        )
+    _require(
+        (((got - expected).abs() <= tolerance) | ~finite).all(),
+        f"{who} must be linear in the gradient for forward mode (jvp, jacfwd, hessian), which is its transpose; it is "
+        "not. Use reverse mode, or a rule that is linear",
+        who,
+    )
 
 
 @torch.no_grad()
@@ -152,13 +152,13 @@ def _check_derivative(
     sizes = [wide(each).abs().amax().to(device) for each in tangents if each is not None and each.numel()]
     noise = 16 * roundings.eps * torch.stack(sizes).amax() if sizes else 0.0
     absolute = (roundings.absolute + noise) * sum(terms.numel() for terms in (*left, *right))
-    if _any(gap.abs() > 2 * roundings.relative * size + absolute, who):
-        fail(
-            UnsupportedError,
-            f"{who} must compute with the gradient what autograd differentiates for forward mode (jvp, jacfwd, "
-            "hessian), which is its transpose; its derivative is not what it does, as where it detaches the gradient. "
-            "Use reverse mode, or a rule that is differentiable",
-        )
+    _require(
+        ~(gap.abs() > 2 * roundings.relative * size + absolute),  # of what is not finite nothing can be said
+        f"{who} must compute with the gradient what autograd differentiates for forward mode (jvp, jacfwd, hessian), "
+        "which is its transpose; its derivative is not what it does, as where it detaches the gradient. Use reverse "
+        "mode, or a rule that is differentiable",
+        who,
+    )
 
 
 def _terms(a: Tensor | None, b: Tensor | None, device: torch.device) -> Tensor:
@@ -169,19 +169,30 @@ def _terms(a: Tensor | None, b: Tensor | None, device: torch.device) -> Tensor:
     return (product.real if product.is_complex() else product).to(device)
 
 
-def _any(wrong: Tensor, who: str) -> bool:
-    try:
-        # The plain tensor under all transforms: vmap forbids to look at values.
-        return bool(debug_unwrap(wrong).any())
-    except RuntimeError:  # there are no values to look at
-        _refuse_traced(who)
+def _require(holds: Tensor, text: str, who: str) -> None:
+    """Raise this error if it does not hold, and have a graph that is traced raise it when it runs."""
+    plain = debug_unwrap(holds).all()  # under all transforms: vmap forbids to look at values
+    traced = has_no_values([plain])
+    if not traced:
+        try:
+            with disable_proxy_modes_tracing():
+                held = bool(plain)
+        except RuntimeError:  # torch's older vmap
+            _refuse_unseen(who)
+        if not held:
+            fail(UnsupportedError, text)
+        traced = get_proxy_mode() is not None
+    if traced:
+        if require_in_graph is None:
+            _refuse_unseen(who)
+        require_in_graph(plain, text)
 
 
-def _refuse_traced(who: str) -> NoReturn:
+def _refuse_unseen(who: str) -> NoReturn:
     fail(
         UnsupportedError,
-        f"{who} must be linear in the gradient for forward mode, and that cannot be looked at where it is traced, as "
-        "torch.func.linearize does. Use reverse mode there",
+        f"{who} must be linear in the gradient for forward mode, and that cannot be looked at where it is traced, or "
+        "computed for a batch at once by torch.autograd.functional. Use reverse mode there",
     )
 
 

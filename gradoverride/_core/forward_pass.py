@@ -30,7 +30,13 @@ from gradoverride._core.module_then import keep_module
 from gradoverride._core.opaque_call import NoGraph, call_opaque, looked_through, refuse_opaque, refuse_unless_opaque
 from gradoverride._core.params import find_params
 from gradoverride._core.plan import Plan
-from gradoverride._core.private.dynamo import changed_while_tracing, fail, keep_own_frames_whole
+from gradoverride._core.private.dynamo import (
+    changed_while_tracing,
+    fail,
+    forward_mode_around,
+    keep_own_frames_whole,
+    transformed_while_tracing,
+)
 from gradoverride._core.private.modes import in_modes
 from gradoverride._core.private.tensors import counted_once, version_of
 from gradoverride._core.private.transforms import forward_mode_depth, in_forward_ad, in_functorch
@@ -64,7 +70,7 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
         return plan.undecorated(layout, receiver, values)
     if mode == TRANSFORMED and plan.marked:
         note_rule(plan.rule)
-    opaque = mode == TRACED and in_functorch()
+    opaque = mode == TRACED and transformed_while_tracing()
     if opaque:
         refuse_unless_opaque(plan, receiver, rule)
     changed = changed_while_tracing() if opaque else None
@@ -104,7 +110,7 @@ def tie(plan: Plan, layout: Layout, values: Sequence[Any], result: Any, rule: An
     mode = _mode(plan, tracer_now(values))
     if mode is None:
         return result
-    if mode == TRACED and in_functorch():
+    if mode == TRACED and transformed_while_tracing():
         refuse_opaque(plan, "it has its result from elsewhere")
     call = Call(plan, layout, mode, rule)
     leaves = call.take_apart(values)
@@ -114,14 +120,20 @@ def tie(plan: Plan, layout: Layout, values: Sequence[Any], result: Any, rule: An
 
 def _mode(plan: Plan, tracer: str | None) -> str | None:
     """How a call is to be run; None where no gradient is wanted, or `tracer` records the forward alone."""
-    transformed = in_functorch() or in_forward_ad()
+    tracing = torch.compiler.is_dynamo_compiling()
+    transformed = transformed_while_tracing() if tracing else in_functorch() or in_forward_ad()
     if not transformed and not torch.is_grad_enabled():
         return None
-    if torch.compiler.is_dynamo_compiling():
+    if tracing:
         keep_own_frames_whole()
         plan.note_trace()
-        if in_forward_ad():
-            refuse_opaque(plan, "in forward mode it is seen by values whether its rule is linear")
+        if forward_mode_around():
+            fail(
+                UnsupportedError,
+                f"{plan.forward.who} is compiled, and called in forward mode that was entered around the compiled "
+                "code, which torch does not differentiate there. Enter it in the code that is compiled, or leave that "
+                "uncompiled",
+            )
         mode = TRACED
     elif not transformed:
         mode = EAGER

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from gradoverride._core import scan
 from gradoverride._core.ambient import RandomState, here
 from gradoverride._core.captured import tensors_known
-from gradoverride._core.private.dynamo import as_dynamo_hands_on, fail
+from gradoverride._core.private.dynamo import as_dynamo_hands_on, fail, forward_mode_while_tracing
 from gradoverride._core.private.marks import evaluated_while_tracing
+from gradoverride._core.private.transforms import at_dual_level, dual_levels, tells_level
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten
 from gradoverride._core.tensors import is_tensor
 from gradoverride.errors import GradOverrideError, UnsupportedError
@@ -43,6 +44,8 @@ def refuse_unless_opaque(plan: Plan, receiver: Any, rule: Any) -> None:
         refuse_opaque(plan, "its object is no module, whose tensors the step would be given")
     if any([mark not in here.quiet for mark in here.active]):
         refuse_opaque(plan, "rules of functions are in force around it, which are not within a step")
+    if not tells_level and forward_mode_while_tracing():
+        refuse_opaque(plan, "it would not know that it is in forward mode")
 
 
 def refuse_opaque(plan: Plan, why: str) -> NoReturn:
@@ -87,12 +90,14 @@ class _Saved:
 
 
 def looked_through(call: Call, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What the Function of `call` would give; its rule is run too."""
+    """What the Function of `call` would give; its rule is run too, and the user's own forward mode."""
     if call.copies:
         refuse_opaque(call.plan, "its forward writes into its argument, which would not be the step's result")
     results = call.results(inputs)
     saved = _Saved(call.tensors_to_save(inputs, results))
     call.backward(saved, [torch.zeros_like(result) for result in results])
+    if call.plan.jvp is not None and forward_mode_while_tracing():
+        call.jvp(saved, [torch.zeros_like(one) for one in inputs])
     return results
 
 
@@ -145,8 +150,10 @@ def step_of(plan: Plan, layout: Layout, arguments: Any, changed: Any, differenti
     """
     specs = [_as_spec(constant) for constant in arguments]
     modules, names = changed
-    stale = [name for name in names if scan.mentions(plan.fn, name) or scan.mentions(plan.rule.fn, name)]
-    known = [*tensors_known(plan.fn), *tensors_known(plan.rule.fn)]
+    functions = [plan.fn, plan.rule.fn, *([] if plan.jvp is None else [plan.jvp.fn])]
+    stale = [name for name in names if any(scan.mentions(fn, name) for fn in functions)]
+    known = [found for fn in functions for found in tensors_known(fn)]
+    level = dual_levels._current_level
 
     def step(*given: Any) -> tuple[Tensor, ...]:
         if plan.forward_may_write:  # and has done so, as Dynamo saw
@@ -158,7 +165,7 @@ def step_of(plan: Plan, layout: Layout, arguments: Any, changed: Any, differenti
         stale.extend([f"self.{prefix}" for prefix, part in _parts(receiver) if id(part) in modules])
         random = RandomState()
         try:
-            with _unchanged(receiver):
+            with _unchanged(receiver), at_dual_level(level):
                 flatten(differentiate(plan, layout, receiver, values), is_tensor, found)
             if stale:
                 refuse_opaque(plan, f"the code that is traced has changed '{stale[0].rstrip('.')}', which it reads")

@@ -38,7 +38,7 @@ class Saver:
         if call.unsettled:
             settle_params(call, residuals)
         own = {name: index for index, param in enumerate(call.params) for name in param.names}
-        sources = {**plan.jvp_sources, **plan.sources} if call.mode == TRANSFORMED else plan.sources
+        sources = {**plan.jvp_sources, **plan.sources} if call.mode == TRANSFORMED or call.opaque else plan.sources
         for name, source in sources.items():
             if source == "argument":
                 self._ask_argument(name, values)

@@ -177,7 +177,8 @@ def unchanged(spec: Any, leaves: Iterator[Any], value: Any) -> bool:
     keys, parts = _taken_apart(value)
     if keys != spec.keys or len(parts) != len(spec.parts):
         return False
-    return all([unchanged(part, leaves, inner) for part, inner in zip(spec.parts, parts, strict=True)])
+    pairs = zip(spec.parts, parts, strict=True)
+    return all([inner is next(leaves) if part is LEAF else unchanged(part, leaves, inner) for part, inner in pairs])
 
 
 def alike(one: Any, other: Any) -> bool:

@@ -16,9 +16,8 @@ from gradoverride._core.ambient import TRACED, autocast_while_tracing
 from gradoverride._core.fast import FittingClasses, is_number
 from gradoverride._core.layout import Layout
 from gradoverride._core.plan import Plan
-from gradoverride._core.private.dynamo import keep_own_frames_whole
+from gradoverride._core.private.dynamo import forward_mode_around, keep_own_frames_whole, transformed_while_tracing
 from gradoverride._core.private.marks import evaluated_while_tracing
-from gradoverride._core.private.transforms import in_functorch
 from gradoverride._core.reach import SCALARS
 from gradoverride._core.short_function import ShortFunction
 
@@ -50,7 +49,8 @@ class TracedPath:
             if not plan.rule_code.is_arithmetic and autocast_while_tracing():
                 return False
             known = plan.reach is None or (plan.reach.holds() and (not plan.takes_receiver or fitting[receiver]))
-            return known and not in_functorch() and not torch.compiler.is_exporting()
+            usual = not (transformed_while_tracing() or forward_mode_around() or torch.compiler.is_exporting())
+            return known and usual
 
         names.update(self.function.globals())
         names.update(

@@ -30,7 +30,7 @@ import torch
 from gradoverride._core.fast import Runs, ShortPath, guessed_places, is_plain
 from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.plan import Plan
-from gradoverride._core.private.marks import COMPILED_MARKS, written_as
+from gradoverride._core.private.marks import COMPILED_MARKS, OF_NO_MODULE, written_as
 from gradoverride._core.private.transforms import IN_FORWARD_AD, dual_levels, in_functorch
 from gradoverride._core.reach import SCALARS
 from gradoverride._core.signature import POSITIONAL
@@ -49,6 +49,7 @@ def make_wrapper(plan: Plan, original: Any, as_function: Any = None) -> Function
     """
     general, runs = _make_paths(plan)
     names: dict[str, Any] = {
+        "__name__": OF_NO_MODULE,
         "_go_compiling": torch.compiler.is_dynamo_compiling,
         "_go_fn": plan.fn,
         "_go_as_function": as_function,

@@ -70,11 +70,6 @@ REFUSALS = {
         "forward mode is the rule transposed, and a rule that is not linear has no transpose",
         "mathematics",
     ),
-    "traced forward mode": Refusal(
-        r"must be linear in the gradient for forward mode, and that cannot be looked at where .*Use reverse mode there",
-        "whether a rule is linear is seen by its values, and a tracer has none",
-        "torch.func.linearize traces",
-    ),
     "replayed without": Refusal(
         r"torch.utils.checkpoint: .*different",
         "torch replays the block after the override was left; what it saves then is something else, and torch says so",
@@ -95,11 +90,6 @@ REFUSALS = {
         "torch drops the backward of every autograd.Function there; a call is one step of the graph instead, which one "
         "cannot be that has its rule or its result from the code that is traced",
         "pytorch issue 193279",
-    ),
-    "compiled forward mode": Refusal(
-        r"in forward mode it is seen by values whether its rule is linear",
-        "whether a rule is linear is seen by values, and what is traced has none",
-        "torch.compile traces with fake tensors",
     ),
     "compiled twice": Refusal(
         r"double backward",

@@ -104,9 +104,16 @@ MUTANTS = [
         "transforms: jvp / override by glob",
     ),
     Mutant(
+        "nothing is required of a rule that is compiled in forward mode",
+        "_core/forward_mode.py",
+        "        require_in_graph(plain, text)\n",
+        "        pass\n",
+        "compile: compile\\(jvp\\) / override by glob",
+    ),
+    Mutant(
         "compiled transforms are let through",
         "_core/forward_pass.py",
-        "    opaque = mode == TRACED and in_functorch()\n",
+        "    opaque = mode == TRACED and transformed_while_tracing()\n",
         "    opaque = False\n",
         "compile: compile\\((func|vmap\\(g)",
     ),

@@ -49,6 +49,7 @@ REFUSED = (
     "is a view and is being modified inplace",  # whose it is cannot be told
     "must return each tensor that a gradient is to come back from",  # whether an input is behind it cannot be told
     "has no 'torch._dynamo.nonstrict_trace'",
+    "it would not know that it is in forward mode",
     "records the forward of",  # torch.func.linearize cannot be told from make_fx, so it is warned of
 )
 

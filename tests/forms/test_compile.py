@@ -6,6 +6,7 @@ Each gradient is one that autograd would not give, so that a rule which is dropp
 import collections
 import copy
 import dataclasses
+import functools
 import operator
 import typing
 
@@ -298,6 +299,20 @@ def test_compiled_function_that_is_decorated_afterwards(x):
         x.grad = None
         form(x).sum().backward()
         closely(x.grad, torch.full_like(x, 7.0))
+
+
+def test_decorated_function_that_is_wrapped_in_compiled_code(x):  # as jacfwd and jacrev do
+    decorated = go.custom_backward(seven_times)(halve)
+
+    def run(x):
+        @functools.wraps(decorated)
+        def wrapped(x):
+            return decorated(x)
+
+        return wrapped(x)
+
+    compiled(run)(x).sum().backward()
+    closely(x.grad, torch.full_like(x, 7.0))
 
 
 def test_dropout_below_a_compiled_vjp_has_the_mask_of_the_forward():

@@ -9,7 +9,9 @@ import pytest
 import torch
 from oracles import closely, exactly, float64, noise
 from torch import nn
-from torch.func import functional_call, grad, jvp, stack_module_state, vjp, vmap
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jvp, stack_module_state, vjp, vmap
 from torch.nn import functional as F
 
 import gradoverride as go
@@ -75,7 +77,16 @@ TRANSFORMS = {
     "vmap of grad": lambda form: lambda x: vmap(grad(total(form)))(x[None])[0],
     "vjp": lambda form: lambda x: vjp(total(form), x)[1](torch.ones_like(x[0]))[0],
     "grad over vmap": lambda form: grad(lambda x: vmap(form)(x[None]).sum()),
+    "jvp": lambda form: lambda x: jvp(form, (x,), (torch.ones_like(x),))[1],
+    "vmap of jvp": lambda form: lambda x: vmap(lambda one: jvp(form, (x,), (one,))[1])(torch.ones_like(x)[None])[0],
+    "jacfwd": lambda form: lambda x: jacfwd(form)(x).sum(0),
+    "dual numbers": lambda form: lambda x: tangent_of(form, x),
 }
+
+
+def tangent_of(form, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(form(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
 
 
 @pytest.mark.parametrize("form", SEVEN_TIMES)
@@ -235,6 +246,100 @@ def test_override_holds_in_a_compiled_transform_and_is_gone_after_it(kind):
     with go.override(model, rules):
         exactly(run(x), factor * plain)
     exactly(run(x), plain)
+
+
+# Forward mode
+
+
+@go.custom_backward(lambda grad_output, x: 3 * grad_output * x.cos())
+def thrice_by_values(x):
+    return x.sin()
+
+
+@go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))
+def thrice_by_vjp(x):
+    return x.sin()
+
+
+@go.custom_backward(lambda grad_output, x: 3 * grad_output * x.cos(), jvp=lambda tangent, x: 3 * tangent * x.cos())
+def thrice_by_jvp(x):
+    return x.sin()
+
+
+MIXED = {
+    "hessian": lambda form: lambda x: hessian(lambda x: form(x).sum())(x).sum(0),
+    "jvp of grad": lambda form: lambda x: jvp(grad(total(form)), (x,), (torch.ones_like(x),))[1],
+    "grad of jvp": lambda form: grad(lambda x: jvp(form, (x,), (torch.ones_like(x),))[1].sum()),
+}
+
+
+@pytest.mark.parametrize("transform", MIXED)
+@pytest.mark.parametrize("form", [thrice_by_values, thrice_by_vjp, thrice_by_jvp], ids=["values", "vjp", "jvp"])
+def test_second_derivatives_by_both_modes_are_those_of_the_rule(form, transform):
+    x = noise(3, grad=False)
+    closely(compiled(MIXED[transform](form))(x), -3 * x.sin())  # of 3 cos(x)
+
+
+def test_a_forward_mode_of_the_users_own_comes_before_the_rule():
+    x = noise(3, grad=False)
+    form = go.custom_backward(
+        lambda grad_output: grad_output.clamp(-1, 1), jvp=lambda tangent, input: 5 * tangent * input
+    )(torch.sin)
+    closely(compiled(TRANSFORMS["jvp"](form))(x), 5 * x)
+
+
+def test_a_forward_mode_of_the_users_own_follows_what_it_reads():
+    factors = {"now": 5.0}
+    form = go.custom_backward(lambda grad_output: grad_output, jvp=lambda tangent: factors["now"] * tangent)(torch.sin)
+    run = compiled(TRANSFORMS["jvp"](form))
+    x = noise(3, grad=False)
+    for factors["now"] in (5.0, 7.0):
+        exactly(run(x), torch.full_like(x, factors["now"]))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_rule_that_is_not_linear_raises_when_the_compiled_code_runs(backend):
+    def rule(grad_output, input):
+        return torch.where(input > 0, grad_output * 7, grad_output.clamp(-0.1, 0.1))
+
+    form = go.custom_backward(rule)(torch.clone)
+    run = compiled(TRANSFORMS["jvp"](form), backend=backend)
+    closely(run(torch.ones(3)), torch.full((3,), 7.0))
+    with pytest.raises(
+        RuntimeError, match=r"rule 'rule' .* must be linear in the gradient for forward mode .* it is not"
+    ):
+        run(-torch.ones(3))
+
+
+def test_a_rule_that_detaches_raises_when_the_compiled_code_runs():
+    form = go.custom_backward(lambda grad_output: 7 * grad_output.detach())(torch.clone)
+    with pytest.raises(
+        RuntimeError, match=r"must compute with the gradient what autograd differentiates for forward mode"
+    ):
+        compiled(TRANSFORMS["jvp"](form))(noise(3, grad=False))
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["first call", "compiled before"])
+@pytest.mark.parametrize("form", ["gradient alone", "vjp"])
+def test_forward_mode_that_is_entered_around_compiled_code_is_refused(form, before):
+    run = compiled(SEVEN_TIMES[form])
+    x = noise(3, grad=False)
+    if before:
+        exactly(run(x), SEVEN_TIMES[form](x))
+    with pytest.raises(
+        go.UnsupportedError, match="forward mode that was entered around the compiled code, which torch"
+    ):
+        tangent_of(run, x)
+    exactly(run(x), SEVEN_TIMES[form](x))
+
+
+def test_forward_mode_is_traced_once():
+    calls = CompileCounterWithBackend("aot_eager")
+    run = compiled(TRANSFORMS["dual numbers"](by_vjp), backend=calls)
+    x = noise(3, grad=False)
+    for _ in range(3):
+        exactly(run(x), torch.full_like(x, 7))
+    assert calls.frame_count == 1
 
 
 # What the compiled code depends on, and what it does besides
@@ -406,7 +511,6 @@ STEP = "a call with a rule must be one step of the graph; "
 REFUSED = {
     "edit": (grad(lambda x: go.edit_gradient(x, lambda g: 3 * g).sum()), STEP + "its rule is made in the code"),
     "connect": (grad(lambda x: go.connect(x.detach().round(), x).sum()), STEP + "it has its result from elsewhere"),
-    "forward mode": (lambda x: jvp(alone, (x,), (x,))[1], STEP + "in forward mode it is seen by values"),
     "a constant tensor": (grad(total(ruled(lambda x: x * WEIGHT))), STEP + "it reaches 'WEIGHT', a tensor that is no"),
     "one of the rule": (grad(total(ruled(torch.sin, lambda g: g * WEIGHT))), STEP + "it reaches 'WEIGHT', a tensor"),
     "one of the module": (grad(total(KeepsATensor())), STEP + "it reaches 'self.mask', a tensor that is no input"),

@@ -204,9 +204,18 @@ def test_two_modes_over_each_other_are_right_or_refused(transform, twice_differe
     right_or_refused(lambda: run(twice_differentiable, x), 9 * x**2, "forward mode")
 
 
-def test_linearize_is_right_or_refused(form, x):
-    tangent = noise(4, grad=False)
-    right_or_refused(lambda: linearize(form, x)[1](tangent), slope(x) * tangent, "forward mode")
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")  # torch's own, of what it folds
+def test_linearize(form, x):
+    value, push = linearize(form, x)
+    exactly(value, form(x))
+    for tangent in (noise(4, grad=False), noise(4, grad=False)):
+        closely(push(tangent), slope(x) * tangent)
+
+
+def test_linearize_refuses_a_rule_that_is_not_linear(x):
+    form = go.custom_backward(lambda grad_output: grad_output.clamp(-0.1, 0.1))(torch.clone)
+    with pytest.raises(go.UnsupportedError, match=r"must be linear in the gradient for forward mode .* it is not"):
+        linearize(form, x)
 
 
 def test_second_derivative_through_a_residual_that_depends_on_the_input_is_refused_with_a_way_out(x):

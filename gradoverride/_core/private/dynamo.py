@@ -16,12 +16,16 @@ import torch
 from gradoverride._core.bytecode import codes_in
 from gradoverride._core.imports import on_import
 from gradoverride._core.private.marks import evaluated_while_tracing
+from gradoverride._core.private.transforms import in_forward_ad, in_functorch
 from gradoverride.errors import UnsupportedError
 
 __all__ = [
     "fail",
     "step_of_graph",
     "changed_while_tracing",
+    "transformed_while_tracing",
+    "forward_mode_while_tracing",
+    "forward_mode_around",
     "as_dynamo_hands_on",
     "hidden_from_dynamo",
     "out_of_graph",
@@ -103,8 +107,7 @@ def changed_while_tracing() -> tuple[tuple[int, ...], tuple[str, ...]]:
     """The ids of modules of which the code that Dynamo traces has set attributes, and the globals that it has set: all
     others see that when the compiled code has run. If Dynamo notes it elsewhere one day, none are known.
     """
-    translator: Any = getattr(sys.modules.get("torch._dynamo.symbolic_convert"), "InstructionTranslator", None)
-    effects = getattr(getattr(translator and translator.current_tx(), "output", None), "side_effects", None)
+    effects = getattr(_output_now(), "side_effects", None)
     changes = getattr(effects, "store_attr_mutations", {})
     changed = [getattr(known, "value", None) for known, attributes in changes.items() if attributes]
     of_globals = [attributes for known, attributes in changes.items() if type(known).__name__ == "NewGlobalVariable"]
@@ -112,6 +115,41 @@ def changed_while_tracing() -> tuple[tuple[int, ...], tuple[str, ...]]:
         tuple([id(value) for value in changed if isinstance(value, torch.nn.Module)]),
         tuple([name for attributes in of_globals for name in attributes]),
     )
+
+
+def _output_now() -> Any:
+    """What Dynamo makes of the code that it traces now."""
+    translator: Any = getattr(sys.modules.get("torch._dynamo.symbolic_convert"), "InstructionTranslator", None)
+    return getattr(translator and translator.current_tx(), "output", None)
+
+
+@evaluated_while_tracing
+def transformed_while_tracing() -> bool:
+    """Whether code that Dynamo traces is in a transform, or in forward mode.
+
+    To read that there would guard it, and what the code has entered itself is left when it is called again.
+    """
+    return in_functorch() or in_forward_ad()
+
+
+@evaluated_while_tracing
+def forward_mode_while_tracing() -> bool:
+    """The same of forward mode alone."""
+    return in_forward_ad()
+
+
+@evaluated_while_tracing
+def forward_mode_around() -> bool:
+    """Whether forward mode was entered before the code that Dynamo traces: it is traced again where that is otherwise.
+
+    Without these names all forward mode is taken to be within, and what was compiled before is not traced again.
+    """
+    guards: Any = sys.modules.get("torch._dynamo.guards")
+    output = _output_now()
+    if not (hasattr(output, "dual_level") and hasattr(getattr(guards, "GuardBuilder", None), "DUAL_LEVEL")):
+        return False
+    guards.install_guard(guards.GlobalStateSource().make_guard(guards.GuardBuilder.DUAL_LEVEL))
+    return bool(output.dual_level >= 0)
 
 
 def hidden_from_dynamo(fn: F, reason: str) -> F:

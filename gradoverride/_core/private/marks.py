@@ -12,6 +12,7 @@ __all__ = [
     "ORIGINAL",
     "COMPILED_CALL",
     "COMPILED_MARKS",
+    "OF_NO_MODULE",
     "FORMER_PARAMETERS",
     "RNN_WEIGHTS",
     "RNN_REFERENCES",
@@ -39,6 +40,11 @@ the stand-in's call meets live parameters, and is refused as one that captured t
 COMPILED_MARKS = "_torchdynamo"
 """What the attributes begin with that Dynamo puts on a function. With those under another name a wrapper is taken for
 compiled itself.
+"""
+
+OF_NO_MODULE = "namedtuple_gradoverride"
+"""The name of the module of generated code. Dynamo of torch 2.15 looks for one where traced code has a
+`functools.wraps` of such a function; that of 2.13 imports what it finds, unless its name begins like this.
 """
 
 FORMER_PARAMETERS = "_former_parameters"

@@ -27,6 +27,7 @@ __all__ = [
     "HigherOrderOperator",
     "Draws",
     "has_no_values",
+    "require_in_graph",
 ]
 
 
@@ -171,3 +172,8 @@ class Draws(TorchDispatchMode):
 def has_no_values(results: Sequence[Any]) -> bool:
     """Whether these are tensors without values, as while code is traced."""
     return any([_is_fake(result) for result in results])
+
+
+# In a graph that is traced: raises an error with a text when that is run and a tensor is False. Without it nothing can
+# be required there that is seen by values.
+require_in_graph: Callable[[torch.Tensor, str], None] | None = getattr(torch, "_assert_async", None)

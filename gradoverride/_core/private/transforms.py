@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ __all__ = [
     "dual_levels",
     "IN_FORWARD_AD",
     "in_forward_ad",
+    "tells_level",
+    "at_dual_level",
     "out_of_left_transforms",
     "forward_mode_depth",
     "has_tangent",
@@ -76,6 +79,23 @@ IN_FORWARD_AD = "_go_dual_levels._current_level >= 0"
 def in_forward_ad() -> bool:
     """What `IN_FORWARD_AD` says."""
     return bool(dual_levels._current_level >= 0)
+
+
+@contextlib.contextmanager
+def _at_dual_level(level: int) -> Iterator[None]:
+    before, dual_levels._current_level = dual_levels._current_level, level
+    try:
+        yield
+    finally:
+        dual_levels._current_level = before
+
+
+# A graph that Dynamo traced enters forward mode beneath Python, which is told by this that a level is entered. If it
+# cannot be, calls in forward mode are refused there.
+tells_level = not isinstance(dual_levels, _Levels)
+at_dual_level: Callable[[int], contextlib.AbstractContextManager[Any]] = (
+    _at_dual_level if tells_level else contextlib.nullcontext
+)
 
 
 def out_of_left_transforms(tensor: torch.Tensor) -> torch.Tensor:

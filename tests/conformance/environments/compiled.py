@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import maybe_enable_compiled_autograd
-from torch.func import grad, jvp, vmap
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from conformance.environment import Environment, Make
@@ -18,9 +19,11 @@ from conformance.environments.transforms import (
     LOOSE,
     autocast,
     detached,
+    dual_numbers,
     eager_on_copy,
     every,
     func_grad,
+    func_hessian,
     func_jvp,
     vmap_of_grad,
     vmapped,
@@ -213,6 +216,19 @@ def jvp_of(subject: Subject) -> Any:
     return lambda *inputs: jvp(subject.call, inputs, tuple([torch.cos(leaf) for leaf in inputs]))
 
 
+def hessian_of(subject: Subject) -> Any:
+    return hessian(lambda *inputs: loss_of(subject.call(*inputs)), argnums=every(subject))
+
+
+def duals_of(subject: Subject) -> Any:
+    def run(*inputs: Any) -> Any:
+        with forward_ad.dual_level():
+            result = forward_ad.unpack_dual(subject.call(*[forward_ad.make_dual(x, torch.cos(x)) for x in inputs]))
+            return result.primal, result.tangent
+
+    return run
+
+
 def vmapped_value(make: Make) -> Any:
     subject = make()
     return vmap(subject)(*detached(subject))
@@ -282,6 +298,7 @@ def retained_in_eager(make: Make) -> Any:
 
 ARRAYS = ("arrays compiled",)
 TRANSFORM = ("compiled transform", *ARRAYS)
+FORWARD = ("not linear", "of arrays", *TRANSFORM)
 OF_COMPILED = ("transform of compiled", *ARRAYS)
 partial = functools.partial
 column = partial(Environment, "compile")
@@ -321,12 +338,9 @@ ENVIRONMENTS = [
     ),
     column("compile(func.vjp)", partial(compiled_transform, transform=vjp_of), vjp_in_eager, refusals=TRANSFORM),
     column("compile(vmap)", partial(compiled_transform, transform=vmap_of), vmapped_value, refusals=TRANSFORM),
-    column(
-        "compile(jvp)",
-        partial(compiled_transform, transform=jvp_of),
-        func_jvp,
-        refusals=("compiled forward mode", *ARRAYS),
-    ),
+    column("compile(jvp)", partial(compiled_transform, transform=jvp_of), func_jvp, refusals=FORWARD),
+    column("compile(hessian)", partial(compiled_transform, transform=hessian_of), func_hessian, refusals=FORWARD),
+    column("compile(dual numbers)", partial(compiled_transform, transform=duals_of), dual_numbers, refusals=FORWARD),
     column("func.grad of compiled", partial(transformed, run=func_grad), func_grad, refusals=OF_COMPILED),
     column("vmap(grad) of compiled", partial(transformed, run=vmap_of_grad), vmap_of_grad, refusals=OF_COMPILED),
     column("vmap of compiled", partial(transformed, run=vmapped), vmapped, refusals=OF_COMPILED),
