@@ -22,7 +22,7 @@ from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED, note_rule, no
 from gradoverride._core.call import Call
 from gradoverride._core.contract import Meta
 from gradoverride._core.function import fresh, trackable
-from gradoverride._core.held import refuse_held
+from gradoverride._core.held import note_held, refuse_held
 from gradoverride._core.inner_graph import inner_graph
 from gradoverride._core.kept_graph import KeptGraph, outer_of
 from gradoverride._core.layout import Layout
@@ -239,6 +239,8 @@ class ForwardPass:
             return without_gradient(self, result)
         if self.mode == EAGER:
             outs = [trackable(out) for out in outs]
+            if not self.plan.asks_vjp:  # with that it is an error where a gradient comes back
+                note_held(call, self.values)
         if self.plan.straight_through:
             check_straight_through(self, result, outs)
         if self.plan.on_first_call is not None and self.mode == EAGER:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,9 +16,9 @@ from gradoverride._core.private.transforms import in_forward_ad, in_functorch
 from gradoverride._core.reach import SCALARS
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, named_parts
 from gradoverride._core.tensors import is_differentiable, may_want_gradient
-from gradoverride.errors import CapturedTensorError, GraphError
+from gradoverride.errors import CapturedTensorError, GradOverrideWarning, GraphError
 
-__all__ = ["refuse_held", "refuse_within"]
+__all__ = ["note_held", "refuse_held", "refuse_within"]
 
 
 def refuse_held(call: Call, receiver: Any, values: Sequence[Any], result: Any) -> None:
@@ -45,6 +46,35 @@ def refuse_held(call: Call, receiver: Any, values: Sequence[Any], result: Any) -
                 )
 
 
+def note_held(call: Call, values: Sequence[Any]) -> None:
+    """Warn, once, of a tensor within an object in the result: no rule is given its gradient, and it has no graph.
+
+    An object that was given (a cache) is the caller's, and what was there before cannot be told from what is computed.
+    """
+    plan = call.plan
+    if plan.told_of_held or not _may_hold(call.result):
+        return
+    held = _held_within("result", _without(call.result, [id(value) for value in values]), is_differentiable)
+    if held is not None:
+        plan.told_of_held = True
+        warnings.warn(
+            f"{plan.forward.who} returns {held} within an object that gradoverride does not look into, beside what its "
+            f"rule {plan.rule.who} is given the gradient of; no gradient goes back from there, for the forward runs "
+            "without a graph. Return it in a tuple, list, dict or dataclass, if one is to",
+            GradOverrideWarning,
+            stacklevel=2,
+        )
+
+
+def _without(spec: Any, ids: Sequence[int]) -> Any:
+    """The spec without values that have these ids."""
+    if isinstance(spec, Constant):
+        return Constant(None) if id(spec.value) in ids else spec
+    if not isinstance(spec, Node) or spec.bare:
+        return spec
+    return Node(spec.kind, spec.keys, [_without(part, ids) for part in spec.parts], spec.more)
+
+
 def refuse_within(who: str, name: str, spec: Any, purpose: str, *, constants: bool = False) -> None:
     """Raise the error for the argument `name` of this spec, if a tensor that wants a gradient is within an object in
     it, where it would be left out. With `constants` one that may have a gradient is enough.
@@ -69,7 +99,7 @@ def refuse_within(who: str, name: str, spec: Any, purpose: str, *, constants: bo
 def _may_hold(spec: Any) -> bool:
     """Whether an argument of this structure has a value in it that may hold tensors itself."""
     if isinstance(spec, Constant):
-        return type(spec.value) not in SCALARS
+        return type(spec.value) not in SCALARS and not isinstance(spec.value, Tensor)
     return spec is not LEAF and not spec.bare and any([_may_hold(part) for part in spec.parts])
 
 

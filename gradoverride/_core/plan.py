@@ -113,7 +113,7 @@ class Plan:
         self._subclasses: dict[Any, Plan] = {}
         self._backwards: dict[Any, Any] = {}  # by class, the one that its plan was made for
         self._kept: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
-        self.told_of_state = False
+        self.told_of_state = self.told_of_held = False
         self.layouts = Layouts(forward)
         self.steps = SimpleNamespace()  # Dynamo needs a place to know an object by
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import types
 import typing
 import weakref
 
@@ -812,6 +813,35 @@ def test_forward_without_a_tensor_is_an_error_that_names_it(result):
 
     with pytest.raises(go.ForwardResultError, match=r"forgetful.*test_arguments_results\.py:\d+"):
         forgetful(float64(1.0))
+
+
+def in_a_namespace(x):
+    return [x * 2, 7, types.SimpleNamespace(hidden=[x * 3])]
+
+
+def test_tensor_in_an_object_beside_the_result_is_warned_of_once():
+    form = go.custom_backward(lambda grad_output: grad_output[0] * 5)(in_a_namespace)
+    x = noise(3)
+    with pytest.warns(
+        go.GradOverrideWarning, match=r"returns 'result\[2\].hidden\[0\]' within an object .*no gradient goes"
+    ):
+        first = form(x)
+    for y, _, rest in (first, form(x)):
+        exactly(torch.autograd.grad(y.sum(), x), (torch.full_like(x, 5),))
+        assert not rest.hidden[0].requires_grad
+
+
+def test_tensor_in_an_object_beside_the_result_is_an_error_under_vjp_where_a_gradient_comes_back():
+    form = go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(in_a_namespace)
+    y, _, rest = form(noise(3))
+    with pytest.raises(go.UnsupportedError, match="must return each tensor that a gradient is to come back from"):
+        (y.sum() + rest.hidden[0].sum()).backward()
+
+
+def test_object_that_was_given_is_not_warned_of_where_it_is_returned():
+    form = go.custom_backward(lambda grad_output: grad_output[0])(lambda x, cache: (x * 2, cache))
+    cache = types.SimpleNamespace(keys=torch.ones(3))
+    assert form(noise(3), cache)[1] is cache
 
 
 def test_tensor_returned_twice_has_a_gradient_for_each_place():
