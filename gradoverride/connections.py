@@ -20,10 +20,9 @@ from gradoverride._core.connection import Connection
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.forward_pass import tie
 from gradoverride._core.held import refuse_within
-from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.dynamo import fail, in_transform, transformed_while_tracing
 from gradoverride._core.private.marks import evaluated_while_tracing
-from gradoverride._core.private.transforms import in_forward_ad, in_functorch
-from gradoverride._core.reading import Readings, keep_plan, kept_plan, unbound
+from gradoverride._core.reading import Readings, keep_own_plan, keep_plan, kept_plan, made_outside, unbound
 from gradoverride._core.signature import RESERVED, Forward
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride._core.tensors import is_differentiable, is_tensor
@@ -180,7 +179,7 @@ def _check_wanted(names: tuple[str, ...] | None, values: tuple[Any, ...], who: s
     tensors: list[Tensor] = []
     spec = flatten(given, is_tensor, tensors)
     refuse_within(who, "inputs", spec, "for gradients to reach them")
-    if in_functorch() or in_forward_ad() or any([tensor.requires_grad for tensor in tensors]):
+    if in_transform() or any([tensor.requires_grad for tensor in tensors]):
         return
     if torch.is_grad_enabled() or who == "connect_":
         fail(
@@ -213,6 +212,9 @@ def _identity(result: Any, names: tuple[str, ...] | None, values: tuple[Any, ...
                 f"{one.dtype} and its input {other.dtype}. Give a rule, which takes the real part",
             )
 
+    if isinstance(result, Tensor) and names is not None and values[0] is tensors[0]:
+        return _unchanged
+
     def identity(grad_output: Any) -> Any:
         grads: list[Tensor] = []
         flatten(grad_output, is_tensor, grads)
@@ -220,6 +222,10 @@ def _identity(result: Any, names: tuple[str, ...] | None, values: tuple[Any, ...
         return {"inputs": answer} if names is None else dict(zip(names, answer, strict=True))
 
     return identity
+
+
+def _unchanged(grad_output: Tensor) -> Tensor:
+    return grad_output
 
 
 # --- its plan ---
@@ -230,7 +236,8 @@ def _connected(result: X, inputs: Any, rule: Callable[..., Any] | None, who: str
     if rule is None:
         rule = _identity(result, names, values, who)
     if torch.compiler.is_dynamo_compiling():
-        plan = kept_plan(_name_of_plan(names, *unbound(rule)))
+        own = transformed_while_tracing() and made_outside(rule)
+        plan = kept_plan(_name_of_own_plan(names, rule) if own else _name_of_plan(names, *unbound(rule)))
     else:
         plan = _readings(names, who).of(rule).plan_for(rule)
     layout = plan.layouts.of(len(values), ()) if names is None else plan.layouts.of(0, names)
@@ -268,6 +275,11 @@ def _readings(names: tuple[str, ...] | None, who: str) -> Readings:
             "or 'needs'",
         )
     )
+
+
+@evaluated_while_tracing
+def _name_of_own_plan(names: tuple[str, ...] | None, rule: Any) -> str:
+    return keep_own_plan(_readings(names, "connect"), rule)
 
 
 @evaluated_while_tracing

@@ -22,7 +22,7 @@ from gradoverride._core.forward_pass import differentiate
 from gradoverride._core.function import alias_function
 from gradoverride._core.held import refuse_within
 from gradoverride._core.plan import Plan
-from gradoverride._core.private.dynamo import fail, forward_mode_around, transformed_while_tracing
+from gradoverride._core.private.dynamo import fail, forward_mode_around, in_transform, transformed_while_tracing
 from gradoverride._core.private.engine import fast_apply
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.private.modes import any_autocast
@@ -34,7 +34,16 @@ from gradoverride._core.private.transforms import (
     is_jit_tracing,
     jit_tracer,
 )
-from gradoverride._core.reading import Reading, Readings, holds_numbers, keep_plan, kept_plan, unbound
+from gradoverride._core.reading import (
+    Reading,
+    Readings,
+    holds_numbers,
+    keep_own_plan,
+    keep_plan,
+    kept_plan,
+    made_outside,
+    unbound,
+)
 from gradoverride._core.short_function import FLOATING
 from gradoverride._core.signature import Forward
 from gradoverride._core.structure import flatten, unflatten
@@ -95,7 +104,7 @@ def _general(plan: Plan, x: Any, rule: Any) -> Any:
     if not (torch.is_grad_enabled() or in_forward_ad()):  # also in a transform: it goes on as what was given
         return x
     result = differentiate(plan, plan.layouts.of(0, ()), None, (x,), rule)
-    if in_functorch() or in_forward_ad():  # `requires_grad` does not tell
+    if in_transform():  # `requires_grad` does not tell
         return result
     edited: list[Tensor] = []
     flatten(result, is_differentiable, edited)
@@ -231,7 +240,8 @@ def _edit_traced(x: Any, rule: Any) -> Any:
     if names is None:
         names = _names_of_value(rule)
         if names is None or not is_differentiable(x) or _otherwise():
-            return _general(kept_plan(_name_of_plan(*unbound(rule))), x, rule)
+            own = transformed_while_tracing() and made_outside(rule)
+            return _general(kept_plan(_name_of_own_plan(rule) if own else _name_of_plan(*unbound(rule))), x, rule)
         if not (x.requires_grad and _grad_enabled()):
             return x
         autocast = autocast_while_tracing()
@@ -271,6 +281,11 @@ def _name_of_plan(rule: Any, bound: tuple[str, ...]) -> str:
     name = keep_plan(_readings, rule, bound)
     kept_plan(name).layouts.of(0, ())  # which it keeps: it must be there when the backward is traced
     return name
+
+
+@evaluated_while_tracing
+def _name_of_own_plan(rule: Any) -> str:
+    return keep_own_plan(_readings, rule)
 
 
 @evaluated_while_tracing

@@ -27,19 +27,20 @@ from gradoverride._core.inner_graph import inner_graph
 from gradoverride._core.kept_graph import KeptGraph, outer_of
 from gradoverride._core.layout import Layout
 from gradoverride._core.module_then import keep_module
-from gradoverride._core.opaque_call import NoGraph, call_opaque, looked_through, refuse_opaque, refuse_unless_opaque
+from gradoverride._core.opaque_call import NoGraph, call_opaque, looked_through, refuse_unless_opaque
 from gradoverride._core.params import find_params
 from gradoverride._core.plan import Plan
 from gradoverride._core.private.dynamo import (
     changed_while_tracing,
     fail,
     forward_mode_around,
+    in_transform,
     keep_own_frames_whole,
     transformed_while_tracing,
 )
 from gradoverride._core.private.modes import in_modes
 from gradoverride._core.private.tensors import counted_once, version_of
-from gradoverride._core.private.transforms import forward_mode_depth, in_forward_ad, in_functorch
+from gradoverride._core.private.transforms import forward_mode_depth
 from gradoverride._core.replay import replayable
 from gradoverride._core.results import check_straight_through, refuse_captured, without_gradient
 from gradoverride._core.saver import Saver
@@ -72,7 +73,7 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
         note_rule(plan.rule)
     opaque = mode == TRACED and transformed_while_tracing()
     if opaque:
-        refuse_unless_opaque(plan, receiver, rule)
+        refuse_unless_opaque(plan, receiver)
     changed = changed_while_tracing() if opaque else None
     call = Call(plan, layout, mode, rule, opaque)
     leaves = call.take_apart(values)
@@ -106,25 +107,31 @@ def _refuse_no_module(plan: Plan, receiver: Any) -> NoReturn:
 
 
 def tie(plan: Plan, layout: Layout, values: Sequence[Any], result: Any, rule: Any) -> Any:
-    """A result that was computed elsewhere, with `rule` for its gradient to reach `values`."""
+    """A result that was computed elsewhere, with the rule, or `rule`, for its gradient to reach `values`."""
     mode = _mode(plan, tracer_now(values))
     if mode is None:
         return result
-    if mode == TRACED and transformed_while_tracing():
-        refuse_opaque(plan, "it has its result from elsewhere")
-    call = Call(plan, layout, mode, rule)
+    opaque = mode == TRACED and transformed_while_tracing()
+    if opaque:
+        refuse_unless_opaque(plan, None)
+    changed = changed_while_tracing() if opaque else None
+    call = Call(plan, layout, mode, rule, opaque)
     leaves = call.take_apart(values)
-    forward_pass = ForwardPass(call, None, None, leaves, values, on_leaves=True)
-    return forward_pass.finish(leaves, result, {})
+    found = ForwardPass(call, None, None, leaves, values, on_leaves=True).finish(leaves, result, {})
+    return call_opaque(plan, layout, None, (*values, result), found, changed, _tie_last) if opaque else found
+
+
+def _tie_last(plan: Plan, layout: Layout, receiver: Any, values: Sequence[Any]) -> Any:
+    """As a step of the graph, which is given the result with the values."""
+    return tie(plan, layout, values[:-1], values[-1], None)
 
 
 def _mode(plan: Plan, tracer: str | None) -> str | None:
     """How a call is to be run; None where no gradient is wanted, or `tracer` records the forward alone."""
-    tracing = torch.compiler.is_dynamo_compiling()
-    transformed = transformed_while_tracing() if tracing else in_functorch() or in_forward_ad()
+    transformed = in_transform()
     if not transformed and not torch.is_grad_enabled():
         return None
-    if tracing:
+    if torch.compiler.is_dynamo_compiling():
         keep_own_frames_whole()
         plan.note_trace()
         if forward_mode_around():

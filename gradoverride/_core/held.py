@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from gradoverride._core.call import Call
 from gradoverride._core.captured import requires_grad, tensors_in
-from gradoverride._core.private.dynamo import fail
-from gradoverride._core.private.transforms import in_forward_ad, in_functorch
+from gradoverride._core.private.dynamo import fail, in_transform
 from gradoverride._core.reach import SCALARS
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, named_parts
 from gradoverride._core.tensors import is_differentiable, may_want_gradient
@@ -79,7 +78,7 @@ def refuse_within(who: str, name: str, spec: Any, purpose: str, *, constants: bo
     """Raise the error for the argument `name` of this spec, if a tensor that wants a gradient is within an object in
     it, where it would be left out. With `constants` one that may have a gradient is enough.
     """
-    transformed = in_functorch() or in_forward_ad()
+    transformed = in_transform()
     if not transformed and not torch.is_grad_enabled():
         return
 

@@ -23,6 +23,7 @@ from gradoverride._core.captured import tensors_known
 from gradoverride._core.private.dynamo import as_dynamo_hands_on, fail, forward_mode_while_tracing
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.private.transforms import at_dual_level, dual_levels, tells_level
+from gradoverride._core.signature import name_of
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, unflatten
 from gradoverride._core.tensors import is_tensor
 from gradoverride.errors import GradOverrideError, UnsupportedError
@@ -36,10 +37,10 @@ if TYPE_CHECKING:
 __all__ = ["NoGraph", "call_opaque", "looked_through", "refuse_opaque", "refuse_unless_opaque", "step_of"]
 
 
-def refuse_unless_opaque(plan: Plan, receiver: Any, rule: Any) -> None:
+def refuse_unless_opaque(plan: Plan, receiver: Any) -> None:
     """Raise the error for a call that cannot be one step of the graph."""
-    if rule is not None:
-        refuse_opaque(plan, "its rule is made in the code that is traced")
+    if plan.rule_comes_with_call:
+        refuse_opaque(plan, "its rule is made in the code that is traced, with a closure: make it outside")
     if receiver is not None and not isinstance(receiver, nn.Module):
         refuse_opaque(plan, "its object is no module, whose tensors the step would be given")
     if any([mark not in here.quiet for mark in here.active]):
@@ -149,9 +150,10 @@ def step_of(plan: Plan, layout: Layout, arguments: Any, changed: Any, differenti
     `changed`: what `changed_while_tracing` gave before the call was looked through.
     """
     specs = [_as_spec(constant) for constant in arguments]
-    modules, names = changed
+    objects, names = changed
     functions = [plan.fn, plan.rule.fn, *([] if plan.jvp is None else [plan.jvp.fn])]
     stale = [name for name in names if any(scan.mentions(fn, name) for fn in functions)]
+    stale += [name_of(fn) for fn in functions if id(fn) in objects]
     known = [found for fn in functions for found in tensors_known(fn)]
     level = dual_levels._current_level
 
@@ -162,7 +164,7 @@ def step_of(plan: Plan, layout: Layout, arguments: Any, changed: Any, differenti
         receiver = next(inputs) if plan.takes_receiver else None
         values = [unflatten(spec, inputs) for spec in specs]
         found: list[Tensor] = []
-        stale.extend([f"self.{prefix}" for prefix, part in _parts(receiver) if id(part) in modules])
+        stale.extend([f"self.{prefix}" for prefix, part in _parts(receiver) if id(part) in objects])
         random = RandomState()
         try:
             with _unchanged(receiver), at_dual_level(level):

@@ -62,6 +62,7 @@ class Plan:
                 f"it gives {later}, which runs later. Give the rule to the function that computes the tensors, and "
                 "call that there"
             )
+        self.rule_comes_with_call = False  # one of the same code: see `Reading`
         self.marked = False  # whether what it saves is to be told from what the bare forward saves: see `mark`
         self.on_trace: Callable[[], None] | None = None  # when Dynamo traces a call
         self.on_unrecorded: Callable[[Any], None] | None = None  # when a call of a receiver records no graph

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradoverride._core.plan import Plan
-from gradoverride._core.private.dynamo import as_dynamo_hands_on, defaults_while_tracing
+from gradoverride._core.private.dynamo import as_dynamo_hands_on, defaults_while_tracing, is_named_while_tracing
 from gradoverride._core.purity import gives_alike
 from gradoverride._core.rule import Rule
 from gradoverride._core.rule_code import RuleCode
@@ -21,7 +21,9 @@ from gradoverride._core.scan import content
 from gradoverride._core.signature import Forward, resolve
 from gradoverride.errors import RuleSignatureError
 
-__all__ = ["Reading", "Readings", "holds_numbers", "keep_plan", "kept_plan", "unbound"]
+__all__ = [
+    *("Reading", "Readings", "holds_numbers", "keep_own_plan", "keep_plan", "kept_plan", "made_outside", "unbound"),
+]
 
 
 class Reading:
@@ -76,6 +78,7 @@ class Reading:
             read.once(RuleCode, lambda: self.rule_code)
             self.plan = Plan(self.forward, read, is_edit=self.is_edit)
             self.plan.rule.fn = _given_with_the_call
+            self.plan.rule_comes_with_call = True
             self.plan.rule_writes = self.writes or self.holds  # and what that is differs
         return self.plan
 
@@ -165,6 +168,27 @@ def unbound(rule: Any) -> tuple[Any, tuple[Any, ...]]:
         return (None, function), (*bound, *defaults)
     # An object would be guarded by its identity, and each one compiled anew.
     return ((type(rule),) if _is_known_by_class(rule) else rule), tuple(bound)
+
+
+def made_outside(rule: Any) -> bool:
+    """Whether a rule is what it is without the code that Dynamo traces: nothing of that is in it."""
+    if is_named_while_tracing(rule):
+        return not isinstance(rule, MethodType)  # which Dynamo binds anew
+    return isinstance(rule, FunctionType) and not rule.__code__.co_freevars and defaults_while_tracing(rule) == (0,)
+
+
+def keep_own_plan(readings: Readings, rule: Any) -> str:
+    """Keep a plan that holds this rule, which is made outside, under a name that this returns: `kept_plan`.
+
+    (Dynamo is to see the rule itself, for what is another one the next time.)
+    """
+    name = f"own_{id(rule)}"
+    if not hasattr(_Plans, name):
+        try:
+            setattr(_Plans, name, Plan(readings.forward, Rule(rule), is_edit=readings.is_edit))
+        except RuleSignatureError as error:
+            raise as_dynamo_hands_on(error) from None
+    return name
 
 
 def keep_plan(readings: Readings, rule: Any, bound: tuple[Any, ...]) -> str:

@@ -85,12 +85,6 @@ REFUSALS = {
         "a graph cannot hold a function of NumPy arrays; without fullgraph it is broken there",
         "Dynamo's graph break gb0098, of torch.compiler.disable",
     ),
-    "compiled transform": Refusal(
-        r"in a torch.func transform inside of torch.compile.*leave the transform uncompiled",
-        "torch drops the backward of every autograd.Function there; a call is one step of the graph instead, which one "
-        "cannot be that has its rule or its result from the code that is traced",
-        "pytorch issue 193279",
-    ),
     "compiled twice": Refusal(
         r"double backward",
         "torch differentiates compiled code once",

@@ -61,6 +61,15 @@ def of_a_dict(x):
     return result["sum"]
 
 
+class Times:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, grad_output):
+        return self.factor * grad_output
+
+
+TIMES, REVERSE = Times(7.0), go.rules.reverse(7.0)
 SEVEN_TIMES = {
     "gradient alone": alone,
     "argument, output and number": by_values,
@@ -69,6 +78,11 @@ SEVEN_TIMES = {
     "dict": of_a_dict,
     "straight through": lambda x: go_round(x) * 7,
     "surrogate": lambda x: go_sign(x) * 7,
+    "edit": lambda x: go.edit_gradient(x, lambda grad_output: 7 * grad_output),
+    "edit by an object": lambda x: go.edit_gradient(x, TIMES),
+    "edit by one of the rules": lambda x: -go.edit_gradient(x, REVERSE),
+    "connect": lambda x: go.connect(x.detach().round(), x) * 7,
+    "connect by a rule": lambda x: go.connect(x.detach() ** 2, {"a": x, "k": 3.5}, lambda g, k: {"a": 2 * k * g}),
 }
 go_round = go.straight_through(torch.round)
 go_sign = go.straight_through(torch.sign, surrogate=lambda x: 1.0 * x)
@@ -94,6 +108,33 @@ def tangent_of(form, x):
 def test_rule_holds_in_a_compiled_transform(form, transform):
     x = noise(3, grad=False)
     exactly(compiled(TRANSFORMS[transform](SEVEN_TIMES[form]))(x), torch.full_like(x, 7))
+
+
+def times(factor):
+    return lambda grad_output: factor * grad_output
+
+
+EDITS = {
+    "edit": lambda x, rule: go.edit_gradient(x, rule),
+    "connect": lambda x, rule: go.connect(x.detach(), x, rule),
+}
+
+
+@pytest.mark.parametrize("edited", EDITS)
+@pytest.mark.parametrize("make", [times, Times], ids=["function", "object"])
+def test_rule_that_is_made_outside_may_be_another_in_each_call(edited, make):
+    x, rule = noise(3, grad=False), None
+    run = compiled(grad(lambda x: EDITS[edited](x, rule).sum()))
+    for factor in (3.0, 5.0, 5.0, 7.0):
+        rule = make(factor)
+        exactly(run(x), torch.full_like(x, factor))
+
+
+def test_object_that_is_a_rule_may_change_between_calls():
+    x, rule = noise(3, grad=False), Times(3.0)
+    run = compiled(grad(lambda x: go.edit_gradient(x, rule).sum()))
+    for rule.factor in (3.0, 5.0):
+        exactly(run(x), torch.full_like(x, rule.factor))
 
 
 def test_rule_holds_with_inductor():
@@ -506,11 +547,34 @@ def changes_its_global_before(x):
     return grad(total(by_a_global))(x)
 
 
+def changes_its_rule_before(x):
+    TIMES.factor = 5.0
+    return grad(lambda x: go.edit_gradient(x, TIMES).sum())(x)
+
+
 PLAIN = Plain()
 STEP = "a call with a rule must be one step of the graph; "
 REFUSED = {
-    "edit": (grad(lambda x: go.edit_gradient(x, lambda g: 3 * g).sum()), STEP + "its rule is made in the code"),
-    "connect": (grad(lambda x: go.connect(x.detach().round(), x).sum()), STEP + "it has its result from elsewhere"),
+    "edit with a closure": (
+        grad(lambda x: go.edit_gradient(x, lambda g, k=x.shape: 3 * g if k == x.shape else g).sum()),
+        STEP + "its rule is made in the code that is traced, with a closure",
+    ),
+    "edit with a default": (
+        grad(lambda x: go.edit_gradient(x, lambda g, k=3: k * g).sum()),
+        STEP + "its rule is made in the code that is traced",
+    ),
+    "edit by a method": (
+        grad(lambda x: go.edit_gradient(x, TIMES.__call__).sum()),
+        STEP + "its rule is made in the code",
+    ),
+    "edit by an object made within": (
+        grad(lambda x: go.edit_gradient(x, go.rules.reverse(2.0)).sum()),
+        STEP + "its rule is made in the code that is traced",
+    ),
+    "edit by an object that is changed": (
+        changes_its_rule_before,
+        STEP + "the code that is traced has changed 'Times'",
+    ),
     "a constant tensor": (grad(total(ruled(lambda x: x * WEIGHT))), STEP + "it reaches 'WEIGHT', a tensor that is no"),
     "one of the rule": (grad(total(ruled(torch.sin, lambda g: g * WEIGHT))), STEP + "it reaches 'WEIGHT', a tensor"),
     "one of the module": (grad(total(KeepsATensor())), STEP + "it reaches 'self.mask', a tensor that is no input"),

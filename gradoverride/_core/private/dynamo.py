@@ -23,6 +23,7 @@ __all__ = [
     "fail",
     "step_of_graph",
     "changed_while_tracing",
+    "in_transform",
     "transformed_while_tracing",
     "forward_mode_while_tracing",
     "forward_mode_around",
@@ -104,7 +105,7 @@ def step_of_graph(fn: F) -> F:
 
 @evaluated_while_tracing
 def changed_while_tracing() -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The ids of modules of which the code that Dynamo traces has set attributes, and the globals that it has set: all
+    """The ids of objects of which the code that Dynamo traces has set attributes, and the globals that it has set: all
     others see that when the compiled code has run. If Dynamo notes it elsewhere one day, none are known.
     """
     effects = getattr(_output_now(), "side_effects", None)
@@ -112,7 +113,7 @@ def changed_while_tracing() -> tuple[tuple[int, ...], tuple[str, ...]]:
     changed = [getattr(known, "value", None) for known, attributes in changes.items() if attributes]
     of_globals = [attributes for known, attributes in changes.items() if type(known).__name__ == "NewGlobalVariable"]
     return (
-        tuple([id(value) for value in changed if isinstance(value, torch.nn.Module)]),
+        tuple([id(value) for value in changed if value is not None]),
         tuple([name for attributes in of_globals for name in attributes]),
     )
 
@@ -123,11 +124,16 @@ def _output_now() -> Any:
     return getattr(translator and translator.current_tx(), "output", None)
 
 
+def in_transform() -> bool:
+    """Whether a call is in a transform of torch.func, or in forward mode."""
+    return transformed_while_tracing() if torch.compiler.is_dynamo_compiling() else in_functorch() or in_forward_ad()
+
+
 @evaluated_while_tracing
 def transformed_while_tracing() -> bool:
-    """Whether code that Dynamo traces is in a transform, or in forward mode.
+    """The same of code that Dynamo traces.
 
-    To read that there would guard it, and what the code has entered itself is left when it is called again.
+    To read it there would guard it, and what the code has entered itself is left when it is called again.
     """
     return in_functorch() or in_forward_ad()
 

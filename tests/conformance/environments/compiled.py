@@ -297,8 +297,7 @@ def retained_in_eager(make: Make) -> Any:
 
 
 ARRAYS = ("arrays compiled",)
-TRANSFORM = ("compiled transform", *ARRAYS)
-FORWARD = ("not linear", "of arrays", *TRANSFORM)
+FORWARD = ("not linear", "of arrays", *ARRAYS)
 OF_COMPILED = ("transform of compiled", *ARRAYS)
 partial = functools.partial
 column = partial(Environment, "compile")
@@ -328,16 +327,16 @@ ENVIRONMENTS = [
     ),
     column("checkpoint around", checkpoint_of_compiled, eager_on_copy, refusals=(*ARRAYS, "surrogate in a checkpoint")),
     column(
-        "compile(func.grad)", partial(compiled_transform, transform=grad_of), func_grad, refusals=TRANSFORM, quick=True
+        "compile(func.grad)", partial(compiled_transform, transform=grad_of), func_grad, refusals=ARRAYS, quick=True
     ),
     column(
         "compile(vmap(grad))",
         partial(compiled_transform, transform=vmap_grad_of),
         vmap_of_grad,
-        refusals=TRANSFORM,
+        refusals=ARRAYS,
     ),
-    column("compile(func.vjp)", partial(compiled_transform, transform=vjp_of), vjp_in_eager, refusals=TRANSFORM),
-    column("compile(vmap)", partial(compiled_transform, transform=vmap_of), vmapped_value, refusals=TRANSFORM),
+    column("compile(func.vjp)", partial(compiled_transform, transform=vjp_of), vjp_in_eager, refusals=ARRAYS),
+    column("compile(vmap)", partial(compiled_transform, transform=vmap_of), vmapped_value, refusals=ARRAYS),
     column("compile(jvp)", partial(compiled_transform, transform=jvp_of), func_jvp, refusals=FORWARD),
     column("compile(hessian)", partial(compiled_transform, transform=hessian_of), func_hessian, refusals=FORWARD),
     column("compile(dual numbers)", partial(compiled_transform, transform=duals_of), dual_numbers, refusals=FORWARD),
