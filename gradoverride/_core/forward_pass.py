@@ -246,7 +246,7 @@ class ForwardPass:
             return without_gradient(self, result)
         if self.mode == EAGER:
             outs = [trackable(out) for out in outs]
-            if not self.plan.asks_vjp:  # with that it is an error where a gradient comes back
+            if not (self.plan.asks_vjp or self.on_leaves):  # under vjp it is an error where a gradient comes back
                 note_held(call, self.values)
         if self.plan.straight_through:
             check_straight_through(self, result, outs)

@@ -51,7 +51,7 @@ def note_held(call: Call, values: Sequence[Any]) -> None:
     An object that was given (a cache) is the caller's, and what was there before cannot be told from what is computed.
     """
     plan = call.plan
-    if plan.told_of_held or not _may_hold(call.result):
+    if plan.told_of_held or plan.is_edit or not _may_hold(call.result):
         return
     held = _held_within("result", _without(call.result, [id(value) for value in values]), is_differentiable)
     if held is not None:
