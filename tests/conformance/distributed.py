@@ -38,7 +38,7 @@ from conformance.table import Outcome
 
 RANKS = 2
 PATIENCE = 20  # seconds that a rank waits for the other
-LIMIT = 240  # seconds for all cells: what takes longer hangs
+LIMIT = 480  # seconds for all cells: what takes longer hangs
 
 _kept = []  # models: the destructor of DDP may wait for ever for a thread that wants the GIL
 
@@ -121,8 +121,12 @@ def gradients(model, x=None):
 # --- data parallelism ---
 
 
-def ddp(build, rank, *, no_sync=False, spare=False, **options):
-    model, parallel = build.spread(lambda model: DistributedDataParallel(model, **options))
+def ddp(build, rank, *, no_sync=False, spare=False, compiled=False, **options):
+    def wrap(model):
+        parallel = DistributedDataParallel(model, **options)
+        return _compiled(parallel) if compiled else parallel
+
+    model, parallel = build.spread(wrap)
     batches = build.batches(rank)
     for index, x in enumerate(batches):
         x.requires_grad_()
@@ -132,12 +136,13 @@ def ddp(build, rank, *, no_sync=False, spare=False, **options):
     return gradients(model, batches[-1])
 
 
-def fsdp(build, rank, *, parts=(), accumulate=False, **options):
+def fsdp(build, rank, *, parts=(), accumulate=False, compiled=False, **options):
     def shard(model):
         mesh = init_device_mesh("cpu", (RANKS,))
         for part in parts:
             fully_shard(model.get_submodule(part), mesh=mesh, **options)
-        return fully_shard(model, mesh=mesh, **options)
+        sharded = fully_shard(model, mesh=mesh, **options)
+        return _compiled(sharded) if compiled else sharded
 
     model, sharded = build.spread(shard)
     batches = build.batches(rank)
@@ -147,6 +152,11 @@ def fsdp(build, rank, *, parts=(), accumulate=False, **options):
             sharded.set_requires_gradient_sync(index == len(batches) - 1)
         loss_of(sharded(x)).backward()
     return gradients(model, batches[-1])
+
+
+def _compiled(model):
+    torch.compiler.reset()  # each cell has a model of the same code
+    return torch.compile(model, backend="aot_eager")
 
 
 # --- tensor parallelism ---
@@ -246,12 +256,14 @@ ENVIRONMENTS = [
     Environment("FSDP2, kept whole between", partial(fsdp, parts=("middle",), reshard_after_forward=False)),
     Environment("FSDP2, accumulated", partial(fsdp, parts=("middle",), accumulate=True), batches=2),
     Environment("FSDP2, checkpointed", partial(fsdp, parts=("middle",)), model={"checkpointed": True}),
+    Environment("FSDP2, compiled", partial(fsdp, parts=("first", "middle"), compiled=True)),
     Environment("DDP", ddp),
     Environment("DDP, no_sync", partial(ddp, no_sync=True), batches=2),
     Environment(
         "DDP, find_unused_parameters", partial(ddp, spare=True, find_unused_parameters=True), model={"spare": True}
     ),
     Environment("DDP, static_graph", partial(ddp, static_graph=True), batches=3),
+    Environment("DDP, compiled", partial(ddp, compiled=True)),
     Environment("DDP, checkpointed", partial(ddp, static_graph=True), batches=2, model={"checkpointed": True}),
 ]
 CELLS = [
