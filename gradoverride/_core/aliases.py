@@ -11,7 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["alias_of", "carry_data", "copy_attributes", "has_other_data", "places_of", "share_attributes"]
+__all__ = [
+    *("alias_of", "carry_data", "copy_attributes", "has_other_data", "is_laid_out_as", "places_of"),
+    "share_attributes",
+]
 
 
 def alias_of(tensor: Tensor, copied: bool) -> Tensor:
@@ -53,12 +56,17 @@ def has_other_data(alias: Tensor, tensor: Tensor) -> bool:
     return place != 0 and _has_other_data(alias, tensor, place)
 
 
+def is_laid_out_as(alias: Tensor, tensor: Tensor) -> bool:
+    """Whether an eager alias still has the shape and the strides of its tensor, which `t_` and its like change."""
+    return alias.shape == tensor.shape and (alias.layout is not torch.strided or alias.stride() == tensor.stride())
+
+
 def _has_other_data(alias: Tensor, tensor: Tensor, place: int) -> bool:
     now = alias.data_ptr()
     if now != place:
         return now != 0  # or it was freed, as FSDP does
     # The tensor may have been moved meanwhile, which is no doing of the forward's.
-    return (alias.shape != tensor.shape or alias.stride() != tensor.stride()) and tensor.data_ptr() == place
+    return not is_laid_out_as(alias, tensor) and tensor.data_ptr() == place
 
 
 _PLAIN = (Tensor, nn.Parameter)

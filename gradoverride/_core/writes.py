@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gradoverride._core.aliases import is_laid_out_as
 from gradoverride._core.ambient import EAGER, TRACED
 from gradoverride._core.call import Call
 from gradoverride._core.kept_graph import shares_versions
@@ -97,6 +98,13 @@ class Writes:
                     f"{self.plan.forward.who} writes into its argument '{name}' in place and must return it, so that "
                     f"the rule has a gradient for what it became; it returned something else. Return '{name}', or "
                     "work on a copy",
+                )
+            if call.mode == EAGER and not is_laid_out_as(aliases[index], leaves[index]):
+                fail(
+                    ForwardResultError,
+                    f"{self.plan.forward.who} must leave the shape and the strides of its argument '{name}' as they "
+                    "are where it writes into it in place; it changed them (by t_, transpose_, squeeze_ or their "
+                    "like), which the caller's own tensor would not show. Return a view instead: t(), squeeze()",
                 )
             self.refuse_asked(name)
             own = aliases[index] is leaves[index]

@@ -1022,6 +1022,36 @@ def test_in_place_forward_with_vjp_has_autograds_gradient():
     exactly(x.grad, float64(20.0, 20.0, grad=False))
 
 
+TURNED_IN_PLACE = {
+    "t_": lambda x: x.t_(),
+    "transpose_": lambda x: x.transpose_(0, 1),
+    "unsqueeze_": lambda x: x.unsqueeze_(0),
+    "doubled and turned": lambda x: x.mul_(2).t_(),
+}
+
+
+@pytest.mark.parametrize("forward", TURNED_IN_PLACE.values(), ids=TURNED_IN_PLACE)
+@pytest.mark.parametrize("shape", [(2, 2), (2, 3)], ids=str)
+def test_in_place_forward_with_vjp_that_changes_shape_or_strides_is_refused(forward, shape):
+    """The alias alone would be turned: the result had the values of the argument as it was."""
+    turned = go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(forward)
+    x = noise(*shape)
+    with pytest.raises(go.ForwardResultError, match=r"must leave the shape and the strides of .*'x'.*Return a view"):
+        turned(x * 1)
+
+
+def test_in_place_forward_that_leaves_the_shape_as_it_was_has_autograds_gradient():
+    @go.custom_backward(lambda grad_output, vjp: 10 * vjp(grad_output))
+    def back_and_forth(x):
+        return x.t_().mul_(2).t_()
+
+    x, weight = noise(2, 2), noise(2, 2, grad=False)
+    result = back_and_forth(x * 1)
+    (result * weight).sum().backward()
+    exactly(result, 2 * x)
+    exactly(x.grad, 20 * weight)
+
+
 def test_in_place_forward_may_ask_for_its_output():
     x = noise(3)
 
