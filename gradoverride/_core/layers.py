@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from gradoverride._core.rule import Rule
@@ -62,9 +63,9 @@ class Layer:
         self.order = order
         self.since = 0  # how many calls the module had had
 
-    def again(self) -> Layer:
+    def again(self, memo: Mapping[int, Any] = MappingProxyType({})) -> Layer:
         """The same for a copy of the module, with a count of its own."""
-        return Layer(self.rule, self.path, self.target, self.order)
+        return Layer(self.rule.in_copy(memo), self.path, self.target, self.order)
 
     def __reduce__(self) -> Any:
         return _layer_again, (self.rule.fn, self.path, self.target, _process, self.order)
@@ -132,13 +133,14 @@ class FunctionLayer:
         """The same of calls of the function."""
         return self.tally.known(traced=self.key.traced)
 
-    def again(self) -> FunctionLayer:
+    def again(self, memo: Mapping[int, Any] = MappingProxyType({})) -> FunctionLayer:
         """The same for a copy, with a count of its own."""
-        return FunctionLayer(self.key.name, self.rule, self.path, self.target, self.order, self.key.nth)
+        rule = self.rule.in_copy(memo)
+        return FunctionLayer(self.key.name, rule, self.path, self.target, self.order, self.key.nth)
 
     def __deepcopy__(self, memo: Any) -> FunctionLayer:
         """One for all modules of the copy."""
-        copied = self.again()
+        copied = self.again(memo)
         memo[id(self)] = copied
         return copied
 

@@ -219,7 +219,9 @@ class _State(NamedTuple):
     functions: tuple[FunctionLayer, ...]
 
     def __deepcopy__(self, memo: Any) -> _State:
-        return _State(copy.deepcopy(self.of_base, memo), self.layers, copy.deepcopy(self.functions, memo))
+        of_base = copy.deepcopy(self.of_base, memo)
+        layers = tuple([layer.again(memo) for layer in self.layers])
+        return _State(of_base, layers, copy.deepcopy(self.functions, memo))
 
 
 def _bare(value: Any) -> Any:

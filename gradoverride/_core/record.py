@@ -89,7 +89,7 @@ class Record:
 
     def __deepcopy__(self, memo: Any) -> Record:
         self.tally.copied = True
-        layers = tuple([layer.again() for layer in self.layers])
+        layers = tuple([layer.again(memo) for layer in self.layers])
         return Record(self.subject, layers, copy.deepcopy(self.functions, memo), ModuleTally(copied=True), of_copy=True)
 
     def __reduce__(self) -> Any:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -118,6 +118,13 @@ class Rule:
         """This rule for one forward. An object with `bound_to` asks for all its arguments, whatever they are called."""
         bound_to = getattr(self.fn, "bound_to", None)
         return self if bound_to is None else Rule(bound_to(forward), name=self.name, place=self.place)
+
+    def in_copy(self, memo: Mapping[int, Any]) -> Rule:
+        """This rule in a copy: of a method of what was copied too, which `copy.deepcopy` notes, that of its copy."""
+        fn = self.fn
+        if not isinstance(fn, MethodType) or id(fn.__self__) not in memo:
+            return self
+        return Rule.of(MethodType(fn.__func__, memo[id(fn.__self__)]))
 
     @property
     def who(self) -> str:

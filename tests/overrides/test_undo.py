@@ -241,6 +241,53 @@ def test_copy_has_the_override_for_good_and_its_own_weights(model, x, copied):
     assert [type(module) for module in other.modules()] == [type(module) for module in mlp().modules()]
 
 
+class OwnRule(nn.Module):
+    """A model with a method for a rule, which reads what the model holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+        self.tanh = nn.Tanh()
+
+    def forward(self, x):
+        return self.tanh(x) + torch.sin(x)
+
+    def scaled(self, grad_output, vjp):
+        return vjp(grad_output * self.scale.detach())
+
+
+def sum_gradient(model, x):
+    return gradient(model, x, weights=torch.ones_like(x))
+
+
+@pytest.mark.parametrize("target", ["tanh", torch.sin], ids=["module", "function"])
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_rule_that_is_a_method_of_the_model_is_in_a_copy_that_of_the_copy(copied, target, x):
+    model = OwnRule()
+    plain = {"tanh": 1 - x.tanh() ** 2, torch.sin: torch.cos(x)}
+    ruled = plain.pop(target)
+    (rest,) = plain.values()
+    handle = go.override(model, {target: model.scaled})
+    other = copied(model)
+    with torch.no_grad():
+        other.scale.fill_(5.0)
+    closely(sum_gradient(model, x), 2 * ruled + rest)
+    closely(sum_gradient(other, x), 5 * ruled + rest)
+    handle.remove()
+    closely(sum_gradient(copied(other), x), 5 * ruled + rest)
+
+
+def test_rule_that_is_a_method_of_something_else_is_shared_by_a_copy(x):
+    holder, model = OwnRule(), OwnRule()
+    handle = go.override(model, {"tanh": holder.scaled})
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        holder.scale.fill_(5.0)
+    for module in (model, other):
+        closely(sum_gradient(module, x), 5 * (1 - x.tanh() ** 2) + torch.cos(x))
+    handle.remove()
+
+
 def test_shallow_copy_has_the_override_of_its_own(x):
     module = nn.Linear(3, 3).double()
     plain = gradient(module, x)
