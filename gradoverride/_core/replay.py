@@ -216,7 +216,8 @@ def _alike(first: Tensor, again: Tensor) -> bool:
     tolerance = max(torch.finfo(first.dtype).eps ** 0.5, 1e-5)
     if first.dtype.itemsize < 4:
         first, again = first.float(), again.float()
-    near: dict[str, Any] = {"rtol": tolerance, "atol": tolerance * float(first.abs().max()), "equal_nan": True}
+    largest = float(first.abs().nan_to_num(0.0, 0.0).max())  # of what is a number
+    near: dict[str, Any] = {"rtol": tolerance, "atol": tolerance * largest, "equal_nan": True}
     if bool(torch.allclose(first, again, **near)):
         return True
     return bool(torch.allclose(first.flatten().sort()[0], again.flatten().sort()[0], **near))

@@ -748,6 +748,22 @@ def test_complex_forward_that_gives_another_result_is_refused():
         grad(lambda x: fn(x * 1j).abs().sum())(torch.ones(3, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("transform", [lambda fn: fn, vmap], ids=["grad", "vmap of grad"])
+def test_forward_with_results_that_are_no_numbers_has_autograds_gradient(transform, odd):
+    fn = go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))(lambda x: x.sin().masked_fill(x > 1, odd))
+    x = float64(0.5, 2.0, grad=False).unsqueeze(1)
+    closely(transform(grad(lambda x: fn(x).sum()))(x), (3 * x.cos()).masked_fill(x > 1, 0))
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+def test_forward_that_gives_another_result_beside_what_is_no_number_is_refused(odd):
+    caller = Caller()
+    fn = go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(lambda x: caller(x).masked_fill(x > 1, odd))
+    with pytest.raises(go.UnsupportedError, match="must give the same result"):
+        grad(lambda x: fn(x).sum())(float64(0.5, 2.0, grad=False))
+
+
 @pytest.mark.parametrize("dims", [0, 1])
 def test_forward_that_runs_again_in_a_batch_is_known_again_however_the_batch_lies(dims):
     fn = go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))(lambda x: x.sin() * x.sum())
