@@ -105,7 +105,7 @@ class Registry:
         return self._merged(as_registry(other), self)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Registry) and self.name == other.name and list(self) == list(other)
+        return isinstance(other, Registry) and self.name == other.name and self._content() == other._content()
 
     __hash__ = None  # type: ignore[assignment]  # it can change
 
@@ -116,12 +116,15 @@ class Registry:
         return copy.copy(self)
 
     def __reduce__(self) -> Any:
-        entries = [(tuple([target.value for target in e.targets]), e.rule.fn, e.optional) for e in self._entries]
-        return _again, (type(self), self.name, entries)
+        return _again, (type(self), self.name, self._content())
 
     def __repr__(self) -> str:
         entries = [f"{_in_words(entry.targets)} -> {entry.rule.name}" for entry in self._entries]
         return f"Registry({self.name!r}: {'; '.join(entries) or 'empty'})"
+
+    def _content(self) -> list[tuple[tuple[Any, ...], Callable[..., Any], bool]]:
+        """What its entries were made of: which targets share one tells what is to match, and `optional` whether."""
+        return [(tuple([target.value for target in e.targets]), e.rule.fn, e.optional) for e in self._entries]
 
     @staticmethod
     def _merged(one: Registry, other: Registry) -> Registry:

@@ -275,6 +275,18 @@ def test_a_copy_of_a_registry_has_entries_of_its_own(model, copied):
     assert (len(registry), len(other)) == (3, 4)
 
 
+def test_registries_that_require_other_modules_are_not_equal():
+    """They have the same targets and rules, and raise for other models."""
+    required, optional, together, each = (go.Registry("r") for _ in range(4))
+    required.register(nn.ReLU)(guided)
+    optional.register(nn.ReLU, optional=True)(guided)
+    assert required != optional
+    together.register(nn.ReLU, nn.Tanh)(guided)
+    each.register(nn.ReLU)(guided)
+    each.register(nn.Tanh)(guided)
+    assert together != each
+
+
 @pytest.mark.parametrize("name", ["guided_backprop", "deeplift", "epsilon_plus", "attn_lrp"])
 def test_a_preset_can_be_pickled(name):
     preset = getattr(go.presets, name)
