@@ -62,8 +62,9 @@ def custom_backward(rule: Any, /, *, jvp: Any = None) -> Any:
 
     On a class, `rule` is for its `forward`. Bare, on a module class that defines `backward(self, grad_output, ...)`,
     that method is the rule: it returns the gradient of the input and assigns `self.<parameter>.grad`. Its `self`, like
-    `module` of a rule, has the tensors of the forward; plain attributes are as they are when the backward runs (in
-    compiled code as they were in the forward), so ask for what may change in between as an argument, or hand it over.
+    `module` of a rule, has the tensors of the forward, and what that assigned to attributes which the rule reads by
+    name (`self.mask`). Other attributes, and what is in containers, are as they are when the backward runs (in compiled
+    code as they were in the forward): ask for what may change in between as an argument, or hand it over.
 
     Forward mode (`jvp`, `jacfwd`, `hessian`) is the rule transposed, so it needs nothing more, unless the rule is not
     linear in the gradient. `jvp` says it instead: a function of the tangents of the arguments, which come in the form

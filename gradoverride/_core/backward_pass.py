@@ -21,7 +21,7 @@ from gradoverride._core.collector import Collector
 from gradoverride._core.contract import conform_output, read_answer, read_params, what
 from gradoverride._core.function import tied
 from gradoverride._core.kept_graph import KeptGraph, is_hooked
-from gradoverride._core.module_then import as_shown, forward_then, module_then, training_then
+from gradoverride._core.module_then import as_shown, changes_then, forward_then, module_then
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.engine import pull
 from gradoverride._core.private.transforms import out_of_left_transforms
@@ -198,7 +198,7 @@ class Backward:
             as_shown(call, call.buffers),
             {param.name: (param.names, self.saved[call.module_slots[param.name]]) for param in call.params},
             traced=self.traced,
-            changes=training_then(call),
+            changes=changes_then(self),
             attributes=self.plan.attribute_names_in_backward(type(call.module)) if self.traced else (),
         )
 

@@ -88,6 +88,7 @@ class Call:
     buffers: dict[str, Any]
     then: dict[str, int | None]  # of buffers and frozen parameters that are shown, the versions
     training: dict[str, bool]  # whether each part of the module was in training, by prefix
+    left: list[Asked]  # what the forward assigned to attributes of the module that the rule reads, by dotted name
     computed: dict[str, Any]  # parametrized weights by dotted name, as the forward read them; then where they are saved
     asked: list[Asked]
     saved: list[int]  # by saved tensor, where among inputs and results it stands
@@ -123,6 +124,7 @@ class Call:
         self.buffers = {}
         self.then = {}
         self.training = {}
+        self.left = []
         self.computed = {}
 
     # --- taking the call apart ------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gradoverride._core.backward_pass import Backward
     from gradoverride._core.call import Call
 
-__all__ = ["as_shown", "forward_then", "keep_module", "module_then", "training_then"]
+__all__ = ["as_shown", "attributes_of", "changes_then", "forward_then", "keep_module", "module_then"]
 
 
 # --- kept by the forward ---
@@ -50,6 +50,19 @@ def keep_module(call: Call, module: nn.Module, before: Mapping[str, int | None])
     call.training = _training_of(module)
 
 
+def attributes_of(module: Any, names: Collection[str]) -> dict[str, Any]:
+    """By dotted name, what `module` and its parts have in attributes of these `names`.
+
+    What the forward assigned there is a value that it handed over: the next forward assigns it anew.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: vars(part)[name]
+        for prefix, part in module.named_modules()
+        for name in names
+        if name in vars(part)
+    }
+
+
 def _training_of(module: nn.Module) -> dict[str, bool]:
     """By prefix, whether each part of `module` is in training."""
     return {f"{name}." if name else "": part.training for name, part in module.named_modules()}
@@ -68,7 +81,7 @@ def module_then(backward: Backward, buffers: dict[str, Any] | None = None, copie
     given.update({name: saved[slot] for name, slot in call.computed.items()})
     if backward.again and call.aliased and call.computed:
         given.update(_computed_anew(backward, {name: one for name, one in given.items() if name not in call.computed}))
-    return stand_in(call.module, given, copied, changes=training_then(call))
+    return stand_in(call.module, given, copied, changes=changes_then(backward))
 
 
 def _computed_anew(backward: Backward, given: dict[str, Any]) -> dict[str, Tensor]:
@@ -79,7 +92,7 @@ def _computed_anew(backward: Backward, given: dict[str, Any]) -> dict[str, Tenso
     call = backward.call
     buffers = {name: one.clone() for name, one in given.items() if name in call.buffers and type(one) is not Stale}
     assert call.module is not None, "it has them"
-    module = stand_in(call.module, {**given, **buffers}, changes=training_then(call))
+    module = stand_in(call.module, {**given, **buffers}, changes=changes_then(backward))
     shown = {}
     for name, slot in call.computed.items():
         owner, _, own = name.rpartition(".")
@@ -129,10 +142,18 @@ def as_shown(call: Call, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return shown
 
 
-def training_then(call: Call) -> dict[str, Snapshot]:
-    """By prefix of the parts of the module that have changed since, whether they were in training."""
+def changes_then(backward: Backward) -> dict[str, Snapshot]:
+    """By prefix of the parts of the module, what is otherwise now than the forward had it and left it."""
+    call = backward.call
     if call.module is None or torch.compiler.is_dynamo_compiling():
         return {}
     now = _training_of(call.module)
-    changed = [prefix for prefix, was in call.training.items() if now.get(prefix, was) is not was]
-    return {prefix: Snapshot({"training": call.training[prefix]}, {}, {}) for prefix in changed}
+    then: dict[str, Any] = {
+        f"{prefix}training": was for prefix, was in call.training.items() if now.get(prefix, was) is not was
+    }
+    then.update({asked.name: asked.value(backward.saved) for asked in call.left})
+    changes: dict[str, Snapshot] = {}
+    for path, value in then.items():
+        prefix, dot, name = path.rpartition(".")
+        changes.setdefault(prefix + dot, Snapshot({}, {}, {})).attributes[name] = value
+    return changes

@@ -26,7 +26,7 @@ from gradoverride._core.private.dynamo import fail, step_of_graph
 from gradoverride._core.private.engine import call_directly, can_call_directly, fast_apply
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.private.tensors import made_at_import
-from gradoverride._core.reach import Reach, attribute_names, calls_unseen
+from gradoverride._core.reach import Reach, attribute_names, calls_unseen, names_assigned_in, names_in
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.rule import Rule
 from gradoverride._core.rule_code import RuleCode, is_known_method
@@ -114,6 +114,7 @@ class Plan:
         self._subclasses: dict[Any, Plan] = {}
         self._backwards: dict[Any, Any] = {}  # by class, the one that its plan was made for
         self._kept: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
+        self._left: weakref.WeakKeyDictionary[Any, tuple[frozenset[str], frozenset[str]]] = weakref.WeakKeyDictionary()
         self.told_of_state = self.told_of_held = False
         self.layouts = Layouts(forward)
         self.steps = SimpleNamespace()  # Dynamo needs a place to know an object by
@@ -203,6 +204,14 @@ class Plan:
         known = self._kept.get(cls)
         if known is None:
             known = self._kept[cls] = names_kept(self.fn, cls)
+        return known
+
+    def names_left(self, cls: Any) -> tuple[frozenset[str], frozenset[str]]:
+        """What the rule may read of a module of `cls`, and what of that the forward assigns, as their code shows it."""
+        known = self._left.get(cls)
+        if known is None:
+            read = names_in(self.rule.fn, cls)
+            known = self._left[cls] = read, read & names_assigned_in(self.fn, cls)
         return known
 
     @evaluated_while_tracing

@@ -18,7 +18,7 @@ from gradoverride._core import scan
 from gradoverride._core.by_class import standing
 from gradoverride._core.bytecode import ATTRIBUTES, instructions, is_called, is_method, last_loaded, loaded
 
-__all__ = ["SCALARS", "Reach", "attribute_names", "calls_unseen", "of_modules"]
+__all__ = ["SCALARS", "Reach", "attribute_names", "calls_unseen", "names_assigned_in", "names_in", "of_modules"]
 
 SCALARS = frozenset({int, float, bool, complex, str, type(None), torch.dtype, torch.device})
 """Types of values that are no tensor and hold none."""
@@ -122,22 +122,46 @@ def attribute_names(fn: Any, *, method: bool, cls: Any = None) -> tuple[str, ...
     Of a `method` of `cls` those in the methods and properties that it names besides.
     """
     found: set[str] = set()
+    for root, function, code in _codes_of(fn, cls):
+        known = [*of_modules(function, code)]
+        receiver = code.co_varnames[0] if method and function is root and code.co_varnames else None
+        names = _attributes_but_of(receiver, code) | _given_as_texts(code)
+        found |= {name for name in names if not _is_known_attribute(name, known)}
+    return tuple(sorted(found))
+
+
+def names_in(fn: Any, cls: Any) -> frozenset[str]:
+    """The names in the code of `fn`, and of the methods and properties of `cls` that it names."""
+    return frozenset[str]().union(*[{*code.co_names, *_given_as_texts(code)} for _, _, code in _codes_of(fn, cls)])
+
+
+def names_assigned_in(fn: Any, cls: Any) -> frozenset[str]:
+    """The names of attributes that `fn` assigns, or one of those methods."""
+    found: set[str] = set()
+    for _, _, code in _codes_of(fn, cls):
+        found |= {step.argval for step in instructions(code) if step.opname == "STORE_ATTR"} | _given_as_texts(code)
+    return frozenset(found)
+
+
+def _codes_of(fn: Any, cls: Any) -> Iterator[tuple[FunctionType | None, FunctionType, CodeType]]:
+    """The code that `fn` shows, function by function, and that of the methods of `cls` named there."""
     seen: set[FunctionType] = set()
     waiting = [scan.python_function(fn)]
     while waiting:
         root = waiting.pop()
         for function, code in scan.reachable(root, seen):
-            known = [*of_modules(function, code)]
-            receiver = code.co_varnames[0] if method and function is root and code.co_varnames else None
-            names = _attributes_but_of(receiver, code)
-            if _BY_NAME.intersection(code.co_names):
-                names |= {text for text in code.co_consts if isinstance(text, str) and text.isidentifier()}
-            found |= {name for name in names if not _is_known_attribute(name, known)}
+            yield root, function, code
             if cls is not None:
                 own = [standing(cls, name) for name in code.co_names]
                 own = [one.fget if isinstance(one, property) else one for one in own]
                 waiting += [one for one in own if isinstance(one, FunctionType) and not _is_of_library(one.__module__)]
-    return tuple(sorted(found))
+
+
+def _given_as_texts(code: CodeType) -> set[str]:
+    """What may be the name of an attribute in `code` that asks for them so."""
+    if _BY_NAME.isdisjoint(code.co_names):
+        return set()
+    return {text for text in code.co_consts if isinstance(text, str) and text.isidentifier()}
 
 
 def _attributes_but_of(receiver: str | None, code: CodeType) -> set[str]:

@@ -95,12 +95,16 @@ class Saver:
             self._ask(name, values[index])
 
     def _ask(self, name: str, value: Any, handed_over: bool = False) -> None:
+        self.call.asked.append(self.asked(name, value, handed_over))
+
+    def asked(self, name: str, value: Any, handed_over: bool) -> Asked:
+        """Where the tensors of `value` are to be saved from."""
         tensors: list[Tensor] = []
         spec = flatten(value, is_tensor, tensors)
         if handed_over and self.call.mode != TRACED:
             tensors = [trackable(tensor) for tensor in tensors]
         places = [self.place(tensor, handed_over) for tensor in tensors]
-        self.call.asked.append(Asked(name, spec, [self.slot(place) for place in places]))
+        return Asked(name, spec, [self.slot(place) for place in places])
 
     def slot(self, place: int) -> int:
         """The index among the saved tensors of what is at `place`."""

@@ -1,0 +1,221 @@
+"""What a forward leaves in attributes of its module for the backward (`self.mask = ...`) is that of its own call, as
+what it hands over is. Contract, section 1 (`module`) and section 2 (`self` in a `backward`)."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from oracles import closely, exactly, float64, noise
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gradoverride as go
+
+
+class KeepsAMask(nn.Module):
+    def forward(self, x):
+        self.mask = x > 1.5
+        return x * self.mask
+
+    def backward(self, grad_output):
+        return grad_output * self.mask
+
+
+class KeepsATuple(nn.Module):
+    def forward(self, x):
+        self.cache = (x, {"mask": x > 1.5})
+        return x * self.cache[1]["mask"]
+
+    def backward(self, grad_output):
+        return grad_output * (self.cache[0] > 1.2) * self.read("cache")
+
+    def read(self, name):
+        return getattr(self, name)[1]["mask"]
+
+
+class KeepsANumber(nn.Module):
+    def forward(self, x):
+        self.threshold = 1.5 if len(x) == 3 else 100.0
+        return torch.where(x > self.threshold, x, 0.0)
+
+    def backward(self, grad_output, x):
+        return torch.where(x > self.threshold, grad_output, 0.0)
+
+
+class KeepsInAPart(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Identity()
+        self.weight = nn.Parameter(float64(1.0).detach())
+
+    def forward(self, x):
+        self.part.mask = x > 1.5
+        return x * self.part.mask * self.weight
+
+    def backward(self, grad_output, x):
+        self.weight.grad = (grad_output * x * self.part.mask).sum(0, keepdim=True)
+        return grad_output * self.part.mask
+
+
+class ShowsItsMask(nn.Module):
+    @go.custom_backward(lambda grad_output, module: grad_output * module.mask)
+    def forward(self, x):
+        self.mask = x > 1.5
+        return x * self.mask
+
+
+KEEPING = [*map(go.custom_backward, [KeepsAMask, KeepsATuple, KeepsANumber, KeepsInAPart]), ShowsItsMask]
+
+
+def plainly(layer, a, b):
+    return torch.autograd.grad(layer(a).sum() + layer(b).sum(), (a, b))
+
+
+def compiled(layer, a, b):
+    return plainly(torch.compile(layer, backend="aot_eager"), a, b)
+
+
+def by_torch_func(layer, a, b):
+    return torch.func.grad(lambda a, b: layer(a).sum() + layer(b).sum(), (0, 1))(a.detach(), b.detach())
+
+
+@pytest.mark.parametrize("differentiate", [plainly, compiled, by_torch_func])
+@pytest.mark.parametrize("kind", KEEPING)
+def test_backward_reads_what_its_own_forward_left_not_what_a_later_one_did(kind, differentiate):
+    a, b = float64(1.0, 2.0, 3.0), float64(9.0, 1.0, 9.0, 0.0)
+    of_a, of_b = differentiate(kind(), a, b)
+    exactly(of_a, (a.detach() > 1.5).to(torch.float64))
+    exactly(of_b, (b.detach() > (100.0 if kind is KeepsANumber else 1.5)).to(torch.float64))
+
+
+@go.custom_backward
+class KeepsItsArgument(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(float64(2.0, 3.0, 4.0).detach())
+
+    def forward(self, x):
+        self.x = x
+        return self.weight * x
+
+    def backward(self, grad_output):
+        self.weight.grad = grad_output * self.x**2
+        return grad_output * self.x**3
+
+
+def test_second_derivative_goes_through_an_argument_that_the_forward_left():
+    layer, x = KeepsItsArgument(), noise(3)
+    grads = torch.autograd.grad(layer(x).sum(), (x, layer.weight), create_graph=True)
+    (second,) = torch.autograd.grad(sum(grads).sum(), x)
+    closely(second, 3 * x.detach() ** 2 + 2 * x.detach())
+
+
+def test_second_derivative_goes_through_what_the_forward_computed_where_its_graph_is_kept():
+    @go.custom_backward
+    class Layer(nn.Module):
+        def forward(self, x):
+            self.s = x.sigmoid()
+            return self.s * 1
+
+        def backward(self, grad_output, vjp):
+            return vjp(grad_output) * self.s
+
+    x = noise(3)
+    y = x.detach().clone().requires_grad_()
+    (grad,) = torch.autograd.grad(Layer()(x).sum(), x, create_graph=True)
+    s = y.sigmoid()
+    closely(torch.autograd.grad(grad.sum(), x), torch.autograd.grad((s * (1 - s) * s).sum(), y))
+
+
+def test_second_derivative_through_what_the_forward_computed_is_refused_where_no_graph_is_kept():
+    @go.custom_backward
+    class Layer(nn.Module):
+        def forward(self, x):
+            self.s = x.sigmoid()
+            return self.s * 1
+
+        def backward(self, grad_output):
+            return grad_output * self.s * (1 - self.s)
+
+    x = noise(3)
+    (grad,) = torch.autograd.grad(Layer()(x).sum(), x, create_graph=True)
+    with pytest.raises(go.UnsupportedError, match=r"the second derivative of 'Layer' .* Ask for 'vjp'"):
+        grad.sum().backward()
+
+
+def test_table_that_the_first_forward_makes_is_there_in_a_checkpoint():
+    class Layer(nn.Module):
+        table = None
+
+        @go.custom_backward(lambda grad_output, module: grad_output * module.table)
+        def forward(self, x):
+            if self.table is None:
+                self.table = torch.arange(3.0, dtype=torch.float64)
+            return x * self.table
+
+    layer, x = Layer(), noise(3)
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sum(), x)
+        exactly(grad, layer.table)
+
+
+def test_what_the_backward_does_not_read_is_not_kept():
+    @go.custom_backward
+    class Layer(nn.Module):
+        def forward(self, x):
+            self.seen, self.mask = x.detach() * 2, x > 0
+            return x * self.mask
+
+        def backward(self, grad_output):
+            return grad_output * self.mask
+
+    layer = Layer()
+    first = layer(noise(3))
+    seen, mask = weakref.ref(layer.seen), weakref.ref(layer.mask)
+    second = layer(noise(3))
+    assert seen() is None
+    (first + second).sum().backward()
+    del first
+    assert mask() is None
+
+
+def test_result_that_the_forward_left_is_released_without_the_garbage_collector():
+    @go.custom_backward
+    class Layer(nn.Module):
+        def forward(self, x):
+            self.y = x.exp()
+            return self.y
+
+        def backward(self, grad_output):
+            return grad_output * self.y
+
+    gc.collect()
+    gc.disable()
+    try:
+        layer, x = Layer(), noise(3)
+        result = layer(x)
+        node = weakref.ref(result.grad_fn)
+        result.sum().backward()
+        closely(x.grad, x.detach().exp())
+        del result, layer
+        assert node() is None
+    finally:
+        gc.enable()
+
+
+def test_what_the_backward_sets_is_on_the_module_though_the_forward_had_left_something_there():
+    @go.custom_backward
+    class Layer(nn.Module):
+        def forward(self, x):
+            self.x = x
+            return 2 * x
+
+        def backward(self, grad_output):
+            grad, self.x = grad_output * self.x, None
+            return grad
+
+    layer, x = Layer(), float64(3.0)
+    layer(x).sum().backward()
+    exactly(x.grad, float64(3.0).detach())
+    assert layer.x is None
