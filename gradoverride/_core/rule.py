@@ -69,6 +69,7 @@ class Rule:
         self.first = ""  # the name that the gradient has
         signature = read_signature(read)
         if signature is None:
+            self._refuse_wrongly_bound()
             return  # a builtin such as torch.neg: a rule of the gradient alone
         parameters = list(signature.parameters.values())
         if method and parameters and parameters[0].kind in POSITIONAL:
@@ -89,6 +90,17 @@ class Rule:
                     f"'{parameter}' cannot be. Name the values it needs"
                 )
             self.asks[parameter.name] = parameter.default is inspect.Parameter.empty
+
+    def _refuse_wrongly_bound(self) -> None:
+        """A partial has no signature where it binds what its function does not take, and would fail in the backward."""
+        fn = self.fn
+        if not isinstance(fn, functools.partial) or (taken := read_signature(fn.func)) is None:
+            return
+        given = [*map(repr, fn.keywords), *([f"{len(fn.args)} by position"] if fn.args else [])]
+        raise RuleSignatureError(
+            f"rule {self.who} must be bound to values for names that it takes ({', '.join(taken.parameters)}), but for "
+            f"the gradient; functools.partial binds {' and '.join(given)}. Bind those by name"
+        )
 
     @staticmethod
     def of(fn: Callable[..., Any], given: str = "") -> Rule:

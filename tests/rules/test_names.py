@@ -1153,6 +1153,20 @@ def test_message_shows_the_parameters_as_they_are_written():
         go.custom_backward(rule)
 
 
+@pytest.mark.parametrize(
+    ("bind", "given"),
+    [
+        (lambda fn: functools.partial(fn, fctor=2.0), r"'fctor'"),
+        (lambda fn: functools.partial(functools.partial(fn, factor=2.0), fctor=2.0), r"'factor' and 'fctor'"),
+        (lambda fn: functools.partial(fn, 1.0, 2.0, 3.0), r"3 by position"),
+    ],
+)
+def test_partial_that_binds_what_its_rule_does_not_take_is_refused_where_it_is_attached(bind, given):
+    text = rf"^rule 'with_default' \(.*test_names\.py:\d+\) must .* \(grad_output, factor\).* binds {given}\. Bind"
+    with pytest.raises(go.RuleSignatureError, match=text):
+        go.custom_backward(bind(with_default))
+
+
 def test_positional_only_name_cannot_be_asked_for():
     def rule(grad_output, x, /):
         return grad_output
