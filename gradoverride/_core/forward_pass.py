@@ -24,7 +24,7 @@ from gradoverride._core.contract import Meta
 from gradoverride._core.function import fresh, trackable
 from gradoverride._core.held import note_held, refuse_held
 from gradoverride._core.inner_graph import inner_graph
-from gradoverride._core.kept_graph import KeptGraph, outer_of
+from gradoverride._core.kept_graph import KeptGraph, outer_of, shares_versions
 from gradoverride._core.layout import Layout
 from gradoverride._core.module_then import attributes_of, keep_module
 from gradoverride._core.opaque_call import NoGraph, call_opaque, looked_through, refuse_unless_opaque
@@ -185,12 +185,14 @@ class ForwardPass:
         self.left: dict[str, Any] = {}  # what the forward assigned to attributes of the module that the rule reads
         self.may_give_data = call.plan.may_give_data or call.plan.reach is None
         self.graph_is_shown = False  # whether there is one for the forward to see alone: nothing asks it for gradients
+        self.shares_versions = call.graph is not None  # whether the aliases count writes together with the leaves
         self.places: list[int] | None = None  # of the aliases, before an eager forward that may give them other data
         self.as_given: dict[int, Tensor] = {}  # copies of leaves that the forward may write into uncounted
 
     def run(self) -> Any:
         """The forward on aliases, and its result tied to the rule."""
         call, plan, mode = self.call, self.plan, self.mode
+        self.shares_versions = mode == EAGER and shares_versions(plan.forward_may_write)
         sources = [*self.leaves, *[param.tensor for param in call.aliased]]
         needs_graph = plan.asks_vjp or not all([param.asked for param in call.aliased])
         self.graph_is_shown = plan.forward_asks_grad and not needs_graph and not call.opaque and mode != TRANSFORMED
@@ -263,9 +265,10 @@ class ForwardPass:
         return self._tie(aliases, outs, residuals)
 
     def _alias(self, tensor: Tensor) -> Tensor:
+        if self.mode == EAGER and not tensor.requires_grad:
+            return tensor
         if self.mode == EAGER:
-            # .data has a version counter of its own, which shows a forward that writes in place.
-            return tensor.data if tensor.requires_grad else tensor
+            return tensor.detach() if self.shares_versions else tensor.data
         if self.mode == TRACED and not tensor.requires_grad and not self.call.opaque:
             return tensor
         return alias_of(tensor, self.plan.forward_may_write)
@@ -380,7 +383,7 @@ class ForwardPass:
         if mode == TRACED:
             inputs = [distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
         call.saved = saver.positions
-        if mode == EAGER and call.dirty and call.graph is not None and counted_once is not None:
+        if call.dirty and self.shares_versions and counted_once is not None:
             with counted_once([leaves[index] for index in call.dirty]):
                 results = self.plan.apply(call, *inputs)
         elif mode == EAGER:

@@ -335,7 +335,7 @@ class _Held:
 
 def shares_versions(forward_may_write: bool) -> bool:
     """Whether aliases count writes together with their tensors, so that a write after the forward into what its graph
-    has saved raises as ever. (`.data` has a version counter of its own.)
+    or the rule has saved, or a view of that, raises as ever. (`.data` has a version counter of its own.)
     """
     return not forward_may_write or counted_once is not None
 

@@ -47,7 +47,7 @@ class Writes:
                     tensors: list[Tensor] = []
                     flatten(value, is_tensor, tensors)
                     self.besides += [(name, tensor) for tensor in tensors if not is_differentiable(tensor)]
-        shares = call.mode == EAGER and call.graph is not None and shares_versions(may_write)
+        shares = call.mode == EAGER and shares_versions(may_write)
         if shares or (may_write and (call.mode != EAGER or self.besides or not all(call.wanted))):
             self.before = self._versions(aliases)
 

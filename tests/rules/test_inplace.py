@@ -450,6 +450,107 @@ def test_result_in_place_that_vjp_needs_and_that_is_overwritten_after_the_call_r
             y.sum().backward()
 
 
+class Weighted(nn.Module):
+    """Its rule leaves the weight to autograd."""
+
+    def __init__(self, apply):
+        super().__init__()
+        self.weight = nn.Parameter(float64(2.0, 2.0).detach())
+        self.apply_to = apply
+
+    @go.custom_backward(lambda grad_output: grad_output.sum().expand(2))
+    def forward(self, x):
+        return self.apply_to(x, self.weight)
+
+
+@counted_together
+@pytest.mark.parametrize("apply", [operator.mul, lambda x, weight: F.linear(x.unsqueeze(0), weight.unsqueeze(0))])
+def test_argument_that_a_parameter_left_to_autograd_needs_raises_where_it_is_overwritten_after_the_call(apply):
+    weight = float64(2.0, 2.0)
+    for fn in (lambda x: apply(x, weight), Weighted(apply)):
+        given = float64(1.0, 2.0) * 1
+        y = fn(given)
+        given.mul_(10)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_argument_that_no_parameter_left_to_autograd_needs_may_be_overwritten_after_the_call():
+    layer, x = Weighted(operator.add), float64(1.0, 2.0)
+    given = x * 1
+    y = layer(given)
+    given.mul_(10)
+    y.sum().backward()
+    closely((x.grad, layer.weight.grad), (float64(2.0, 2.0).detach(), float64(1.0, 1.0).detach()))
+
+
+def test_parameter_left_to_autograd_has_its_gradient_where_the_forward_writes_into_its_argument():
+    class Layer(Weighted):
+        @go.custom_backward(lambda grad_output: 5 * grad_output[0] + 7 * grad_output[1])
+        def forward(self, x):
+            x.mul_(3)
+            return x, x * self.weight
+
+    layer, x = Layer(None), float64(1.0, 2.0)
+    given = x * 1
+    before = given._version
+    written, weighted = layer(given)
+    assert written is given
+    assert given._version == before + 1
+    (written.sum() + weighted.sum()).backward()
+    closely((x.grad, layer.weight.grad), (float64(12.0, 12.0).detach(), 3 * x.detach()))
+
+
+PARTS = {
+    "view": lambda x: x.view(-1),
+    "index": lambda x: x[:],
+    "transposed": lambda x: x.unsqueeze(0).T.squeeze(1),
+    "detached": lambda x: x.detach(),
+}
+
+
+@counted_together
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("wrap", [lambda part: part, lambda part: {"part": part}], ids=["alone", "in a dict"])
+def test_part_of_an_argument_that_is_handed_over_raises_where_the_argument_is_overwritten_after_the_call(part, wrap):
+    def backward(grad_output, kept):
+        return grad_output * (kept["part"] if isinstance(kept, dict) else kept)
+
+    fn = go.custom_backward(backward)(lambda x: go.save_for_backward(x * 2, kept=wrap(part(x))))
+    x = float64(1.0, 2.0)
+    given = x * 1
+    fn(given).sum().backward()
+    closely(x.grad, x.detach())
+    y = fn(given)
+    given.mul_(10)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@counted_together
+@pytest.mark.parametrize(
+    "rule", [lambda grad_output, needs: grad_output.view(2), lambda grad_output: grad_output.view(2)]
+)
+@pytest.mark.parametrize("of_module", [False, True], ids=["function", "module"])
+def test_result_that_is_a_view_of_its_argument_raises_where_the_argument_is_overwritten_after_the_call(rule, of_module):
+    class Reshaped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(2.0, 2.0).detach())
+
+        @go.custom_backward(rule)
+        def forward(self, x):
+            return x.view(2, 1)
+
+    fn = Reshaped() if of_module else go.custom_backward(rule)(lambda x: x.view(2, 1))
+    given = float64(1.0, 2.0) * 1
+    squared = fn(given) ** 2
+    with torch.no_grad():
+        given.mul_(10)
+    with pytest.raises(RuntimeError, match="modified"):
+        squared.sum().backward()
+
+
 def test_argument_that_vjp_does_not_need_may_be_overwritten_after_the_call():
     ruled = go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))(lambda x: x + 1)
     x = float64(1.0, 2.0)
