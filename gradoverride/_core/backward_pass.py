@@ -26,7 +26,7 @@ from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.engine import pull
 from gradoverride._core.private.transforms import out_of_left_transforms
 from gradoverride._core.standin import Copied, write_back
-from gradoverride._core.structure import LEAF, alike, describe, flatten, in_order_of, unflatten
+from gradoverride._core.structure import LEAF, Node, alike, describe, flatten, in_order_of, unflatten
 from gradoverride._core.vjp import Vjp
 from gradoverride.errors import RuleResultError, UnsupportedError
 
@@ -354,11 +354,12 @@ class Backward:
         found: list[Any] = []
         spec = flatten(in_order_of(call.result, value), lambda part: isinstance(part, Tensor), found)
         if len(found) != call.n_outs or not alike(call.result, spec):
+            got = describe(spec) if isinstance(spec, Node) else what(value)
             fail(
                 RuleResultError,
                 f"vjp in the {self.plan.who} takes a gradient in the structure "
-                f"of the forward's result, {describe(call.result)} with a tensor for each *; it got {what(value)}. "
-                "Hand over grad_output, or what is made of it part by part",
+                f"of the forward's result, {describe(call.result)} with a tensor for each *; it got {got}. "
+                "Hand over grad_output, or what is made of it part by part (zeros for one that gets none)",
             )
         return [conform_output(self.plan, tensor, meta) for tensor, meta in zip(found, call.out_metas, strict=True)]
 

@@ -181,7 +181,7 @@ def test_wrong_gradient_for_vjp_is_refused(case, by_name, fewer):
         return vjp(mapped(lambda part: torch.stack([part, part]) if is_floating(part) else None, grad_output))
 
     case.answer_of = wrong
-    refused(case, "vjp in the rule", "an empty list|of 0" if fewer else "shape")
+    refused(case, "vjp in the rule", r"it got (\[\]|an empty list)\." if fewer else "shape")
 
 
 @given(cases(), st.sampled_from(["inputs", "zz", "weights", "grad"]))

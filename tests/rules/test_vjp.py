@@ -1153,6 +1153,16 @@ def test_wrong_kind_of_gradient_handed_to_vjp_is_refused_as_vjps(wrong, text, fo
         result.backward()
 
 
+def test_refusal_of_a_part_without_a_gradient_shows_it_and_says_zeros():
+    @go.custom_backward(lambda grad_output, vjp: vjp({"a": grad_output["a"], "b": None}))
+    def both(x):
+        return {"a": x.sin(), "b": x.cos()}
+
+    text = r"structure of the forward's result, \{a: \*, b: \*\} .*; it got \{a: \*, b: None\}\. .* \(zeros for"
+    with pytest.raises(go.RuleResultError, match=text):
+        both(noise(3))["a"].sum().backward()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -1208,7 +1218,7 @@ def test_gradient_of_another_structure_is_refused_with_the_one_that_is_wanted():
     pair = namedtuple("pair", "one other")
     forward = go.custom_backward(lambda grad_output, vjp: vjp(tuple(grad_output)))(lambda x: pair(x * 2, x * 3))
     result = forward(float64(1.0, 2.0))
-    with pytest.raises(go.RuleResultError, match=r"result, pair\(\*, \*\) with a .* it got a tuple of 2 "):
+    with pytest.raises(go.RuleResultError, match=r"result, pair\(\*, \*\) with a .* it got \(\*, \*\)\. "):
         sum(result).sum().backward()
 
 
