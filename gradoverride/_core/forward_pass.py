@@ -71,9 +71,7 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
         return plan.undecorated(layout, receiver, values)
     if mode == TRANSFORMED and plan.marked:
         note_rule(plan.rule)
-    opaque = mode == TRACED and transformed_while_tracing()
-    if opaque:
-        refuse_unless_opaque(plan, receiver)
+    opaque = _is_opaque(plan, receiver, mode)
     changed = changed_while_tracing() if opaque else None
     call = Call(plan, layout, mode, rule, opaque)
     leaves = call.take_apart(values)
@@ -111,9 +109,7 @@ def tie(plan: Plan, layout: Layout, values: Sequence[Any], result: Any, rule: An
     mode = _mode(plan, tracer_now(values))
     if mode is None:
         return result
-    opaque = mode == TRACED and transformed_while_tracing()
-    if opaque:
-        refuse_unless_opaque(plan, None)
+    opaque = _is_opaque(plan, None, mode)
     changed = changed_while_tracing() if opaque else None
     call = Call(plan, layout, mode, rule, opaque)
     leaves = call.take_apart(values)
@@ -124,6 +120,14 @@ def tie(plan: Plan, layout: Layout, values: Sequence[Any], result: Any, rule: An
 def _tie_last(plan: Plan, layout: Layout, receiver: Any, values: Sequence[Any]) -> Any:
     """As a step of the graph, which is given the result with the values."""
     return tie(plan, layout, values[:-1], values[-1], None)
+
+
+def _is_opaque(plan: Plan, receiver: Any, mode: str) -> bool:
+    """Whether Dynamo is to look through a call only, which is one step of the graph. Raises if it cannot be."""
+    if mode != TRACED or not transformed_while_tracing():
+        return False
+    refuse_unless_opaque(plan, receiver)
+    return True
 
 
 def _mode(plan: Plan, tracer: str | None) -> str | None:

@@ -113,8 +113,8 @@ MUTANTS = [
     Mutant(
         "compiled transforms are let through",
         "_core/forward_pass.py",
-        "    opaque = mode == TRACED and transformed_while_tracing()\n",
-        "    opaque = False\n",
+        "    if mode != TRACED or not transformed_while_tracing():\n        return False\n",
+        "    return False\n",
         "compile: compile\\((func|vmap\\(g)",
     ),
     Mutant(
