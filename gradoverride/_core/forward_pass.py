@@ -208,6 +208,11 @@ class ForwardPass:
             aliases = call.graph.start()
         else:
             aliases = [self._alias(tensor) for tensor in sources]
+        if plan.forward_may_write and mode != TRANSFORMED and not call.opaque:
+            for index in call.holders:
+                if call.specs[index] is not LEAF and not call.wants(index):  # the caller may have it written into
+                    for place in call.places_of(index):
+                        aliases[place] = sources[place]
         if plan.asks_module and self.module is not None and mode != TRACED:
             self.buffer_versions = {name: version_of(value) for name, value in self.module.named_buffers()}
         named = plan.attribute_names_of(type(self.receiver)) if mode == TRACED else ()
@@ -270,7 +275,8 @@ class ForwardPass:
 
     def _alias(self, tensor: Tensor) -> Tensor:
         if self.mode == EAGER and not tensor.requires_grad:
-            return tensor
+            # What is written there may have a history: that of parameters which the rule leaves to autograd.
+            return tensor.detach() if self.plan.forward_may_write and self.call.natural else tensor
         if self.mode == EAGER:
             return tensor.detach() if self.shares_versions else tensor.data
         if self.mode == TRACED and not tensor.requires_grad and not self.call.opaque:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gradoverride._core.ambient import EAGER, TRACED
 from gradoverride._core.call import Call
-from gradoverride._core.kept_graph import KeptGraph, shares_versions
+from gradoverride._core.kept_graph import KeptGraph
 from gradoverride._core.replay import Replay
 from gradoverride._core.traced_graph import TracedGraph
 
@@ -34,8 +34,7 @@ def inner_graph(
         return TracedGraph(call, tensors)
     if call.mode != EAGER:
         return Replay(call, module, receiver, tensors)
-    shares = shares_versions(call.plan.forward_may_write)
     if not call.params:
-        return KeptGraph.alone(tensors, shares)
+        return KeptGraph.alone(tensors, call.plan.forward_may_write)
     natural: list[Any] = [param.tensor for param in call.natural]
-    return KeptGraph(tensors, shares, natural)
+    return KeptGraph(tensors, call.plan.forward_may_write, natural)

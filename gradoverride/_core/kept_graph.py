@@ -61,9 +61,10 @@ class KeptGraph:
         *("unpacked", "who"),
     )
 
-    def __init__(self, tensors: Sequence[Tensor], shares: bool, natural: Sequence[Tensor] = ()) -> None:
-        """`shares`: see `shares_versions`; `natural`: parameters that the forward meets themselves, no aliases."""
+    def __init__(self, tensors: Sequence[Tensor], may_write: bool, natural: Sequence[Tensor] = ()) -> None:
+        """`may_write`: whether the forward may; `natural`: parameters that it meets themselves, no aliases."""
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        shares = shares_versions(may_write)
         plain = [tensor.detach() if shares else tensor.data for tensor in wanted]
         cut = list(_cut(CUT, *plain)) if wanted else []
         # Without one (an embedding of integers) there is only what the forward met itself.
@@ -79,7 +80,8 @@ class KeptGraph:
         self.edges: list[Any] = [GradientEdge(node, index) for index in range(len(cut))]
         self.aliases = cut
         for index in self.constants:
-            cut.insert(index, tensors[index])
+            # What is written there makes it a part of this graph, which its tensor must not be.
+            cut.insert(index, tensors[index].detach() if may_write else tensors[index])
             self.edges.insert(index, None)
         self.metas = [Meta(tensor) for tensor in tensors]
         inner = [tensor for tensor in tensors if tensor.requires_grad and not tensor.is_leaf]
@@ -89,15 +91,15 @@ class KeptGraph:
         ]
 
     @classmethod
-    def alone(cls, tensors: Sequence[Tensor], shares: bool) -> KeptGraph:
+    def alone(cls, tensors: Sequence[Tensor], may_write: bool) -> KeptGraph:
         """The same where torch's own graph never runs through this one.
 
         A leaf lives as long as the outer graph: then an alias that is a leaf itself keeps no more, and costs less.
         """
-        aliases = []
+        aliases, shares = [], not may_write or counted_once is not None  # as in `shares_versions`
         for tensor in tensors:
             if not (tensor.requires_grad and tensor.is_leaf):
-                return cls(tensors, shares)
+                return cls(tensors, may_write)
             aliases.append((tensor.detach() if shares else tensor.data).requires_grad_())
         graph = cls.__new__(cls)
         graph.aliases = graph.edges = graph.metas = aliases  # type: ignore[assignment]  # a tensor has what a Meta has

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gradoverride._core.function import TOKEN, TracedCut
 from gradoverride._core.private.dynamo import trace_gradients
-from gradoverride._core.structure import LEAF
 
 if TYPE_CHECKING:
     from gradoverride._core.call import Call
@@ -33,14 +32,9 @@ class TracedGraph:
         differentiated = [distinct(tensor, tensors[:i]) for i, tensor in enumerate(tensors) if self.wanted[i]]
         cut = iter(TracedCut.apply(TOKEN, *differentiated) if differentiated else ())  # type: ignore[no-untyped-call]
         self.aliases = [next(cut) if wanted else tensor for tensor, wanted in zip(tensors, self.wanted, strict=True)]
-        # Copies where the forward may write, for the graph starts at what was there before. Not of what is in a
-        # container without a gradient: the caller may have that written into.
+        # Copies where the forward may write, for the graph starts at what was there before.
         copies = call.plan.forward_may_write
         self.given = [alias.clone() for alias in self.aliases] if copies else list(self.aliases)
-        for index in call.holders:
-            if call.specs[index] is not LEAF and not call.wants(index):
-                for place in call.places_of(index):
-                    self.given[place] = tensors[place]
 
     def start(self) -> list[Tensor]:
         """What the forward is to run on. It is not kept."""

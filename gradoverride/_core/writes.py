@@ -92,7 +92,9 @@ class Writes:
             if call.mode == TRACED and copied and not call.wanted[index] and index not in call.alias_of:
                 self.refuse_asked(name)
                 leaves[index].copy_(aliases[index])
-            elif index not in call.alias_of and (copied or leaves[index].requires_grad):
+            elif index not in call.alias_of and (
+                aliases[index].requires_grad or call.wanted[index] or (copied and call.mode != EAGER)
+            ):
                 fail(
                     ForwardResultError,
                     f"{self.plan.forward.who} writes into its argument '{name}' in place and must return it, so that "
@@ -107,14 +109,14 @@ class Writes:
                     "like), which the caller's own tensor would not show. Return a view instead: t(), squeeze()",
                 )
             self.refuse_asked(name)
-            own = aliases[index] is leaves[index]
-            if own and index in call.alias_of and call.mode == TRACED and call.graph is not None:
+            if copied or index not in call.alias_of or call.graph is None:
+                continue
+            if call.mode == TRACED or (leaves[index].requires_grad and not call.wanted[index]):
                 fail(
                     ForwardResultError,
                     f"{self.plan.forward.who} writes into a tensor within its argument '{name}' in place and returns "
-                    "it, which compiled code does not take where a rule needs the graph of the forward ('vjp', or "
-                    "parameters that it leaves to autograd). Pass that tensor as an argument of its own, or put a new "
-                    f"one into '{name}'",
+                    "it, which is not taken where a rule needs the graph of the forward ('vjp', or parameters that it "
+                    f"leaves to autograd). Pass that tensor as an argument of its own, or put a new one into '{name}'",
                 )
         for index in changed:
             if index >= len(aliases):

@@ -336,6 +336,104 @@ def test_forward_that_writes_into_a_tensor_of_its_own_is_right():
     exactly(x.grad, float64(7.0, 7.0, grad=False))
 
 
+# --- forwards that write what has a gradient into what has none ---
+
+
+def into_rows(out, x):
+    out[:2] = x[:2]
+    return out
+
+
+ROWS = torch.tensor([0, 1, 0])
+
+GATHERING = {
+    "add": lambda out, x: out.add_(x),
+    "mul": lambda out, x: out.mul_(x),
+    "rows": into_rows,
+    "index_add": lambda out, x: out.index_add_(0, ROWS, x),
+    "scatter_add": lambda out, x: out.scatter_add_(0, ROWS.view(3, 1).expand(3, 2), x),
+    "twice": lambda out, x: out.mul_(x).add_(x),
+}
+gathering = pytest.mark.parametrize("forward", GATHERING.values(), ids=GATHERING)
+
+
+@gathering
+@pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "non-leaf"])
+@pytest.mark.parametrize("rule", [lambda g, vjp: vjp(7 * g), lambda g, vjp: vjp.by_name(7 * g)], ids=["vjp", "by name"])
+def test_vjp_of_a_forward_that_writes_into_what_has_no_gradient_is_autograds(forward, leaf, rule):
+    x, weight = noise(3, 2), noise(3, 2, grad=False)
+    (expected,) = torch.autograd.grad((forward(torch.ones_like(x), x) * weight).sum(), x)
+    out = torch.ones_like(x)
+    result = go.custom_backward(rule)(forward)(out, x if leaf else x * 1)
+    assert result is out
+    exactly(out.detach(), forward(torch.ones_like(x), x.detach()))
+    (out * weight).sum().backward()
+    closely(x.grad, 7 * expected)
+
+
+@gathering
+def test_second_derivative_of_a_forward_that_writes_into_what_has_no_gradient_is_autograds(forward):
+    x, weight = noise(3, 2), noise(3, 2)
+    found = []
+    for run in (forward, go.custom_backward(lambda g, vjp: vjp(g))(forward)):
+        loss = (run(torch.ones_like(x), x * x) * weight).square().sum()
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), (x, weight)))
+    closely(found[1], found[0])
+
+
+@gathering
+def test_method_that_writes_into_what_has_no_gradient_leaves_its_parameters_to_autograd(forward):
+    class Gathering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(2.0, 3.0))
+
+        def forward(self, x, out):
+            return forward(out, x * self.weight)
+
+    module, x = Gathering(), noise(3, 2)
+    (expected,) = torch.autograd.grad(module(x, torch.ones_like(x)).sum(), module.weight)
+    with go.override(module, {module: lambda grad_output: (7 * grad_output, None)}):
+        module(x, torch.ones_like(x)).sum().backward()
+    closely((x.grad, module.weight.grad), (torch.full_like(x, 7), expected))
+
+
+def test_forward_that_writes_into_a_tensor_without_gradient_within_a_container_and_returns_it_is_refused_under_vjp():
+    @go.custom_backward(lambda g, vjp: vjp.by_name(g))
+    def forward(state, x):
+        return state["out"].mul_(x)
+
+    with pytest.raises(
+        go.ForwardResultError, match="into a tensor within its argument 'state' in place and returns it"
+    ):
+        forward({"out": torch.ones(3, 2, dtype=torch.float64)}, noise(3, 2) * 1)
+
+
+@pytest.mark.parametrize("target", [torch.index_add, torch.scatter_add])
+def test_sums_of_messages_have_the_rule_of_a_function(target):
+    class Messages(nn.Module):
+        def forward(self, x):
+            if target is torch.index_add:
+                return x.new_zeros(2, 2).index_add_(0, ROWS, x)
+            return x.new_zeros(2, 2).scatter_add_(0, ROWS.view(3, 1).expand(3, 2), x)
+
+    model, x, weight = Messages(), noise(3, 2), noise(2, 2, grad=False)
+    with go.override(model, {target: lambda g, vjp: vjp(7 * g)}):
+        (model(x * 1) * weight).sum().backward()
+    closely(x.grad, 7 * weight[ROWS])
+
+
+def test_forward_that_writes_into_what_has_no_gradient_and_returns_something_else_is_refused_under_vjp():
+    @go.custom_backward(lambda g, vjp: vjp.by_name(g))
+    def forward(out, x):
+        out.mul_(x)
+        return x * 1
+
+    with pytest.raises(go.ForwardResultError, match="writes into its argument 'out' in place and must return it"):
+        forward(torch.ones(3, 2, dtype=torch.float64), noise(3, 2) * 1)
+
+
 # --- forwards that write in place and are refused ---
 
 
