@@ -163,9 +163,9 @@ def read_target(value: Any) -> Target:
         return ImportPath(value) if ":" in value else Glob(value)
     if isinstance(value, type):
         if not issubclass(value, nn.Module):
-            raise TargetError(
-                f"a class as a target must be one of modules; got the class '{value.__name__}'{way_to_apply(value)}"
-            )
+            name = value.__name__
+            way = way_to_apply(value) or f". For those derived from it: lambda _, module: isinstance(module, {name})"
+            raise TargetError(f"a class as a target must be one of modules; got the class '{name}'{way}")
         return Class(value)
     if callable(value) and get_origin(value) is None:  # list[int] can be called too
         return _read_function(value)

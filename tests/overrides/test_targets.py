@@ -338,6 +338,10 @@ def test_target_that_names_nothing_is_an_error_before_anything_changes(model, ta
     assert everything(model) == before
 
 
+class Adapter:
+    """What others mix into their modules."""
+
+
 BAD_TARGETS = {
     "number": (
         3,
@@ -352,7 +356,10 @@ BAD_TARGETS = {
     ),
     "name with a colon": ("blocks.a:b", r"a module 'blocks' must be .* write '\?' for a colon"),
     "other name with a colon": ("blocks.0:b", r"an import path as a target reads .* write '\?' for a colon"),
-    "other class": (int, "a class as a target must be one of modules; got the class 'int'"),
+    "other class": (
+        Adapter,
+        r"must be one of modules; got the class 'Adapter'. .* derived from it: lambda .*isinstance\(module, Adapter\)$",
+    ),
 }
 
 
