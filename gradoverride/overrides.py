@@ -395,7 +395,8 @@ class Override:
         for layer in awaited:
             warnings.warn(
                 f"override of {self._owner}: the rule {layer.rule.who} of the {layer.target} is no longer in force, "
-                "and a reentrant checkpoint is still to run its block again, then without it. Leave the override after "
+                "and a reentrant checkpoint (or what is like one: the adjoint of a differential equation, an "
+                "invertible layer) is still to run its block again, then without it. Leave the override after "
                 "backward(), or give checkpoint(use_reentrant=False), which raises where the two differ",
                 GradOverrideWarning,
                 stacklevel=3,

@@ -1,4 +1,4 @@
-"""How often a rule was called, and whether a reentrant checkpoint is still to call it again."""
+"""How often a rule was called, and whether a backward pass is still to call it again."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ _lock = threading.RLock()
 class Tally:
     """The calls under one rule, or of a module while it has rules. Compiled code does not count its own."""
 
-    __slots__ = ("__weakref__", "awaited", "calls", "traced", "unrecorded")
+    __slots__ = ("__weakref__", "awaited", "calls", "foreseen", "traced", "unrecorded")
 
     def __init__(self) -> None:
         self.calls = 0
         self.unrecorded = 0  # those of them without a graph
         self.awaited = 0  # those of these that a reentrant checkpoint is to run again
+        self.foreseen = -1  # with a graph, when a Function of others last ran one without, perhaps to run it again
         self.traced = False  # whether compiled code may have called too
 
     def note_unrecorded(self, _: Any = None) -> None:
@@ -53,10 +54,15 @@ class Tally:
         self.unrecorded += 1
         self.awaited += in_reentrant_checkpoint()
 
+    def foresee(self) -> None:
+        """A Function of others runs that call. It may run fewer again, or more, as a solver with steps of its own."""
+        self.foreseen = self.calls - self.unrecorded
+
     @property
     def awaits_replay(self) -> bool:
-        """Whether a reentrant checkpoint is still to run some of them again. (A call with a graph counts as that.)"""
-        return self.awaited > self.calls - self.unrecorded
+        """Whether some of them are still to be run again. (A call with a graph counts as that.)"""
+        recorded = self.calls - self.unrecorded
+        return self.awaited > recorded or self.foreseen == recorded
 
     def known(self, *, traced: bool = False, since: int = 0) -> int | None:
         """How many calls there were after `since`; None if that is not known, for `traced` code may have called too."""

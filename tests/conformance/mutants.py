@@ -155,7 +155,7 @@ MUTANTS = [
     Mutant(
         "a reentrant checkpoint is not noticed",
         "_core/tally.py",
-        "        return self.awaited > self.calls - self.unrecorded",
+        "        return self.awaited > recorded or self.foreseen == recorded",
         "        return False",
         "transforms: reentrant checkpoint, replayed outside",
     ),

@@ -1,5 +1,5 @@
 """Checkpoints that are reentrant, where overrides that are left before the block runs again are warned of, for torch
-compares nothing; and selective ones, which run their block again once only.
+compares nothing; other Functions that run their block again; and selective ones, which do so once only.
 """
 
 import functools
@@ -137,6 +137,75 @@ def test_handle_removed_before_backward_warns_too(overriding, x):
     in_checkpoint(model)(x)
     with pytest.warns(go.GradOverrideWarning, match="reentrant checkpoint"):
         handle.remove()
+
+
+# --- Functions of others that run their block again: adjoints of solvers, invertible layers ---
+
+
+class Solver(torch.autograd.Function):
+    """Steps of `y + block(y)`: some without a graph, and all anew, twice as small, in the backward."""
+
+    @staticmethod
+    def forward(ctx, block, y, *parameters):
+        ctx.block = block
+        ctx.save_for_backward(y)
+        with torch.no_grad():
+            for _ in range(4):
+                y = y + block(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (start,) = ctx.saved_tensors
+        with torch.enable_grad():
+            start = start.detach().requires_grad_()
+            y = start + ctx.block(start)
+        return None, *torch.autograd.grad(y, (start, *ctx.block.parameters()), grad)
+
+
+def block():
+    return nn.Sequential(nn.Linear(3, 3), nn.ReLU()).double()
+
+
+def solve(block):
+    return lambda x: Solver.apply(block, x, *block.parameters())
+
+
+def test_override_left_before_a_function_of_others_runs_its_block_again_warns(overriding, x):
+    model = block()
+    with (
+        pytest.warns(go.GradOverrideWarning, match="no longer in force, .* the adjoint of a differential equation"),
+        overriding(model, {nn.ReLU: doubled}),
+    ):
+        solve(model)(x)
+
+
+def test_override_left_after_a_function_of_others_has_run_its_block_again_says_nothing(overriding, x):
+    model = block()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with overriding(model, {nn.ReLU: doubled}):
+            expected = gradient(lambda x: x + model(x), x)
+        with overriding(model, {nn.ReLU: doubled}):
+            found = gradient(solve(model), x)
+    closely(found, expected)
+
+
+def test_block_that_a_function_of_others_runs_without_a_gradient_says_nothing(overriding, x):
+    model = block().requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with overriding(model, {nn.ReLU: doubled}):
+            solve(model)(x.detach())
+
+
+def test_function_with_a_rule_that_calls_an_overridden_module_says_nothing(overriding, x):
+    model = nn.Sequential(nn.ReLU())
+    ruled = go.custom_backward(lambda grad_output: 3 * grad_output)(lambda x: model(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with overriding(model, {nn.ReLU: doubled}):
+            exactly(gradient(ruled, x), gradient(lambda x: 3 * x, x))
 
 
 def by_output(grad_output, output):

@@ -20,6 +20,7 @@ __all__ = [
     "in_modes",
     "put_under_stack",
     "take_off_stack",
+    "in_function_of_others",
     "in_reentrant_checkpoint",
     "in_checkpoint_replay",
     "checkpoints_in_pass",
@@ -101,6 +102,21 @@ def in_reentrant_checkpoint(unless: Callable[[FrameType], bool] | None = None) -
 
 
 _REENTRANT = CheckpointFunction.forward.__code__
+
+
+def in_function_of_others() -> bool:
+    """Whether the `forward(ctx, ...)` of another party's Function runs now whose gradient is wanted. What it calls
+    without a graph it mostly calls again in its backward: the adjoint of a differential equation, an invertible layer,
+    a checkpoint of one's own. This too is read from the frames.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",) and code is not _REENTRANT:
+            own = code.co_filename.startswith("<gradoverride")  # one that has a rule runs nothing again
+            return not own and bool(getattr(frame.f_locals["ctx"], "next_functions", ()))
+        frame = frame.f_back
+    return False
 
 
 def in_checkpoint_replay() -> bool:
