@@ -11,7 +11,6 @@ from gradoverride._core.callers import calls_that_are
 from gradoverride._core.function_mode import quieted, scope_of, scoped
 from gradoverride._core.layers import ClassLayer, FunctionLayer, FunctionRule, Layer, Order
 from gradoverride._core.plan import Plan
-from gradoverride._core.private.modes import in_function_of_others
 from gradoverride._core.rule import Rule, passing
 from gradoverride._core.signature import Forward
 from gradoverride._core.tally import Trace
@@ -142,11 +141,8 @@ def chain_of(base: Any, found: Links) -> Chain:
 def _note_unrecorded(module: Any) -> None:
     """A call of a module records no graph."""
     record = module.__dict__.get(RECORD)
-    again = in_function_of_others()
     for one in everywhere.layers_on(type(module)) if record is None else (record, *record.counted):
         one.tally.note_unrecorded()
-        if again:
-            one.tally.foresee()
 
 
 def _functions_on(module: Any) -> Sequence[FunctionLayer]:

@@ -44,7 +44,7 @@ from gradoverride._core.private.dynamo import (
     let_dynamo_show,
     on_traced,
 )
-from gradoverride._core.private.modes import HigherOrderOperator, in_checkpoint_replay, in_reentrant_checkpoint
+from gradoverride._core.private.modes import HigherOrderOperator, in_reentrant_checkpoint, in_replay
 from gradoverride._core.rule import passing
 from gradoverride._core.signature import Forward
 from gradoverride._core.wrapper import make_refusal, make_wrapper
@@ -162,8 +162,8 @@ def _are_plain(types: Any) -> bool:
 
 
 class _InBackward(TorchFunctionMode):
-    """A mode for as long as a backward pass runs: for checkpoints, which run their blocks again. What a rule calls
-    there is its own.
+    """A mode for as long as a backward pass runs: for checkpoints and what is like them, which run their blocks again.
+    What a rule calls there is its own.
     """
 
     def __init__(self, mode: FunctionMode) -> None:
@@ -175,7 +175,7 @@ class _InBackward(TorchFunctionMode):
         if func in _RUNNING_BACKWARDS and _are_plain(types):
             with self:
                 return opened(func)(*args, **kwargs)
-        if (func in self.mode.runs or func in self.mode.bodies) and in_checkpoint_replay():
+        if (func in self.mode.runs or func in self.mode.bodies) and in_replay():
             return self.mode.__torch_function__(func, types, args, kwargs)
         return func(*args, **kwargs)
 

@@ -6,7 +6,7 @@ import threading
 import weakref
 from typing import Any
 
-from gradoverride._core.private.modes import in_reentrant_checkpoint
+from gradoverride._core.private.modes import in_reentrant_checkpoint, module_in_function_of_others
 
 __all__ = ["Tally", "Trace"]
 
@@ -53,10 +53,8 @@ class Tally:
         """A call records no graph: a checkpoint may be about to run it again."""
         self.unrecorded += 1
         self.awaited += in_reentrant_checkpoint()
-
-    def foresee(self) -> None:
-        """A Function of others runs that call. It may run fewer again, or more, as a solver with steps of its own."""
-        self.foreseen = self.calls - self.unrecorded
+        if module_in_function_of_others():  # it may run fewer again, or more, as a solver with steps of its own
+            self.foreseen = self.calls - self.unrecorded
 
     @property
     def awaits_replay(self) -> bool:

@@ -171,22 +171,24 @@ def solve(block):
     return lambda x: Solver.apply(block, x, *block.parameters())
 
 
-def test_override_left_before_a_function_of_others_runs_its_block_again_warns(overriding, x):
+@pytest.mark.parametrize("target", [nn.ReLU, F.relu])
+def test_override_left_before_a_function_of_others_runs_its_block_again_warns(target, overriding, x):
     model = block()
     with (
         pytest.warns(go.GradOverrideWarning, match="no longer in force, .* the adjoint of a differential equation"),
-        overriding(model, {nn.ReLU: doubled}),
+        overriding(model, {target: doubled}),
     ):
         solve(model)(x)
 
 
-def test_override_left_after_a_function_of_others_has_run_its_block_again_says_nothing(overriding, x):
+@pytest.mark.parametrize("target", [nn.ReLU, F.relu])
+def test_override_left_after_a_function_of_others_has_run_its_block_again_says_nothing(target, overriding, x):
     model = block()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with overriding(model, {nn.ReLU: doubled}):
+        with overriding(model, {target: doubled}):
             expected = gradient(lambda x: x + model(x), x)
-        with overriding(model, {nn.ReLU: doubled}):
+        with overriding(model, {target: doubled}):
             found = gradient(solve(model), x)
     closely(found, expected)
 
@@ -206,6 +208,30 @@ def test_function_with_a_rule_that_calls_an_overridden_module_says_nothing(overr
         warnings.simplefilter("error")
         with overriding(model, {nn.ReLU: doubled}):
             exactly(gradient(ruled, x), gradient(lambda x: 3 * x, x))
+
+
+def test_function_of_torch_that_a_function_of_others_calls_itself_says_nothing(overriding, x):
+    class Gate(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * F.relu(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            return 2 * grad * x.clamp(min=0)
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return Gate.apply(F.relu(x) + 1)
+
+    model = Model()
+    expected = 2 * gradient(model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with overriding(model, {F.relu: doubled}):
+            exactly(gradient(model, x), expected)
 
 
 def by_output(grad_output, output):

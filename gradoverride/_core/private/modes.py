@@ -20,9 +20,9 @@ __all__ = [
     "in_modes",
     "put_under_stack",
     "take_off_stack",
-    "in_function_of_others",
     "in_reentrant_checkpoint",
-    "in_checkpoint_replay",
+    "module_in_function_of_others",
+    "in_replay",
     "checkpoints_in_pass",
     "as_part_of_pass",
     "HigherOrderOperator",
@@ -104,29 +104,45 @@ def in_reentrant_checkpoint(unless: Callable[[FrameType], bool] | None = None) -
 _REENTRANT = CheckpointFunction.forward.__code__
 
 
-def in_function_of_others() -> bool:
-    """Whether the `forward(ctx, ...)` of another party's Function runs now whose gradient is wanted. What it calls
-    without a graph it mostly calls again in its backward: the adjoint of a differential equation, an invertible layer,
-    a checkpoint of one's own. This too is read from the frames.
+def module_in_function_of_others() -> bool:
+    """Whether the `forward(ctx, ...)` of another party's Function runs a module now, and its gradient is wanted. What
+    runs there without a graph mostly runs again in its backward: the adjoint of a differential equation, an invertible
+    layer, a checkpoint of one's own. This too is read from the frames.
     """
     frame: FrameType | None = sys._getframe(1)
+    module = False
     while frame is not None:
         code = frame.f_code
+        module = module or code is _CALL_OF_MODULE
         if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",) and code is not _REENTRANT:
-            own = code.co_filename.startswith("<gradoverride")  # one that has a rule runs nothing again
-            return not own and bool(getattr(frame.f_locals["ctx"], "next_functions", ()))
+            return module and not _is_own(frame) and bool(getattr(frame.f_locals["ctx"], "next_functions", ()))
         frame = frame.f_back
     return False
 
 
-def in_checkpoint_replay() -> bool:
-    """Whether a checkpoint runs its block again now, in the backward pass. This too is read from the frames."""
+_CALL_OF_MODULE = torch.nn.Module.__call__.__code__
+
+
+def in_replay() -> bool:
+    """Whether a checkpoint runs its block again now, in the backward pass, or another party's Function runs a module.
+    This too is read from the frames.
+    """
     frame: FrameType | None = sys._getframe(1)
+    module = False
     while frame is not None and frame.f_code is not _ENGINE_CODE:
+        code = frame.f_code
         if frame.f_globals.get("__name__") == CheckpointFunction.__module__:
             return True
+        module = module or code is _CALL_OF_MODULE
+        if code.co_name == "backward" and code.co_varnames[:1] == ("ctx",):
+            return module and not _is_own(frame)
         frame = frame.f_back
     return False
+
+
+def _is_own(frame: FrameType) -> bool:
+    """Whether it is one of a Function that has a rule, or of torch: its operators trace what they run there."""
+    return str(frame.f_globals.get("__name__", "gradoverride")).startswith(("gradoverride", "torch."))
 
 
 def checkpoints_in_pass() -> int:
