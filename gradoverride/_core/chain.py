@@ -131,8 +131,6 @@ def chain_of(base: Any, found: Links) -> Chain:
     """The forward of modules of the class `base` made of these."""
     innermost = everywhere.bare_forward(base)
     rules = (*found.rules, *[key.rule for key in (*found.scope, *found.quiet)])
-    if not rules:
-        return Chain(base, innermost, found)
     # By identity, as long as the chain has it: see `bare_forward`.
     key = (Chain, base, id(innermost), found.rules, found.scope, found.quiet)
     return passing(rules).once(key, lambda: Chain(base, innermost, found))

@@ -229,8 +229,6 @@ def take_off(module: nn.Module, gone: Sequence[Layer | FunctionLayer]) -> None:
             return
         layers = tuple([layer for layer in record.layers if layer not in gone])
         functions = tuple([layer for layer in record.functions if layer not in gone])
-        if len(layers) == len(record.layers) and len(functions) == len(record.functions):
-            return
         if layers or functions:
             module.__dict__[RECORD] = record.but(layers, functions)
         else:
