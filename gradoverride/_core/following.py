@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from gradoverride._core.layers import FunctionLayer, FunctionRule
-from gradoverride._core.path_patch import check_path, put_on_path, stands_on_path, take_off_path
+from gradoverride._core.path_patch import check_path, put_on_path, take_off_path
 from gradoverride._core.paths import PENDING, find, when_imported
 from gradoverride.errors import GradOverrideWarning
 
@@ -33,8 +33,6 @@ def follow(
     """
 
     def put(value: Any) -> None:
-        if stands_on_path(value, layer):
-            return
         if not is_class_of_modules(value):
             check_path(path, value, layer.rule)
             put_on_path(path, layer, scoped=scoped)

@@ -44,7 +44,7 @@ from gradoverride._core.targets import class_of, family
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
 
-__all__ = ["check_names", "check_path", "layers_on_paths", "put_on_path", "stands_on_path", "take_off_path"]
+__all__ = ["check_names", "check_path", "layers_on_paths", "put_on_path", "take_off_path"]
 
 _lock = threading.RLock()
 
@@ -396,11 +396,6 @@ def layers_on_paths() -> list[FunctionLayer]:
     """The rules in force on what paths name, of the whole process, an inner one before an outer one."""
     found = [layer for one in _replacements for layer, scoped in one.layers if not scoped]
     return sorted(dict.fromkeys(found), key=lambda layer: layer.order)
-
-
-def stands_on_path(standing: Any, layer: FunctionLayer) -> bool:
-    """Whether what stands where a path leads is ours, with this rule in force."""
-    return any([one.stand_in is standing and layer in dict(one.layers) for one in _replacements])
 
 
 def put_on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> None:
