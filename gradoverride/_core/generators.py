@@ -25,10 +25,7 @@ def in_steps(running: Any, run: Callable[..., Any]) -> Any:
                 return end.value
             try:
                 step, value = running.send, (yield found)
-            except GeneratorExit:
-                run(running.close)
-                raise
-            except BaseException as error:
+            except BaseException as error:  # GeneratorExit too, where it is closed
                 step, value = running.throw, error
 
     async def awaited() -> Any:
