@@ -46,9 +46,7 @@ class _Patch:
         runs, counted = self.runs, self.counted
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if RECORD in self.__dict__:  # it has the rules of its class among its own
-                return original(self, *args, **kwargs)
-            run = runs.get(type(self), original)
+            run = runs.get(type(self), original)  # a module that is overridden has the rules of its class itself
             if not compiling():
                 for layer in counted.get(type(self), ()):
                     layer.tally.calls += 1
@@ -204,16 +202,15 @@ def _watch(cls: Any) -> None:
             own.__func__(derived, **kwargs)
         else:
             super(cls, derived).__init_subclass__(**kwargs)
-        if BASE not in derived.__dict__:
-            other = everywhere.no_method(derived)
-            if other:
-                warnings.warn(
-                    f"override of the class '{cls.__name__}': '{derived.__name__}', which is derived from it now, must "
-                    f"have a method 'forward' to be overridden too; it has {other}",
-                    GradOverrideWarning,
-                    stacklevel=2,
-                )
-            refresh()
+        other = everywhere.no_method(derived)
+        if other:
+            warnings.warn(
+                f"override of the class '{cls.__name__}': '{derived.__name__}', which is derived from it now, must "
+                f"have a method 'forward' to be overridden too; it has {other}",
+                GradOverrideWarning,
+                stacklevel=2,
+            )
+        refresh()
 
     ours = classmethod(__init_subclass__)
     _watched[cls] = ours, own

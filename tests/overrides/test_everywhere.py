@@ -146,6 +146,25 @@ class TestClass:
         assert known == ["Later", "Own"]
         closely(gradient(Own(), x), 3 * gradient(Other(), x))
 
+    def test_a_class_derived_meanwhile_is_told_to_the_bases_of_the_overridden_one(self, x):
+        known = []
+
+        class Registry(nn.Module):
+            def __init_subclass__(cls, **options):
+                known.append((cls.__name__, options))
+
+        class Middle(Registry):
+            def forward(self, x):
+                return x.relu()
+
+        with go.override({Middle: doubled}):
+
+            class Later(Middle, word="given"):
+                pass
+
+            closely(gradient(Later(), x), 2 * gradient(Other(), x))
+        assert known == [("Middle", {}), ("Later", {"word": "given"})]
+
     @pytest.mark.parametrize("cls", [Wrapped, Bound])
     def test_a_forward_that_is_no_plain_function_has_it_and_is_put_back(self, cls, x):
         before, plain = dict(vars(cls)), gradient(cls(), x)
@@ -359,6 +378,14 @@ class TestCopies:
         exactly(gradient(loaded, x), 6 * plain)
         with go.override({nn.ReLU: passed}):
             exactly(gradient(loaded, x), weights_of(x))
+
+    def test_what_belongs_together_does_in_a_pickle_of_another_process(self, x):
+        module = nn.Sequential(nn.ReLU())
+        plain = gradient(module, x)
+        go.override(module, {nn.ReLU: doubled, F.relu: tripled})  # one call, one rule
+        ours, theirs = (uuid.UUID(int=1).hex.encode(), layers._process.encode())
+        loaded = pickle.loads(pickle.dumps(module).replace(theirs, ours))
+        exactly(gradient(loaded, x), 2 * plain)
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
     @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
