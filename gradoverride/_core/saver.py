@@ -128,9 +128,6 @@ class Saver:
                 return index
         # As an output of its own it is known to second derivatives, which compiled code has not.
         if is_differentiable(tensor) and self.call.mode != TRACED:
-            for index, known in enumerate(self.floating):
-                if known is tensor:
-                    return ~(len(self.outs) + index)
             self.floating.append(tensor)
             return ~(len(self.outs) + len(self.floating) - 1)
         return self.extra(tensor)
