@@ -57,6 +57,23 @@ def test_identity_by_default():
     closely(x.grad, leaf.detach().exp())
 
 
+def test_once_where_an_earlier_pass_has_raised_on_the_way():
+    x = noise(3)
+    leaf = leaf_of(x)
+    loss = leaf.exp().sum()
+    go.connect_(leaf, x, square_rule)
+
+    def fails(grad):
+        raise KeyError("on the way")
+
+    hook = leaf.register_hook(fails)
+    with pytest.raises(KeyError, match="on the way"):
+        loss.backward(retain_graph=True)
+    hook.remove()
+    loss.backward()
+    closely(x.grad, leaf.detach().exp() * 2 * x.detach())
+
+
 def test_several_uses_of_the_leaf_are_one_gradient():
     x = noise(3)
     leaf = leaf_of(x)
