@@ -60,9 +60,7 @@ def _overridden(base: Any) -> Any:
         given = base.__reduce_ex__(self, protocol)
         record = self.__dict__.get(RECORD)
         if isinstance(given, str):  # the name of a global, which has no rules
-            if record is not None:
-                raise _no_copy(base.__name__, "__reduce__", f"the name '{given}'")
-            return given
+            raise _no_copy(base.__name__, "__reduce__", f"the name '{given}'")
         make, arguments, *rest = given
         make = base if make is cls else make
         arguments = tuple([base if one is cls else _bare(one) for one in arguments])
