@@ -604,6 +604,7 @@ HANDED = {
     "starmap_async": lambda pool, run, x: pool.starmap_async(run, [(x,), (x,)]).get(60),
     "apply": lambda pool, run, x: [pool.apply(run, (x,)), pool.apply(func=run, args=(x,))],
     "apply_async": lambda pool, run, x: [pool.apply_async(run, (x,)).get(60)],
+    "apply_async by keyword": lambda pool, run, x: [pool.apply_async(func=run, args=(x,)).get(60)],
 }
 
 

@@ -330,6 +330,18 @@ class TestApplyOfAFunction:
         assert dict(vars(functions.Spike)) == before
         exactly(gradient(model, x), plain)
 
+    def test_of_one_that_has_its_backward_from_another_has_the_rule(self, functions, x):
+        class Later(functions.Spike):
+            @staticmethod
+            def forward(ctx, x):
+                return (x > 1.0).to(x)
+
+        functions.Later = Later
+        plain, before = gradient(Later.apply, x), dict(vars(Later))
+        with go.override({"thirdparty.functions:Later.apply": tripled_first}):
+            closely(gradient(Later.apply, x), 3 * plain)
+        assert dict(vars(Later)) == before
+
     def test_is_reached_by_the_name_that_a_module_has_for_it(self, functions, users, x):
         users.fire = functions.fire
         plain = gradient(functions.fire, x)
