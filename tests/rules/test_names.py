@@ -178,6 +178,17 @@ def test_rule_gets_variadic_keywords_as_a_dict():
     assert answer_of(forward, rule, float64(1.0), factor=7.0, other=0)[0].item() == 14.0
 
 
+def test_variadic_keywords_under_their_own_name_leave_keywords_with_a_name_out():
+    def forward(x, *, scale, **options):
+        return x * scale * options["factor"]
+
+    def rule(grad_output, options):
+        assert options == {"factor": 7.0}
+        return {"x": grad_output * options["factor"]}
+
+    assert answer_of(forward, rule, float64(1.0), scale=2.0, factor=7.0)[0].item() == 7.0
+
+
 def test_argument_asked_for_has_the_value_it_had_in_the_forward():
     seen = []
 
@@ -873,12 +884,12 @@ def test_computed_weight_of_a_compiled_module_is_that_of_the_forward(rule):
     closely(found, grad @ (y - layer.bias).detach().T)
 
 
-@pytest.mark.parametrize("rule", ["module", "module and vjp"])
+@pytest.mark.parametrize("rule", ["module", "module and vjp", "module beside a parameter"])
 def test_derivative_of_a_computed_weight_of_the_module_reaches_what_it_is_computed_from(rule):
     layer, x, grad = nn.Linear(3, 3, dtype=torch.float64), noise(3, 3), noise(3, 3, grad=False)
     nn.utils.parametrizations.weight_norm(layer)
     originals = list(layer.parametrizations.weight.parameters())
-    with go.override(layer, {layer: READING[rule]}):
+    with go.override(layer, {layer: {**READING, **BESIDE}[rule]}):
         (found,) = torch.autograd.grad(layer(x), x, grad, create_graph=True)
     plain = grad @ layer.weight
     closely(torch.autograd.grad(found.square().sum(), originals), torch.autograd.grad(plain.square().sum(), originals))
