@@ -175,8 +175,8 @@ def _ask_without_autocast(rule: Any, reading: Reading, grad_output: Tensor, valu
         return ask(rule, reading, grad_output, value)
 
 
-_apply = fast_apply(alias_function("edit_gradient", _backward, keeps=False))
-_apply_keeping = fast_apply(alias_function("edit_gradient", _backward_keeping, keeps=True))
+_apply = fast_apply(alias_function(_backward, keeps=False))
+_apply_keeping = fast_apply(alias_function(_backward_keeping, keeps=True))
 
 
 def ask(rule: Any, reading: Reading, grad_output: Tensor, value: Tensor | None) -> Tensor | None:
@@ -309,5 +309,5 @@ def _backward_traced(ctx: Any, grad_output: Tensor) -> tuple[None, Any]:
     return None, _read(kept_plan(_name_of_plan(*unbound(rule))), TRACED, grad_output, answer)
 
 
-_NotKeeping = alias_function("edit_gradient", _backward_traced, keeps=False)
-_Keeping = alias_function("edit_gradient", _backward_traced, keeps=True)
+_NotKeeping = alias_function(_backward_traced, keeps=False)
+_Keeping = alias_function(_backward_traced, keeps=True)

@@ -74,9 +74,9 @@ def plain_function(name: str, forward: Callable[..., Any], backward: Callable[..
     return function
 
 
-def alias_function(name: str, backward: Callable[..., Any], *, keeps: bool) -> type[Function]:
+def alias_function(backward: Callable[..., Any], *, keeps: bool) -> type[Function]:
     """A Function whose result is an alias of its tensor. What the gradient becomes, `backward` reads in `ctx.rule`."""
-    function = named(KeptAlias if keeps else Alias, name)
+    function = named(KeptAlias if keeps else Alias, "edit_gradient")
     function.backward = staticmethod(backward)  # type: ignore[method-assign]  # of this class
     if can_call_directly():
         call_directly(function, backward)
