@@ -804,6 +804,18 @@ def test_wrong_count_of_a_node_with_several_results():
         grad((left * right).sum(), x)
 
 
+def test_error_in_a_rule_of_a_node_with_several_results_says_which():
+    def broken(g):
+        raise KeyError("inside")
+
+    x = noise(6)
+    left, right = (x * 1).chunk(2)
+    go.edit_gradient_(left.grad_fn, broken)
+    with pytest.raises(KeyError, match="inside") as error:
+        grad((left * right).sum(), x)
+    assert "in the rule 'broken'" in error.value.__notes__[0]
+
+
 def test_value_that_was_written_into():
     x = noise(3)
     middle = x * 1
