@@ -197,9 +197,8 @@ class _Passing:
             connection._waits_for = None
         ends = [connection._end if connection._anew is None else connection._anew() for connection in ready]
         arrived = [self.grads.pop(connection) for connection in ready]
+        # (There may be none: all inputs have been frozen since.)
         open_ends = [(end, grad) for end, grad in zip(ends, arrived, strict=True) if end.requires_grad]
-        if not open_ends:  # all inputs have been frozen since
-            return
         try:
             torch.autograd.backward(
                 [end for end, _ in open_ends],
