@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracles import closely, exactly, float64, noise
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import gradoverride as go
@@ -530,3 +531,27 @@ def test_one_tensor_handed_over_under_two_names():
     (first,) = torch.autograd.grad(expanded(x).sum(), x, create_graph=True)
     closely(first, (2 * x).exp())
     closely(torch.autograd.grad(first.sum(), x), (2 * (2 * x).exp(),))
+
+
+def test_second_derivative_reaches_an_argument_by_a_residual_alone_that_the_rule_stops_the_gradient_of():
+    @go.custom_backward(lambda grad_output, kept, vjp: {"x": grad_output * kept, "y": None})
+    def product(x, y):
+        return go.save_for_backward(x * y, kept=(x * y).sin())
+
+    x, y = noise(3), noise(3)
+    (first,) = torch.autograd.grad(product(x, y).sum(), x, create_graph=True)
+    closely(first.detach(), (x * y).sin().detach())
+    closely(torch.autograd.grad(first.sum(), y), ((x * (x * y).cos()).detach(),))
+
+
+def test_gradient_of_a_tangent_through_a_residual_is_refused():
+    @go.custom_backward(lambda grad_output, kept: grad_output * kept)
+    def square(x):
+        return go.save_for_backward(x**2, kept=2 * x)
+
+    x = noise(3)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(square(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+        closely(tangent.detach(), 2 * x.detach())
+        with pytest.raises(go.UnsupportedError, match=r"second derivative of 'square' .* its forward hands over"):
+            torch.autograd.grad(tangent.sum(), x)
