@@ -494,6 +494,20 @@ def test_state_that_a_method_without_arguments_reads_is_an_error_that_names_it(h
         Readout(float64(1.0), how).read(how)
 
 
+def test_state_of_an_object_that_is_no_module_is_an_error_that_names_it():
+    class Counter:
+        def __init__(self, state):
+            self.state = state
+
+        @go.custom_backward(lambda grad_output: None)
+        def read(self, factor):
+            return self.state * factor
+
+    with pytest.raises(go.CapturedTensorError, match=r"'read' \(.*'self.state', which requires grad.*would be dropped"):
+        Counter(float64(1.0)).read(2)
+    assert Counter(float64(3.0, grad=False)).read(2).item() == 6.0
+
+
 def test_state_that_a_property_reads_is_an_error_that_names_it():
     with pytest.raises(go.CapturedTensorError, match=r"'fired' \(.*'self.state', which requires grad"):
         _ = Readout(float64(1.0)).fired
