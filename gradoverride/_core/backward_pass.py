@@ -72,7 +72,7 @@ class Backward:
             with call.autocast.restored():
                 leaf_grads, param_grads, flowing = self.gradients(grads)
         residual_grads = list(grad_outputs[call.n_outs :])
-        if any(grad is not None for grad in residual_grads):
+        if residual_grads and any(grad is not None for grad in residual_grads):
             leaf_grads, param_grads = self._through_residuals(residual_grads, leaf_grads, param_grads)
         if isinstance(call.graph, KeptGraph):
             call.graph.forget()
@@ -95,6 +95,8 @@ class Backward:
         if versions and versions != [grad._version for grad in handed]:
             plan.refuse_written()
         leaf_grads, named = read_answer(call, answer)
+        if not call.params:
+            return leaf_grads, [], [None] * call.n_outs
         answered = read_params(call, {**named, **collected})
         return leaf_grads, *self._with_own(answered)
 
@@ -249,8 +251,6 @@ class Backward:
     def _with_own(self, answered: dict[str, Tensor | None]) -> tuple[Gradients, Gradients]:
         """The gradients of all parameters, and what flows on into torch's own graph."""
         call = self.call
-        if not call.params:
-            return [], [None] * call.n_outs
         results = {**self.own, **answered}
         left = [index for index, param in enumerate(call.aliased) if param.name not in results]
         natural = [param for param in call.natural if param.name not in results]

@@ -157,7 +157,7 @@ class Call:
     def _describe(self, specs: list[Any], ends: list[int], metas: list[Meta], wanted: list[bool]) -> None:
         self.specs = specs
         self.ends = ends
-        self.holders = [index for index in range(len(ends)) if len(self.places_of(index))]
+        self.holders = [index for index, end in enumerate(ends) if end > (ends[index - 1] if index else 0)]
         self.single = self.holders[0] if len(self.holders) == 1 else None
         self.n_leaves = len(metas)
         self.metas = metas

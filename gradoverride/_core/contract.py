@@ -264,7 +264,10 @@ def _match(
         )
     else:
         for key, part, value in _parts(call, path, spec, entry):
-            _match(call, (*path, spec, key), part, value, metas, grads)
+            if part is LEAF and value is not None:
+                grads.append(conform(call.plan, (*path, spec, key), value, metas[len(grads)]))
+            else:
+                _match(call, (*path, spec, key), part, value, metas, grads)
 
 
 def _text(path: tuple[Any, ...]) -> str:

@@ -85,7 +85,7 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
             raise unknown_name(plan.rule, plan.forward, "params", ())
         if plan.takes_receiver and plan.sources.get("module") == "reserved" and plan.rule.asks["module"]:
             _refuse_no_module(plan, receiver)
-    wanted = opaque or mode == TRANSFORMED or any(leaf.requires_grad for leaf in leaves) or bool(call.params)
+    wanted = opaque or mode == TRANSFORMED or any(call.wanted) or bool(call.params)
     if not wanted or not (leaves or call.params):
         result = plan.undecorated(layout, receiver, values)
         refuse_held(call, receiver, values, result)
@@ -308,8 +308,9 @@ class ForwardPass:
             result, residuals = plan.collecting(call.layout, inner, arguments)
         else:
             result = plan.invoke(call.layout, inner, arguments)
-        for index in containers:
-            self._refuse_changed(index, arguments[index], aliases, own=index in own)
+        if plan.forward_may_change:
+            for index in containers:
+                self._refuse_changed(index, arguments[index], aliases, own=index in own)
         if shown:
             # What is made once (a table) and what is made anew are saved alike, for a checkpoint counts what is saved.
             self.left = {
@@ -382,7 +383,7 @@ class ForwardPass:
         call.out_metas = [Meta(out) for out in outs]
         # With a kept graph it is asked for the gradients of natural parameters, and torch's own never runs into it.
         natural = bool(call.natural) and (call.graph is None or mode != EAGER)
-        call.flows = [natural and out.requires_grad for out in outs]
+        call.flows = [out.requires_grad for out in outs] if natural else [False] * len(outs)
         flowing = natural or (mode == TRACED and call.graph is not None)
         call.outer = outer_of(leaves) if natural and mode == EAGER else []
         call.residual_metas = [Meta(tensor) for tensor in floating]

@@ -91,6 +91,8 @@ class Plan:
         # Modules of torch have one forward for both, and `self.inplace` says which it is.
         self.inplace_tells = writes and "inplace" in attributes and not purity.writes(self.fn, but="inplace")
         self.forward_may_write = not purity.writes_nothing(self.fn, is_known_method)
+        # Whether it may change a container that it is given.
+        self.forward_may_change = self.forward_may_write or bool(names_assigned_in(self.fn, None))
         # What it may do with aliases: to attributes that not every tensor has, and to their data.
         self.attribute_names = attribute_names(self.fn, method=self.takes_receiver)
         self.uses_attributes = self.reach is None or bool(self.attribute_names)

@@ -37,5 +37,9 @@ class RuleCode:
 
 
 def is_known_method(name: str) -> bool:
-    """Whether a method of this name is one of tensors, or of what else a rule is given: see `writes_nothing`."""
-    return (hasattr(Tensor, name) and not name.startswith("__")) or name in ("by_name", "items", "values")
+    """Whether a method of this name is one of tensors, or of what else a rule is given: see `writes_nothing`.
+
+    Where it is one of lists too, that changes none (`sort` does).
+    """
+    of_tensors = hasattr(Tensor, name) and not name.startswith("__") and name != "sort"
+    return of_tensors or name in ("by_name", "items", "values")

@@ -70,11 +70,12 @@ class Saver:
                 for index, param in enumerate(call.params)
                 for name in param.names
             }
-        # The graph of one that is computed from aliases is not the outer one's.
-        call.computed = {
-            name: self.slot(self.extra(value.detach() if call.aliased else value))
-            for name, value in call.computed.items()
-        }
+        if call.computed:
+            # The graph of one that is computed from aliases is not the outer one's.
+            call.computed = {
+                name: self.slot(self.extra(value.detach() if call.aliased else value))
+                for name, value in call.computed.items()
+            }
 
     def _ask_argument(self, name: str, values: Sequence[Any]) -> None:
         call = self.call

@@ -129,9 +129,11 @@ class Writes:
             call.copies = written
 
     def _versions(self, aliases: list[Tensor]) -> Sequence[int | None]:
-        tensors = [*aliases, *[tensor for _, tensor in self.besides]]
+        tensors = [*aliases, *[tensor for _, tensor in self.besides]] if self.besides else aliases
         if self.call.mode == TRACED:
             return versions_while_tracing(tensors)
+        if self.call.mode == EAGER:  # in no transform
+            return [None if tensor.is_inference() else tensor._version for tensor in tensors]
         return [version_of(tensor) for tensor in tensors]
 
     def _asks_for(self, name: str) -> bool:

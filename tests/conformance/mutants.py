@@ -169,8 +169,8 @@ MUTANTS = [
     Mutant(
         "parameters that the rule leaves to autograd get nothing",
         "_core/forward_pass.py",
-        "        call.flows = [natural and out.requires_grad for out in outs]\n",
-        "        call.flows = [False for out in outs]\n",
+        "        call.flows = [out.requires_grad for out in outs] if natural else [False] * len(outs)\n",
+        "        call.flows = [False] * len(outs)\n",
         "call: result is a parameter / method",
     ),
     Mutant(

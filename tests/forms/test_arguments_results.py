@@ -267,12 +267,31 @@ def has_a_tuple_now(xs):
     return xs[0][0] * 3
 
 
-@pytest.mark.parametrize("forward", [grows, has_a_tuple_now])
-def test_forward_that_changes_a_container_of_tensors_that_want_a_gradient_is_refused(forward):
+def is_in_order_now(xs):
+    xs.sort(key=len, reverse=True)
+    return xs[0][0] * 3
+
+
+def has_a_name_now(xs):
+    xs.name = "new"
+    return xs.left * 3
+
+
+@pytest.mark.parametrize(
+    ("forward", "xs"),
+    [
+        (grows, lambda: [[float64(1.0)], []]),
+        (has_a_tuple_now, lambda: [[float64(1.0)], []]),
+        (is_in_order_now, lambda: [[float64(1.0)], [float64(1.0), float64(2.0)]]),
+        (has_a_name_now, lambda: Record(float64(1.0), float64(2.0))),
+    ],
+    ids=["appended", "item", "sorted", "attribute"],
+)
+def test_forward_that_changes_a_container_of_tensors_that_want_a_gradient_is_refused(forward, xs):
     with pytest.raises(
         go.ForwardResultError, match=rf"{forward.__name__}.*'xs'.*Return what is new instead, or detach"
     ):
-        go.custom_backward(lambda grad_output: [[7 * grad_output]])(forward)([[float64(1.0)]])
+        go.custom_backward(lambda grad_output: [[7 * grad_output]])(forward)(xs())
 
 
 def keeps_a_state(x, state):
