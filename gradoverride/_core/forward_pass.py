@@ -198,21 +198,7 @@ class ForwardPass:
         call, plan, mode = self.call, self.plan, self.mode
         self.shares_versions = mode == EAGER and shares_versions(plan.forward_may_write)
         sources = [*self.leaves, *[param.tensor for param in call.aliased]]
-        needs_graph = plan.asks_vjp or not all([param.asked for param in call.aliased])
-        self.graph_is_shown = plan.forward_asks_grad and not needs_graph and not call.opaque and mode != TRANSFORMED
-        if call.opaque and needs_graph:
-            call.graph = NoGraph(sources)
-            aliases = [self._alias(tensor) for tensor in sources]
-        elif needs_graph or self.graph_is_shown:
-            call.graph = inner_graph(call, self.module, self.receiver, sources)
-            aliases = call.graph.start()
-        else:
-            aliases = [self._alias(tensor) for tensor in sources]
-        if plan.forward_may_write and mode != TRANSFORMED and not call.opaque:
-            for index in call.holders:
-                if call.specs[index] is not LEAF and not call.wants(index):  # the caller may have it written into
-                    for place in call.places_of(index):
-                        aliases[place] = sources[place]
+        aliases = self._aliases(sources)
         if plan.asks_module and self.module is not None and mode != TRACED:
             self.buffer_versions = {name: version_of(value) for name, value in self.module.named_buffers()}
         named = plan.attribute_names_of(type(self.receiver)) if mode == TRACED else ()
@@ -272,6 +258,27 @@ class ForwardPass:
         if self.graph_is_shown:
             call.graph = None
         return self._tie(aliases, outs, residuals)
+
+    def _aliases(self, sources: list[Tensor]) -> list[Tensor]:
+        """What the forward is to meet, which starts a graph of its own where one is needed."""
+        call, plan = self.call, self.plan
+        needs_graph = plan.asks_vjp or not all([param.asked for param in call.aliased])
+        transformed = call.mode == TRANSFORMED or call.opaque
+        self.graph_is_shown = plan.forward_asks_grad and not needs_graph and not transformed
+        if call.opaque and needs_graph:
+            call.graph = NoGraph(sources)
+            aliases = [self._alias(tensor) for tensor in sources]
+        elif needs_graph or self.graph_is_shown:
+            call.graph = inner_graph(call, self.module, self.receiver, sources)
+            aliases = call.graph.start()
+        else:
+            aliases = [self._alias(tensor) for tensor in sources]
+        if plan.forward_may_write and not transformed:
+            for index in call.holders:
+                if call.specs[index] is not LEAF and not call.wants(index):  # the caller may have it written into
+                    for place in call.places_of(index):
+                        aliases[place] = sources[place]
+        return aliases
 
     def _alias(self, tensor: Tensor) -> Tensor:
         if self.mode == EAGER and not tensor.requires_grad:
