@@ -246,7 +246,7 @@ def _linear(name, middle, factors, rules=None):
 def _function(name, function, forward, gradient, rules=None):
     return Form(
         name,
-        lambda: LinearThen(function),
+        lambda: LinearThen(function() if isinstance(function, type) else function),  # a module is a new one
         lambda: LinearThen(applied(forward, gradient)),
         lambda: LinearThen(forward),
         rules,
@@ -285,7 +285,7 @@ FORMS = [
     ),
     _function(
         "override of a part, with vjp",
-        nn.ReLU(),
+        nn.ReLU,
         torch.relu,
         lambda grad, x: grad.clamp(min=0) * (x > 0),
         lambda model: {nn.ReLU: guided},

@@ -6,7 +6,7 @@ import traceback
 import numpy as np
 import pytest
 import torch
-from oracles import closely
+from oracles import closely, exactly
 from torch import nn
 from torch.nn import functional as F
 
@@ -42,6 +42,12 @@ def test_gradients_on_another_device_are_those_by_hand_or_refused(elsewhere, out
 
 def numbers(*size):
     return torch.randn(*size, dtype=torch.float64, device=away.NAME, requires_grad=True)
+
+
+def what_is_written_into_a_view_stands_where_it_does_on_the_cpu():
+    square = torch.zeros(3, 3, device=away.NAME)
+    square.diagonal().fill_(1)
+    exactly(square.cpu(), torch.eye(3))
 
 
 def a_rule_runs_in_a_thread_of_the_device():
@@ -139,6 +145,7 @@ def a_model_may_be_on_two_devices():
 
 
 ALONE = (
+    what_is_written_into_a_view_stands_where_it_does_on_the_cpu,
     a_rule_runs_in_a_thread_of_the_device,
     a_rule_that_calls_its_function_is_no_rule_of_that_call,
     replays_the_numbers_that_a_forward_drew,

@@ -150,7 +150,8 @@ const Tensor& resize_(const Tensor& self, c10::SymIntArrayRef size, optional<at:
 }
 
 Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
-  resize_(to, c10::fromIntArrayRefSlow(from.sizes()), std::nullopt);
+  // A view that was written into keeps its strides.
+  if (to.sizes() != from.sizes()) resize_(to, c10::fromIntArrayRefSlow(from.sizes()), std::nullopt);
   return copy_from(from, to, false);
 }
 
