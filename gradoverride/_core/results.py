@@ -112,11 +112,10 @@ def refuse_captured(run: ForwardPass, outs: list[Tensor], aliases: list[Tensor])
     known.add(id(TOKEN))  # where a compiled call inside starts its graph
     if call.graph is not None:
         call.graph.stops(known, stops)
-    # Of an alias that the forward told to require grad none is lost.
     known |= {id(alias) for alias, leaf in zip(aliases, run.leaves, strict=False) if alias is not leaf}
+    _refuse_told(run, aliases)
     gone = []
     while (leaf := captured.foreign_leaf(tracked, known, stops)) is not None:
-        _refuse_argument(run, leaf)
         arguments = zip(call.names, run.values, strict=True)
         names = ", ".join(captured.captured_names(forward.fn, leaf, run.receiver, arguments))
         if names or not captured.is_gone(leaf, tracked):
@@ -125,10 +124,10 @@ def refuse_captured(run: ForwardPass, outs: list[Tensor], aliases: list[Tensor])
         known.add(id(leaf))
 
 
-def _refuse_argument(run: ForwardPass, leaf: Tensor) -> None:
-    """A leaf that is not known requires grad: it may be an argument that the forward has told to."""
-    for index, given in enumerate(run.leaves):
-        if given is leaf and not run.call.wanted[index]:
+def _refuse_told(run: ForwardPass, aliases: list[Tensor]) -> None:
+    """Raise the error for an argument, or its alias, that the forward itself has told to require grad."""
+    for index, alias in enumerate(aliases[: run.call.n_leaves]):
+        if alias.requires_grad and alias.is_leaf and not run.call.wanted[index]:
             fail(
                 UnsupportedError,
                 f"{run.plan.forward.who} must be given arguments that require grad already, if a gradient is to "

@@ -1220,7 +1220,7 @@ REFUSED = {
     "name": (go.RuleSignatureError, asks_for_what_is_not_there),
     "graph": (go.GraphError, lambda x: go.connect(x * 2, x)),
     "parameter": (go.RuleResultError, LeavesItsWeightOut()),
-    "transform": (go.UnsupportedError, grad(lambda x: go.edit_gradient(x, seven_times).sum())),
+    "transform": (go.UnsupportedError, grad(lambda x: go.edit_gradient(x, lambda grad_output: x * grad_output).sum())),
 }
 
 
