@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from gradoverride._core.contract import shape_text
 from gradoverride._core.function import ByLoop, tied
-from gradoverride._core.private.dynamo import fail
-from gradoverride._core.private.transforms import in_batched_autograd, in_forward_ad, in_functorch
+from gradoverride._core.private.dynamo import fail, in_transform
+from gradoverride._core.private.transforms import in_batched_autograd
 from gradoverride._core.rule import Rule
 from gradoverride._core.signature import Forward, signature_asking
 from gradoverride._core.structure import flatten, unflatten
@@ -165,10 +165,8 @@ class _Run:
                 "no array can be made (is_grads_batched, vectorize=True). Ask for one gradient after the other, or use "
                 "torch.func.jacrev",
             )
-        if in_functorch() or in_forward_ad():
-            found = ByLoop.apply(self, *tensors) if tensors else self()  # type: ignore[no-untyped-call]
-        else:
-            found = self(*tensors)
+        by_loop = tensors and in_transform()
+        found = ByLoop.apply(self, *tensors) if by_loop else self(*tensors)  # type: ignore[no-untyped-call]
         return unflatten(self.result, iter(found))
 
 
@@ -201,7 +199,7 @@ class ArrayForward:
         spec = flatten((args, kwargs), is_tensor, tensors)
         if not tensors:
             return self.fn(*args, **kwargs)
-        if self.hands_over and (in_functorch() or in_forward_ad()):
+        if self.hands_over and in_transform():
             fail(
                 UnsupportedError,
                 f"{self.who} hands values over (save_for_backward), which vmap and other transforms of torch.func "

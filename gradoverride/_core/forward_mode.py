@@ -127,7 +127,7 @@ def _check_sum(
     size = torch.stack([term.abs().where(finite, 0.0).amax() for term in (expected, *terms[1:])]).amax()
     tolerance = roundings.relative * size + roundings.absolute / abs(scale) + noise
     _require(
-        (((got - expected).abs() <= tolerance) | ~finite).all(),
+        ((got - expected).abs() <= tolerance) | ~finite,
         f"{who} must be linear in the gradient for forward mode (jvp, jacfwd, hessian), which is its transpose; it is "
         "not. Use reverse mode, or a rule that is linear",
         who,
@@ -170,7 +170,7 @@ def _terms(a: Tensor | None, b: Tensor | None, device: torch.device) -> Tensor:
 
 
 def _require(holds: Tensor, text: str, who: str) -> None:
-    """Raise this error if it does not hold, and have a graph that is traced raise it when it runs."""
+    """Raise this error if it does not hold everywhere, and have a graph that is traced raise it when it runs."""
     plain = debug_unwrap(holds).all()  # under all transforms: vmap forbids to look at values
     traced = has_no_values([plain])
     if not traced:

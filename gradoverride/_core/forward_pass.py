@@ -189,7 +189,8 @@ class ForwardPass:
         self.left: dict[str, Any] = {}  # what the forward assigned to attributes of the module that the rule reads
         self.may_give_data = call.plan.may_give_data or call.plan.reach is None
         self.graph_is_shown = False  # whether there is one for the forward to see alone: nothing asks it for gradients
-        self.shares_versions = call.graph is not None  # whether the aliases count writes together with the leaves
+        # Whether the aliases count writes together with the leaves: of a forward that has run, those of a kept graph.
+        self.shares_versions = call.graph is not None
         self.places: list[int] | None = None  # of the aliases, before an eager forward that may give them other data
         self.as_given: dict[int, Tensor] = {}  # copies of leaves that the forward may write into uncounted
 
@@ -282,7 +283,8 @@ class ForwardPass:
 
     def _alias(self, tensor: Tensor) -> Tensor:
         if self.mode == EAGER and not tensor.requires_grad:
-            # What is written there may have a history: that of parameters which the rule leaves to autograd.
+            # What is written there may have a history, of parameters that the rule leaves to autograd: what it answers
+            # for this argument is no gradient of theirs.
             return tensor.detach() if self.plan.forward_may_write and self.call.natural else tensor
         if self.mode == EAGER:
             return tensor.detach() if self.shares_versions else tensor.data

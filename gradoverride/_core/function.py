@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.dynamo import fail, in_transform
 from gradoverride._core.private.engine import call_directly, can_call_directly, fast_apply
 from gradoverride._core.private.tensors import has_memory_alone, made_at_import
-from gradoverride._core.private.transforms import in_batched_autograd, in_forward_ad, in_functorch
+from gradoverride._core.private.transforms import in_batched_autograd
 from gradoverride.errors import UnsupportedError
 
 __all__ = [
@@ -311,7 +311,7 @@ class Opaque(Function):
 
 def tied(found: list[Tensor], sources: Sequence[Tensor], text: str) -> list[Tensor]:
     """These, which were computed from the sources in a way that torch does not know: that derivative raises `text`."""
-    if in_functorch() or in_forward_ad():
+    if in_transform():
         return list(Opaque.apply(text, *found))  # type: ignore[no-untyped-call]  # torch has no types for it
     outer = [source for source in sources if source.requires_grad]
     if not torch.is_grad_enabled() or not outer:

@@ -96,7 +96,7 @@ class KeptGraph:
 
         A leaf lives as long as the outer graph: then an alias that is a leaf itself keeps no more, and costs less.
         """
-        aliases, shares = [], not may_write or counted_once is not None  # as in `shares_versions`
+        aliases, shares = [], shares_versions(may_write)
         for tensor in tensors:
             if not (tensor.requires_grad and tensor.is_leaf):
                 return cls(tensors, may_write)

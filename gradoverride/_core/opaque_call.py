@@ -207,21 +207,20 @@ def _parts(receiver: nn.Module | None) -> Iterable[tuple[str, nn.Module]]:
 
 @contextlib.contextmanager
 def _unchanged(receiver: nn.Module | None) -> Iterator[None]:
-    """A context for what Dynamo has seen already: what is set on a module there, and written into its buffers, is gone
-    after it.
+    """A context for what Dynamo has seen already: what is set on a module there is gone after it, and what is written
+    into its buffers is written into copies. (Who runs the step has given the module its buffers, and takes them back.)
     """
     parts = [part for _, part in _parts(receiver)]
-    before = [(dict(part.__dict__), dict(part._buffers)) for part in parts]
+    before = [dict(part.__dict__) for part in parts]
     for part in parts:
         part._buffers.update({name: one if one is None else one.clone() for name, one in part._buffers.items()})
     try:
         yield
     finally:
-        for part, (attributes, buffers) in zip(parts, before, strict=True):
+        for part, attributes in zip(parts, before, strict=True):
             for name in part.__dict__.keys() - attributes.keys():
                 del part.__dict__[name]
             part.__dict__.update(attributes)
-            part._buffers.update(buffers)
 
 
 _noted: list[GradOverrideError] = []

@@ -19,10 +19,10 @@ from gradoverride._core import captured
 from gradoverride._core.ambient import unseen_by_hooks
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.plan import Plan
-from gradoverride._core.private.dynamo import fail
+from gradoverride._core.private.dynamo import fail, in_transform
 from gradoverride._core.private.marks import evaluated_while_tracing, uncompiled
 from gradoverride._core.private.tensors import saves_plainly
-from gradoverride._core.private.transforms import in_forward_ad, in_functorch
+from gradoverride._core.private.transforms import in_functorch
 from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, name_of
@@ -134,7 +134,7 @@ class StraightThrough(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What `fn` gives, with the gradient of the surrogate at the first differentiable argument."""
-        if not (torch.is_grad_enabled() or in_functorch() or in_forward_ad()):
+        if not (torch.is_grad_enabled() or in_transform()):
             return self.fn(*args, **kwargs)
         in_order = {name: kwargs[name] for name in self._names if name in kwargs}  # whatever the caller's is
         given: dict[Any, Any] = {**dict(enumerate(args)), **in_order, **kwargs}

@@ -17,7 +17,7 @@ from torch.func import debug_unwrap
 from gradoverride._core.contract import shape_text
 from gradoverride._core.function import tied
 from gradoverride._core.precision import wide
-from gradoverride._core.private.transforms import in_forward_ad, in_functorch
+from gradoverride._core.private.dynamo import in_transform
 from gradoverride._core.structure import flatten, unflatten
 from gradoverride._core.tensors import is_differentiable as is_floating
 from gradoverride.errors import ForwardResultError
@@ -109,7 +109,7 @@ class Evaluation:
 
     def _call(self, leaves: Sequence[Tensor]) -> Any:
         given = iter(leaves)
-        with torch.set_grad_enabled(_is_transformed()):  # transforms look for a graph, and find it opaque
+        with torch.set_grad_enabled(in_transform()):  # transforms look for a graph, and find it opaque
             return self.again({name: unflatten(spec, given) for name, spec in self.specs.items()})
 
     def _mapped(self, together: Sequence[Points]) -> list[Tensor]:
@@ -229,12 +229,8 @@ def batch_of(tensors: Sequence[Tensor], batch_dims: int, who: str) -> torch.Size
     return batch
 
 
-def _is_transformed() -> bool:
-    return in_functorch() or in_forward_ad()
-
-
 def _constant(tensor: Tensor) -> Tensor:
-    return tensor if _is_transformed() else tensor.detach()
+    return tensor if in_transform() else tensor.detach()
 
 
 def leaves_of(value: Any) -> list[Tensor]:

@@ -27,8 +27,8 @@ from torch.func import debug_unwrap
 from gradoverride._core.contract import shape_text
 from gradoverride._core.options import check, is_integer, printed
 from gradoverride._core.precision import wide
-from gradoverride._core.private.dynamo import hidden_from_dynamo
-from gradoverride._core.private.transforms import in_forward_ad, in_functorch
+from gradoverride._core.private.dynamo import hidden_from_dynamo, in_transform
+from gradoverride._core.private.transforms import in_forward_ad
 from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location
 from gradoverride._core.signature import name_of, signature_asking
@@ -121,7 +121,7 @@ class _Implicit:
 
     def _look(self, residual: Residual, result: Tensors, given: Tensors) -> list[Tensor]:
         """The residual at the result, if it is what it should be."""
-        transformed = in_functorch() or in_forward_ad()
+        transformed = in_transform()
         constants = [[each if transformed else each.detach() for each in tensors] for tensors in (result, given)]
         with torch.enable_grad():
             zero = residual(*constants)

@@ -577,6 +577,7 @@ REFUSED = {
     ),
     "a constant tensor": (grad(total(ruled(lambda x: x * WEIGHT))), STEP + "it reaches 'WEIGHT', a tensor that is no"),
     "one of the rule": (grad(total(ruled(torch.sin, lambda g: g * WEIGHT))), STEP + "it reaches 'WEIGHT', a tensor"),
+    "one of the jvp": (lambda x: jvp(ruled_with_jvp, (x,), (x,))[1], STEP + "it reaches 'WEIGHT', a tensor"),
     "one of the module": (grad(total(KeepsATensor())), STEP + "it reaches 'self.mask', a tensor that is no input"),
     "in place": (grad(lambda x: ruled_in_place(x * 1).sum()), STEP + "its forward writes into its argument"),
     "object": (grad(lambda x: by_an_object(x, OPTIONS).sum()), STEP + "an argument of the class 'Options' cannot"),
@@ -589,6 +590,7 @@ REFUSED = {
         "draws random numbers, and must draw them again under torch.func for the gradient that is autograd's own",
     ),
 }
+ruled_with_jvp = go.custom_backward(lambda g: g, jvp=lambda tangent: tangent * WEIGHT)(torch.sin)
 ruled_in_place = ruled(lambda x: x.mul_(2))
 ruled_by_kind = ruled(lambda x, kind: x * kind.value)
 

@@ -383,7 +383,8 @@ def test_second_derivative_of_a_forward_that_writes_into_what_has_no_gradient_is
 
 
 @gathering
-def test_method_that_writes_into_what_has_no_gradient_leaves_its_parameters_to_autograd(forward):
+@pytest.mark.parametrize("for_out", [lambda g: None, lambda g: 5 * g], ids=["none for it", "one that nobody wants"])
+def test_method_that_writes_into_what_has_no_gradient_leaves_its_parameters_to_autograd(forward, for_out):
     class Gathering(nn.Module):
         def __init__(self):
             super().__init__()
@@ -394,7 +395,7 @@ def test_method_that_writes_into_what_has_no_gradient_leaves_its_parameters_to_a
 
     module, x = Gathering(), noise(3, 2)
     (expected,) = torch.autograd.grad(module(x, torch.ones_like(x)).sum(), module.weight)
-    with go.override(module, {module: lambda grad_output: (7 * grad_output, None)}):
+    with go.override(module, {module: lambda grad_output: (7 * grad_output, for_out(grad_output))}):
         module(x, torch.ones_like(x)).sum().backward()
     closely((x.grad, module.weight.grad), (torch.full_like(x, 7), expected))
 
