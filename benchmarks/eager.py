@@ -39,7 +39,7 @@ def cases() -> list[Case]:
         ratio("eager: keyword arguments and defaults", 1.05, keywords),
         ratio("eager: module method, two parameters by name", 1.05, lambda: module(Affine)),
         ratio("eager: module method by calls", 1.05, lambda: module(AffineByCalls, AffineByHandByCalls)),
-        ratio("eager: module with its own backward", None, lambda: module(AffineWithBackward)),
+        ratio("eager: module with its own backward", 1.10, lambda: module(AffineWithBackward)),
         ratio("eager: vjp on plain tensors", 1.10, vjp_on_plain_tensors),
         ratio("eager: vjp, forward that names a global", 1.10, vjp_of_forward_with_global),
         ratio("eager: nested containers, dict result", 3.00, nested),

@@ -208,12 +208,7 @@ class Backward:
         collected = collector.collected()
         for param in self.call.params:
             if param.name not in collected and not self.plan.asks_vjp:
-                fail(
-                    RuleResultError,
-                    f"{self.plan.rule.who} of {self.plan.forward.who} must assign self.{param.name}.grad (None "
-                    "stops its gradient), or ask for 'vjp' as a further parameter, which leaves "
-                    f"'{param.name}' to autograd; it did neither",
-                )
+                self.plan.refuse_unassigned(param.name)
         return collected
 
     # --- gradients that are autograd's own ---

@@ -29,7 +29,7 @@ from gradoverride._core.private.transforms import (
     is_jit_tracing,
     jit_tracer,
 )
-from gradoverride._core.reach import SCALARS, Reach
+from gradoverride._core.reach import SCALARS
 from gradoverride._core.short_function import ShortFunction, compiled
 
 __all__ = ["Runs", "ShortPath", "guessed_places", "is_plain"]
@@ -45,7 +45,6 @@ def is_plain(plan: Plan) -> bool:
         and not plan.hands_over
         and not plan.keeps_given
         and not (plan.forward_asks_grad and plan.reach is None and not plan.asks_vjp)
-        and not plan.class_form
         and can_call_directly()
         and all(
             source in ("argument", "deferred") or name in ("input", "output", "vjp")
@@ -60,6 +59,7 @@ def _is_plain_method(plan: Plan) -> bool:
         and plan.reach is not None
         and not plan.straight_through
         and not plan.asks_vjp
+        and (not plan.class_form or (plan.own_backward is not None and "deferred" not in plan.sources.values()))
         and not plan.reach.attributes & plan.reserved  # which comes before the reserved one
     )
 
@@ -71,21 +71,25 @@ def guessed_places(plan: Plan) -> list[int]:
 
 
 class FittingClasses(dict[type, bool]):
-    """By class, whether what a method reads of its instances is what stands there."""
+    """By class, whether what a method, and a `backward`, reads of its instances is what stands there."""
 
-    def __init__(self, reach: Reach | None) -> None:
-        self.reach = reach
+    def __init__(self, plan: Plan) -> None:
+        self.known = plan.reach is not None
+        self.names = {
+            *(plan.reach.attributes if plan.reach is not None else ()),
+            *(plan.own_backward.read if plan.own_backward is not None else ()),
+        }
         self.others: weakref.WeakSet[type] = weakref.WeakSet()  # torch makes some for one module: see `by_class`
 
     def __missing__(self, cls: type) -> bool:
         if cls in self.others:
             return False
         fits = (
-            self.reach is not None
+            self.known
             and issubclass(cls, nn.Module)
             and cls.__getattr__ is nn.Module.__getattr__
             and cls.__getattribute__ is nn.Module.__getattribute__
-            and all(type(standing(cls, name)) in SCALARS for name in self.reach.attributes)
+            and all(type(standing(cls, name)) in SCALARS for name in self.names)
         )
         if fits:
             self[cls] = True
@@ -141,7 +145,8 @@ class ShortPath:
             **(self.reach.conditions()[1] if self.reach is not None else {}),
             "_go_apply": fast_apply(self.function.make({**names})),
             "_go_finish": self.function.finish,
-            "_go_fits": FittingClasses(self.reach),
+            "_go_fits": FittingClasses(self.plan),
+            "_go_own_rule": self.plan.rule.fn,
             "_go_dual_levels": dual_levels,
             "_go_general": lambda receiver, *values: differentiate(self.plan, self.layout, receiver, values),
             "_go_has_other_data": has_other_data,
@@ -292,6 +297,10 @@ class ShortPath:
             f"not _go_is_number({receiver}, {name!r})"
             for name in sorted(self.reach.attributes - {*self.function.params})
         ]
+        if self.plan.class_form:
+            unfit.append(f"_go_type({receiver}).backward is not _go_own_rule")  # a subclass may have another
+            numbers = self.function.numbers
+            unfit += [f"_go_type(_go_state.get({name!r}, _go_state)) not in _go_SCALARS" for name in numbers]
         lines = [
             f"    if not _go_fits[_go_type({receiver})]:",
             general,

@@ -22,6 +22,7 @@ from gradoverride._core.contract import shape_text
 from gradoverride._core.function import General, Transformed, named
 from gradoverride._core.layout import Layout, Layouts
 from gradoverride._core.opaque_call import step_of
+from gradoverride._core.own_backward import OwnBackward
 from gradoverride._core.private.dynamo import fail, step_of_graph
 from gradoverride._core.private.engine import call_directly, can_call_directly, fast_apply
 from gradoverride._core.private.marks import evaluated_while_tracing
@@ -72,6 +73,7 @@ class Plan:
         self.takes_receiver = forward.is_method
         self.tensor_defaults = {p.name: p.default for p in forward.parameters or () if isinstance(p.default, Tensor)}
         self.class_form = class_form  # the rule is a method called `backward`, whose self is a stand-in
+        self.own_backward = rule.once(OwnBackward, lambda: OwnBackward.of(rule.fn)) if class_form else None
         self.is_edit = is_edit  # of `edit_gradient`: an answer mirrors the only argument, if that is a dict too
         self.hands_over = self._hands_over()
         self.sources = resolve(rule, forward, may_defer=forward.is_method or self.hands_over)
@@ -314,6 +316,15 @@ class Plan:
             RuleResultError,
             f"{self.who} must not write into the gradient it is given, "
             "which other gradients share; it did. Write into grad_output.clone()",
+        )
+
+    def refuse_unassigned(self, name: str) -> NoReturn:
+        """The `backward` of a class left out a parameter."""
+        fail(
+            RuleResultError,
+            f"{self.rule.who} of {self.forward.who} must assign self.{name}.grad (None "
+            "stops its gradient), or ask for 'vjp' as a further parameter, which leaves "
+            f"'{name}' to autograd; it did neither",
         )
 
     def check_straight_through(self, argument: Any, result: Any) -> None:

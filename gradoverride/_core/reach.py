@@ -16,7 +16,7 @@ import torch
 
 from gradoverride._core import scan
 from gradoverride._core.by_class import standing
-from gradoverride._core.bytecode import ATTRIBUTES, instructions, is_called, is_method, last_loaded, loaded
+from gradoverride._core.bytecode import ATTRIBUTES, instructions, is_called, is_method, last_loaded, reads_of_first
 
 __all__ = ["SCALARS", "Reach", "attribute_names", "calls_unseen", "names_assigned_in", "names_in", "of_modules"]
 
@@ -294,17 +294,5 @@ _TELLING = frozenset(
 
 def _attributes_of_first(code: CodeType) -> frozenset[str] | None:
     """The attributes of its first parameter that a function reads, if it does nothing else with it."""
-    first = code.co_varnames[0]
-    if first in code.co_cellvars:
-        return None
-    found: set[str] = set()
-    steps = list(instructions(code))
-    for index, step in enumerate(steps):
-        if first not in loaded(step) or "FAST" not in step.opname:
-            continue
-        after = steps[index + 1]
-        read = "LOAD_FAST" in step.opname and last_loaded(step) == first and loaded(step).count(first) == 1
-        if not read or after.opname != "LOAD_ATTR" or is_method(after):
-            return None
-        found.add(after.argval)
-    return frozenset(found)
+    reads = reads_of_first(code)
+    return None if reads is None else frozenset([step.argval for step in reads])

@@ -24,6 +24,7 @@ from gradoverride._core.forward_pass import ForwardPass
 from gradoverride._core.function import plain_function
 from gradoverride._core.kept_graph import KeptGraph
 from gradoverride._core.layout import Layout
+from gradoverride._core.own_backward import TARGETS, UNASSIGNED
 from gradoverride._core.params import find_params
 from gradoverride._core.plan import Plan
 from gradoverride._core.private.modes import any_autocast
@@ -58,6 +59,11 @@ class ShortFunction:
         self.names = [f"x{index}" for index in range(len(layout.names))]
         # What the rule asks for and is no argument can only be a parameter here.
         self.params = [name for name, source in plan.sources.items() if source == "deferred"]
+        self.own = own = plan.own_backward
+        if own is not None:
+            self.params = own.assigned
+        # What a `backward` reads of `self`, and is no parameter.
+        self.numbers = [name for name in own.read if name not in own.assigned] if own is not None else []
         self.tensors = [self.names[place] for place in places] + [f"p_{name}" for name in self.params]
         self.others = [name for place, name in enumerate(self.names) if place not in places]
         # Whether the forward runs in this Function: what it can reach besides has no gradient to lose.
@@ -73,13 +79,17 @@ class ShortFunction:
         self.constants: list[str] = []
         for name, source in plan.sources.items():
             self._ask(name, source)
+        if own is not None:
+            self.saves += [f"p_{name}" for name in own.read if name in own.assigned]
+            self.constants += ["receiver"] if self.numbers else []
         self.marked = plan.marked and mode == EAGER and bool(self.saves) and not plan.asks_vjp
         self.unsaved = [name for name in self.tensors if name not in self.saves]
         # Those of them that the result, and so grad_output, may be unlike.
         self.noted = [] if plan.forward_gives_alike and len(self.tensors) == 1 else self.unsaved
+        first = 1 if own is None else 2  # after the gradient, and `self`
         if isinstance(plan.rule.fn, FunctionType) and not hasattr(plan.rule.fn, "__wrapped__"):
             code = plan.rule.fn.__code__
-            if code.co_varnames[1 : code.co_argcount][: len(plan.sources)] == tuple(plan.sources):
+            if code.co_varnames[first : code.co_argcount][: len(plan.sources)] == tuple(plan.sources):
                 self.asks = [asked.partition("=")[2] for asked in self.asks]  # by position, which is faster
 
     def _ask(self, name: str, source: str) -> None:
@@ -116,7 +126,9 @@ class ShortFunction:
             "_go_note": self.plan.note,
             "_go_path": self,
             "_go_plan": self.plan,
-            "_go_rule": self.plan.rule.fn,
+            "_go_rule": self.plan.rule.fn if self.own is None else self.own.function,
+            "_go_Self": None if self.own is None else self.own.self_class,
+            "_go_Targets": None if self.own is None else self.own.targets_class,
             "_go_ShortVjp": ShortVjp,
             "_go_SOLE": SOLE,
             "_go_Tensor": Tensor,
@@ -203,9 +215,11 @@ class ShortFunction:
         return unusual
 
     def backward_source(self) -> str:
-        tensors = self.tensors
-        lines = ["def backward(ctx, grad_output):"]
-        none = "None, " * self.leading
+        """The code of its backward: the rule is asked, and its answer is read."""
+        return "\n".join(["def backward(ctx, grad_output):", *self._ask_rule(), *self._read_answer()]) + "\n"
+
+    def _ask_rule(self) -> list[str]:
+        lines = []
         eager = self.mode == EAGER
         if eager and not self.plan.rule_code.is_arithmetic:
             lines += ["    if _go_any_autocast():", "        return _go_under_autocast(backward, ctx, grad_output)"]
@@ -221,7 +235,13 @@ class ShortFunction:
         watched = eager and not (self.plan.rule_code.is_algebra or self.plan.rule_writes)
         if watched:
             lines.append("    version = None if _go_compiling() else grad_output._version")
-        asked = f"answer = _go_rule({', '.join([handed, *self.asks])})"
+        first = []
+        if self.own is not None:
+            first = ["own"]
+            lines += ["    own = _go_Self()", f"    own.{TARGETS} = targets = _go_Targets()"]
+            lines += [f"    own.{name} = saved_p_{name}" for name in self.own.read if name in self.params]
+            lines += [f"    own.{name} = ctx.constants[-1].{name}" for name in self.numbers]
+        asked = f"answer = _go_rule({', '.join([*first, handed, *self.asks])})"
         if eager:
             noted = ["    except Exception as error:", "        _go_note(error)", "        raise"]
             lines += ["    try:", f"        {asked}", *noted]
@@ -229,13 +249,23 @@ class ShortFunction:
             lines.append(f"    {asked}")
         if watched:
             lines += ["    if version is not None and grad_output._version != version:", "        _go_written()"]
+        return lines
+
+    def _read_answer(self) -> list[str]:
+        tensors = self.tensors
+        none = "None, " * self.leading
         alike = "ctx.metas is None and " if self.noted else ""
         grads = [f"grad_{name}" for name in tensors]
         fits = " and ".join(
-            f"(grad_{name} is None or {self._is_tensor(f'grad_{name}')} and {self._fits(f'grad_{name}', name)})"
-            for name in tensors
+            f"({grad} is None or {self._is_tensor(grad)} and {self._fits(grad, name)})"
+            for grad, name in zip(grads, tensors, strict=True)
         )
         answered = [f"        if {fits}:", f"            return {none}{', '.join(grads)}"]
+        lines = []
+        named = tensors  # those for which the answer is read
+        if self.own is not None:
+            named = tensors[: len(self.places)]
+            lines += [f"    grad_p_{name} = targets.{name}" for name in self.params]
         if len(tensors) == 1:
             fits = self._fits("answer", tensors[0])
             fits = f"{self._is_tensor('answer')} and {fits}"
@@ -244,14 +274,16 @@ class ShortFunction:
             elif self.unsaved:
                 fits = f"(answer is grad_output or {fits})"
             lines += [f"    if {alike}{fits}:", f"        return {none}answer"]
-        elif not self.params and not self.plan.straight_through and self.places == list(range(len(tensors))):
+        elif len(named) == 1:
+            lines += [f"    if {alike}{self._is_tensor('answer')}:", f"        {grads[0]} = answer", *answered]
+        elif (named != tensors or not self.params) and self._answers_in_order():
             # Scalars that come after the tensors may be left out of the answer.
             lines += [
-                f"    if {alike}{self._is('tuple')} and len(answer) == {len(tensors)}:",
-                f"        {', '.join(grads)} = answer",
+                f"    if {alike}{self._is('tuple')} and len(answer) == {len(named)}:",
+                f"        {', '.join(grads[: len(named)])} = answer",
                 *answered,
             ]
-        if len(tensors) > 1 or self.params:
+        if len(tensors) > 1 and self.own is None:
             names = [self.layout.names[place] for place in self.places] + self.params
             present = " and ".join(f"{name!r} in answer" for name in names)
             lines += [
@@ -260,8 +292,11 @@ class ShortFunction:
                 *answered,
             ]
         known = ", ".join(self._known(name) for name in tensors)
-        lines.append(f"    return _go_check(ctx, answer, [{known}])")
-        return "\n".join(lines) + "\n"
+        targets = "" if self.own is None else ", targets"
+        return [*lines, f"    return _go_check(ctx, answer, [{known}]{targets})"]
+
+    def _answers_in_order(self) -> bool:
+        return not self.plan.straight_through and self.places == list(range(len(self.places)))
 
     def _is_tensor(self, name: str) -> str:
         """Code that looks whether this is a tensor. (A class that Dynamo meets twice it guards by a slow check.)"""
@@ -309,8 +344,12 @@ class ShortFunction:
         forward_pass = ForwardPass(call, receiver, receiver, leaves, values, before, on_leaves)
         return forward_pass.finish(given, result, {})
 
-    def check(self, ctx: Any, answer: Any, like: list[Tensor]) -> tuple[Any, ...]:
+    def check(self, ctx: Any, answer: Any, like: list[Tensor], targets: Any = None) -> tuple[Any, ...]:
         """Read an answer that is not the usual one: a dict, a list, another dtype, or an error."""
+        assigned = {} if targets is None else {name: getattr(targets, name) for name in self.params}
+        for name, value in assigned.items():
+            if value is UNASSIGNED:
+                self.plan.refuse_unassigned(name)
         call = Call(self.plan, self.layout, self.mode)
         metas = [Meta(tensor) for tensor in like]
         if self.noted and ctx.metas is not None:
@@ -320,7 +359,7 @@ class ShortFunction:
         call.describe_plain(self.places, metas[:count], ctx.needs_input_grad[self.leading :][:count])
         call.describe_params(self.params, metas[count:])
         grads, named = read_answer(call, answer)
-        params = read_params(call, named)
+        params = read_params(call, {**named, **assigned})
         return *[None] * self.leading, *grads, *(params[name] for name in self.params)
 
     def conform(self, value: Any, like: Tensor) -> Tensor:

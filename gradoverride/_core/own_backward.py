@@ -1,0 +1,69 @@
+"""The `backward` of a class as a plain function, where its code shows all that it does with `self`.
+
+It reads parameters and numbers there, and assigns the `grad` of parameters: those are answers, and no module has to
+stand in for `self`. So its calls can take the short path. For the two to be told apart at no cost, the function has the
+same code but for two names: where `backward` says `self.weight.grad = ...` it says `self.<TARGETS>.weight = ...`.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+from gradoverride._core import purity, scan
+from gradoverride._core.bytecode import ATTRIBUTES, instructions, reads_of_first, renamed
+from gradoverride._core.rule_code import is_known_method
+
+__all__ = ["TARGETS", "UNASSIGNED", "OwnBackward"]
+
+TARGETS = "_go_targets"
+UNASSIGNED = object()
+"""What stands for the gradient of a parameter until it is assigned."""
+
+
+class OwnBackward:
+    """The function, the parameters whose `grad` it assigns, and what else it reads of `self`."""
+
+    def __init__(self, function: FunctionType, assigned: list[str], read: list[str]) -> None:
+        self.function = function
+        self.assigned = assigned
+        self.read = read
+        # What is `self` in it, and what the gradients are assigned to.
+        self.self_class: Any = type("Self", (), {"__slots__": (TARGETS, *read)})
+        self.targets_class: Any = type("Targets", (), dict.fromkeys(assigned, UNASSIGNED))
+
+    @classmethod
+    def of(cls, backward: Any) -> OwnBackward | None:
+        """That of a method, or None if its code does not show all."""
+        if not isinstance(backward, FunctionType) or not purity.writes_nothing(backward, is_known_method):
+            return None
+        code = backward.__code__
+        reads = reads_of_first(code)
+        if reads is None:
+            return None
+        steps = list(instructions(code))
+        names: dict[int, str] = {}  # by offset, the new ones
+        assigned: set[str] = set()
+        for step in reads:
+            following = steps[steps.index(step) + 1]
+            if following.opname == "STORE_ATTR" and following.argval == "grad":
+                names[step.offset], names[following.offset] = TARGETS, step.argval
+                assigned.add(step.argval)
+        read = {step.argval for step in reads if step.offset not in names}
+        changed = renamed(code, names) if assigned and _assigns_nothing_else(backward, names) else None
+        if changed is None or "training" in read:  # which is shown as it was in the forward
+            return None
+        function = FunctionType(changed, backward.__globals__, None, backward.__defaults__, backward.__closure__)
+        function.__kwdefaults__ = backward.__kwdefaults__
+        return cls(function, sorted(assigned), sorted(read))
+
+
+def _assigns_nothing_else(backward: FunctionType, known: dict[int, str]) -> bool:
+    """Whether it assigns no attribute but at these offsets, nor do its helpers, and none of them asks for a `grad`."""
+    return not any(
+        step.opname in ("STORE_ATTR", "DELETE_ATTR")
+        or (step.opname in ATTRIBUTES and step.argval in ("grad", "backward"))
+        for _, code in scan.reachable(backward)
+        for step in instructions(code)
+        if not (code is backward.__code__ and step.offset in known)
+    )
