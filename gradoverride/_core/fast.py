@@ -47,7 +47,7 @@ def is_plain(plan: Plan) -> bool:
         and not (plan.forward_asks_grad and plan.reach is None and not plan.asks_vjp)
         and can_call_directly()
         and all(
-            source in ("argument", "deferred") or name in ("input", "output", "vjp")
+            source in ("argument", "deferred") or name in ("input", "needs", "output", "vjp")
             for name, source in plan.sources.items()
         )
     )

@@ -96,6 +96,9 @@ class ShortFunction:
         if source == "reserved" and name == "vjp":
             self.asks.append("vjp=_go_ShortVjp(_go_path, ctx.graph, token, grad_output)")
             return
+        if source == "reserved" and name == "needs":
+            self.asks.append(f"needs={self._needs()}")
+            return
         if source == "deferred":
             value = f"p_{name}"
         elif source == "reserved" and name == "output":
@@ -110,6 +113,16 @@ class ShortFunction:
         if value not in self.saves:
             self.saves.append(value)
         self.asks.append(f"{name}=saved_{value}")
+
+    def _needs(self) -> str:
+        """Code that gives what `Call.needs` does."""
+        wanted = ["False"] * len(self.names)
+        for index, place in enumerate(self.places):
+            wanted[place] = f"ctx.needs_input_grad[{self.leading + index}]"
+        needs = dict.fromkeys(self.params, "True")
+        groups = {name: " or ".join([wanted[place] for place in group]) for name, group in self.layout.groups.items()}
+        needs.update({**dict(zip(self.layout.names, wanted, strict=True)), **groups})
+        return f"{{{', '.join(f'{name!r}: {value}' for name, value in needs.items())}}}"
 
     def globals(self) -> dict[str, Any]:
         """The names that the code refers to."""

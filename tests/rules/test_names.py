@@ -665,6 +665,45 @@ def test_needs_says_by_argument_name_whether_a_gradient_is_wanted(wanted):
     assert seen == [{"a": wanted[0], "b": wanted[1], "option": False}]
 
 
+@pytest.mark.parametrize("way", ["short path", "general path"])
+@pytest.mark.parametrize("inputs", ["a", "ab"])
+def test_needs_is_of_the_call_and_not_of_the_backward(way, inputs):
+    seen = []
+
+    def rule(grad_output, needs):
+        seen.append({name: needs[name] for name in ("a", "k", "b", "c")})
+        return {"a": grad_output, "b": 2 * grad_output}
+
+    forwards = {
+        "short path": lambda a, k, c, *, b: a * b * c * k,
+        "general path": lambda a, k, c, *, b, **more: a * b * c * k,
+    }
+    tensors = {"a": float64(1.0), "b": float64(2.0)}
+    y = go.custom_backward(rule)(forwards[way])(tensors["a"], 3.0, float64(4.0, grad=False), b=tensors["b"])
+    y.backward(inputs=[tensors[name] for name in inputs])
+    assert seen == [{"a": True, "k": False, "b": True, "c": False}]
+    assert [name for name in "ab" if tensors[name].grad is not None] == list(inputs)
+
+
+def test_needs_says_so_of_the_parameters_that_a_method_answers_for():
+    seen = []
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(3.0))
+
+        @go.custom_backward(lambda g, x, weight, needs: (seen.append(needs), {"x": g * weight, "weight": g * x})[1])
+        def forward(self, x):
+            return x * self.weight
+
+    layer = Layer()
+    for grad in (True, False):
+        layer(float64(2.0, grad=grad)).backward()
+    assert seen == [{"weight": True, "x": True}, {"weight": True, "x": False}]
+    exactly(layer.weight.grad, float64(4.0, grad=False))
+
+
 def test_needs_says_so_of_parameters_too():
     seen = []
 
