@@ -36,7 +36,9 @@ def cases() -> list[Case]:
         ratio("eager: straight through a builtin", 1.10, rounded),
         ratio("eager: two tensors", 1.02, two_tensors),
         ratio("eager: two tensors by calls", 1.02, two_tensors_by_calls),
+        ratio("eager: two tensors, one wanted", 1.05, one_wanted),
         ratio("eager: keyword arguments and defaults", 1.05, keywords),
+        ratio("eager: values handed over", 1.20, handed_over),
         ratio("eager: module method, two parameters by name", 1.05, lambda: module(Affine)),
         ratio("eager: module method by calls", 1.05, lambda: module(AffineByCalls, AffineByHandByCalls)),
         ratio("eager: module with its own backward", 1.10, lambda: module(AffineWithBackward)),
@@ -179,6 +181,50 @@ def two_tensors_by_calls() -> Pair:
         return x * weight
 
     return compared(TINY, product, ProductByCalls.apply, tensors=2)
+
+
+class ProductOfOneWanted(Product):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Grads:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return grad * weight if wanted[0] else None, grad * x if wanted[1] else None
+
+
+def one_wanted() -> Pair:
+    @go.custom_backward(
+        lambda grad, x, weight, needs: (grad * weight if needs["x"] else None, grad * x if needs["weight"] else None)
+    )
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight
+
+    fixed = noise(TINY)
+    reference = ProductOfOneWanted.apply
+    return compared(TINY, lambda x: product(x, fixed), lambda x: reference(x, fixed), tensors=1)
+
+
+class Gated(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        mask, gate = x > 0, x.sigmoid()
+        ctx.save_for_backward(mask, gate)
+        return x * gate * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        mask, gate = ctx.saved_tensors
+        return grad * gate * mask
+
+
+def handed_over() -> Pair:
+    """A mask, and numbers: their second derivatives are refused here, and lost by hand."""
+
+    @go.custom_backward(lambda grad, mask, gate: grad * gate * mask)
+    def gated(x: Tensor) -> Tensor:
+        mask, gate = x > 0, x.sigmoid()
+        return go.save_for_backward(x * gate * mask, mask=mask, gate=gate)
+
+    return compared(TINY, gated, Gated.apply, tensors=1)
 
 
 class ScaledProduct(Function):

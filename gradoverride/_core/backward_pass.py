@@ -10,7 +10,7 @@ parameters it did not answer for. What those parameters get is always the gradie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Backward:
         """One gradient for each input of the Function."""
         call = self.call
         if call.transposed and call.n_residuals:
-            self._refuse_residuals()
+            self.plan.refuse_residuals()
         grads = [
             meta.zeros() if grad is None else grad
             for grad, meta in zip(grad_outputs[: call.n_outs], call.out_metas, strict=True)
@@ -328,20 +328,12 @@ class Backward:
         """Second derivatives reach what the forward handed over: the kept graph knows how it was computed."""
         call = self.call
         if not isinstance(call.graph, KeptGraph):
-            self._refuse_residuals()
+            self.plan.refuse_residuals()
         which = list(range(call.n_leaves + len(call.aliased)))
         padded = [*[None] * call.n_outs, *residual_grads]
         found = call.graph.pull(self.saved, padded, which, self._edges(call.natural))
         total = [_sum(old, new) for old, new in zip([*leaf_grads, *param_grads], found, strict=True)]
         return total[: call.n_leaves], total[call.n_leaves :]
-
-    def _refuse_residuals(self) -> NoReturn:
-        fail(
-            UnsupportedError,
-            f"the second derivative of {self.plan.forward.who} through the values that its forward hands over needs "
-            f"the graph of the forward. Ask for 'vjp' in the rule {self.plan.rule.who}, which keeps it (not under "
-            "torch.func), or compute them in the rule",
-        )
 
     def _read_gradient(self, value: Any) -> list[Tensor]:
         """A gradient in the structure of the result, taken apart and checked: what a rule hands to `vjp`."""

@@ -42,7 +42,7 @@ def is_plain(plan: Plan) -> bool:
         parameters != []
         and all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters or ())
         and (not plan.takes_receiver or _is_plain_method(plan))
-        and not plan.hands_over
+        and (not plan.hands_over or _hands_over_plainly(plan))
         and not plan.keeps_given
         and not (plan.forward_asks_grad and plan.reach is None and not plan.asks_vjp)
         and can_call_directly()
@@ -61,6 +61,17 @@ def _is_plain_method(plan: Plan) -> bool:
         and not plan.asks_vjp
         and (not plan.class_form or (plan.own_backward is not None and "deferred" not in plan.sources.values()))
         and not plan.reach.attributes & plan.reserved  # which comes before the reserved one
+    )
+
+
+def _hands_over_plainly(plan: Plan) -> bool:
+    """Whether what the rule asks for is handed over, by a forward that runs in the Function."""
+    return (
+        not plan.takes_receiver
+        and plan.reach is not None
+        and not plan.asks_vjp
+        and not plan.straight_through
+        and "deferred" in plan.sources.values()
     )
 
 
@@ -145,6 +156,7 @@ class ShortPath:
             **(self.reach.conditions()[1] if self.reach is not None else {}),
             "_go_apply": fast_apply(self.function.make({**names})),
             "_go_finish": self.function.finish,
+            "_go_finish_direct": self.function.finish_direct,
             "_go_fits": FittingClasses(self.plan),
             "_go_own_rule": self.plan.rule.fn,
             "_go_dual_levels": dual_levels,
@@ -182,7 +194,7 @@ class ShortPath:
             f"    if not ({' or '.join(map(_wants, tensors))}):",
             "        if _go_is_jit_tracing():",
             f"    {general}",
-            f"        return {self.function.called(arguments, receiver)}",
+            general if self.plan.hands_over else f"        return {self.function.called(arguments, receiver)}",
         ]
         floating = [f"{name}.dtype in _go_FLOATING" for name in tensors]
         if self.plan.asks_vjp:
@@ -204,13 +216,14 @@ class ShortPath:
         boxed = [receiver] if self.plan.takes_receiver else []
         boxed += self._others(arguments)
         given = [f"({', '.join(boxed)},)"] if boxed else []
+        first = "[0]" if self.function.residuals else ""
         return [
             "    try:",
-            f"        return _go_apply({', '.join([*given, *tensors, *more])})",
+            f"        return _go_apply({', '.join([*given, *tensors, *more])}){first}",
             "    except _go_Unusual as _go_unusual:",
-            "        _go_found, _go_before = _go_unusual.result, _go_unusual.versions",
+            "        _go_found = _go_unusual.args",
             f"    _go_given = ({', '.join(arguments)},), [{', '.join(tensors)}]",
-            f"    return _go_finish({receiver}, *_go_given, _go_found, None, _go_before, True)",
+            f"    return _go_finish_direct({receiver}, *_go_given, *_go_found)",
         ]
 
     def _aliased_body(self, arguments: Sequence[str]) -> list[str]:

@@ -318,6 +318,15 @@ class Plan:
             "which other gradients share; it did. Write into grad_output.clone()",
         )
 
+    def refuse_residuals(self) -> NoReturn:
+        """A gradient has come to what the forward handed over."""
+        fail(
+            UnsupportedError,
+            f"the second derivative of {self.forward.who} through the values that its forward hands over needs "
+            f"the graph of the forward. Ask for 'vjp' in the rule {self.rule.who}, which keeps it (not under "
+            "torch.func), or compute them in the rule",
+        )
+
     def refuse_unassigned(self, name: str) -> NoReturn:
         """The `backward` of a class left out a parameter."""
         fail(

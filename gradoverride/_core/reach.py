@@ -17,6 +17,7 @@ import torch
 from gradoverride._core import scan
 from gradoverride._core.by_class import standing
 from gradoverride._core.bytecode import ATTRIBUTES, instructions, is_called, is_method, last_loaded, reads_of_first
+from gradoverride._core.residuals import save_for_backward
 
 __all__ = ["SCALARS", "Reach", "attribute_names", "calls_unseen", "names_assigned_in", "names_in", "of_modules"]
 
@@ -231,8 +232,10 @@ def _is_known_method(name: str, in_modules: list[tuple[Any, str, Any]]) -> bool:
 
 def _is_free_of_tensors(value: Any, own: set[str], depth: int = 3) -> bool:
     """Whether `value` is a library's, or a function whose code is looked at itself."""
-    if isinstance(value, ModuleType):
-        return _is_of_library(value.__name__)
+    if isinstance(value, ModuleType):  # what is taken from it is looked at itself
+        return _is_of_library(value.__name__) or value.__name__ == "gradoverride"
+    if value is save_for_backward:
+        return True
     if isinstance(value, FunctionType):
         if value.__module__ in own:
             return True

@@ -29,6 +29,7 @@ from gradoverride._core.params import find_params
 from gradoverride._core.plan import Plan
 from gradoverride._core.private.modes import any_autocast
 from gradoverride._core.private.tensors import use_count
+from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.vjp import ShortVjp
 
 __all__ = ["FLOATING", "SOLE", "ShortFunction", "Unusual", "compiled"]
@@ -37,11 +38,7 @@ FLOATING = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat1
 
 
 class Unusual(Exception):
-    """The forward has run within the Function, and its result is one for the general path."""
-
-    def __init__(self, result: Any, versions: list[int | None] | None) -> None:
-        self.result = result
-        self.versions = versions
+    """The forward has run within the Function, and its result is one for the general path (`finish_direct`)."""
 
 
 class ShortFunction:
@@ -57,8 +54,9 @@ class ShortFunction:
         self.places = places
         self.mode = mode
         self.names = [f"x{index}" for index in range(len(layout.names))]
-        # What the rule asks for and is no argument can only be a parameter here.
-        self.params = [name for name, source in plan.sources.items() if source == "deferred"]
+        # What the rule asks for and is no argument can only be handed over, by a function, or a parameter.
+        others = [name for name, source in plan.sources.items() if source == "deferred"]
+        self.residuals, self.params = (others, []) if plan.hands_over else ([], others)
         self.own = own = plan.own_backward
         if own is not None:
             self.params = own.assigned
@@ -99,7 +97,9 @@ class ShortFunction:
         if source == "reserved" and name == "needs":
             self.asks.append(f"needs={self._needs()}")
             return
-        if source == "deferred":
+        if name in self.residuals:
+            value = f"r_{name}"
+        elif source == "deferred":
             value = f"p_{name}"
         elif source == "reserved" and name == "output":
             value = "result"
@@ -129,6 +129,7 @@ class ShortFunction:
         return {
             "_go_any_autocast": any_autocast,
             "_go_check": self.check,
+            "_go_close_frame": close_frame,
             "_go_check_straight_through": self.plan.check_straight_through,
             "_go_compiling": torch.compiler.is_dynamo_compiling,
             "_go_FLOATING": FLOATING,
@@ -137,8 +138,10 @@ class ShortFunction:
             "_go_is_tensor": torch.is_tensor,
             "_go_mark": self.plan.mark if self.marked else None,
             "_go_note": self.plan.note,
+            "_go_open_frame": open_frame,
             "_go_path": self,
             "_go_plan": self.plan,
+            "_go_refuse_residuals": self.plan.refuse_residuals,
             "_go_rule": self.plan.rule.fn if self.own is None else self.own.function,
             "_go_Self": None if self.own is None else self.own.self_class,
             "_go_Targets": None if self.own is None else self.own.targets_class,
@@ -150,6 +153,7 @@ class ShortFunction:
             "_go_Unusual": Unusual,
             "_go_use_count": use_count,
             "_go_written": self.plan.refuse_written,
+            "_go_zeros": lambda meta: Meta.of(*meta).zeros(),
         }
 
     def make(self, names: dict[str, Any]) -> type[Function]:
@@ -183,7 +187,8 @@ class ShortFunction:
             lines += [f"    if not ({alike}):", f"        ctx.metas = ({metas},)"]
             if self.plan.straight_through and not self.saves:
                 lines.append(f"        _go_check_straight_through({self.tensors[0]}.shape, result.shape)")
-        return "\n".join([*lines, "    return result"]) + "\n"
+        returned = "(result, *floating)" if self.residuals else "result"
+        return "\n".join([*lines, f"    return {returned}"]) + "\n"
 
     def _run(self) -> list[str]:
         """The forward, and a look at what it gave."""
@@ -197,11 +202,24 @@ class ShortFunction:
                 counts = "({0}.requires_grad or not {0}.is_inference())"
             before = [f"    version_{name} = {name}._version if {counts.format(name)} else None" for name in given]
             unusual += [f"version_{name} is not None and {name}._version != version_{name}" for name in given]
+        run, frame = [f"    result = {self.called(self.names, 'receiver')}"], "{}"
+        if self.residuals:
+            frame = "frame"
+            run = [
+                "    frame = _go_open_frame()",
+                "    try:",
+                f"    {run[0]}",
+                "    finally:",
+                "        _go_close_frame()",
+            ]
+            for name in self.residuals:
+                run.append(f"    r_{name} = frame.get({name!r})")
+                unusual += [f"_go_type(r_{name}) is not _go_Tensor", f"r_{name}.requires_grad"]
         lines = [
             *before,
-            f"    result = {self.called(self.names, 'receiver')}",
+            *run,
             f"    if {' or '.join(unusual)}:",
-            f"        raise _go_Unusual(result, [{', '.join(versions)}])",
+            f"        raise _go_Unusual(result, [{', '.join(versions)}], {frame})",
         ]
         if not self.plan.forward_is_arithmetic or (self.plan.reach is not None and self.plan.reach.attributes):
             # Somebody else may hold the result (a cached buffer), and would find it turned into an output.
@@ -209,7 +227,24 @@ class ShortFunction:
                 "    if _go_getrefcount(result) != _go_SOLE or _go_use_count(result) != 1:",
                 "        result = result.detach()",
             ]
-        return lines
+        return lines + self._hand_over()
+
+    def _hand_over(self) -> list[str]:
+        """What has a derivative that nobody knows is a result besides: a gradient that comes there is refused."""
+        if not self.residuals:
+            return []
+        lines = ["    floating = []"]
+        for name in self.residuals:
+            lines += [
+                f"    if r_{name}.dtype in _go_FLOATING:",
+                f"        floating.append(r_{name} := r_{name}.detach())",
+            ]
+        return [
+            *lines,
+            "    if floating:",
+            "        ctx.set_materialize_grads(False)",
+            "        ctx.result = result.shape, result.dtype, result.device",
+        ]
 
     def called(self, names: Sequence[str], receiver: str) -> str:
         """Code that calls the forward on what these names stand for."""
@@ -229,7 +264,17 @@ class ShortFunction:
 
     def backward_source(self) -> str:
         """The code of its backward: the rule is asked, and its answer is read."""
-        return "\n".join(["def backward(ctx, grad_output):", *self._ask_rule(), *self._read_answer()]) + "\n"
+        head = ["def backward(ctx, grad_output):"]
+        if self.residuals:
+            head = [
+                "def backward(ctx, grad_output, *of_residuals):",
+                "    if of_residuals:",
+                "        if any([grad is not None for grad in of_residuals]):",
+                "            _go_refuse_residuals()",
+                "        if grad_output is None:",
+                "            grad_output = _go_zeros(ctx.result)",
+            ]
+        return "\n".join([*head, *self._ask_rule(), *self._read_answer()]) + "\n"
 
     def _ask_rule(self) -> list[str]:
         lines = []
@@ -338,6 +383,18 @@ class ShortFunction:
 
     # --- what the generated code calls when something is not plain ---
 
+    def finish_direct(
+        self,
+        receiver: Any,
+        values: tuple[Any, ...],
+        given: list[Tensor],
+        result: Any,
+        before: list[int | None],
+        residuals: dict[str, Any],
+    ) -> Any:
+        """As `finish`, for a forward that has run in the Function."""
+        return self.finish(receiver, values, given, result, None, before, residuals, on_leaves=True)
+
     def finish(
         self,
         receiver: Any,
@@ -346,6 +403,8 @@ class ShortFunction:
         result: Any,
         graph: KeptGraph | None,
         before: list[int | None] | None,
+        residuals: dict[str, Any] | None = None,
+        *,
         on_leaves: bool = False,
     ) -> Any:
         """The general path, for a forward that has run. `before`, `on_leaves`: see `ForwardPass`."""
@@ -355,7 +414,7 @@ class ShortFunction:
         if receiver is not None:
             find_params(call, receiver)
         forward_pass = ForwardPass(call, receiver, receiver, leaves, values, before, on_leaves)
-        return forward_pass.finish(given, result, {})
+        return forward_pass.finish(given, result, {} if residuals is None else residuals)
 
     def check(self, ctx: Any, answer: Any, like: list[Tensor], targets: Any = None) -> tuple[Any, ...]:
         """Read an answer that is not the usual one: a dict, a list, another dtype, or an error."""

@@ -34,7 +34,7 @@ class TracedPath:
         self.params = {f"_go_{name}": name for name in self.function.params}
         # Other calls take the general path.
         writes = plan.forward_may_write and not plan.inplace_tells
-        self.exists = not plan.class_form and not writes and not self.function.constants
+        self.exists = not (plan.class_form or plan.hands_over or writes or self.function.constants)
         self.exists = self.exists and plan.reserved.isdisjoint({"needs", "vjp"})
         self.exists = self.exists and (plan.takes_receiver or not plan.attribute_names)  # there it runs on aliases
 

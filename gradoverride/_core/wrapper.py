@@ -144,13 +144,14 @@ def _make_paths(plan: Plan) -> tuple[Callable[..., Any], Runs | None]:
 def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
     signature, forward = plan.forward.signature, plan.forward
     if signature is None:
-        head = ["def wrapper(*args, **kwargs):", *_without_graph(plan, "None", "*args, **kwargs")]
+        general = "return _go_general(None, (), args, kwargs)"
+        head = ["def wrapper(*args, **kwargs):", *_without_graph(plan, "None", "*args, **kwargs", general)]
         if short:
             head += [
                 "    if not kwargs and not _go_compiling():",
                 "        return _go_runs[*map(_go_type, args),](*args)",
             ]
-        return "\n".join([*head, "    return _go_general(None, (), args, kwargs)\n"])
+        return "\n".join([*head, f"    {general}\n"])
     parameters = list(signature.parameters.values())
     positional = [p.name for p in parameters if p.kind in POSITIONAL]
     keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -174,7 +175,6 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
         if not forward.named_so:
             of_function = f"not _go_isinstance({receiver}, _go_Module)"
         head += [f"    if {of_function}:", f"        return _go_as_function({passed})"]
-    head += _without_graph(plan, receiver, passed)
     arguments = [*positional, *keywords]
     values = ", ".join(arguments)
     if forward.as_given:
@@ -183,6 +183,7 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
         pairs = [*(f"{name!r}: {name}" for name in keywords), *([f"**{rest}"] if rest else [])]
         values = f"({''.join(name + ', ' for name in positional)}), {star or '()'}, {{{', '.join(pairs)}}}"
     general = f"    return _go_general({receiver}, {values})"
+    head += _without_graph(plan, receiver, passed, general.strip())
     return "\n".join([*head, *(_short(plan, names, arguments, receiver, general) if short else [general])]) + "\n"
 
 
@@ -210,13 +211,11 @@ def _short(plan: Plan, names: dict[str, Any], arguments: list[str], receiver: st
     return [*head, f"    if {' or '.join(others)}:", f"    {otherwise}", *path.body(arguments, receiver)]
 
 
-def _without_graph(plan: Plan, receiver: str, passed: str) -> list[str]:
-    """What is done where no graph is recorded."""
+def _without_graph(plan: Plan, receiver: str, passed: str, general: str) -> list[str]:
+    """What is done where no graph is recorded: the original is called, by `general` if it hands something over."""
     done = [] if plan.on_unrecorded is None else [f"        if not _go_compiling(): _go_unrecorded({receiver})"]
-    if not plan.hands_over:
-        done.append(f"        return _go_fn({passed})")
-    asked = f"    if not _go_grad_enabled() and not _go_in_functorch() and not {IN_FORWARD_AD}:"
-    return [asked, *done] if done else []
+    done.append(f"        {general}" if plan.hands_over else f"        return _go_fn({passed})")
+    return [f"    if not _go_grad_enabled() and not _go_in_functorch() and not {IN_FORWARD_AD}:", *done]
 
 
 def _declared(parameters: list[inspect.Parameter], names: dict[str, Any]) -> str:

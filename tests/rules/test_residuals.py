@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import gradoverride as go
+from gradoverride._core.forward_pass import ForwardPass
 
 
 def masked(grad_output, mask):
@@ -555,3 +556,150 @@ def test_gradient_of_a_tangent_through_a_residual_is_refused():
         closely(tangent.detach(), 2 * x.detach())
         with pytest.raises(go.UnsupportedError, match=r"second derivative of 'square' .* its forward hands over"):
             torch.autograd.grad(tangent.sum(), x)
+
+
+# --- the short path: a function whose code shows what it reaches, and tensors alone handed over ---
+
+
+@pytest.fixture
+def general_passes(monkeypatch):
+    """The forwards, by name, whose result the general path has looked at."""
+    seen = []
+    finish = ForwardPass.finish
+
+    def noting(self, *rest):
+        seen.append(self.call.plan.forward.name)
+        return finish(self, *rest)
+
+    monkeypatch.setattr(ForwardPass, "finish", noting)
+    return seen
+
+
+@go.custom_backward(lambda grad_output, mask, slope: grad_output * slope * mask)
+def leaky(x, factor=3.0):
+    mask, slope = x > 0, x.cos()
+    return go.save_for_backward(x * slope * factor, slope=slope, mask=mask, unused=slope)
+
+
+def test_tensors_of_any_dtype_are_handed_over_on_the_short_path(general_passes):
+    x = noise(5)
+    y = leaky(x, factor=2.0)
+    y.sum().backward()
+    closely(y.detach(), (x * x.cos() * 2).detach())
+    closely(x.grad, (x.cos() * (x > 0)).detach())
+    assert not isinstance(y, tuple)
+    assert general_passes == []
+
+
+def test_second_derivatives_there_are_those_of_the_rule_or_refused(general_passes):
+    x, grad = noise(5), noise(5)
+    first = torch.autograd.grad(leaky(x), x, grad, create_graph=True)[0]
+    closely(first.detach(), (grad * x.cos() * (x > 0)).detach())
+    closely(torch.autograd.grad(first.sum(), grad, retain_graph=True)[0], (x.cos() * (x > 0)).detach())
+    with pytest.raises(go.UnsupportedError, match=r"second derivative of 'leaky' .* its forward hands over"):
+        torch.autograd.grad(first.sum(), x)
+    assert general_passes == []
+
+
+class Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None
+
+
+def test_no_gradient_is_zeros_there(general_passes):
+    x = noise(5)
+    (found,) = torch.autograd.grad(Nothing.apply(leaky(x)).sum(), x)
+    exactly(found, torch.zeros(5, dtype=torch.float64))
+    assert general_passes == []
+
+
+@go.custom_backward(lambda grad_output, n, kept: grad_output * n * kept)
+def handing(x, what):
+    if what == "number":
+        return go.save_for_backward(x * 2, n=3, kept=x.cos())
+    if what == "input":
+        return go.save_for_backward(x * 2, n=torch.ones((), dtype=x.dtype), kept=x)
+    if what == "view":
+        return go.save_for_backward(x.view(-1), n=torch.ones((), dtype=x.dtype), kept=x.cos())
+    return go.save_for_backward((x * 2, x), n=torch.ones((), dtype=x.dtype), kept=x.cos())
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [("number", lambda x: 3 * x.cos()), ("input", lambda x: x), ("view", lambda x: x.cos())],
+)
+def test_other_values_and_results_go_the_general_way_without_another_forward(what, expected, general_passes):
+    x = noise(5)
+    handing(x, what).sum().backward()
+    closely(x.grad, expected(x).detach())
+    assert general_passes == ["handing"]
+
+
+@go.custom_backward(lambda grad_output, y, mask: grad_output * y * mask)
+def exponential(x):
+    y = x.exp()
+    return go.save_for_backward(y, y=y, mask=y > 1)
+
+
+def test_result_may_be_handed_over_too(general_passes):
+    x = noise(5)
+    y = exponential(x)
+    y.sum().backward()
+    closely(x.grad, (x.exp() * (x > 0)).detach())
+    assert general_passes == []
+
+
+def test_missing_value_is_the_same_error_there():
+    @go.custom_backward(lambda grad_output, mask: grad_output * mask)
+    def sometimes(x, hand_over):
+        if hand_over:
+            return go.save_for_backward(x * 2, mask=x > 0)
+        return go.save_for_backward(x * 2, maks=x > 0)
+
+    x = noise(5)
+    sometimes(x, True).sum().backward()
+    with pytest.raises(go.RuleSignatureError, match=r"asks for 'mask', .* Did you mean 'maks'"):
+        sometimes(x, False)
+    with pytest.raises(go.RuleSignatureError, match=r"asks for 'mask'"):
+        go.custom_backward(lambda grad_output, mask: grad_output * mask)(lambda x: go.save_for_backward(x * 2))(x)
+
+
+def test_forward_that_raises_there_leaves_nothing_open(general_passes):
+    @go.custom_backward(masked)
+    def failing(x, fail):
+        if fail:
+            raise ValueError("mine")
+        return go.save_for_backward(x * 2, mask=x > 0)
+
+    with pytest.raises(ValueError, match="mine"):
+        failing(noise(3), True)
+    kept = torch.ones(2)
+    reference = weakref.ref(kept)
+    go.save_for_backward(None, kept=kept)
+    del kept
+    assert reference() is None
+    assert general_passes == []
+
+
+def test_what_an_inner_call_hands_over_stays_with_it_there():
+    @go.custom_backward(lambda grad_output, mask: 10 * grad_output * mask)
+    def outer(x):
+        return go.save_for_backward(relu(x), mask=x < 0)
+
+    x = noise(5)
+    outer(x).sum().backward()
+    exactly(x.grad, 10 * (x.detach() < 0).double())
+
+
+def test_nothing_is_handed_over_without_a_gradient(general_passes):
+    x = noise(5, grad=False)
+    y = leaky(x)
+    assert not y.requires_grad
+    with torch.no_grad():
+        assert not leaky(noise(5)).requires_grad
+    assert general_passes == []
