@@ -320,7 +320,7 @@ class ShortFunction:
         )
         answered = [f"        if {fits}:", f"            return {none}{', '.join(grads)}"]
         lines = []
-        named = tensors  # those for which the answer is read
+        named = tensors  # those that the answer is of
         if self.own is not None:
             named = tensors[: len(self.places)]
             lines += [f"    grad_p_{name} = targets.{name}" for name in self.params]
@@ -334,7 +334,7 @@ class ShortFunction:
             lines += [f"    if {alike}{fits}:", f"        return {none}answer"]
         elif len(named) == 1:
             lines += [f"    if {alike}{self._is_tensor('answer')}:", f"        {grads[0]} = answer", *answered]
-        elif (named != tensors or not self.params) and self._answers_in_order():
+        elif (self.own is not None or not self.params) and self._answers_in_order():
             # Scalars that come after the tensors may be left out of the answer.
             lines += [
                 f"    if {alike}{self._is('tuple')} and len(answer) == {len(named)}:",
