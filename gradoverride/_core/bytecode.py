@@ -1,30 +1,31 @@
-"""The steps of Python's bytecode, read alike in each version of Python. `scan.py` says what they tell."""
+"""The steps of Python's bytecode, read alike in each version of Python, and the names in it. `scan.py` says what they
+tell.
+"""
 
 from __future__ import annotations
 
 import dis
+import functools
 import sys
 from collections.abc import Iterator, Mapping
 from types import CodeType
-from typing import Any
+from typing import NamedTuple
 
 __all__ = [
-    "ATTRIBUTES",
     "CALLS",
+    "CELL",
+    "GLOBAL",
     "JUMPS",
+    "LOCAL",
+    "Use",
     "codes_in",
     "instructions",
     "is_called",
-    "is_method",
-    "last_loaded",
-    "loaded",
-    "reads_of_first",
     "renamed",
-    "without_preparations",
+    "uses",
 ]
 
 CALLS = ("CALL", "CALL_KW")
-ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 JUMPS = frozenset({*dis.hasjrel, *dis.hasjabs})
 
 
@@ -36,53 +37,63 @@ def codes_in(code: CodeType) -> Iterator[CodeType]:
             yield from codes_in(constant)
 
 
-def instructions(code: CodeType) -> Iterator[dis.Instruction]:
+@functools.lru_cache(maxsize=256)  # each of those who ask reads the same code
+def instructions(code: CodeType) -> list[dis.Instruction]:
     """What `code` does, step by step."""
-    return (step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG")  # a part of the next one
+    return [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]  # a part of the next one
 
 
-def without_preparations(code: CodeType) -> list[dis.Instruction]:
-    """The same without the steps that prepare a call: of which kind these are differs between versions."""
-    return [step for step in instructions(code) if step.opname not in ("PRECALL", "PUSH_NULL")]
+class Use(NamedTuple):
+    """A name in code, the attributes that are looked up behind it, and what is done with the last of these: of
+    `self.weight.grad = g` the variable `self`, its attributes `weight` and `grad`, assigned.
+    """
+
+    kind: str  # of the name: GLOBAL, CELL, LOCAL; "" of what was computed, which has none
+    name: str
+    attributes: tuple[str, ...]
+    way: str  # LOAD, STORE or DELETE
+    is_method: bool  # whether the last attribute is looked up for it to be called
+    is_called: bool  # whether it is called; before Python 3.13, it or an item of it
+    last: int  # the place of its last step
 
 
-def loaded(step: dis.Instruction) -> tuple[Any, ...]:
-    """The variables that this step loads: two at once perhaps, from Python 3.13 on."""
-    return step.argval if isinstance(step.argval, tuple) else (step.argval,)
+GLOBAL, CELL, LOCAL = "GLOBAL", "CELL", "LOCAL"
+_KINDS = {
+    **{f"LOAD_{name}": GLOBAL for name in ("GLOBAL", "NAME")},
+    **{f"LOAD_{name}": CELL for name in ("DEREF", "CLASSDEREF")},
+}
+_OF_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "STORE_ATTR", "DELETE_ATTR")
 
 
-def last_loaded(step: dis.Instruction) -> Any:
-    """The last one of them."""
-    return loaded(step)[-1]
-
-
-def is_method(step: dis.Instruction) -> bool:
-    """Whether this step looks up a method, to call it."""
-    return step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL" in step.argrepr)
+@functools.lru_cache(maxsize=256)
+def uses(code: CodeType) -> list[Use]:
+    """The names in `code`, in order."""
+    found: list[Use] = []
+    steps = instructions(code)
+    for index, step in enumerate(steps):
+        kind, way = _KINDS.get(step.opname, ""), step.opname.partition("_")[0]
+        called = is_called(steps, index)
+        if step.opname in _OF_ATTRIBUTES:
+            method = step.opname == "LOAD_METHOD" or "NULL" in step.argrepr
+            owner = Use("", "", (), way, False, False, index)
+            if found and found[-1].last == index - 1 and found[-1].way == "LOAD":
+                owner = found.pop()
+            names = (*owner.attributes, step.argval)
+            found.append(Use(owner.kind, owner.name, names, way, method, called or owner.is_called, index))
+        elif kind:
+            found.append(Use(kind, step.argval, (), way, False, called or "NULL" in step.argrepr, index))
+        elif "_FAST" in step.opname:  # two at once perhaps, from Python 3.13 on
+            names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+            ways = [part for part in step.opname.split("_") if part in ("LOAD", "STORE", "DELETE")]
+            for name, way in zip(names, ways, strict=True):
+                found.append(Use(LOCAL, name, (), way, False, called and name is names[-1], index))
+    return found
 
 
 def is_called(steps: list[dis.Instruction], index: int) -> bool:
     """Whether what this step loads, or an item or attribute of it, is called."""
     beside = index - 1 if sys.version_info < (3, 13) else index + 1
     return 0 <= beside < len(steps) and steps[beside].opname == "PUSH_NULL"
-
-
-def reads_of_first(code: CodeType) -> list[dis.Instruction] | None:
-    """The steps that read an attribute of the first parameter, if that is all that `code` does with it."""
-    first = code.co_varnames[0]
-    if first in code.co_cellvars:
-        return None
-    found = []
-    steps = list(instructions(code))
-    for index, step in enumerate(steps):
-        if first not in loaded(step) or "FAST" not in step.opname:
-            continue
-        after = steps[index + 1]
-        read = "LOAD_FAST" in step.opname and last_loaded(step) == first and loaded(step).count(first) == 1
-        if not read or after.opname != "LOAD_ATTR" or is_method(after):
-            return None
-        found.append(after)
-    return found
 
 
 def renamed(code: CodeType, names: Mapping[int, str]) -> CodeType | None:

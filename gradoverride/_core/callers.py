@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dis
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Set
 from types import CodeType, FunctionType
@@ -14,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gradoverride._core import scan
-from gradoverride._core.bytecode import CALLS, codes_in, instructions, is_method, last_loaded, without_preparations
+from gradoverride._core.bytecode import CALLS, GLOBAL, codes_in, instructions, uses
 from gradoverride._core.everywhere import bare_forward, originals
 from gradoverride._core.functions import every_spelling, is_of_torch, name_of_function, names_among, unlisted, words
-from gradoverride._core.reach import of_modules
 
 __all__ = ["calls_that_are", "may_call", "names_called_by", "opened", "reaching", "says"]
 
@@ -105,7 +103,7 @@ _OPERATORS = {
 
 
 def _operators_in(code: CodeType) -> set[str]:
-    steps = list(instructions(code))
+    steps = instructions(code)
     signs = {step.argrepr.rstrip("=") for step in steps if step.opname == "BINARY_OP"}
     negative = ["__neg__"] if any([step.opname == "UNARY_NEGATIVE" for step in steps]) else []
     return {*negative, *[f"__{name}__" for sign, name in _OPERATORS.items() if sign in signs]}
@@ -140,7 +138,7 @@ def _may_call(cls: type, forward: Any) -> frozenset[str] | None:
         mentioned |= names
         methods = [vars(base)[name] for name in names for base in bases if name in vars(base)]
         ahead += [method.fget if isinstance(method, property) else method for method in methods]
-        for _, _, value in (*scan.named(function, function.__code__), *of_modules(function, function.__code__)):
+        for _, _, value in (*scan.named(function, function.__code__), *scan.of_modules(function, function.__code__)):
             if isinstance(value, FunctionType) and value not in known and not _is_of(value, *_CALLING_NONE):
                 ahead.append(value)
     for function, within in known.items():
@@ -208,7 +206,7 @@ def _spelt_by(cls: type, function: FunctionType, seen: set[FunctionType]) -> set
     if not one_call and (parts or not of_torch):  # what calls its parts does more than this
         return set()
     code = function.__code__
-    values = [value for _, _, value in (*scan.named(function, code), *of_modules(function, code))]
+    values = [value for _, _, value in (*scan.named(function, code), *scan.of_modules(function, code))]
     values += [getattr(torch, name, None) for name in _called_of(function, "_VF")]  # another way to functions of torch
     names = [name_of_function(value) for value in values if callable(value) and not isinstance(value, type)]
     methods = list(_methods_of(cls, function))
@@ -226,11 +224,11 @@ def _called_of(function: FunctionType, owner: str) -> Iterator[str]:
     """The attributes of what has this name in a function that it calls: `head` of `self.head(x)`."""
     code = function.__code__
     owner = code.co_varnames[0] if owner == "self" and code.co_argcount else owner
-    for before, step in itertools.pairwise(without_preparations(code)):
+    for use in uses(code):
         # What a global has is called so or so, if it was imported.
-        called = is_method(step) or (step.opname == "LOAD_ATTR" and before.opname == "LOAD_GLOBAL")
-        if called and before.opname.endswith(_LOADS) and last_loaded(before) == owner:
-            yield step.argval
+        called = use.is_method and len(use.attributes) == 1
+        if use.name == owner and use.attributes and (called or use.kind == GLOBAL):
+            yield use.attributes[0]
 
 
 def _methods_of(cls: type, function: FunctionType) -> Iterator[FunctionType]:
@@ -251,7 +249,7 @@ def _methods_of(cls: type, function: FunctionType) -> Iterator[FunctionType]:
 
 def _is_one_call(function: FunctionType) -> bool:
     """Whether it makes one call, and does nothing else with what that gives than to return it as it is."""
-    steps = list(instructions(function.__code__))
+    steps = instructions(function.__code__)
     calls = sum([step.opname in _CALLS for step in steps])
     for step in reversed(steps):
         if step.opname in _CALLS:
@@ -273,5 +271,4 @@ _HANDED_ON = (
     *("LOAD_FAST", "STORE_FAST", "DELETE_FAST", "LOAD_DEREF", "STORE_DEREF"),
     *("RETURN_", "POP_TOP", "COPY"),
 )
-_LOADS = ("LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_GLOBAL")
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})

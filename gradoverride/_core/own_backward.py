@@ -11,7 +11,8 @@ from types import FunctionType
 from typing import Any
 
 from gradoverride._core import purity, scan
-from gradoverride._core.bytecode import ATTRIBUTES, instructions, reads_of_first, renamed
+from gradoverride._core.bytecode import LOCAL, instructions, renamed, uses
+from gradoverride._core.reach import attributes_of_first
 from gradoverride._core.rule_code import is_known_method
 
 __all__ = ["TARGETS", "UNASSIGNED", "OwnBackward"]
@@ -38,18 +39,20 @@ class OwnBackward:
         if not isinstance(backward, FunctionType) or not purity.writes_nothing(backward, is_known_method):
             return None
         code = backward.__code__
-        reads = reads_of_first(code)
-        if reads is None:
+        if attributes_of_first(code) is None:
             return None
-        steps = list(instructions(code))
+        steps = instructions(code)
         names: dict[int, str] = {}  # by offset, the new ones
         assigned: set[str] = set()
-        for step in reads:
-            following = steps[steps.index(step) + 1]
-            if following.opname == "STORE_ATTR" and following.argval == "grad":
-                names[step.offset], names[following.offset] = TARGETS, step.argval
-                assigned.add(step.argval)
-        read = {step.argval for step in reads if step.offset not in names}
+        read: set[str] = set()
+        for use in uses(code):
+            if (use.kind, use.name) != (LOCAL, code.co_varnames[0]):
+                continue
+            if use.way == "STORE" and use.attributes[1:] == ("grad",):
+                names[steps[use.last - 1].offset], names[steps[use.last].offset] = TARGETS, use.attributes[0]
+                assigned.add(use.attributes[0])
+            else:
+                read.add(use.attributes[0])
         changed = renamed(code, names) if assigned and _assigns_nothing_else(backward, names) else None
         if changed is None or "training" in read:  # which is shown as it was in the forward
             return None
@@ -61,9 +64,8 @@ class OwnBackward:
 def _assigns_nothing_else(backward: FunctionType, known: dict[int, str]) -> bool:
     """Whether it assigns no attribute but at these offsets, nor do its helpers, and none of them asks for a `grad`."""
     return not any(
-        step.opname in ("STORE_ATTR", "DELETE_ATTR")
-        or (step.opname in ATTRIBUTES and step.argval in ("grad", "backward"))
+        use.attributes and (use.way != "LOAD" or not {"grad", "backward"}.isdisjoint(use.attributes))
         for _, code in scan.reachable(backward)
-        for step in instructions(code)
-        if not (code is backward.__code__ and step.offset in known)
+        for use in uses(code)
+        if not (code is backward.__code__ and instructions(code)[use.last].offset in known)
     )

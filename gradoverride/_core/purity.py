@@ -13,8 +13,8 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorT
 from typing import Any
 
 from gradoverride._core.by_class import once_per_class
-from gradoverride._core.bytecode import ATTRIBUTES, CALLS, JUMPS, instructions, is_called, is_method, last_loaded
-from gradoverride._core.scan import constants, free_names, global_names, mentions, named_values, reachable
+from gradoverride._core.bytecode import CALLS, CELL, JUMPS, LOCAL, instructions, is_called, uses
+from gradoverride._core.scan import constants, global_names, mentions, named_values, reachable, value_of
 
 __all__ = [
     "class_normalizes",
@@ -159,40 +159,29 @@ def _calls_what_is_harmless(
     function: FunctionType, code: CodeType, own: set[str], known_method: Callable[[str], bool]
 ) -> bool:
     """What comes out of modules is looked at, what is called on other values is known by its name."""
-    steps = list(instructions(code))
-    free = {name: value for cell, name, value in free_names(function) if value is not cell}
-    value: Any = None  # what the last steps have loaded, as far as that can be told
-    variable = ""  # the variable of a function that the last step has loaded
-    called = False  # whether what the last steps have loaded is called
+    steps = instructions(code)
     for index, step in enumerate(steps):
-        name = step.argval
         if step.opname.startswith("IMPORT_") or (step.opname == "CALL_FUNCTION_EX" and step.arg != 0):
             return False  # what is imported, and the names in `**options`, the code does not show
-        if step.opname in ATTRIBUTES:
-            method = is_method(step) or is_called(steps, index)
-            method = method or (called and steps[index + 1].opname not in ATTRIBUTES)
+        if step.opname.startswith("BINARY_") and is_called(steps, index):
+            return False  # an item
+    for use in uses(code):
+        value = value_of(function, use)
+        called = use.way == "LOAD" and (use.is_method or use.is_called)
+        variable = use.name if use.kind in (LOCAL, CELL) else ""
+        if called and value is None and variable not in ("", "vjp") and not use.attributes:
+            return False
+        for place, name in enumerate(use.attributes, 1):
             if isinstance(value, ModuleType):  # a method or not: an imported name is no object to Python's compiler
                 value = getattr(value, name, _Unknown)
                 if not _is_harmless(value, own):
                     return False
-            elif method and (variable in _HOLDERS or not known_method(name) or not _is_plain(value)):
+                continue
+            held = place == 1 and variable in _HOLDERS
+            if called and place == len(use.attributes) and (held or not known_method(name) or not _is_plain(value)):
                 return False
-            else:
-                value = None
-            variable = ""
-        elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            value, variable, called = function.__globals__.get(name), "", False
-        elif "LOAD_FAST" in step.opname or step.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF"):
-            name = last_loaded(step)
-            value, variable = free.get(name) if "DEREF" in step.opname else None, name
-            called = is_called(steps, index)
-            if called and value is None and name != "vjp" and steps[index + 1].opname not in ATTRIBUTES:
-                return False
-        elif step.opname.startswith("BINARY_") and is_called(steps, index):
-            return False  # an item
-        elif step.opname != "PUSH_NULL":
-            value, variable, called = None, "", False
-        if _may_be_told_to_write(value, steps, index):
+            value = None
+        if _may_be_told_to_write(value, steps, use.last):
             return False
     return True
 

@@ -16,10 +16,18 @@ import torch
 
 from gradoverride._core import scan
 from gradoverride._core.by_class import standing
-from gradoverride._core.bytecode import ATTRIBUTES, instructions, is_called, is_method, last_loaded, reads_of_first
+from gradoverride._core.bytecode import LOCAL, instructions, uses
 from gradoverride._core.residuals import save_for_backward
 
-__all__ = ["SCALARS", "Reach", "attribute_names", "calls_unseen", "names_assigned_in", "names_in", "of_modules"]
+__all__ = [
+    "SCALARS",
+    "Reach",
+    "attribute_names",
+    "attributes_of_first",
+    "calls_unseen",
+    "names_assigned_in",
+    "names_in",
+]
 
 SCALARS = frozenset({int, float, bool, complex, str, type(None), torch.dtype, torch.device})
 """Types of values that are no tensor and hold none."""
@@ -56,7 +64,7 @@ class Reach:
             )
         if fn is not function:  # a partial, a bound method, an object: they hold values of their own
             return None
-        attributes = _attributes_of_first(function.__code__) if method else frozenset()
+        attributes = attributes_of_first(function.__code__) if method else frozenset()
         names: list[Name] = []
         own = {helper.__module__ for helper, _ in scan.reachable(fn)}
         for helper, code in scan.reachable(fn):
@@ -64,7 +72,7 @@ class Reach:
                 return None
             if _hands_on_a_function(helper, code):
                 return None
-            in_modules = [*of_modules(helper, code)]
+            in_modules = [*scan.of_modules(helper, code)]
             receiver = code.co_varnames[0] if attributes and helper is function and code.co_varnames else None
             if not all(_is_known_attribute(key, in_modules) for key in _attributes_but_of(receiver, code)):
                 return None
@@ -108,7 +116,7 @@ def calls_unseen(fn: Any) -> bool:
     seen = list(scan.reachable(fn))
     functions = {function for function, _ in seen}
     for function, code in seen:
-        in_modules = [*of_modules(function, code)]
+        in_modules = [*scan.of_modules(function, code)]
         if not all(_is_known_method(name, in_modules) for name in _method_names(code)):
             return True
         found = [*scan.named(function, code), *in_modules]
@@ -124,7 +132,7 @@ def attribute_names(fn: Any, *, method: bool, cls: Any = None) -> tuple[str, ...
     """
     found: set[str] = set()
     for root, function, code in _codes_of(fn, cls):
-        known = [*of_modules(function, code)]
+        known = [*scan.of_modules(function, code)]
         receiver = code.co_varnames[0] if method and function is root and code.co_varnames else None
         names = _attributes_but_of(receiver, code) | _given_as_texts(code)
         found |= {name for name in names if not _is_known_attribute(name, known)}
@@ -140,7 +148,8 @@ def names_assigned_in(fn: Any, cls: Any) -> frozenset[str]:
     """The names of attributes that `fn` assigns, or one of those methods."""
     found: set[str] = set()
     for _, _, code in _codes_of(fn, cls):
-        found |= {step.argval for step in instructions(code) if step.opname == "STORE_ATTR"} | _given_as_texts(code)
+        found |= {use.attributes[-1] for use in uses(code) if use.attributes and use.way == "STORE"}
+        found |= _given_as_texts(code)
     return frozenset(found)
 
 
@@ -167,13 +176,10 @@ def _given_as_texts(code: CodeType) -> set[str]:
 
 def _attributes_but_of(receiver: str | None, code: CodeType) -> set[str]:
     """The attributes in `code` that are no called methods, but those of its `self`."""
-    found = set()
-    owner = None
-    for step in instructions(code):
-        reads = step.opname in ("LOAD_ATTR", "STORE_ATTR", "DELETE_ATTR") and not is_method(step)
-        if reads and (receiver is None or owner != receiver):
-            found.add(step.argval)
-        owner = last_loaded(step) if "FAST" in step.opname else None
+    found: set[str] = set()
+    for use in uses(code):
+        names = use.attributes[:-1] if use.is_method else use.attributes
+        found.update(names[1:] if (use.kind, use.name) == (LOCAL, receiver) else names)
     return found
 
 
@@ -195,24 +201,7 @@ def _is_unseen(value: Any) -> bool:
 
 def _method_names(code: CodeType) -> set[str]:
     """The names of the methods that `code` calls."""
-    return {step.argval for step in instructions(code) if is_method(step)}
-
-
-def of_modules(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, str, Any]]:
-    """What `code` takes from modules, likewise: `F.relu` is where `F` has its `relu`, and may be replaced there."""
-    module: Any = None
-    for step in instructions(code):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            module = function.__globals__.get(step.argval)
-        elif step.opname == "LOAD_DEREF" and step.argval in function.__code__.co_freevars:
-            module = scan.content((function.__closure__ or ())[function.__code__.co_freevars.index(step.argval)])
-        elif step.opname in ATTRIBUTES and isinstance(module, ModuleType):
-            value = vars(module).get(step.argval, scan.NOTHING)
-            if value is not scan.NOTHING:
-                yield vars(module), step.argval, value
-            module = value
-        elif step.opname not in ("PRECALL", "PUSH_NULL"):
-            module = None
+    return {use.attributes[-1] for use in uses(code) if use.is_method}
 
 
 def _builtin_names(function: FunctionType, code: CodeType) -> list[str]:
@@ -264,16 +253,9 @@ def _hands_on_a_function(function: FunctionType, code: CodeType) -> bool:
     """Whether `code` does anything else with a function that it names than to call it: it may read its attributes, and
     a tensor may come to be one at any time, under a name that every tensor has too.
     """
-    named = {key: value for _, key, value in scan.named(function, code)}
-    steps = list(instructions(code))
-    for index, step in enumerate(steps):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
-            value = named.get(step.argval)
-            called = "NULL" in step.argrepr or is_called(steps, index)
-            called = called and steps[index + 1].opname not in ATTRIBUTES
-            if isinstance(value, FunctionType) and not _is_of_library(value.__module__) and not called:
-                return True
-    return False
+    others = [use for use in uses(code) if use.attributes or not use.is_called]
+    values = [scan.value_of(function, use) for use in others]
+    return any([isinstance(value, FunctionType) and not _is_of_library(value.__module__) for value in values])
 
 
 def _depends_on_grad_mode(code: CodeType) -> bool:
@@ -295,7 +277,12 @@ _TELLING = frozenset(
 )
 
 
-def _attributes_of_first(code: CodeType) -> frozenset[str] | None:
+def attributes_of_first(code: CodeType) -> frozenset[str] | None:
     """The attributes of its first parameter that a function reads, if it does nothing else with it."""
-    reads = reads_of_first(code)
-    return None if reads is None else frozenset([step.argval for step in reads])
+    first = code.co_varnames[0]
+    if first in code.co_cellvars:
+        return None
+    found = [use for use in uses(code) if (use.kind, use.name) == (LOCAL, first)]
+    if not all([len(use.attributes) > use.is_method + (use.way != "LOAD") for use in found]):
+        return None
+    return frozenset([use.attributes[0] for use in found])

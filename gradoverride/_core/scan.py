@@ -10,7 +10,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from gradoverride._core import bytecode
@@ -29,10 +29,12 @@ __all__ = [
     "mentions",
     "named",
     "named_values",
+    "of_modules",
     "python_function",
     "reachable",
     "strings",
     "supers_of_own_class",
+    "value_of",
 ]
 
 
@@ -99,8 +101,28 @@ def content(cell: CellType) -> Any:
 
 def global_names(code: CodeType) -> list[str]:
     """The globals that `code` reads (`co_names` has the attributes too)."""
-    loads = (step for step in bytecode.instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-    return list(dict.fromkeys(str(step.argval) for step in loads))
+    return list(dict.fromkeys(use.name for use in bytecode.uses(code) if use.kind == bytecode.GLOBAL))
+
+
+def of_modules(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, str, Any]]:
+    """What `code` takes from modules, as `named`: `F.relu` is where `F` has its `relu`, and may be replaced there."""
+    for use in bytecode.uses(code):
+        module = value_of(function, use)
+        for key in use.attributes:
+            if not isinstance(module, ModuleType):
+                break
+            where, module = vars(module), vars(module).get(key, NOTHING)
+            if module is not NOTHING:
+                yield where, key, module
+
+
+def value_of(function: FunctionType, use: bytecode.Use) -> Any:
+    """What the global or free name of a use stands for now; None if nothing does, and of what a call has made."""
+    if use.kind == bytecode.GLOBAL:
+        return function.__globals__.get(use.name)
+    if use.kind != bytecode.CELL:
+        return None
+    return next((value for cell, name, value in free_names(function) if name == use.name and value is not cell), None)
 
 
 def mentions(fn: Any, name: str) -> bool:
@@ -113,10 +135,9 @@ def accumulates(fn: Any) -> bool:
     if mentions(fn, "backward"):
         return True
     for _, code in reachable(fn):
-        steps = list(bytecode.instructions(code))
-        for step, following in itertools.pairwise(steps):
-            written = following.opname in bytecode.ATTRIBUTES and str(following.argval).endswith("_")
-            if step.argval == "grad" and (step.opname == "STORE_ATTR" or (step.opname == "LOAD_ATTR" and written)):
+        for use in bytecode.uses(code):
+            written = [name for name, following in itertools.pairwise(use.attributes) if following.endswith("_")]
+            if "grad" in written or (use.way == "STORE" and use.attributes[-1:] == ("grad",)):
                 return True
     return False
 
@@ -133,16 +154,11 @@ def called_once(fn: Any, name: str) -> bool:
     function = python_function(fn)
     if function is None or name in function.__code__.co_cellvars:  # what is nested in it may use it again
         return False
-    uses = calls = 0
-    steps = list(bytecode.instructions(function.__code__))
-    for index, step in enumerate(steps):
-        if step.opcode in bytecode.JUMPS and step.argval <= step.offset:
-            return False  # a loop
-        if "LOAD_FAST" in step.opname and name in bytecode.loaded(step):
-            uses += bytecode.loaded(step).count(name)
-            called = bytecode.is_method(steps[index + 1]) or bytecode.is_called(steps, index)
-            calls += called and bytecode.last_loaded(step) == name
-    return uses == calls == 1
+    code = function.__code__
+    if any(step.opcode in bytecode.JUMPS and step.argval <= step.offset for step in bytecode.instructions(code)):
+        return False  # a loop
+    found = [use for use in bytecode.uses(code) if use.kind == bytecode.LOCAL and use.name == name]
+    return [(use.is_method or use.is_called) and len(use.attributes) <= 1 for use in found] == [True]
 
 
 def constants(code: CodeType) -> Iterator[Any]:
@@ -175,13 +191,11 @@ def _unwrapped(value: Any) -> Any:
 
 def _asks_for_own_class(code: CodeType) -> bool:
     """Whether `super(self.__class__, ...)` or `super(type(self), ...)` is in it."""
-    steps = bytecode.without_preparations(code)
-    for step, first, second in zip(steps, steps[1:], steps[2:], strict=False):
-        if step.opname == "LOAD_GLOBAL" and step.argval == "super":
-            of_type = first.opname == "LOAD_GLOBAL" and first.argval == "type"
-            if of_type or (second.opname in bytecode.ATTRIBUTES and second.argval == "__class__"):
-                return True
-    return False
+    return any(
+        use[:2] == (bytecode.GLOBAL, "super")
+        and (following[:2] == (bytecode.GLOBAL, "type") or following.attributes[:1] == ("__class__",))
+        for use, following in itertools.pairwise(bytecode.uses(code))
+    )
 
 
 def location(fn: Any) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gradoverride._core import scan
 from gradoverride._core.by_class import standing
-from gradoverride._core.bytecode import instructions, last_loaded
+from gradoverride._core.bytecode import LOCAL, uses
 from gradoverride._core.tensors import is_differentiable
 from gradoverride.errors import GradOverrideWarning
 
@@ -42,18 +42,18 @@ def names_kept(fn: Any, cls: Any) -> tuple[str, ...]:
         code = function.__code__
         if not _CUTTING.isdisjoint(code.co_names):
             return False
-        receiver, owner = code.co_varnames[:1], None
-        for step in instructions(code):
-            name = str(step.argval)
-            own = standing(cls, name) if name in code.co_names and not hasattr(nn.Module, name) else None
-            if isinstance(own, FunctionType):
-                if not follow(inspect.unwrap(own)):
-                    return False
-            elif owner in receiver:
-                if step.opname == "STORE_ATTR":
-                    assigned.add(name)
-                read_first.setdefault(name, step.opname != "STORE_ATTR")
-            owner = last_loaded(step) if "FAST" in step.opname else None
+        receiver = code.co_varnames[:1]
+        for use in uses(code):
+            on_self = use.kind == LOCAL and use.name in receiver
+            for place, name in enumerate(use.attributes, 1):
+                own = None if hasattr(nn.Module, name) else standing(cls, name)
+                if isinstance(own, FunctionType):
+                    if not follow(inspect.unwrap(own)):
+                        return False
+                elif on_self and place == 1:
+                    stored = use.way == "STORE" and len(use.attributes) == 1
+                    assigned.update([name] if stored else [])
+                    read_first.setdefault(name, not stored)
         return True
 
     goes_on = follow(scan.python_function(fn))
