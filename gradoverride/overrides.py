@@ -22,11 +22,10 @@ from gradoverride._core import everywhere
 from gradoverride._core.class_patch import check_classes
 from gradoverride._core.following import of_paths, take_off_given_up
 from gradoverride._core.functions import name_of_function, signature_of
-from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, next_order
+from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, ModuleLayer, next_order
 from gradoverride._core.obstacles import check_calls, check_forwards, check_scripted, warn_of_scripted
 from gradoverride._core.overridden import (
     base_of,
-    calls_under,
     check,
     check_order,
     check_rule,
@@ -140,11 +139,9 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
         check_rule(match.module, match.path, match.rule)
     order = next_order()
     # By identity: modules may compare equal.
-    placed: dict[int, tuple[nn.Module, list[Layer | FunctionLayer]]] = {
-        id(module): (module, []) for module in modules.values()
-    }
+    placed: dict[int, tuple[nn.Module, list[Layer]]] = {id(module): (module, []) for module in modules.values()}
     for match in found:
-        placed[id(match.module)][1].append(Layer(match.rule, match.path, match.target.text, order))
+        placed[id(match.module)][1].append(ModuleLayer(match.rule, match.path, match.target.text, order))
     puts: list[Callable[[], Puts]] = []
     called = _called(entries)
     if called:
@@ -152,7 +149,7 @@ def _override_in(model: nn.Module, rules: Registry) -> Override:
         own = ((class_of(module), [*added, *layers_of(module)]) for module, added in placed.values())
         check_forwards(called, ((cls, [*layers, *everywhere.layers_on(cls)]) for cls, layers in own))
     # Modules of one class call the same functions.
-    calling: dict[int, tuple[Any, list[list[Layer | FunctionLayer]]]] = {}
+    calling: dict[int, tuple[Any, list[list[Layer]]]] = {}
     for module, added in placed.values() if called else ():
         if is_scripted(module):  # and calls none of them
             continue
@@ -297,19 +294,13 @@ def explain(model: nn.Module | None = None) -> Table:
                 continue
             known.add(id(module))
             of_class = everywhere.layers_on(base_of(module)) if has_forward(module) else []
-            for layer in of_class:
-                rows.append(row_of(path, class_of(module).__name__, layer, layer.known_calls))
-            for own in layers_of(module):
-                rows.append(row_of(path, class_of(module).__name__, own, calls_under(module, own)))
-            for function in functions_of(module):
-                if function not in seen:
-                    seen.add(function)
-                    rows.append(row_of(path, class_of(module).__name__, function, function.known_calls))
+            functions = [layer for layer in functions_of(module) if layer not in seen]
+            seen.update(functions)
+            found = (*of_class, *layers_of(module), *functions)
+            rows += [row_of(path, class_of(module).__name__, layer) for layer in found]
     else:
-        for target, layer in everywhere.classes:
-            rows.append(row_of(EVERYWHERE, target.value.__name__, layer, layer.known_calls))
-    for function in (*everywhere.functions, *layers_on_paths()):
-        rows.append(row_of(EVERYWHERE, "", function, function.known_calls))
+        rows += [row_of(EVERYWHERE, target.value.__name__, layer) for target, layer in everywhere.classes]
+    rows += [row_of(EVERYWHERE, "", layer) for layer in (*everywhere.functions, *layers_on_paths())]
     return Table(rows)
 
 
@@ -329,7 +320,7 @@ class Override:
         self._owner = owner
         self._optional = optional
         self._model = None if model is None else weakref.ref(model)
-        self._of_copy: Layer | FunctionLayer | None = None
+        self._of_copy: Layer | None = None
         self._lock = threading.Lock()
         self._puts: list[Put] = []
         self._rows: list[Row] = []
@@ -374,7 +365,7 @@ class Override:
     def table(self) -> Table:
         """What is overridden, and how often it has been called; after the removal what it was then."""
         self._find()
-        rows = {put.layer: row_of(put.layer.path, put.cls, put.layer, put.calls()) for put in self._puts}
+        rows = {put.layer: row_of(put.layer.path, put.cls, put.layer) for put in self._puts}
         return Table(list(rows.values()) or self._rows)
 
     def __str__(self) -> str:
@@ -405,7 +396,7 @@ class Override:
             called = f"'{layer.path}' was" if layer.path not in ("", EVERYWHERE) else "it was"
             hint = (
                 "Some modules read the weights of a part and do not call it: override the module around it"
-                if isinstance(layer, Layer)
+                if not isinstance(layer, FunctionLayer)
                 else "Some functions are called by another name, or in compiled code of torch's own"
             )
             warnings.warn(
@@ -432,7 +423,7 @@ class Override:
         else:
             self._take_off()
 
-    def _take_off(self) -> tuple[list[Layer | FunctionLayer], list[Layer | FunctionLayer]]:
+    def _take_off(self) -> tuple[list[Layer], list[Layer]]:
         """Take the rules off, and give those that never ran, and those that are to run again, each with one place."""
         self._find()
         with self._lock:
@@ -440,10 +431,10 @@ class Override:
                 return [], []
             self._rows = list(self.table)
             puts, self._puts = self._puts, []
-        idle: dict[Rule, Layer | FunctionLayer] = {}
+        idle: dict[Rule, Layer] = {}
         ran = set()
-        awaited = {put.layer.rule: put.layer for put in puts if put.awaits()}
-        called = [put.calls() != 0 for put in puts]
+        awaited = {put.layer.rule: put.layer for put in puts if put.layer.awaits_replay}
+        called = [put.layer.known_calls != 0 for put in puts]
         lost = everywhere.farther_than([put.layer for put, was in zip(puts, called, strict=True) if was])
         for put, was in reversed(list(zip(puts, called, strict=True))):
             if was:

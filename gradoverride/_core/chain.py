@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from gradoverride._core import everywhere
 from gradoverride._core.callers import calls_that_are
 from gradoverride._core.function_mode import quieted, scope_of, scoped
-from gradoverride._core.layers import ClassLayer, FunctionLayer, FunctionRule, Layer, Order
+from gradoverride._core.layers import FunctionLayer, FunctionRule, Layer, Order
 from gradoverride._core.plan import Plan
 from gradoverride._core.rule import Rule, passing
 from gradoverride._core.signature import Forward
@@ -27,7 +27,7 @@ def forward_of(base: Any, fn: Any = None) -> Forward:
 
 
 class Subject(NamedTuple):
-    """What a module is to rules: those that are the same share what is made of these."""
+    """What a module is to rules."""
 
     base: Any  # its class, or that of which ours is derived
     called: frozenset[str]  # the functions of torch that it is nothing but a call of
@@ -44,9 +44,7 @@ class Links(NamedTuple):
     rules: tuple[Rule, ...]  # the last one outermost
     scope: tuple[FunctionRule, ...]  # for what the forward calls
     quiet: tuple[FunctionRule, ...]  # not for what it calls: it has another rule for that
-    counted: tuple[
-        ClassLayer | FunctionLayer, ...
-    ]  # whose rules are among `rules`, and that are not of this module alone
+    counted: tuple[Layer, ...]  # whose rules are among `rules`, and that are not of this module alone
 
 
 def links(subject: Subject, layers: Sequence[Layer], functions: Sequence[FunctionLayer]) -> Links:
@@ -63,7 +61,7 @@ def links(subject: Subject, layers: Sequence[Layer], functions: Sequence[Functio
     within = sorted((*functions, *everywhere.functions), key=_order)
     steps: list[tuple[Order, Rule]] = [(layer.order, layer.rule) for layer in own]
     quiet: list[FunctionRule] = []
-    counted: list[ClassLayer | FunctionLayer] = sorted(of_class, key=_order)
+    counted: list[Layer] = sorted(of_class, key=_order)
     for layer in within if own else ():
         if layer.key.name not in subject.called:
             continue

@@ -98,7 +98,7 @@ def layers_on(cls: Any) -> list[ClassLayer]:
     return [best[order][1] for order in sorted(best)]
 
 
-def farther_than(called: Collection[Layer | FunctionLayer]) -> list[Layer]:
+def farther_than(called: Collection[Layer]) -> list[Layer]:
     """The layers on classes of whose modules some were called under one that is nearer: of these, in one override."""
     nearer = [(target, layer) for target, layer in classes if layer in called]
     return [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from gradoverride._core.rule import Rule
 from gradoverride._core.tally import Tally
 
-__all__ = ["ClassLayer", "FunctionLayer", "FunctionRule", "Layer", "Order", "next_order"]
+__all__ = ["ClassLayer", "FunctionLayer", "FunctionRule", "Layer", "ModuleLayer", "Order", "next_order"]
 
 Order = tuple[int, ...]
 
@@ -52,20 +53,50 @@ def _order_again(process: str, order: Order) -> Order:
 
 
 class Layer:
-    """One rule on a module."""
+    """One rule, put somewhere."""
 
     __slots__ = ("order", "path", "rule", "since", "target")
+
+    tally: Any  # of the calls there; None where it is no more
 
     def __init__(self, rule: Rule, path: str, target: str, order: Order) -> None:
         self.rule = rule
         self.path = path
         self.target = target
         self.order = order
-        self.since = 0  # how many calls the module had had
+        self.since = 0  # how many calls there were before
 
-    def again(self, memo: Mapping[int, Any] = MappingProxyType({})) -> Layer:
+    @property
+    def known_calls(self) -> int | None:
+        """How often it was called. None if that is not known: compiled code, or it is there no more."""
+        return None if self.tally is None else self.tally.known(since=self.since)
+
+    @property
+    def awaits_replay(self) -> bool:
+        """Whether a reentrant checkpoint is still to run again what was called under it."""
+        return self.tally is not None and self.tally.awaits_replay
+
+
+class ModuleLayer(Layer):
+    """One rule on a module, which has one tally for all of its rules."""
+
+    __slots__ = ("_tally",)
+
+    def __init__(self, rule: Rule, path: str, target: str, order: Order) -> None:
+        super().__init__(rule, path, target, order)
+        self.count_by(None)
+
+    @property
+    def tally(self) -> Tally | None:
+        return None if self._tally is None else self._tally()
+
+    def count_by(self, tally: Tally | None) -> None:
+        """It is on the module that has this tally, or on none. (It does not hold it: that goes with the module.)"""
+        self._tally = None if tally is None else weakref.ref(tally)
+
+    def again(self, memo: Mapping[int, Any] = MappingProxyType({})) -> ModuleLayer:
         """The same for a copy of the module, with a count of its own."""
-        return Layer(self.rule.in_copy(memo), self.path, self.target, self.order)
+        return ModuleLayer(self.rule.in_copy(memo), self.path, self.target, self.order)
 
     def __reduce__(self) -> Any:
         return _layer_again, (self.rule.fn, self.path, self.target, _process, self.order)
@@ -80,14 +111,9 @@ class ClassLayer(Layer):
         super().__init__(rule, path, target, order)
         self.tally = Tally()
 
-    @property
-    def known_calls(self) -> int | None:
-        """How often it was called. None if that is not known: compiled code."""
-        return self.tally.known()
 
-
-def _layer_again(rule: Callable[..., Any], path: str, target: str, process: str, order: Order) -> Layer:
-    return Layer(Rule.of(rule), path, target, _order_again(process, order))
+def _layer_again(rule: Callable[..., Any], path: str, target: str, process: str, order: Order) -> ModuleLayer:
+    return ModuleLayer(Rule.of(rule), path, target, _order_again(process, order))
 
 
 class FunctionRule:
@@ -107,21 +133,15 @@ class FunctionRule:
         self.traced = True
 
 
-class FunctionLayer:
+class FunctionLayer(Layer):
     """One rule for a function in all its spellings, as far as it is called in certain modules."""
 
-    __slots__ = ("key", "order", "path", "tally", "target")
+    __slots__ = ("key", "tally")
 
     def __init__(self, name: str, rule: Rule, path: str, target: str, order: Order, nth: int) -> None:
+        super().__init__(rule, path, target, order)
         self.key = rule.once((FunctionRule, name, nth), lambda: FunctionRule(name, rule, nth))
-        self.path = path
-        self.target = target
-        self.order = order
         self.tally = Tally()
-
-    @property
-    def rule(self) -> Rule:
-        return self.key.rule
 
     @property
     def of_path(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from gradoverride._core import everywhere
-from gradoverride._core.layers import Layer
+from gradoverride._core.layers import FunctionLayer
 from gradoverride._core.overridden import check, has_forward
 from gradoverride._core.paths import find
 from gradoverride._core.rule import Rule
@@ -67,7 +67,7 @@ def check_forwards(
     paths = [(target, everywhere.originals.get(fn, fn)) for target, fn in found if isinstance(fn, FunctionType)]
     for cls, layers in ruled if paths else ():
         for target, value in paths:
-            own = next((layer for layer in layers if isinstance(layer, Layer)), None)
+            own = next((layer for layer in layers if not isinstance(layer, FunctionLayer)), None)
             if own is not None and type(cls.forward) is FunctionType and value is everywhere.bare_forward(cls):
                 raise UnsupportedError(
                     f"override of {target.text}: a call must have one rule of each override, the later one "

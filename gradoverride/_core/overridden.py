@@ -18,7 +18,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from gradoverride._core import everywhere
 from gradoverride._core.callers import may_call
 from gradoverride._core.chain import Subject, forward_of, links
-from gradoverride._core.layers import FunctionLayer, Layer
+from gradoverride._core.layers import FunctionLayer, Layer, ModuleLayer
 from gradoverride._core.overridden_class import base_of_class, overridden, written_methods
 from gradoverride._core.plan import Plan
 from gradoverride._core.record import ModuleTally, Record
@@ -28,9 +28,7 @@ from gradoverride._core.targets import RECORD, class_of
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
 __all__ = [
-    "awaits_replay",
     "base_of",
-    "calls_under",
     "check",
     "check_order",
     "check_rule",
@@ -45,7 +43,7 @@ __all__ = [
 _lock = threading.RLock()
 
 
-def layers_of(module: nn.Module) -> tuple[Layer, ...]:
+def layers_of(module: nn.Module) -> tuple[ModuleLayer, ...]:
     """The rules in force on a module, the last one outermost."""
     record = module.__dict__.get(RECORD)
     return () if record is None else record.layers
@@ -100,13 +98,13 @@ def check_rule(module: nn.Module, path: str, rule: Rule) -> None:
         raise RuleSignatureError(f"{_who(module, path)}: {error}") from None
 
 
-def check_order(module: nn.Module, added: Sequence[Layer | FunctionLayer]) -> None:
+def check_order(module: nn.Module, added: Sequence[Layer]) -> None:
     """Raise if these cannot be put on it as they should be: outside of what is there."""
     if not added or not (RECORD in module.__dict__ or everywhere.classes or everywhere.functions):
         return
     links(
         Subject.of(base_of(module), module),
-        (*layers_of(module), *[layer for layer in added if isinstance(layer, Layer)]),
+        (*layers_of(module), *[layer for layer in added if not isinstance(layer, FunctionLayer)]),
         (*functions_of(module), *[layer for layer in added if isinstance(layer, FunctionLayer)]),
     )
 
@@ -179,20 +177,17 @@ def _is_parametrized_class(module: nn.Module) -> bool:
     return "parametrizations" in module._modules and type(module).__name__.startswith("Parametrized")
 
 
-def put_on(module: nn.Module, added: Sequence[Layer | FunctionLayer], shared: dict[Any, Record]) -> None:
-    """Put rules on a module, outside of those that it has, and for functions that it calls.
-
-    `shared`: a record for each kind of module that this override was put on.
-    """
+def put_on(module: nn.Module, added: Sequence[Layer]) -> None:
+    """Put rules on a module, outside of those that it has, and for functions that it calls."""
     with _lock:
         record = module.__dict__.get(RECORD)
         layers, functions = layers_of(module), functions_of(module)
         for layer in added:
-            if isinstance(layer, FunctionLayer):
-                functions = (*functions, layer)
-            else:
+            if isinstance(layer, ModuleLayer):
                 layer.since = 0 if record is None else record.tally.calls
                 layers = (*layers, layer)
+            elif isinstance(layer, FunctionLayer):
+                functions = (*functions, layer)
         if record is not None:
             module.__dict__[RECORD] = record.but(layers, functions)
             record.leave()
@@ -201,32 +196,19 @@ def put_on(module: nn.Module, added: Sequence[Layer | FunctionLayer], shared: di
             derived = overridden(base)  # a metaclass may refuse it: before anything is changed
             subject, tally = Subject.of(base, module), ModuleTally()
             tally.forward = module.__dict__.pop("forward", None)
-            kind = subject, tuple([layer.rule for layer in layers]), functions
-            record = Record(subject, layers, functions, tally, like=shared.get(kind))
-            module.__dict__[RECORD] = shared[kind] = record
+            module.__dict__[RECORD] = Record(subject, layers, functions, tally)
             _derive(module, base, derived)
 
 
-def calls_under(module: nn.Module, layer: Layer) -> int | None:
-    """How often `module` was called under `layer`. None if that is not known: compiled code does not count."""
-    record = module.__dict__.get(RECORD)
-    if record is None or layer not in record.layers:
-        return None
-    return record.tally.known(since=layer.since)
-
-
-def awaits_replay(module: nn.Module) -> bool:
-    """Whether a reentrant checkpoint is still to run `module` again."""
-    record = module.__dict__.get(RECORD)
-    return record is not None and record.tally.awaits_replay
-
-
-def take_off(module: nn.Module, gone: Sequence[Layer | FunctionLayer]) -> None:
+def take_off(module: nn.Module, gone: Sequence[Layer]) -> None:
     """Take rules off a module. They may be gone already: `remove_overrides`."""
     with _lock:
         record = module.__dict__.get(RECORD)
         if record is None:
             return
+        for layer in record.layers:
+            if layer in gone:
+                layer.count_by(None)
         layers = tuple([layer for layer in record.layers if layer not in gone])
         functions = tuple([layer for layer in record.functions if layer not in gone])
         if layers or functions:

@@ -24,7 +24,7 @@ from torch.fx import GraphModule
 from gradoverride._core import everywhere, scan
 from gradoverride._core.by_class import once_per_class, standing
 from gradoverride._core.chain import Subject
-from gradoverride._core.layers import FunctionLayer, Layer
+from gradoverride._core.layers import FunctionLayer, ModuleLayer
 from gradoverride._core.record import ModuleTally, Record
 from gradoverride._core.targets import BASE, RECORD
 from gradoverride._core.tracers import refuse_script
@@ -213,7 +213,7 @@ class _State(NamedTuple):
     """The state of a module in a copy or a pickle: what its class says, and the rules in force."""
 
     of_base: Any
-    layers: tuple[Layer, ...]
+    layers: tuple[ModuleLayer, ...]
     functions: tuple[FunctionLayer, ...]
 
     def __deepcopy__(self, memo: Any) -> _State:

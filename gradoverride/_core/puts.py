@@ -13,6 +13,7 @@ from gradoverride._core.class_patch import check_classes, put_on_class, take_off
 from gradoverride._core.following import follow, is_class_of_modules, take_off_given_up
 from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, Order
 from gradoverride._core.paths import when_imported
+from gradoverride._core.tally import NoCalls
 from gradoverride._core.targets import Class, class_of, modules_of
 from gradoverride._core.thread_mode import put_on_thread, take_off_thread
 
@@ -22,24 +23,21 @@ __all__ = ["Put", "Puts", "on_class", "on_copies", "on_modules", "on_none", "on_
 class Put(NamedTuple):
     """One layer, put somewhere."""
 
-    layer: Layer | FunctionLayer
+    layer: Layer
     cls: str  # what it is on
-    calls: Callable[[], int | None]  # under it; None if that is not known
     take_off: Callable[[], None]
-    awaits: Callable[[], bool]  # whether a reentrant checkpoint is to run it again
 
 
 Puts = Sequence[Put]
-Placed = Sequence[tuple[nn.Module, Sequence[Layer | FunctionLayer]]]
+Placed = Sequence[tuple[nn.Module, Sequence[Layer]]]
 
 
 def on_modules(model: nn.Module, placed: Placed) -> Puts:
     """Rules for modules of a model, and for functions as far as these modules call them: all of an override at once."""
     take_off = _taking_off(placed)
-    shared: dict[Any, Any] = {}
     try:
         for module, layers in placed:
-            overridden.put_on(module, layers, shared)
+            overridden.put_on(module, layers)
     except BaseException:
         take_off()
         raise
@@ -48,48 +46,22 @@ def on_modules(model: nn.Module, placed: Placed) -> Puts:
 
 def on_copies(model: nn.Module, order: Order) -> Puts:
     """What the modules of a copy have taken along of the override that has this place."""
-    placed: list[tuple[nn.Module, Sequence[Layer | FunctionLayer]]] = []
+    placed: list[tuple[nn.Module, Sequence[Layer]]] = []
     for module in modules_of(model).values():
-        layers: list[Layer | FunctionLayer] = [*overridden.layers_of(module), *overridden.functions_of(module)]
+        layers: list[Layer] = [*overridden.layers_of(module), *overridden.functions_of(module)]
         placed.append((module, [layer for layer in layers if layer.order == order]))
     return _puts_on(model, placed, _taking_off(placed))
 
 
 def _puts_on(model: nn.Module, placed: Placed, take_off: Callable[[], None]) -> Puts:
-    on: dict[Layer | FunctionLayer, nn.Module] = {}
-    for module, layers in placed:
-        for layer in layers:
-            on.setdefault(layer, module)
-    return [
-        _of_calls(layer, class_of(model).__name__, take_off)
-        if isinstance(layer, FunctionLayer)
-        else _of_module(layer, module, take_off)
-        for layer, module in on.items()
-    ]
-
-
-def _of_module(layer: Layer, module: nn.Module, take_off: Callable[[], None]) -> Put:
-    reference = weakref.ref(module)
-
-    def calls() -> int | None:
-        module = reference()
-        return None if module is None else overridden.calls_under(module, layer)
-
-    def awaits() -> bool:
-        module = reference()
-        return module is not None and overridden.awaits_replay(module)
-
-    return Put(layer, class_of(module).__name__, calls, take_off, awaits)
+    on = {layer: model if isinstance(layer, FunctionLayer) else module for module, layers in placed for layer in layers}
+    return [Put(layer, class_of(module).__name__, take_off) for layer, module in on.items()]
 
 
 def on_none(model: nn.Module, layer: FunctionLayer) -> Puts:
     """A rule for a function that no module of the model can call: to be told of, and warned of as never called."""
-    return [_of_calls(layer, class_of(model).__name__, lambda: None)._replace(calls=lambda: 0)]
-
-
-def _of_calls(layer: ClassLayer | FunctionLayer, cls: str, take_off: Callable[[], None]) -> Put:
-    """One that counts its own calls."""
-    return Put(layer, cls, lambda: layer.known_calls, take_off, lambda: layer.tally.awaits_replay)
+    layer.tally = NoCalls()
+    return [Put(layer, class_of(model).__name__, lambda: None)]
 
 
 def _taking_off(placed: Placed) -> Callable[[], None]:
@@ -125,13 +97,13 @@ def on_class(target: Class, layer: ClassLayer, path: str) -> Puts:
             call_off()
         take_off_class(layer)
 
-    return [_of_calls(layer, target.value.__name__, take_off)]
+    return [Put(layer, target.value.__name__, take_off)]
 
 
 def on_thread(layer: FunctionLayer) -> Puts:
     """A rule for a function of torch in this thread."""
     put_on_thread(layer)
-    return [_of_calls(layer, "", lambda: take_off_thread(layer))]
+    return [Put(layer, "", lambda: take_off_thread(layer))]
 
 
 def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
@@ -142,6 +114,7 @@ def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
         if not puts:
             of_class = ClassLayer(layer.rule, layer.path, layer.target, layer.order)
             puts.extend(on_class(Class(cls), of_class, path))
+            layer.tally = of_class.tally  # it is that which is called
 
     leave = follow(path, layer, scoped=scoped, on_class=None if scoped else put_on_first)
 
@@ -150,10 +123,4 @@ def on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> Puts:
         for of_class in puts:
             of_class.take_off()
 
-    own = _of_calls(layer, "", take_off)
-    return [
-        own._replace(
-            calls=lambda: (puts or [own])[0].calls(),
-            awaits=lambda: (puts or [own])[0].awaits(),
-        )
-    ]
+    return [Put(layer, "", take_off)]

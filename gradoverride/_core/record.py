@@ -6,9 +6,9 @@ import copy
 from typing import Any
 
 from gradoverride._core import everywhere
-from gradoverride._core.chain import Chain, Subject, chain_of, links
+from gradoverride._core.chain import Subject, chain_of, links
 from gradoverride._core.following import kept_for_copies
-from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer
+from gradoverride._core.layers import FunctionLayer, Layer, ModuleLayer
 from gradoverride._core.tally import Tally
 
 __all__ = ["ModuleTally", "Record"]
@@ -29,39 +29,34 @@ class Record:
     """What is in force on a module. It pickles as its layers."""
 
     __slots__ = (
-        *("__weakref__", "chain", "counted", "forward", "functions", "layers", "paths", "scope", "seen", "subject"),
-        "tally",
+        *("__weakref__", "counted", "forward", "functions", "layers", "paths", "scope", "seen", "subject", "tally"),
     )
 
     # What `refresh` finds:
     seen: Any  # the forward of the class
-    counted: tuple[ClassLayer | FunctionLayer, ...]
-    chain: Chain
-    forward: Any  # as in `chain`, for each step on the way costs a guard in compiled code
+    counted: tuple[Layer, ...]
+    forward: Any
     scope: Any
 
     def __init__(
         self,
         subject: Subject,
-        layers: tuple[Layer, ...],
+        layers: tuple[ModuleLayer, ...],
         functions: tuple[FunctionLayer, ...],
         tally: ModuleTally,
-        like: Record | None = None,
         *,
         of_copy: bool = False,
     ) -> None:
-        """`like`: one of the same subject under the same rules, in the same order. `of_copy`: it is under no handle."""
+        """`of_copy`: it is under no handle."""
         self.paths = kept_for_copies(functions) if of_copy else None
         self.subject = subject
         self.layers = layers
         self.functions = functions
         self.tally = tally
+        for layer in layers:
+            layer.count_by(tally)
         with everywhere.records_lock:
-            if like is None:
-                self.refresh()
-            else:
-                self.seen, self.counted = like.seen, like.counted
-                self._use(like.chain)
+            self.refresh()
             everywhere.records.add(self)
 
     def refresh(self) -> None:
@@ -70,15 +65,12 @@ class Record:
         self.seen = base.forward
         found = links(self.subject, self.layers, self.functions)
         self.counted = found.counted
-        self._use(chain_of(base, found))
+        chain = chain_of(base, found)
+        self.forward, self.scope = chain.forward, chain.scope  # each step on the way costs a guard in compiled code
+        for tally in (self.tally, *[layer.tally for layer in self.counted]):
+            chain.trace.tell(tally)
 
-    def _use(self, chain: Chain) -> None:
-        self.chain = chain
-        self.forward, self.scope = chain.forward, chain.scope
-        for one in (self, *self.counted):
-            chain.trace.tell(one.tally)
-
-    def but(self, layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
+    def but(self, layers: tuple[ModuleLayer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
         """The same with these layers instead."""
         return Record(self.subject, layers, functions, self.tally, of_copy=self.paths is not None)
 
@@ -96,5 +88,5 @@ class Record:
         return _record_again, (self.subject, self.layers, self.functions)
 
 
-def _record_again(subject: Subject, layers: tuple[Layer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
+def _record_again(subject: Subject, layers: tuple[ModuleLayer, ...], functions: tuple[FunctionLayer, ...]) -> Record:
     return Record(subject, layers, functions, ModuleTally(), of_copy=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from typing import NamedTuple
 
-from gradoverride._core.layers import FunctionLayer, Layer
+from gradoverride._core.layers import Layer
 
 __all__ = ["EVERYWHERE", "Row", "Table", "row_of"]
 
@@ -46,6 +46,7 @@ def _cells(row: Row, tag: str) -> str:
     return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row) + "</tr>"
 
 
-def row_of(path: str, cls: str, layer: Layer | FunctionLayer, calls: int | None) -> Row:
+def row_of(path: str, cls: str, layer: Layer) -> Row:
+    calls = layer.known_calls
     said = "compiled" if calls is None else str(calls)
     return Row(path or "(the model)", cls, layer.target, layer.rule.who, said)

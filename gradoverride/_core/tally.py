@@ -8,7 +8,7 @@ from typing import Any
 
 from gradoverride._core.private.modes import in_reentrant_checkpoint, module_in_function_of_others
 
-__all__ = ["Tally", "Trace"]
+__all__ = ["NoCalls", "Tally", "Trace"]
 
 
 class Trace:
@@ -65,3 +65,12 @@ class Tally:
     def known(self, *, traced: bool = False, since: int = 0) -> int | None:
         """How many calls there were after `since`; None if that is not known, for `traced` code may have called too."""
         return self.calls - since or (None if traced or self.traced else 0)
+
+
+class NoCalls(Tally):
+    """Of a rule that nothing can call."""
+
+    __slots__ = ()
+
+    def known(self, *, traced: bool = False, since: int = 0) -> int | None:
+        return 0
