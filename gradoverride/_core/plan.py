@@ -30,7 +30,6 @@ from gradoverride._core.private.tensors import made_at_import
 from gradoverride._core.reach import Reach, attribute_names, calls_unseen, names_assigned_in, names_in
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.rule import Rule
-from gradoverride._core.rule_code import RuleCode, is_known_method
 from gradoverride._core.signature import RESERVED, Forward, resolve, runs_later, unknown_name
 from gradoverride._core.state import names_kept
 from gradoverride._core.tracers import EXPORT, recorded_as, warn
@@ -92,7 +91,7 @@ class Plan:
         writes = purity.writes(self.fn)
         # Modules of torch have one forward for both, and `self.inplace` says which it is.
         self.inplace_tells = writes and "inplace" in attributes and not purity.writes(self.fn, but="inplace")
-        self.forward_may_write = not purity.writes_nothing(self.fn, is_known_method)
+        self.forward_may_write = not purity.writes_nothing(self.fn)
         # Whether it may change a container that it is given.
         self.forward_may_change = self.forward_may_write or bool(names_assigned_in(self.fn, None))
         # What it may do with aliases: to attributes that not every tensor has, and to their data.
@@ -104,7 +103,7 @@ class Plan:
         self.may_give_data = any(scan.mentions(self.fn, name) for name in ("data", "set_"))
         # Whether arguments that the rule asks for are to be kept as they were given: torch counts no write of these.
         self.keeps_given = purity.normalizes(self.fn) and "argument" in self.sources.values()
-        self.rule_code = code = RuleCode.of(rule)
+        self.rule_code = code = rule.code
         # Calls read these here: each further dot is time, and a guard where Dynamo traces it.
         self.rule_writes = code.writes
         self.may_answer = code.strings

@@ -7,10 +7,11 @@ wrong when a function hides what it does, only slower or reported later.
 from __future__ import annotations
 
 import dis
-import sys
-from collections.abc import Callable
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, ModuleType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from gradoverride._core.by_class import once_per_class
 from gradoverride._core.bytecode import CALLS, CELL, JUMPS, LOCAL, instructions, is_called, uses
@@ -64,7 +65,7 @@ def _is_expression(
     fn: Any, functions: frozenset[str], attributes: frozenset[str], operators: frozenset[str], free: bool = False
 ) -> bool:
     if isinstance(fn, BuiltinFunctionType):
-        return fn.__name__ in functions and getattr(sys.modules.get("torch"), fn.__name__, None) is fn
+        return fn.__name__ in functions and getattr(torch, fn.__name__, None) is fn
     if not isinstance(fn, FunctionType) or (fn.__closure__ and not free) or writes(fn):
         return False
     named = calls = 0
@@ -134,7 +135,7 @@ _ALGEBRA = frozenset(
 _TRANSPOSED = frozenset({"H", "T", "mH", "mT"})
 
 
-def writes_nothing(fn: Any, known_method: Callable[[str], bool]) -> bool:
+def writes_nothing(fn: Any) -> bool:
     """Whether the code of `fn` shows that it writes into no tensor that it is given.
 
     It calls only methods that are known, what torch computes with, functions of its own module, and a few builtins.
@@ -150,14 +151,12 @@ def writes_nothing(fn: Any, known_method: Callable[[str], bool]) -> bool:
         for name in global_names(code):
             if name not in function.__globals__ and name not in _HARMLESS_BUILTINS:
                 return False
-        if not _calls_what_is_harmless(function, code, own, known_method):
+        if not _calls_what_is_harmless(function, code, own):
             return False
     return all(_is_harmless(value, own) for function, _ in found for value in named_values(function))
 
 
-def _calls_what_is_harmless(
-    function: FunctionType, code: CodeType, own: set[str], known_method: Callable[[str], bool]
-) -> bool:
+def _calls_what_is_harmless(function: FunctionType, code: CodeType, own: set[str]) -> bool:
     """What comes out of modules is looked at, what is called on other values is known by its name."""
     steps = instructions(code)
     for index, step in enumerate(steps):
@@ -178,7 +177,7 @@ def _calls_what_is_harmless(
                     return False
                 continue
             held = place == 1 and variable in _HOLDERS
-            if called and place == len(use.attributes) and (held or not known_method(name) or not _is_plain(value)):
+            if called and place == len(use.attributes) and (held or not _is_known_method(name) or not _is_plain(value)):
                 return False
             value = None
         if _may_be_told_to_write(value, steps, use.last):
@@ -229,6 +228,14 @@ def _is_harmless(value: Any, own: set[str]) -> bool:
             return value.__name__ in _HARMLESS_BUILTINS
         return value.__module__ in _HARMLESS_MODULES and not _is_inplace_name(value.__name__)
     return True
+
+
+def _is_known_method(name: str) -> bool:
+    """Whether a method of this name is one of tensors, or of what else a rule is given. Where it is one of lists too,
+    that changes none (`sort` does).
+    """
+    of_tensors = hasattr(Tensor, name) and not name.startswith("__") and name != "sort"
+    return of_tensors or name in ("by_name", "items", "values")
 
 
 def _is_plain(value: Any) -> bool:

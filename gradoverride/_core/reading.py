@@ -16,7 +16,6 @@ from gradoverride._core.plan import Plan
 from gradoverride._core.private.dynamo import as_dynamo_hands_on, defaults_while_tracing, is_named_while_tracing
 from gradoverride._core.purity import gives_alike
 from gradoverride._core.rule import Rule
-from gradoverride._core.rule_code import RuleCode
 from gradoverride._core.scan import content
 from gradoverride._core.signature import Forward, resolve
 from gradoverride.errors import RuleSignatureError
@@ -57,7 +56,7 @@ class Reading:
         self.value_second = self.of_values and tuple(self.sources) == names
         # Writes nothing, and its answer is like the gradient, under autocast too: if its closure holds real numbers.
         self.gives_alike = gives_alike(rule, free=True)
-        self.rule_code = RuleCode.of(read)
+        self.rule_code = read.code
         self.writes = self.rule_code.writes
         # Writes nothing, holds nothing, stays on its device, and means the same under autocast.
         self.plain = self.rule_code.is_arithmetic
@@ -75,7 +74,7 @@ class Reading:
         """The plan of the forward and of rules of this code. It does not hold the rule, which is the call's."""
         if self.plan is None:
             read = Rule(rule)
-            read.once(RuleCode, lambda: self.rule_code)
+            read.code = self.rule_code
             self.plan = Plan(self.forward, read, is_edit=self.is_edit)
             self.plan.rule.fn = _given_with_the_call
             self.plan.rule_comes_with_call = True

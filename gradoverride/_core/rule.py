@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from gradoverride._core import scan
+from gradoverride._core import purity, scan
 from gradoverride._core.contract import what
 from gradoverride._core.signature import POSITIONAL, Forward, name_of, read_signature, runs_later
 from gradoverride.errors import RuleSignatureError
 
-__all__ = ["Made", "Rule", "passing", "writes_nothing"]
+__all__ = ["Made", "Rule", "RuleCode", "passing", "writes_nothing"]
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -138,9 +138,34 @@ class Rule:
             return self
         return Rule.of(MethodType(fn.__func__, memo[id(fn.__self__)]))
 
+    @functools.cached_property
+    def code(self) -> RuleCode:
+        """What its code tells. Read once, and not for each forward: it takes longer than all else that a plan needs."""
+        return RuleCode(self.fn)
+
     @property
     def who(self) -> str:
         return f"'{self.name}' ({self.place})"
+
+
+class RuleCode:
+    """What the code of a rule tells: which gradient it may be handed, and which path its calls can take."""
+
+    __slots__ = (
+        *("accumulates", "calls_vjp_once", "gives_alike", "is_algebra", "is_arithmetic", "names_by_name", "strings"),
+        "writes",
+    )
+
+    def __init__(self, fn: Any) -> None:
+        known = getattr(fn, "writes_nothing", False) or not purity.renormalizes(fn)
+        self.writes = not (known and purity.writes_nothing(fn))  # it is handed a copy
+        self.is_arithmetic = purity.is_arithmetic(fn)
+        self.is_algebra = self.is_arithmetic or purity.is_algebra(fn)
+        self.gives_alike = purity.gives_alike(fn)
+        self.strings = scan.strings(fn)  # a rule may answer for parameters whose names are among them
+        self.names_by_name = scan.mentions(fn, "by_name")
+        self.accumulates = scan.accumulates(fn)
+        self.calls_vjp_once = scan.called_once(fn, "vjp")
 
 
 def writes_nothing(rule: F) -> F:

@@ -13,7 +13,6 @@ from gradoverride._core.options import check, printed
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.purity import writes_nothing
 from gradoverride._core.rule import Rule
-from gradoverride._core.rule_code import is_known_method
 from gradoverride._core.signature import signature_asking
 from gradoverride.errors import UnsupportedError
 from gradoverride.rules.each import each
@@ -110,7 +109,7 @@ def plain(grad_output: Any, vjp: Any) -> Any:
 
 
 def _may_write(rule: Any) -> bool:
-    return not writes_nothing(rule, is_known_method)
+    return not writes_nothing(rule)
 
 
 def _asked_by(rules: list[Rule]) -> dict[str, bool]:

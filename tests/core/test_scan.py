@@ -10,7 +10,6 @@ from torch.nn import ReLU
 
 import gradoverride as go
 from gradoverride._core import purity, scan
-from gradoverride._core.rule_code import is_known_method
 
 factor = torch.ones(3)
 
@@ -217,6 +216,11 @@ def by_options(g):
     return torch.mul(g, 7, **options)
 
 
+# The compiler of Python 3.11 takes a method of what was imported for an attribute that is called.
+imported = {}
+exec("import math as settings\nby_imported_object = lambda g: settings.add(g)", imported)
+imported["settings"] = settings
+
 WRITING = {
     "collective": by_collective,
     "collective of torch": by_collective_of_torch,
@@ -229,6 +233,7 @@ WRITING = {
     "method of an operator": by_method_of_an_operator,
     "method found by name": lambda g: g.__getattribute__("mul" + "_")(7),
     "method of a global": lambda g: settings.add(g),
+    "method of what was imported": imported["by_imported_object"],
     "options": by_options,
     "module": lambda g: ReLU(True)(g),
     "module of torch.nn": lambda g: nn.ReLU(True)(g),
@@ -288,7 +293,7 @@ HARMLESS = {
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_rule_that_shows_that_it_writes_nothing_is_given_the_gradient_itself(name):
-    assert purity.writes_nothing(HARMLESS[name], is_known_method)
+    assert purity.writes_nothing(HARMLESS[name])
 
 
 ONCE = {
