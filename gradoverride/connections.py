@@ -24,7 +24,7 @@ from gradoverride._core.private.dynamo import fail, in_transform, transformed_wh
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.reading import Readings, keep_own_plan, keep_plan, kept_plan, made_outside, unbound
 from gradoverride._core.signature import RESERVED, Forward
-from gradoverride._core.structure import flatten, unflatten
+from gradoverride._core.structure import leaves_in, taken_apart, unflatten
 from gradoverride._core.tensors import is_differentiable, is_tensor
 from gradoverride._core.tracers import FX, record_function, tracer_now
 from gradoverride.errors import GraphError, UnsupportedError
@@ -107,8 +107,7 @@ def connect_(leaf: Tensor, inputs: Any, rule: Callable[..., Any] | None = None) 
             return _connected(value, inputs, rule, "connect_")
 
     end = tied()
-    tensors: list[Tensor] = []
-    flatten(values, is_tensor, tensors)
+    tensors = leaves_in(values, is_tensor)
     # What a pass has saved is freed at its end, and the inputs that it is to be made of are still there.
     return Connection(leaf, end, tensors, tied if all([tensor.is_leaf for tensor in tensors]) else None)
 
@@ -117,8 +116,7 @@ def connect_(leaf: Tensor, inputs: Any, rule: Callable[..., Any] | None = None) 
 
 
 def _check_result(result: Any) -> None:
-    tensors: list[Tensor] = []
-    spec = flatten(result, is_differentiable, tensors)
+    spec, tensors = taken_apart(result, is_differentiable)
     if not tensors:
         fail(
             GraphError,
@@ -141,8 +139,7 @@ def _normal(result: X) -> X:
     """`result`, with copies of tensors that were computed under inference_mode, which no graph may hold."""
     if torch.compiler.is_dynamo_compiling() or torch.is_inference_mode_enabled():
         return result
-    tensors: list[Tensor] = []
-    spec = flatten(result, is_tensor, tensors)
+    spec, tensors = taken_apart(result, is_tensor)
     if not any([tensor.is_inference() for tensor in tensors]):
         return result
     copied: X = unflatten(spec, iter([tensor.clone() if tensor.is_inference() else tensor for tensor in tensors]))
@@ -176,8 +173,7 @@ def _named(inputs: Any, who: str) -> tuple[tuple[str, ...] | None, tuple[Any, ..
 
 def _check_wanted(names: tuple[str, ...] | None, values: tuple[Any, ...], who: str) -> None:
     given = values if names is None else dict(zip(names, values, strict=True))
-    tensors: list[Tensor] = []
-    spec = flatten(given, is_tensor, tensors)
+    spec, tensors = taken_apart(given, is_tensor)
     refuse_within(who, "inputs", spec, "for gradients to reach them")
     if in_transform() or any([tensor.requires_grad for tensor in tensors]):
         return
@@ -192,10 +188,8 @@ def _check_wanted(names: tuple[str, ...] | None, values: tuple[Any, ...], who: s
 
 def _identity(result: Any, names: tuple[str, ...] | None, values: tuple[Any, ...], who: str) -> Callable[..., Any]:
     """The rule that passes each gradient on, where there are as many inputs as results, of the same shapes."""
-    results: list[Tensor] = []
-    tensors: list[Tensor] = []
-    flatten(result, is_differentiable, results)
-    spec = flatten(values, is_differentiable, tensors)
+    results = leaves_in(result, is_differentiable)
+    spec, tensors = taken_apart(values, is_differentiable)
     shapes = [[tuple(tensor.shape) for tensor in found] for found in (results, tensors)]
     if shapes[0] != shapes[1]:
         of_results, of_inputs = [", ".join(shape_text(shape) for shape in found) for found in shapes]
@@ -216,8 +210,7 @@ def _identity(result: Any, names: tuple[str, ...] | None, values: tuple[Any, ...
         return _unchanged
 
     def identity(grad_output: Any) -> Any:
-        grads: list[Tensor] = []
-        flatten(grad_output, is_tensor, grads)
+        grads = leaves_in(grad_output, is_tensor)
         answer = unflatten(spec, iter(grads), constants=False)
         return {"inputs": answer} if names is None else dict(zip(names, answer, strict=True))
 

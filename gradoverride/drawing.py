@@ -22,7 +22,7 @@ from gradoverride._core.edited_result import edits_of
 from gradoverride._core.nodes import leaf_of, rule_of
 from gradoverride._core.private.tensors import results_of
 from gradoverride._core.signature import name_of
-from gradoverride._core.structure import flatten
+from gradoverride._core.structure import leaves_in
 from gradoverride._core.tensors import is_tensor
 from gradoverride.errors import DrawingError, GraphError
 
@@ -281,8 +281,7 @@ class _Drawing:
 def _starts(root: Any) -> list[Any]:
     if isinstance(root, Node):
         return [root]
-    tensors: list[Tensor] = []
-    flatten(root, is_tensor, tensors)
+    tensors = leaves_in(root, is_tensor)
     starts = [get_gradient_edge(tensor) for tensor in tensors if tensor.requires_grad]
     if not starts:
         none = " that requires no grad" if isinstance(root, Tensor) else ""

@@ -21,7 +21,7 @@ from gradoverride._core.private.dynamo import fail, in_transform
 from gradoverride._core.private.transforms import in_batched_autograd
 from gradoverride._core.rule import Rule
 from gradoverride._core.signature import Forward, signature_asking
-from gradoverride._core.structure import flatten, unflatten
+from gradoverride._core.structure import leaves_in, taken_apart, unflatten
 from gradoverride._core.tensors import is_tensor
 from gradoverride._core.tracers import EXPORT, MAKE_FX, tracer_now
 from gradoverride.errors import ForwardResultError, UnsupportedError
@@ -122,8 +122,7 @@ class _Run:
             )
         args, kwargs = unflatten(self.spec, iter([self.kind.array(tensor, self.who) for tensor in tensors]))
         result = self.fn(*args, **kwargs)
-        arrays: list[Any] = []
-        self.result = flatten(result, lambda value: is_array(value) or isinstance(value, (float, complex)), arrays)
+        self.result, arrays = taken_apart(result, lambda value: is_array(value) or isinstance(value, (float, complex)))
         if any([numpy.ma.is_masked(array) for array in arrays]):
             fail(
                 UnsupportedError,
@@ -195,8 +194,7 @@ class ArrayForward:
         return inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tensors: list[Tensor] = []
-        spec = flatten((args, kwargs), is_tensor, tensors)
+        spec, tensors = taken_apart((args, kwargs), is_tensor)
         if not tensors:
             return self.fn(*args, **kwargs)
         if self.hands_over and in_transform():
@@ -229,11 +227,8 @@ class ArrayRule:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tensors: list[Tensor] = []
-        spec = flatten((args, kwargs), is_tensor, tensors)
-        grads: list[Tensor] = []
-        flatten(args[0], is_tensor, grads)
+        spec, tensors = taken_apart((args, kwargs), is_tensor)
+        grads = leaves_in(args[0], is_tensor)
         answer = _Run(self.rule, self.kind, Like(grads), spec, f"rule {self.who}", self.refusal).on(tensors)
-        found: list[Tensor] = []
-        shape = flatten(answer, is_tensor, found)
+        shape, found = taken_apart(answer, is_tensor)
         return unflatten(shape, iter(tied(found, tensors, self.refusal)))

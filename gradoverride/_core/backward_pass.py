@@ -26,7 +26,7 @@ from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.engine import pull
 from gradoverride._core.private.transforms import out_of_left_transforms
 from gradoverride._core.standin import Copied, write_back
-from gradoverride._core.structure import LEAF, Node, alike, describe, flatten, in_order_of, unflatten
+from gradoverride._core.structure import LEAF, Node, alike, describe, in_order_of, taken_apart, unflatten
 from gradoverride._core.vjp import Vjp
 from gradoverride.errors import RuleResultError, UnsupportedError
 
@@ -117,8 +117,7 @@ class Backward:
         except Exception as error:
             self.plan.note(error)
             raise
-        found: list[Any] = []
-        spec = flatten(in_order_of(call.result, answer), lambda part: isinstance(part, Tensor), found)
+        spec, found = taken_apart(in_order_of(call.result, answer), lambda part: isinstance(part, Tensor))
         shapes = [tuple(one.shape) for one in found]
         if not alike(call.result, spec) or shapes != [tuple(meta.shape) for meta in call.out_metas]:
             fail(
@@ -338,8 +337,7 @@ class Backward:
     def _read_gradient(self, value: Any) -> list[Tensor]:
         """A gradient in the structure of the result, taken apart and checked: what a rule hands to `vjp`."""
         call = self.call
-        found: list[Any] = []
-        spec = flatten(in_order_of(call.result, value), lambda part: isinstance(part, Tensor), found)
+        spec, found = taken_apart(in_order_of(call.result, value), lambda part: isinstance(part, Tensor))
         if len(found) != call.n_outs or not alike(call.result, spec):
             got = describe(spec) if isinstance(spec, Node) else what(value)
             fail(

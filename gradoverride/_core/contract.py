@@ -17,7 +17,16 @@ from torch import Tensor
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.signature import kind_of, with_article
-from gradoverride._core.structure import LEAF, Node, describe, flatten, has_leaf, holds_value, leaves_out_none, step_to
+from gradoverride._core.structure import (
+    LEAF,
+    Node,
+    describe,
+    has_leaf,
+    holds_value,
+    leaves_in,
+    leaves_out_none,
+    step_to,
+)
 from gradoverride._core.tensors import is_differentiable
 from gradoverride.errors import RuleResultError
 
@@ -321,8 +330,7 @@ def _is_left(call: Call, path: tuple[Any, ...], spec: Any, entry: Any) -> bool:
 
 def _holds_gradient(value: Any) -> bool:
     """Whether there is a floating or complex tensor in it."""
-    found: list[Tensor] = []
-    flatten(value, is_differentiable, found)
+    found = leaves_in(value, is_differentiable)
     return bool(found)
 
 

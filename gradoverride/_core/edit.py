@@ -46,7 +46,7 @@ from gradoverride._core.reading import (
 )
 from gradoverride._core.short_function import FLOATING
 from gradoverride._core.signature import Forward
-from gradoverride._core.structure import flatten, unflatten
+from gradoverride._core.structure import leaves_in, taken_apart, unflatten
 from gradoverride._core.tensors import is_differentiable
 from gradoverride._core.tracers import FX, exporting, record_function, tracer_now
 from gradoverride.errors import GraphError
@@ -92,8 +92,7 @@ VALUES = frozenset({"x", "input", "output"})  # names of the value: they are all
 def _general(plan: Plan, x: Any, rule: Any) -> Any:
     if tracer_now((x,)) == FX:
         return record_function("edit_gradient", lambda x: edit(x, rule), x)
-    leaves: list[Tensor] = []
-    spec = flatten(x, is_differentiable, leaves)
+    spec, leaves = taken_apart(x, is_differentiable)
     if not leaves:
         fail(
             GraphError,
@@ -106,8 +105,7 @@ def _general(plan: Plan, x: Any, rule: Any) -> Any:
     result = differentiate(plan, plan.layouts.of(0, ()), None, (x,), rule)
     if in_transform():  # `requires_grad` does not tell
         return result
-    edited: list[Tensor] = []
-    flatten(result, is_differentiable, edited)
+    edited = leaves_in(result, is_differentiable)
     # A constant beside what has a gradient stays one.
     kept = [new if old.requires_grad else old for old, new in zip(leaves, edited, strict=True)]
     return unflatten(spec, iter(kept))

@@ -23,7 +23,7 @@ from gradoverride._core.private.modes import Draws, has_no_values, in_modes
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.snapshot import snapshots
 from gradoverride._core.standin import stand_in
-from gradoverride._core.structure import flatten, unflatten
+from gradoverride._core.structure import leaves_in, taken_apart, unflatten
 from gradoverride._core.tensors import is_differentiable, is_tensor, may_want_gradient
 from gradoverride.errors import UnsupportedError
 
@@ -94,8 +94,7 @@ class Replay:
         leaves: list[Tensor] = []
         others: list[Tensor] = []
         for value in values:
-            tensors: list[Tensor] = []
-            spec = flatten(value, is_tensor, tensors)
+            spec, tensors = taken_apart(value, is_tensor)
             self.arguments.append((spec, [is_differentiable(tensor) for tensor in tensors]))
             leaves += [tensor for tensor in tensors if is_differentiable(tensor)]
             others += [tensor for tensor in tensors if not is_differentiable(tensor)]
@@ -180,8 +179,7 @@ class Replay:
                 "that is autograd's own ('vjp', or of parameters left to it); what it calls has been overridden since, "
                 "or is no longer. Leave the override after the backward: call what torch.func.vjp gave inside of it",
             )
-        outs: list[Tensor] = []
-        flatten(result, is_differentiable, outs)
+        outs = leaves_in(result, is_differentiable)
         return outs
 
     def _compare(self, again: Sequence[Tensor]) -> None:

@@ -12,7 +12,7 @@ from gradoverride._core.contract import what
 from gradoverride._core.function import CUT, TOKEN
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.transforms import has_tangent, in_forward_ad
-from gradoverride._core.structure import LEAF, alike, flatten
+from gradoverride._core.structure import LEAF, alike, leaves_in
 from gradoverride._core.tensors import is_tensor, requires_grad_anywhere
 from gradoverride.errors import ForwardResultError, UnsupportedError
 
@@ -24,8 +24,7 @@ __all__ = ["check_straight_through", "refuse_captured", "without_gradient"]
 
 def without_gradient(run: ForwardPass, result: Any) -> Any:
     """A result that no gradient can belong to, if it may be one."""
-    tensors: list[Tensor] = []
-    flatten(result, is_tensor, tensors)
+    tensors = leaves_in(result, is_tensor)
     kind = f" of {result.dtype}" if isinstance(result, Tensor) else ""
     remedy = "Convert it: .to(torch.get_default_dtype())" if kind else "Return the tensor that it makes of its argument"
     if run.plan.straight_through:

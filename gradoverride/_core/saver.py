@@ -13,7 +13,7 @@ from gradoverride._core.call import Asked, Call
 from gradoverride._core.function import trackable
 from gradoverride._core.params import settle_params
 from gradoverride._core.private.dynamo import fail
-from gradoverride._core.structure import LEAF, Node, flatten
+from gradoverride._core.structure import LEAF, Node, taken_apart
 from gradoverride._core.tensors import is_differentiable, is_tensor
 from gradoverride.errors import RuleSignatureError
 
@@ -100,8 +100,7 @@ class Saver:
 
     def asked(self, name: str, value: Any, handed_over: bool) -> Asked:
         """Where the tensors of `value` are to be saved from."""
-        tensors: list[Tensor] = []
-        spec = flatten(value, is_tensor, tensors)
+        spec, tensors = taken_apart(value, is_tensor)
         if handed_over and self.call.mode != TRACED:
             tensors = [trackable(tensor) for tensor in tensors]
         places = [self.place(tensor, handed_over) for tensor in tensors]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from gradoverride._core.private.dynamo import fail
-from gradoverride._core.structure import flatten
+from gradoverride._core.structure import leaves_in
 from gradoverride.errors import UnsupportedError
 
 __all__ = ["Stale"]
@@ -24,6 +24,5 @@ class Stale(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found: list[Stale] = []
-        flatten((args, kwargs or {}), lambda part: isinstance(part, cls), found)
+        found = leaves_in((args, kwargs or {}), lambda part: isinstance(part, cls))
         fail(UnsupportedError, found[0].__dict__["text"])

@@ -16,7 +16,8 @@ import torch
 
 __all__ = [
     *("LEAF", "Constant", "Node", "alike", "describe", "flatten", "has_leaf", "holds_value", "in_order_of"),
-    *("is_container", "leaves_out_none", "named_parts", "skeleton", "step_to", "unchanged", "unflatten"),
+    *("is_container", "leaves_in", "leaves_out_none", "named_parts", "skeleton", "step_to", "taken_apart", "unchanged"),
+    "unflatten",
 ]
 
 
@@ -84,11 +85,22 @@ def flatten(value: Any, is_leaf: Callable[[Any], bool], leaves: list[Any]) -> An
         return LEAF
     if not is_container(value):
         return Constant(value)
-    keys, parts = _taken_apart(value)
+    keys, parts = _parts_of(value)
     return Node(kind, keys, [flatten(part, is_leaf, leaves) for part in parts], _attributes(value))
 
 
-def _taken_apart(value: Any) -> tuple[tuple[Any, ...] | None, list[Any]]:
+def taken_apart(value: Any, is_leaf: Callable[[Any], bool]) -> tuple[Any, list[Any]]:
+    """The spec of `value`, and its leaves in order."""
+    leaves: list[Any] = []
+    return flatten(value, is_leaf, leaves), leaves
+
+
+def leaves_in(value: Any, is_leaf: Callable[[Any], bool]) -> list[Any]:
+    """The leaves of `value` in order."""
+    return taken_apart(value, is_leaf)[1]
+
+
+def _parts_of(value: Any) -> tuple[tuple[Any, ...] | None, list[Any]]:
     """The keys of a container, if it has such, and its parts."""
     if isinstance(value, dict):
         return tuple(value), list(value.values()) if type(value) is dict else [value[key] for key in value]
@@ -174,7 +186,7 @@ def unchanged(spec: Any, leaves: Iterator[Any], value: Any) -> bool:
         return value is spec.value
     if type(value) is not spec.kind:
         return False
-    keys, parts = _taken_apart(value)
+    keys, parts = _parts_of(value)
     if keys != spec.keys or len(parts) != len(spec.parts):
         return False
     pairs = zip(spec.parts, parts, strict=True)

@@ -26,7 +26,7 @@ from gradoverride._core.private.transforms import in_functorch
 from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location
 from gradoverride._core.signature import Forward, name_of
-from gradoverride._core.structure import flatten
+from gradoverride._core.structure import leaves_in
 from gradoverride._core.tensors import is_differentiable
 from gradoverride._core.wrapper import make_wrapper
 from gradoverride.errors import CapturedTensorError, ForwardResultError, SurrogateError, UnsupportedError
@@ -139,8 +139,7 @@ class StraightThrough(nn.Module):
         in_order = {name: kwargs[name] for name in self._names if name in kwargs}  # whatever the caller's is
         given: dict[Any, Any] = {**dict(enumerate(args)), **in_order, **kwargs}
         for place, value in given.items():
-            held: list[Tensor] = []
-            flatten(value, is_differentiable, held)
+            held = leaves_in(value, is_differentiable)
             if not held:
                 continue
             if held[0] is not value:

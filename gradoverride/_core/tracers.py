@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.private.modes import in_modes
 from gradoverride._core.private.transforms import in_forward_ad, in_functorch, is_jit_tracing, may_be_symbolic
-from gradoverride._core.structure import flatten
+from gradoverride._core.structure import leaves_in
 from gradoverride.errors import GradOverrideWarning, UnsupportedError
 
 if TYPE_CHECKING:
@@ -127,8 +127,7 @@ def record_function(name: str, function: Callable[..., Any], *arguments: Any) ->
 
 
 def _proxies(values: Sequence[Any]) -> list[Any]:
-    found: list[Any] = []
-    flatten(tuple(values), lambda value: isinstance(value, Proxy), found)
+    found = leaves_in(tuple(values), lambda value: isinstance(value, Proxy))
     return found
 
 

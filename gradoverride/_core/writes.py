@@ -17,7 +17,7 @@ from gradoverride._core.call import Call
 from gradoverride._core.kept_graph import shares_versions
 from gradoverride._core.private.dynamo import fail, is_updated_while_tracing, versions_while_tracing
 from gradoverride._core.private.tensors import version_of
-from gradoverride._core.structure import flatten
+from gradoverride._core.structure import leaves_in
 from gradoverride._core.tensors import is_differentiable, is_tensor
 from gradoverride.errors import ForwardResultError
 
@@ -44,8 +44,7 @@ class Writes:
         if may_write and self.plan.sources:
             for name, value in zip(call.names, values, strict=True):
                 if self._asks_for(name):
-                    tensors: list[Tensor] = []
-                    flatten(value, is_tensor, tensors)
+                    tensors = leaves_in(value, is_tensor)
                     self.besides += [(name, tensor) for tensor in tensors if not is_differentiable(tensor)]
         shares = call.mode == EAGER and shares_versions(may_write)
         if shares or (may_write and (call.mode != EAGER or self.besides or not all(call.wanted))):

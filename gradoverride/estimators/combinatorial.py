@@ -23,7 +23,7 @@ from gradoverride._core.options import check, check_flag, check_function
 from gradoverride._core.precision import wide
 from gradoverride._core.residuals import save_for_backward
 from gradoverride._core.signature import POSITIONAL, Forward
-from gradoverride._core.structure import flatten, unflatten
+from gradoverride._core.structure import taken_apart, unflatten
 from gradoverride.decorators import custom_backward
 from gradoverride.errors import DecorationError, ForwardResultError, UnsupportedError
 from gradoverride.estimators.binding import NOT_TRACED, Estimator, check_options
@@ -77,8 +77,19 @@ class blackbox(Estimator):
         return [((wide(answer) - wide(result)) / step).to(point) for answer, result, point in pairs]
 
 
+class _Perturbing(Estimator):
+    """An estimator by answers to perturbed arguments."""
+
+    def mean(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The function whose value is the mean over `n` samples, its first argument perturbed.
+
+        What it returns besides floating tensors is that of the first sample.
+        """
+        return _mean(self, fn)  # type: ignore[arg-type]  # one of both below
+
+
 @dataclass(frozen=True)
-class perturbed(Estimator):
+class perturbed(_Perturbing):
     """The gradient of the mean of a solver's answers to perturbed arguments, `E f(x + sigma z)`; from `n` samples.
 
         <g, f(x + sigma z) - y> s(z) / sigma   s(z) = z for normal noise, 1 - exp(-z) for Gumbel's
@@ -126,13 +137,6 @@ class perturbed(Estimator):
 
         return evaluation.weighted(evaluation.differences(pairs()), self.n * self.sigma)
 
-    def mean(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """The function whose value is the mean over `n` samples, its first argument perturbed.
-
-        What it returns besides floating tensors is that of the first sample.
-        """
-        return _mean(self, fn)
-
     def draw(self, points: Points) -> list[Tensor]:
         """Noise for each of the points."""
         return [_NOISES[self.noise](point, self.generator) for point in points]
@@ -154,7 +158,7 @@ class perturbed(Estimator):
 
 
 @dataclass(frozen=True)
-class imle(Estimator):
+class imle(_Perturbing):
     """The mean difference between answers to perturbed arguments, and to those with the gradient taken off besides.
 
         (f(x + e) - f(x - strength * g + e)) / strength   e = sigma * noise, the same in both; the mean of `n`
@@ -202,13 +206,6 @@ class imle(Estimator):
     def gradients(self, evaluation: Evaluation) -> list[Tensor]:
         """One for each of the points."""
         return self.from_samples(evaluation, [self.draw(evaluation.points) for _ in range(self.n)], None)
-
-    def mean(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """The function whose value is the mean over `n` samples, its first argument perturbed.
-
-        What it returns besides floating tensors is that of the first sample.
-        """
-        return _mean(self, fn)
 
     def draw(self, points: Points) -> list[Tensor]:
         """Noise for each of the points."""
@@ -289,8 +286,7 @@ def _mean(estimator: perturbed | imle, fn: Callable[..., Any]) -> Callable[..., 
 
     def mean_of_samples(*args: Any, **kwargs: Any) -> Any:
         first, *others = args if args else (kwargs.pop(name),)
-        points: list[Tensor] = []
-        spec = flatten(first, is_floating, points)
+        spec, points = taken_apart(first, is_floating)
         if not points:
             raise DecorationError(f"{kind}.mean: {read.who} must have floating tensors in its argument '{name}'")
         noises = [estimator.draw(points) for _ in range(estimator.n)]
@@ -305,8 +301,7 @@ def _mean(estimator: perturbed | imle, fn: Callable[..., Any]) -> Callable[..., 
                     f"returned {came}. Convert it: .to(torch.get_default_dtype())"
                 )
         means = [torch.stack(list(map(wide, column))).mean(0).to(column[0]) for column in zip(*answers, strict=True)]
-        found: list[Tensor] = []
-        result = unflatten(flatten(results[0], is_floating, found), iter(means))
+        result = unflatten(taken_apart(results[0], is_floating)[0], iter(means))
         given = (others, kwargs)
         return save_for_backward(result, first=first, given=given, noises=noises, answers=answers, mean=result)
 
@@ -325,7 +320,8 @@ def _mean(estimator: perturbed | imle, fn: Callable[..., Any]) -> Callable[..., 
             return fn(values[name], *others, **kwargs)
 
         evaluation = Evaluation(estimator, read.who, again, {name: first}, {name: True}, grad_output, mean)
-        return evaluation.answer(estimator.from_samples(evaluation, noises, evaluation.opaque_each(answers)))
+        known = [evaluation.opaque(list(found)) for found in answers]
+        return evaluation.answer(estimator.from_samples(evaluation, noises, known))
 
     rule.writes_nothing = True  # type: ignore[attr-defined]  # into what it is given
     rule.not_traced = NOT_TRACED  # type: ignore[attr-defined]  # by Dynamo

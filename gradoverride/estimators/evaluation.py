@@ -18,7 +18,7 @@ from gradoverride._core.contract import shape_text
 from gradoverride._core.function import tied
 from gradoverride._core.precision import wide
 from gradoverride._core.private.dynamo import in_transform
-from gradoverride._core.structure import flatten, unflatten
+from gradoverride._core.structure import flatten, leaves_in, unflatten
 from gradoverride._core.tensors import is_differentiable as is_floating
 from gradoverride.errors import ForwardResultError
 
@@ -151,10 +151,6 @@ class Evaluation:
         """These, whose derivative is refused."""
         return tied(found, self.leaves, self.refusal)
 
-    def opaque_each(self, many: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-        """The same of several results."""
-        return [self.opaque(list(found)) for found in many]
-
     @property
     def refusal(self) -> str:
         """Why there are no second derivatives."""
@@ -235,9 +231,7 @@ def _constant(tensor: Tensor) -> Tensor:
 
 def leaves_of(value: Any) -> list[Tensor]:
     """The floating and complex tensors in a structure."""
-    leaves: list[Tensor] = []
-    flatten(value, is_floating, leaves)
-    return leaves
+    return leaves_in(value, is_floating)
 
 
 def summed(tensor: Tensor, count: int) -> Tensor:

@@ -32,7 +32,7 @@ from gradoverride._core.private.transforms import in_forward_ad
 from gradoverride._core.rule import Rule
 from gradoverride._core.scan import location
 from gradoverride._core.signature import name_of, signature_asking
-from gradoverride._core.structure import flatten, unflatten
+from gradoverride._core.structure import taken_apart, unflatten
 from gradoverride.decorators import custom_backward
 from gradoverride.errors import (
     CapturedTensorError,
@@ -216,12 +216,10 @@ def _gradients_of(
     rule: _Implicit, grad_output: Any, output: Any, needs: dict[str, bool], values: dict[str, Any]
 ) -> Any:
     """By name, the gradients of what the residual asks for; bare, if that is `input`."""
-    result: list[Tensor] = []
-    shape = flatten(output, is_floating, result)
+    shape, result = taken_apart(output, is_floating)
     wanted = {name: value for name, value in values.items() if _is_wanted(name, value, needs)}
     others = {name: value for name, value in values.items() if name not in wanted}
-    given: list[Tensor] = []
-    spec = flatten(wanted, is_floating, given)
+    spec, given = taken_apart(wanted, is_floating)
 
     def residual(found: Tensors, of: Tensors) -> list[Tensor]:
         changed = {**others, **unflatten(spec, iter(of))}

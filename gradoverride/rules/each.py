@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradoverride._core.contract import shape_text, what
 from gradoverride._core.private.dynamo import fail
-from gradoverride._core.structure import flatten, is_container, unflatten
+from gradoverride._core.structure import is_container, leaves_in, taken_apart, unflatten
 from gradoverride._core.tensors import is_differentiable
 from gradoverride.errors import RuleResultError, UnsupportedError
 
@@ -50,11 +50,9 @@ def check_one_for_each(rule: str, grad_output: Any, input: Tensor) -> None:
 
 def gradients_in(grad_output: Any) -> tuple[Any, list[Tensor]]:
     """The structure of what a rule is given, and the tensors in it. An error if there is something, but no tensor."""
-    leaves: list[Tensor] = []
-    spec = flatten(grad_output, is_differentiable, leaves)
+    spec, leaves = taken_apart(grad_output, is_differentiable)
     if not leaves:
-        others: list[Any] = []
-        flatten(grad_output, _is_something, others)
+        others = leaves_in(grad_output, _is_something)
         if others:
             fail(
                 RuleResultError,
