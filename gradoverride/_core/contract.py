@@ -318,20 +318,14 @@ def _nothing(spec: Any) -> list[Tensor | None]:
 def _is_left(call: Call, path: tuple[Any, ...], spec: Any, entry: Any) -> bool:
     """Whether `entry` is left there from the argument, as by `dataclasses.replace(record, x=gradient)`."""
     if isinstance(spec, Node):
-        return not _holds_gradient(entry)
+        return not leaves_in(entry, is_differentiable)
     if len(path) == 1:
         return False
     if isinstance(entry, (bool, int, float, complex, str)):
         return type(entry) is type(spec.value) and bool(entry == spec.value)
     if isinstance(entry, Tensor):
-        return not _holds_gradient(entry)
+        return not leaves_in(entry, is_differentiable)
     return any([holds_value(asked.spec, entry) for asked in call.asked])
-
-
-def _holds_gradient(value: Any) -> bool:
-    """Whether there is a floating or complex tensor in it."""
-    found = leaves_in(value, is_differentiable)
-    return bool(found)
 
 
 def what(value: Any) -> str:

@@ -179,8 +179,7 @@ class Replay:
                 "that is autograd's own ('vjp', or of parameters left to it); what it calls has been overridden since, "
                 "or is no longer. Leave the override after the backward: call what torch.func.vjp gave inside of it",
             )
-        outs = leaves_in(result, is_differentiable)
-        return outs
+        return leaves_in(result, is_differentiable)
 
     def _compare(self, again: Sequence[Tensor]) -> None:
         """What is no state that is known of (a generator of one's own) shows in another result."""

@@ -127,8 +127,7 @@ def record_function(name: str, function: Callable[..., Any], *arguments: Any) ->
 
 
 def _proxies(values: Sequence[Any]) -> list[Any]:
-    found = leaves_in(tuple(values), lambda value: isinstance(value, Proxy))
-    return found
+    return leaves_in(tuple(values), lambda value: isinstance(value, Proxy))
 
 
 def recorded_as(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -51,15 +51,13 @@ def check_one_for_each(rule: str, grad_output: Any, input: Tensor) -> None:
 def gradients_in(grad_output: Any) -> tuple[Any, list[Tensor]]:
     """The structure of what a rule is given, and the tensors in it. An error if there is something, but no tensor."""
     spec, leaves = taken_apart(grad_output, is_differentiable)
-    if not leaves:
-        others = leaves_in(grad_output, _is_something)
-        if others:
-            fail(
-                RuleResultError,
-                "a rule of gradoverride.rules must be given a tensor as the gradient, or a structure of them; it was "
-                f"given {what(grad_output)}. Turn arrays into tensors before it (torch.from_numpy), or write the rule "
-                "for arrays",
-            )
+    if not leaves and leaves_in(grad_output, _is_something):
+        fail(
+            RuleResultError,
+            "a rule of gradoverride.rules must be given a tensor as the gradient, or a structure of them; it was "
+            f"given {what(grad_output)}. Turn arrays into tensors before it (torch.from_numpy), or write the rule "
+            "for arrays",
+        )
     return spec, leaves
 
 
