@@ -13,7 +13,6 @@ from typing import Any
 from gradoverride._core import purity, scan
 from gradoverride._core.bytecode import LOCAL, instructions, renamed, uses
 from gradoverride._core.reach import attributes_of_first
-from gradoverride._core.rule_code import is_known_method
 
 __all__ = ["TARGETS", "UNASSIGNED", "OwnBackward"]
 
@@ -36,7 +35,7 @@ class OwnBackward:
     @classmethod
     def of(cls, backward: Any) -> OwnBackward | None:
         """That of a method, or None if its code does not show all."""
-        if not isinstance(backward, FunctionType) or not purity.writes_nothing(backward, is_known_method):
+        if not isinstance(backward, FunctionType) or not purity.writes_nothing(backward):
             return None
         code = backward.__code__
         if attributes_of_first(code) is None:
