@@ -313,7 +313,7 @@ class ShortPath:
         if self.plan.class_form:
             unfit.append(f"_go_type({receiver}).backward is not _go_own_rule")  # a subclass may have another
             numbers = self.function.numbers
-            unfit += [f"_go_type(_go_state.get({name!r}, _go_state)) not in _go_SCALARS" for name in numbers]
+            unfit += [f"_go_type(_go_getattr({receiver}, {name!r}, _go_state)) not in _go_SCALARS" for name in numbers]
         lines = [
             f"    if not _go_fits[_go_type({receiver})]:",
             general,

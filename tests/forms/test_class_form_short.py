@@ -105,6 +105,29 @@ def test_number_is_read_in_the_backward(stand_ins):
     assert stand_ins == []
 
 
+def test_number_of_the_class(stand_ins):
+    @go.custom_backward
+    class Layer(Affine):
+        eps = 0.5
+
+        def backward(self, grad_output):
+            self.weight.grad = self.bias.grad = self.eps * grad_output
+            return grad_output
+
+    module, x = Layer(), noise(4).requires_grad_()
+    module(x).sum().backward()
+    exactly(module.weight.grad, torch.full((4,), 0.5, dtype=torch.float64))
+    assert stand_ins == []
+    del Layer.eps
+    with pytest.raises(AttributeError, match="eps"):
+        module(x).sum().backward()
+    module.register_buffer("eps", torch.tensor(3.0, dtype=torch.float64))
+    module.zero_grad()
+    module(x).sum().backward()
+    exactly(module.weight.grad, torch.full((4,), 3.0, dtype=torch.float64))
+    assert stand_ins == [module, module]
+
+
 def test_several_arguments_and_numbers_among_them(stand_ins):
     @go.custom_backward
     class Mixed(nn.Module):
