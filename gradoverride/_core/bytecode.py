@@ -76,7 +76,8 @@ def uses(code: CodeType) -> list[Use]:
         if step.opname in _OF_ATTRIBUTES:
             method = step.opname == "LOAD_METHOD" or "NULL" in step.argrepr
             owner = Use("", "", (), way, False, False, index)
-            if found and found[-1].last == index - 1 and found[-1].way == "LOAD":
+            behind = found and found[-1].last == index - 1 and found[-1].way == "LOAD"
+            if behind and step.opname != "LOAD_SUPER_ATTR":  # before which is what `super` is given
                 owner = found.pop()
             names = (*owner.attributes, step.argval)
             found.append(Use(owner.kind, owner.name, names, way, method, called or owner.is_called, index))
