@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gradoverride._core.private.tensors import shares_memory
+
 __all__ = [
-    *("alias_of", "carry_data", "copy_attributes", "has_other_data", "is_laid_out_as", "places_of"),
+    *("alias_of", "carry_data", "copy_attributes", "counted_with", "has_other_data", "is_laid_out_as", "places_of"),
     "share_attributes",
 ]
 
@@ -48,6 +50,20 @@ def carry_data(aliases: Sequence[Tensor], tensors: Sequence[Tensor], before: Seq
     for alias, tensor, place in zip(aliases, tensors, before, strict=True):
         if alias is not tensor and place and _has_other_data(alias, tensor, place):
             tensor.data = alias.data
+
+
+def counted_with(result: Tensor, aliases: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    """`result`, or if it lies in the memory of an alias that counts for itself, what counts writes with the tensor:
+    else nobody would see that its values have become others when that is written into after the call.
+    """
+    if result.requires_grad or any([result is alias for alias in aliases]):
+        return result
+    for alias, tensor in zip(aliases, tensors, strict=True):
+        if alias is not tensor and shares_memory(result, alias):
+            counted = tensor.detach()
+            counted.data = result  # its place, its strides, its dtype; the counter stays that of the tensor
+            return counted.view_as(counted) if result._is_view() else counted  # torch looks after views
+    return result
 
 
 def has_other_data(alias: Tensor, tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ from gradoverride._core.kept_graph import KeptGraph, shares_versions
 from gradoverride._core.layout import Layout
 from gradoverride._core.plan import Plan
 from gradoverride._core.private.engine import can_call_directly, fast_apply
-from gradoverride._core.private.tensors import version_of
+from gradoverride._core.private.tensors import shares_memory, version_of
 from gradoverride._core.private.transforms import (
     IN_FORWARD_AD,
     IN_TRACER,
@@ -169,6 +169,7 @@ class ShortPath:
             "_go_is_number": is_number,
             "_go_kept_graph": KeptGraph.alone,
             "_go_Parameter": nn.Parameter,
+            "_go_shares_memory": shares_memory,
             "_go_version_of": version_of,
         }
 
@@ -245,6 +246,8 @@ class ShortPath:
             before = f"[{', '.join(map(_version, tensors))}]"
         unusual = self.function.unusual(list(map(_alias, tensors)), "_go_result")
         unusual += ["_go_result.requires_grad", "_go_result.is_inference()", *written, *self._other_data(tensors)]
+        if self.plan.may_give_memory:
+            unusual += [f"_go_shares_memory(_go_result, {_alias(name)})" for name in tensors]
         found = f"({', '.join(arguments)},), [{', '.join(map(_alias, tensors))}], _go_result"
         return [
             # An alias has a version counter of its own, which shows writes in place.

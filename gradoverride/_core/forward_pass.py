@@ -17,7 +17,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from gradoverride._core.aliases import alias_of, carry_data, copy_attributes, places_of, share_attributes
+from gradoverride._core.aliases import (
+    alias_of,
+    carry_data,
+    copy_attributes,
+    counted_with,
+    places_of,
+    share_attributes,
+)
 from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED, note_rule, noted_rules
 from gradoverride._core.call import Call
 from gradoverride._core.contract import Meta
@@ -255,6 +262,8 @@ class ForwardPass:
             self.plan.on_first_call = None
         if not self.on_leaves and not call.opaque:
             refuse_captured(self, outs, aliases)
+        if self.mode == EAGER and not (self.shares_versions or self.on_leaves):
+            outs = [counted_with(out, aliases[: len(leaves)], leaves) for out in outs]
         self.writes.find(outs, aliases)
         if self.graph_is_shown:
             call.graph = None

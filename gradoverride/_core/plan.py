@@ -44,6 +44,8 @@ from gradoverride.errors import (
 
 __all__ = ["Plan"]
 
+_SHARING = ("as_subclass", "as_tensor", "asarray", "detach", "from_dlpack", "view")  # a view of another dtype is none
+
 
 class Plan:
     """A forward and its rule."""
@@ -101,6 +103,8 @@ class Plan:
         self.forward_asks_grad = scan.mentions(self.fn, "requires_grad")
         # As its code shows it: what gives data to an argument elsewhere is not worth a look at each short call.
         self.may_give_data = any(scan.mentions(self.fn, name) for name in ("data", "set_"))
+        # Whether its result may lie where an argument does, and be no view: as its code shows it, or does not show.
+        self.may_give_memory = self.forward_may_write or any(scan.mentions(self.fn, name) for name in _SHARING)
         # Whether arguments that the rule asks for are to be kept as they were given: torch counts no write of these.
         self.keeps_given = purity.normalizes(self.fn) and "argument" in self.sources.values()
         self.rule_code = code = rule.code

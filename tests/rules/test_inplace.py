@@ -650,6 +650,72 @@ def test_result_that_is_a_view_of_its_argument_raises_where_the_argument_is_over
         squared.sum().backward()
 
 
+class Steps:
+    """What a forward takes from an object its code does not show."""
+
+    view = staticmethod(lambda x: x.view(2, 1))
+    index = staticmethod(lambda x: x[:2])
+    transposed = staticmethod(lambda x: x.unsqueeze(0).T)
+    pair = staticmethod(lambda x: (x[:2], x * 1))
+    detached = staticmethod(lambda x: x.detach())
+    part_of_detached = staticmethod(lambda x: x[:2].detach())
+    of_another_dtype = staticmethod(lambda x: x.view(torch.complex128))
+    new = staticmethod(lambda x: x * 1)
+
+
+def by_hand(forward):
+    class ByHand(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return forward(x)
+
+        @staticmethod
+        def backward(ctx, grad, *_):
+            return grad.real.sum().expand(2).to(torch.float64)
+
+    return ByHand.apply
+
+
+UNSEEN = [name for name in vars(Steps) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("asks", ["grad_output", "output", "vjp"])
+@pytest.mark.parametrize("write", [lambda x: x.mul_(10), lambda x: x.detach().mul_(10)], ids=["x", "an alias"])
+@pytest.mark.parametrize("step", UNSEEN)
+def test_result_in_the_memory_of_its_argument_is_what_torch_makes_of_one_by_hand_if_that_is_overwritten(
+    step, write, asks
+):
+    """What is saved of it is seen to be gone, and torch's error for a view is raised."""
+    if asks == "vjp" and counted_once is None:
+        pytest.skip("needs a private name")
+    steps = Steps()
+
+    def forward(x):
+        return getattr(steps, step)(x)
+
+    def gradient(grad, output=None):
+        grad = first(grad).real.sum() + (0 if output is None else 0 * first(output).real.sum())
+        return grad.expand(2).to(torch.float64)
+
+    rules = {
+        "grad_output": lambda grad_output: gradient(grad_output),
+        "output": lambda grad_output, output: gradient(grad_output, output),
+        "vjp": lambda grad_output, vjp: gradient(grad_output),
+    }
+    for fn in (by_hand(forward), go.custom_backward(rules[asks])(forward)):
+        x = float64(1.0, 2.0)
+        given = x * 1
+        result = first(fn(given))
+        used = result * result
+        write(given)
+        if step == "new":
+            (used + result).sum().backward()
+            exactly(x.grad, float64(8.0, 8.0, grad=False))
+            continue
+        with pytest.raises(RuntimeError, match="modified"):
+            (used.real.sum() + result.real.sum()).backward()
+
+
 def test_argument_that_vjp_does_not_need_may_be_overwritten_after_the_call():
     ruled = go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))(lambda x: x + 1)
     x = float64(1.0, 2.0)

@@ -19,6 +19,7 @@ __all__ = [
     "counted_once",
     "use_count",
     "has_memory_alone",
+    "shares_memory",
     "saves_plainly",
     "hooks_on_saved",
     "hooks_over_others",
@@ -81,6 +82,17 @@ def _owners(view: torch.Tensor) -> tuple[int, int, int]:
 
 _storage_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
 _ALONE = None if _storage_use_count is None else _owners(made_at_import().view(1))
+
+
+def _shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    try:
+        return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
+    except (NotImplementedError, RuntimeError):  # sparse tensors, and those of mkldnn, have no storage
+        return False
+
+
+# Whether two tensors lie in one storage, at whatever places. The public way takes five times as long.
+shares_memory: Callable[[torch.Tensor, torch.Tensor], bool] = getattr(torch._C, "_is_alias_of", _shares_memory)
 
 
 def saves_plainly() -> bool:
