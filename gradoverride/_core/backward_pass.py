@@ -21,7 +21,7 @@ from gradoverride._core.collector import Collector
 from gradoverride._core.contract import conform_output, read_answer, read_params, what
 from gradoverride._core.function import tied
 from gradoverride._core.kept_graph import KeptGraph, is_hooked
-from gradoverride._core.module_then import as_shown, changes_then, forward_then, module_then
+from gradoverride._core.module_then import as_shown, carry_items, changes_then, forward_then, module_then
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.engine import pull
 from gradoverride._core.private.transforms import out_of_left_transforms
@@ -56,6 +56,7 @@ class Backward:
             self.saved = [out_of_left_transforms(tensor) for tensor in self.saved]
         self.own: dict[str, Tensor | None] = {}  # parameters left to autograd whose gradients are known already
         self.copied: list[Copied] = []  # what the rule may set attributes on: the `module` that it asks for
+        self.shown: dict[str, Any] = {}  # what the forward left in attributes there
 
     def run(self, grad_outputs: Sequence[Tensor | None]) -> Gradients:
         """One gradient for each input of the Function."""
@@ -167,6 +168,8 @@ class Backward:
                 raise
         if self.copied:
             write_back(self.copied)
+        if self.shown:
+            carry_items(self)
         if accumulated:
             self._refuse_accumulated(accumulated)
         return answer, {} if collector is None else self._collected(collector)
@@ -199,7 +202,7 @@ class Backward:
             as_shown(call, call.buffers),
             {param.name: (param.names, self.saved[call.module_slots[param.name]]) for param in call.params},
             traced=self.traced,
-            changes=changes_then(self),
+            changes=changes_then(self, self.shown),
             attributes=self.plan.attribute_names_in_backward(type(call.module)) if self.traced else (),
         )
 

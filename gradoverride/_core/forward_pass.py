@@ -33,7 +33,7 @@ from gradoverride._core.held import note_held, refuse_held
 from gradoverride._core.inner_graph import inner_graph
 from gradoverride._core.kept_graph import KeptGraph, outer_of, shares_versions
 from gradoverride._core.layout import Layout
-from gradoverride._core.module_then import attributes_of, keep_module
+from gradoverride._core.module_then import Left, LeftBefore, keep_module
 from gradoverride._core.opaque_call import NoGraph, call_opaque, looked_through, refuse_unless_opaque
 from gradoverride._core.params import find_params
 from gradoverride._core.plan import Plan
@@ -193,7 +193,7 @@ class ForwardPass:
         self.on_leaves = on_leaves
         self.writes = Writes(call, leaves, before)
         self.buffer_versions: dict[str, int | None] = {}
-        self.left: dict[str, Any] = {}  # what the forward assigned to attributes of the module that the rule reads
+        self.left: dict[str, Left] = {}  # in attributes of the module that the rule reads
         self.may_give_data = call.plan.may_give_data or call.plan.reach is None
         self.graph_is_shown = False  # whether there is one for the forward to see alone: nothing asks it for gradients
         # Whether the aliases count writes together with the leaves: of a forward that has run, those of a kept graph.
@@ -319,8 +319,7 @@ class ForwardPass:
             tensors = {name: alias for param, alias in zip(call.aliased, given, strict=True) for name in param.names}
             inner = stand_in(module, tensors, copied, seen=seen)
         shown = plan.asks_module and module is not None and self.mode != TRACED
-        names, assigned = plan.names_left(type(module)) if shown else ((), ())
-        before = attributes_of(inner, names) if shown else {}
+        before = LeftBefore(inner, plan.names_left(type(module))) if shown else None
         residuals: dict[str, Any] = {}
         if self._collects_residuals():
             result, residuals = plan.collecting(call.layout, inner, arguments)
@@ -329,13 +328,8 @@ class ForwardPass:
         if plan.forward_may_change:
             for index in containers:
                 self._refuse_changed(index, arguments[index], aliases, own=index in own)
-        if shown:
-            # What is made once (a table) and what is made anew are saved alike, for a checkpoint counts what is saved.
-            self.left = {
-                path: value
-                for path, value in attributes_of(inner, names).items()
-                if path not in before or before[path] is not value or path.rpartition(".")[2] in assigned
-            }
+        if before is not None:
+            self.left = before.left_since(inner)
         write_back(copied)
         return result, residuals
 
@@ -387,7 +381,7 @@ class ForwardPass:
         if self.plan.asks_module:
             if self.module is not None:
                 keep_module(call, self.module, self.buffer_versions)
-                call.left = [saver.asked(name, value, handed_over=True) for name, value in self.left.items()]
+                call.left = [saver.asked(path, left.value, True, left.known) for path, left in self.left.items()]
             else:
                 call.receiver = self.receiver
         floating = saver.floating

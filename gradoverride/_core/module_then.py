@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gradoverride._core.ambient import TRACED, RandomState
+from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.tensors import version_of
 from gradoverride._core.purity import class_normalizes
 from gradoverride._core.snapshot import Snapshot
 from gradoverride._core.stale import Stale
 from gradoverride._core.standin import Copied, stand_in
+from gradoverride._core.structure import Node, flatten, unchanged
+from gradoverride._core.tensors import is_tensor
+from gradoverride.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from gradoverride._core.backward_pass import Backward
     from gradoverride._core.call import Call
+    from gradoverride._core.plan import NamesLeft
 
-__all__ = ["as_shown", "attributes_of", "changes_then", "forward_then", "keep_module", "module_then"]
+__all__ = [
+    *("Left", "LeftBefore", "as_shown", "carry_items", "changes_then", "forward_then", "keep_module", "module_then"),
+]
 
 
 # --- kept by the forward ---
@@ -50,11 +57,52 @@ def keep_module(call: Call, module: nn.Module, before: Mapping[str, int | None])
     call.training = _training_of(module)
 
 
-def attributes_of(module: Any, names: Collection[str]) -> dict[str, Any]:
-    """By dotted name, what `module` and its parts have in attributes of these `names`.
+class Left(NamedTuple):
+    """What a forward left in an attribute."""
 
-    What the forward assigned there is a value that it handed over: the next forward assigns it anew.
+    value: Any
+    known: Sequence[Tensor]  # those in it that are to be held as they are, no values of this call
+
+
+class LeftBefore:
+    """What the attributes of a module hold before a forward. What that leaves there for the rule is a value that it
+    handed over: the next forward assigns it anew, or puts another into the same container.
+
+    A container that the rule itself takes from is no such value: it is a stack, or a queue, and whose turn it is only
+    the user knows.
     """
+
+    def __init__(self, module: Any, names: NamesLeft) -> None:
+        self.names = names
+        self.attributes = _attributes_of(module, names.read)
+        self.contents = {}
+        for path, value in self.attributes.items():
+            if isinstance(value, (list, dict)) and path.rpartition(".")[2] not in names.changed:
+                tensors: list[Tensor] = []
+                self.contents[path] = flatten(value, is_tensor, tensors), tensors
+
+    def left_since(self, module: Any) -> dict[str, Left]:
+        """By dotted name, what the forward left.
+
+        What is made once (a table) and what is made anew are saved alike, for a checkpoint counts what is saved. So is
+        what a dict has under its keys; a list grows from call to call, and only what is new in it is saved.
+        """
+        found = {}
+        for path, value in _attributes_of(module, self.names.read).items():
+            name = path.rpartition(".")[2]
+            if path not in self.attributes or self.attributes[path] is not value or name in self.names.assigned:
+                found[path] = Left(value, ())
+            elif path in self.contents:
+                spec, tensors = self.contents[path]
+                if isinstance(value, dict) and name in self.names.filled:
+                    found[path] = Left(value, ())
+                elif not unchanged(spec, iter(tensors), value):
+                    found[path] = Left(value, tensors)
+        return found
+
+
+def _attributes_of(module: Any, names: Collection[str]) -> dict[str, Any]:
+    """By dotted name, what `module` and its parts have in attributes of these `names`."""
     return {
         f"{prefix}.{name}" if prefix else name: vars(part)[name]
         for prefix, part in module.named_modules()
@@ -81,7 +129,8 @@ def module_then(backward: Backward, buffers: dict[str, Any] | None = None, copie
     given.update({name: saved[slot] for name, slot in call.computed.items()})
     if backward.again and call.aliased and call.computed:
         given.update(_computed_anew(backward, {name: one for name, one in given.items() if name not in call.computed}))
-    return stand_in(call.module, given, copied, changes=changes_then(backward))
+    shown = None if copied is None else backward.shown
+    return stand_in(call.module, given, copied, changes=changes_then(backward, shown))
 
 
 def _computed_anew(backward: Backward, given: dict[str, Any]) -> dict[str, Tensor]:
@@ -142,8 +191,11 @@ def as_shown(call: Call, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return shown
 
 
-def changes_then(backward: Backward) -> dict[str, Snapshot]:
-    """By prefix of the parts of the module, what is otherwise now than the forward had it and left it."""
+def changes_then(backward: Backward, shown: dict[str, Any] | None = None) -> dict[str, Snapshot]:
+    """By prefix of the parts of the module, what is otherwise now than the forward had it and left it.
+
+    What that left is added to `shown`, for `carry_items`.
+    """
     call = backward.call
     if call.module is None or torch.compiler.is_dynamo_compiling():
         return {}
@@ -151,9 +203,54 @@ def changes_then(backward: Backward) -> dict[str, Snapshot]:
     then: dict[str, Any] = {
         f"{prefix}training": was for prefix, was in call.training.items() if now.get(prefix, was) is not was
     }
-    then.update({asked.name: asked.value(backward.saved) for asked in call.left})
+    left = {asked.name: asked.value(backward.saved) for asked in call.left}
+    then.update(left)
+    if shown is not None:
+        shown.update(left)
     changes: dict[str, Snapshot] = {}
     for path, value in then.items():
         prefix, dot, name = path.rpartition(".")
         changes.setdefault(prefix + dot, Snapshot({}, {}, {})).attributes[name] = value
     return changes
+
+
+def carry_items(backward: Backward) -> None:
+    """The rule has run: what it has put into a container that it was shown is put into that of the module.
+
+    One that its forward has made it may empty as it likes.
+    """
+    call = backward.call
+    assert call.module is not None, "it was shown"
+    changed = call.plan.names_left(type(call.module)).changed
+    for asked in call.left:
+        owner, _, name = asked.name.rpartition(".")
+        if isinstance(asked.spec, Node) and asked.name in backward.shown and name not in changed:
+            live = vars(call.module.get_submodule(owner)).get(name)
+            _carry(backward, asked.name, backward.shown[asked.name], asked.value(backward.saved), live)
+
+
+def _carry(backward: Backward, path: str, shown: Any, before: Any, live: Any) -> None:
+    """Put into `live` what was put into `shown`, which was as `before`."""
+    if not isinstance(shown, (list, dict)):
+        return
+    items, old, now = _items(shown), _items(before), _items(live)
+    if old.keys() - items.keys() or (isinstance(shown, list) and len(shown) > len(before)):
+        fail(
+            UnsupportedError,
+            f"{backward.plan.who} must take from the container '{path}' of its module, and add to it, by a method of "
+            f"it that its code shows (self.{path}.pop()); it did so in another way, and what it is shown is a copy, as "
+            "its own forward left it. Do that in the code of the backward itself, or hand over values by "
+            "save_for_backward",
+        )
+    for key, value in items.items():
+        if key in old and value is old[key]:
+            continue
+        if type(value) is type(old.get(key)) and isinstance(value, (list, dict)):
+            _carry(backward, path, value, old[key], now.get(key))
+        elif type(live) is type(shown) and (isinstance(live, dict) or key in now):
+            live[key] = value
+
+
+def _items(container: Any) -> dict[Any, Any]:
+    """By key or index, what is in a container."""
+    return dict(container if isinstance(container, dict) else enumerate(container or ()))

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
@@ -27,7 +27,15 @@ from gradoverride._core.private.dynamo import fail, step_of_graph
 from gradoverride._core.private.engine import call_directly, can_call_directly, fast_apply
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.private.tensors import made_at_import
-from gradoverride._core.reach import Reach, attribute_names, calls_unseen, names_assigned_in, names_in
+from gradoverride._core.reach import (
+    Reach,
+    attribute_names,
+    calls_unseen,
+    names_assigned_in,
+    names_changed_in,
+    names_filled_in,
+    names_in,
+)
 from gradoverride._core.residuals import close_frame, open_frame, save_for_backward
 from gradoverride._core.rule import Rule
 from gradoverride._core.signature import RESERVED, Forward, resolve, runs_later, unknown_name
@@ -42,9 +50,18 @@ from gradoverride.errors import (
     UnsupportedError,
 )
 
-__all__ = ["Plan"]
+__all__ = ["NamesLeft", "Plan"]
 
 _SHARING = ("as_subclass", "as_tensor", "asarray", "detach", "from_dlpack", "view")  # a view of another dtype is none
+
+
+class NamesLeft(NamedTuple):
+    """The attributes of a module in which a forward may leave something for its rule."""
+
+    read: frozenset[str]  # by the rule
+    assigned: frozenset[str]  # by the forward too
+    filled: frozenset[str]  # and those that hold a container which it may put something into
+    changed: frozenset[str]  # that hold one which the rule itself changes, as a stack
 
 
 class Plan:
@@ -121,7 +138,7 @@ class Plan:
         self._subclasses: dict[Any, Plan] = {}
         self._backwards: dict[Any, Any] = {}  # by class, the one that its plan was made for
         self._kept: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
-        self._left: weakref.WeakKeyDictionary[Any, tuple[frozenset[str], frozenset[str]]] = weakref.WeakKeyDictionary()
+        self._left: weakref.WeakKeyDictionary[Any, NamesLeft] = weakref.WeakKeyDictionary()
         self.told_of_state = self.told_of_held = False
         self.layouts = Layouts(forward)
         self.steps = SimpleNamespace()  # Dynamo needs a place to know an object by
@@ -213,12 +230,17 @@ class Plan:
             known = self._kept[cls] = names_kept(self.fn, cls)
         return known
 
-    def names_left(self, cls: Any) -> tuple[frozenset[str], frozenset[str]]:
-        """What the rule may read of a module of `cls`, and what of that the forward assigns, as their code shows it."""
+    def names_left(self, cls: Any) -> NamesLeft:
+        """What the rule may read of a module of `cls`, as their code shows it."""
         known = self._left.get(cls)
         if known is None:
             read = names_in(self.rule.fn, cls)
-            known = self._left[cls] = read, read & names_assigned_in(self.fn, cls)
+            known = self._left[cls] = NamesLeft(
+                read,
+                read & names_assigned_in(self.fn, cls),
+                read & names_filled_in(self.fn, cls),
+                names_changed_in(self.rule.fn, cls),
+            )
         return known
 
     @evaluated_while_tracing

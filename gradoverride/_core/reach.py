@@ -20,13 +20,8 @@ from gradoverride._core.bytecode import LOCAL, instructions, uses
 from gradoverride._core.residuals import save_for_backward
 
 __all__ = [
-    "SCALARS",
-    "Reach",
-    "attribute_names",
-    "attributes_of_first",
-    "calls_unseen",
-    "names_assigned_in",
-    "names_in",
+    *("SCALARS", "Reach", "attribute_names", "attributes_of_first", "calls_unseen", "names_assigned_in"),
+    *("names_changed_in", "names_filled_in", "names_in"),
 ]
 
 SCALARS = frozenset({int, float, bool, complex, str, type(None), torch.dtype, torch.device})
@@ -151,6 +146,51 @@ def names_assigned_in(fn: Any, cls: Any) -> frozenset[str]:
         found |= {use.attributes[-1] for use in uses(code) if use.attributes and use.way == "STORE"}
         found |= _given_as_texts(code)
     return frozenset(found)
+
+
+def names_filled_in(fn: Any, cls: Any) -> frozenset[str]:
+    """The names in code of `fn`, or of those methods, that puts something into a container under a key."""
+    found: set[str] = set()
+    for _, _, code in _codes_of(fn, cls):
+        if any(step.opname == "STORE_SUBSCR" or step.argval in _FILLING for step in instructions(code)):
+            found.update(code.co_names)
+    return frozenset(found)
+
+
+_FILLING = ("setdefault", "update")
+
+
+def names_changed_in(fn: Any, cls: Any) -> frozenset[str]:
+    """The attributes whose container `fn`, or one of those methods, changes by a method of it, such as `pop`.
+
+    `self.saved[key].pop()` changes what is in it, and so does `saved = self.saved` with `saved.pop()`.
+    """
+    found: set[str] = set()
+    for _, _, code in _codes_of(fn, cls):
+        read: set[str] = set()  # since something was stored
+        origins: dict[str, set[str]] = {}  # by variable, the attributes that its value comes from
+        for index, step in enumerate(instructions(code)):
+            for use in (use for use in uses(code) if use.last == index):
+                for place, name in enumerate(use.attributes):
+                    if name in _CHANGING:
+                        found |= read | (origins.get(use.name, set()) if place == 0 else set())
+                    read.add(name)
+                if use.way == "STORE" and not use.attributes:
+                    origins.setdefault(use.name, set()).update(read)
+                    read = set()
+            if step.opname == "DELETE_SUBSCR":
+                found |= read
+            elif step.opname.startswith("STORE_"):
+                read = set()
+    return frozenset(found)
+
+
+_CHANGING = frozenset(
+    {
+        *("append", "clear", "extend", "insert", "pop", "popitem", "remove", "reverse", "setdefault", "sort", "update"),
+        "move_to_end",
+    }
+)
 
 
 def _codes_of(fn: Any, cls: Any) -> Iterator[tuple[FunctionType | None, FunctionType, CodeType]]:

@@ -98,9 +98,10 @@ class Saver:
     def _ask(self, name: str, value: Any, handed_over: bool = False) -> None:
         self.call.asked.append(self.asked(name, value, handed_over))
 
-    def asked(self, name: str, value: Any, handed_over: bool) -> Asked:
-        """Where the tensors of `value` are to be saved from."""
-        spec, tensors = taken_apart(value, is_tensor)
+    def asked(self, name: str, value: Any, handed_over: bool, known: Sequence[Tensor] = ()) -> Asked:
+        """Where the tensors of `value` are to be saved from. Those that are `known` are held as they are."""
+        ids = set(map(id, known))
+        spec, tensors = taken_apart(value, lambda part: is_tensor(part) and id(part) not in ids)
         if handed_over and self.call.mode != TRACED:
             tensors = [trackable(tensor) for tensor in tensors]
         places = [self.place(tensor, handed_over) for tensor in tensors]

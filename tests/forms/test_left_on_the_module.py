@@ -58,6 +58,43 @@ class KeepsInAPart(nn.Module):
         return grad_output * self.part.mask
 
 
+class KeepsInADict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cache = {}
+
+    def forward(self, x):
+        self.cache["mask"] = x > 1.5
+        return x * self.cache["mask"]
+
+    def backward(self, grad_output):
+        return grad_output * self.cache["mask"]
+
+
+class KeepsInAList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.saved = []
+
+    def forward(self, x):
+        self.saved.append((x, {"mask": x > 1.5}))
+        return x * self.saved[-1][1]["mask"]
+
+    def backward(self, grad_output):
+        x, kept = self.saved[-1]
+        return grad_output * kept["mask"] * (x > 1.2)
+
+
+class KeepsInADictOfAPart(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = KeepsInADict()
+
+    @go.custom_backward(lambda grad_output, module: grad_output * module.part.cache["mask"])
+    def forward(self, x):
+        return self.part(x)
+
+
 class ShowsItsMask(nn.Module):
     @go.custom_backward(lambda grad_output, module: grad_output * module.mask)
     def forward(self, x):
@@ -65,7 +102,8 @@ class ShowsItsMask(nn.Module):
         return x * self.mask
 
 
-KEEPING = [*map(go.custom_backward, [KeepsAMask, KeepsATuple, KeepsANumber, KeepsInAPart]), ShowsItsMask]
+OWN = [KeepsAMask, KeepsATuple, KeepsANumber, KeepsInAPart, KeepsInADict, KeepsInAList]
+KEEPING = [*map(go.custom_backward, OWN), KeepsInADictOfAPart, ShowsItsMask]
 
 
 def plainly(layer, a, b):
@@ -219,3 +257,153 @@ def test_what_the_backward_sets_is_on_the_module_though_the_forward_had_left_som
     layer(x).sum().backward()
     exactly(x.grad, float64(3.0).detach())
     assert layer.x is None
+
+
+# --- containers that stay, and are changed ---
+
+
+class Filled(nn.Module):
+    """The cube, whose derivative is found by what the forward has put into containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.saved = []
+        self.by_kind = {"squares": []}
+
+    def forward(self, x):
+        self.saved.append(x)
+        self.by_kind["squares"].append(x * x)
+        return x**3
+
+
+class FromTheEnd(Filled):
+    def backward(self, grad_output):
+        self.saved.pop()
+        return grad_output * 3 * self.last_square()
+
+    def last_square(self):
+        squares = self.by_kind["squares"]
+        return squares.pop()
+
+
+class FromTheStart(Filled):
+    def backward(self, grad_output):
+        del self.saved[0]
+        return grad_output * 3 * self.by_kind["squares"].pop(0)
+
+
+class InALoop(Filled):
+    def backward(self, grad_output):
+        self.saved.clear()
+        for squares in self.by_kind.values():
+            grad_output = grad_output * 3 * squares.pop()
+        return grad_output
+
+
+@pytest.mark.parametrize(("kind", "order"), [(FromTheEnd, -1), (FromTheStart, 1), (InALoop, -1)])
+def test_stack_or_queue_that_the_backward_takes_from_is_that_of_the_module(kind, order):
+    layer = go.custom_backward(kind)()
+    for _ in range(2):
+        xs = [noise(3), noise(3)]
+        ys = [layer(x) for x in xs]
+        for x, y in list(zip(xs, ys, strict=True))[::order]:
+            y.sum().backward()
+            closely(x.grad, 3 * x.detach() ** 2)
+    assert layer.by_kind["squares"] == layer.saved == []
+
+
+def test_list_that_each_forward_makes_may_be_emptied_by_its_backward():
+    @go.custom_backward
+    class Layer(nn.Module):
+        def forward(self, x):
+            self.saved = [x, 2 * x]
+            return x * x
+
+        def backward(self, grad_output):
+            return grad_output * self.saved.pop()
+
+    layer, a, b = Layer(), noise(3), noise(3)
+    (layer(a).sum() + layer(b).sum()).backward()
+    closely((a.grad, b.grad), (2 * a.detach(), 2 * b.detach()))
+
+
+def test_what_the_backward_puts_into_a_container_is_in_that_of_the_module():
+    @go.custom_backward
+    class Layer(Filled):
+        def backward(self, grad_output):
+            self.by_kind["grads"] = grad_output
+            self.by_kind["last"] = self.by_kind["squares"][-1]
+            self.saved[-1] = None
+            return grad_output * 3 * self.by_kind["last"]
+
+    layer, a, b = Layer(), noise(3), noise(3)
+    of_a, of_b = layer(a), layer(b)
+    of_a.backward(torch.full((3,), 2.0, dtype=torch.float64))
+    exactly(layer.by_kind["grads"], torch.full((3,), 2.0, dtype=torch.float64))
+    closely((a.grad, layer.by_kind["last"]), (6 * a.detach() ** 2, a.detach() ** 2))
+    assert layer.saved[0] is None
+    of_b.sum().backward()
+    closely((b.grad, layer.by_kind["last"]), (3 * b.detach() ** 2, b.detach() ** 2))
+    assert layer.saved == [None, None]
+    assert len(layer.by_kind["squares"]) == 2
+
+
+def test_container_that_a_backward_takes_from_where_its_code_does_not_show_it_is_refused():
+    @go.custom_backward
+    class Layer(Filled):
+        def backward(self, grad_output):
+            return grad_output * 3 * list.pop(self.by_kind["squares"])
+
+    y = Layer()(noise(3))
+    with pytest.raises(
+        go.UnsupportedError, match=r"must take from the container 'by_kind' of its module.*self\.by_kind\.pop\(\)"
+    ):
+        y.sum().backward()
+
+
+def test_what_stays_in_a_list_is_held_as_it_is_and_not_saved():
+    """A later forward may count on in it."""
+
+    @go.custom_backward
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept = [torch.zeros((), dtype=torch.float64)]
+
+        def forward(self, x):
+            self.kept[0].add_(1)
+            self.kept.append(x)
+            return x * x
+
+        def backward(self, grad_output):
+            return grad_output * self.kept[-1] * self.kept[0]
+
+    layer, a, b = Layer(), noise(3), noise(3)
+    (layer(a).sum() + layer(b).sum()).backward()
+    closely((a.grad, b.grad), (2 * a.detach(), 2 * b.detach()))
+
+
+@pytest.mark.parametrize("kind", [KeepsInADict, KeepsInAList, KeepsInADictOfAPart])
+def test_container_that_a_forward_fills_is_right_in_a_checkpoint(kind):
+    layer = kind()
+    a, b = float64(1.0, 2.0, 3.0), float64(9.0, 1.0, 0.0)
+    (checkpoint(layer, a, use_reentrant=False).sum() + checkpoint(layer, b, use_reentrant=False).sum()).backward()
+    exactly((a.grad, b.grad), ((a.detach() > 1.5).double(), (b.detach() > 1.5).double()))
+
+
+def test_table_that_the_first_forward_puts_into_a_dict_is_there_in_a_checkpoint():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tables = {}
+
+        @go.custom_backward(lambda grad_output, module: grad_output * module.tables[3])
+        def forward(self, x):
+            if len(x) not in self.tables:
+                self.tables[len(x)] = torch.arange(3.0, dtype=torch.float64)
+            return x * self.tables[len(x)]
+
+    layer, x = Layer(), noise(3)
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sum(), x)
+        exactly(grad, layer.tables[3])
