@@ -154,6 +154,7 @@ class ShortPath:
         return {
             **names,
             **(self.reach.conditions()[1] if self.reach is not None else {}),
+            "_go_asks_grad": self.plan.asks_grad,
             "_go_apply": fast_apply(self.function.make({**names})),
             "_go_finish": self.function.finish,
             "_go_finish_direct": self.function.finish_direct,
@@ -233,6 +234,9 @@ class ShortPath:
         aliases = [f"{_alias(name)} = {name}.data if {_wants(name)} else {name}" for name in tensors]
         written = [f"{_wants(name)} and {_alias(name)}._version" for name in tensors]
         before = "None"
+        lines = []
+        if self.plan.forward_asks_grad is None:
+            lines = ["    if _go_asks_grad():", f"        return _go_general(None, {', '.join(arguments)})"]
         if len(tensors) == 1:
             aliases, written = [f"{_alias(tensors[0])} = {tensors[0]}.data"], [f"{_alias(tensors[0])}._version"]
         elif self.plan.forward_may_write:  # into what needs no gradient too, and is no alias
@@ -250,6 +254,7 @@ class ShortPath:
             unusual += [f"_go_shares_memory(_go_result, {_alias(name)})" for name in tensors]
         found = f"({', '.join(arguments)},), [{', '.join(map(_alias, tensors))}], _go_result"
         return [
+            *lines,
             # An alias has a version counter of its own, which shows writes in place.
             *(f"    {alias}" for alias in aliases),
             *self._shared_attributes(tensors),

@@ -274,7 +274,7 @@ class ForwardPass:
         call, plan = self.call, self.plan
         needs_graph = plan.asks_vjp or not all([param.asked for param in call.aliased])
         transformed = call.mode == TRANSFORMED or call.opaque
-        self.graph_is_shown = plan.forward_asks_grad and not needs_graph and not transformed
+        self.graph_is_shown = not (needs_graph or transformed) and self._asks_grad()
         if call.opaque and needs_graph:
             call.graph = NoGraph(sources)
             aliases = [self._alias(tensor) for tensor in sources]
@@ -289,6 +289,13 @@ class ForwardPass:
                     for place in call.places_of(index):
                         aliases[place] = sources[place]
         return aliases
+
+    def _asks_grad(self) -> bool:
+        """Whether the forward asks if a tensor requires grad."""
+        if self.mode != TRACED:
+            return self.plan.asks_grad(self.module)
+        parts = () if self.module is None else self.module.modules()
+        return self.plan.asks_grad_while_tracing(*[type(part) for part in parts])
 
     def _alias(self, tensor: Tensor) -> Tensor:
         if self.mode == EAGER and not tensor.requires_grad:

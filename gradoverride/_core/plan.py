@@ -10,12 +10,13 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
 from gradoverride._core import purity, scan
+from gradoverride._core.asking import asks_grad
 from gradoverride._core.by_class import standing
 from gradoverride._core.captured import captured_names
 from gradoverride._core.contract import shape_text
@@ -116,8 +117,11 @@ class Plan:
         # What it may do with aliases: to attributes that not every tensor has, and to their data.
         self.attribute_names = attribute_names(self.fn, method=self.takes_receiver)
         self.uses_attributes = self.reach is None or bool(self.attribute_names)
-        # Such a forward runs where aliases require grad as the arguments do, in a graph.
-        self.forward_asks_grad = scan.mentions(self.fn, "requires_grad")
+        # Whether the forward asks if a tensor requires grad: such a one runs where aliases do as the arguments do, in a
+        # graph. None if that cannot be told before it is called.
+        self.forward_asks_grad = asks_grad(self.fn)
+        self._asking: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self._asking_alike: dict[frozenset[weakref.ref[Any]], bool] = {}
         # As its code shows it: what gives data to an argument elsewhere is not worth a look at each short call.
         self.may_give_data = any(scan.mentions(self.fn, name) for name in ("data", "set_"))
         # Whether its result may lie where an argument does, and be no view: as its code shows it, or does not show.
@@ -242,6 +246,29 @@ class Plan:
                 names_changed_in(self.rule.fn, cls),
             )
         return known
+
+    def asks_grad(self, module: Any = None) -> bool:
+        """Whether the forward, of this module perhaps, asks if a tensor requires grad."""
+        if self.forward_asks_grad:
+            return True
+        if module is None:
+            if self.forward_asks_grad is None:
+                self.forward_asks_grad = bool(asks_grad(self.fn))
+            return self.forward_asks_grad
+        found = self._asking.get(module)
+        if found is None:
+            parts = [*module.modules()]
+            held = [one for part in parts for one in vars(part).values() if isinstance(one, FunctionType)]
+            alike = frozenset(map(weakref.ref, {*map(type, parts), *held}))  # those of equal blocks
+            if alike not in self._asking_alike:
+                self._asking_alike[alike] = bool(asks_grad(self.fn, module))
+            found = self._asking[module] = self._asking_alike[alike]
+        return found
+
+    @evaluated_while_tracing
+    def asks_grad_while_tracing(self, *classes: Any) -> bool:
+        """The same of a module whose parts are of these classes: one that is handed on is guarded by its identity."""
+        return bool(asks_grad(self.fn, *classes))
 
     @evaluated_while_tracing
     def attribute_names_of(self, cls: Any) -> tuple[str, ...]:

@@ -49,6 +49,8 @@ class TracedPath:
             plan.note_trace()
             if not plan.rule_code.is_arithmetic and autocast_while_tracing():
                 return False
+            if plan.forward_asks_grad is None and plan.asks_grad_while_tracing():
+                return False
             known = plan.reach is None or (plan.reach.holds() and (not plan.takes_receiver or fitting[receiver]))
             usual = not (transformed_while_tracing() or forward_mode_around() or torch.compiler.is_exporting())
             return known and usual

@@ -14,6 +14,7 @@ from oracles import closely, exactly, float64, noise
 from torch import nn
 
 import gradoverride as go
+from forms import elsewhere
 
 # Arguments
 
@@ -1298,6 +1299,75 @@ def test_forward_sees_whether_an_argument_requires_grad(run, leaf):
     (grad_x,) = torch.autograd.grad(y.sum(), x)
     exactly(grad_x, torch.full_like(x, 3))
     exactly(called(x.detach()), x.detach() * 5)
+
+
+class ByMethods(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.doubled(x)
+
+    def doubled(self, x):
+        return sum([x, x]) if x.requires_grad else x * 5
+
+
+class ByFunction(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class ByAFunctionElsewhere(nn.Module):
+    def forward(self, x):
+        return elsewhere.handed_on(x)
+
+
+STEPS = [elsewhere.handed_on]
+doubling = elsewhere.Doubling()
+ASKED_ELSEWHERE = {
+    "a function": lambda: lambda x: elsewhere.doubled_if_a_gradient_is_wanted(x),
+    "one that it calls": lambda: lambda x: elsewhere.handed_on(x),
+    "one among others": lambda: lambda x: STEPS[0](x),
+    "one that is defined below": lambda: lambda x: defined_below(x),  # noqa: F821
+    "an object": lambda: lambda x: doubling(x),
+    "a method": lambda: lambda x: doubling.doubled(x),
+    "a bound method": lambda: doubling.doubled,
+    "a partial": lambda: functools.partial(elsewhere.handed_on),
+    "one with a rule": lambda: lambda x: ruled_elsewhere(x),
+    "a method of the module": ByMethods,
+    "from a method": ByAFunctionElsewhere,
+    "a part": lambda: nn.Sequential(elsewhere.Part()),
+    "a part of a part": lambda: ByFunction(nn.Sequential(nn.Identity(), elsewhere.Part())),
+    "an attribute": lambda: ByFunction(elsewhere.handed_on),
+}
+ruled_elsewhere = go.custom_backward(lambda grad_output: grad_output)(elsewhere.handed_on)
+
+
+@pytest.mark.parametrize("run", COMPILED)
+@pytest.mark.parametrize("name", ASKED_ELSEWHERE)
+def test_forward_sees_whether_an_argument_requires_grad_where_what_it_calls_asks(name, run):
+    if (name, run) == ("an attribute", "compiled"):
+        pytest.skip("Dynamo would guard the module by its identity")
+    forward = ASKED_ELSEWHERE[name]()
+    if isinstance(forward, nn.Module):
+        go.override(forward, {forward: lambda grad_output: grad_output * 3})
+    else:
+        forward = go.custom_backward(lambda grad_output: grad_output * 3)(forward)
+    globals()["defined_below"] = lambda x: elsewhere.handed_on(x)
+    try:
+        for x in (float64(1.0, 2.0), float64(3.0, 4.0)):
+            y = COMPILED[run](forward)(x)
+            exactly(y.detach(), x.detach() * 2)
+            (grad_x,) = torch.autograd.grad(y.sum(), x)
+            exactly(grad_x, torch.full_like(x, 3))
+        exactly(forward(x.detach()), x.detach() * 5)
+    finally:
+        del globals()["defined_below"]
 
 
 @pytest.mark.parametrize("run", COMPILED)
