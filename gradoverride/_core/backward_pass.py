@@ -89,6 +89,8 @@ class Backward:
         if plan.straight_through and call.specs[call.holders[0]] is LEAF:
             grad_output = handed[0]  # of the one tensor, whatever it was returned with
         vjp = Vjp(self, grad_output) if call.graph is not None else None
+        if call.held is not None:
+            call.held.refuse_written(call)
         supplied = self._supply(vjp)
         watched = self.eager and not plan.rule_writes and not torch.compiler.is_dynamo_compiling()
         versions = [grad._version for grad in handed] if watched else []
@@ -96,9 +98,12 @@ class Backward:
         if versions and versions != [grad._version for grad in handed]:
             plan.refuse_written()
         leaf_grads, named = read_answer(call, answer)
+        answered = read_params(call, {**named, **collected}) if call.params else {}
+        if call.held is not None and self.again:
+            leaf_grads = call.held.tied(call, leaf_grads, self.saved)
+            answered = dict(zip(answered, call.held.tied(call, [*answered.values()], self.saved), strict=True))
         if not call.params:
             return leaf_grads, [], [None] * call.n_outs
-        answered = read_params(call, {**named, **collected})
         return leaf_grads, *self._with_own(answered)
 
     def tangents(self, jvp: Any, tangents: Sequence[Tensor | None]) -> list[Tensor]:

@@ -91,6 +91,7 @@ class Call:
     left: list[Asked]  # what the forward assigned to attributes of the module that the rule reads, by dotted name
     computed: dict[str, Any]  # parametrized weights by dotted name, as the forward read them; then where they are saved
     asked: list[Asked]
+    held: Any  # tensors within objects that the forward handed over: `held.HandedOver`
     saved: list[int]  # by saved tensor, where among inputs and results it stands
     # Where values are among the saved tensors:
     given: set[str]  # names in `asked`, which take precedence over reserved ones
@@ -115,6 +116,7 @@ class Call:
         self.unsettled = False
         self.dirty = []
         self.asked = []
+        self.held = None
         self.saved = []
         self.graph = None
         self.transposed = False

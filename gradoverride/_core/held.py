@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from gradoverride._core.call import Call
 from gradoverride._core.captured import requires_grad, tensors_in
+from gradoverride._core.function import tied
+from gradoverride._core.kept_graph import KeptGraph
 from gradoverride._core.private.dynamo import fail, in_transform
+from gradoverride._core.private.tensors import version_of
 from gradoverride._core.reach import SCALARS
 from gradoverride._core.structure import LEAF, Constant, Node, flatten, named_parts
-from gradoverride._core.tensors import is_differentiable, may_want_gradient
-from gradoverride.errors import CapturedTensorError, GradOverrideWarning, GraphError
+from gradoverride._core.tensors import is_differentiable, is_tensor, may_want_gradient
+from gradoverride.errors import CapturedTensorError, GradOverrideWarning, GraphError, UnsupportedError
 
-__all__ = ["note_held", "refuse_held", "refuse_within"]
+__all__ = ["HandedOver", "note_held", "refuse_held", "refuse_within"]
 
 
 def refuse_held(call: Call, receiver: Any, values: Sequence[Any], result: Any) -> None:
@@ -95,6 +98,53 @@ def refuse_within(who: str, name: str, spec: Any, purpose: str, *, constants: bo
         )
 
 
+class HandedOver:
+    """Tensors within an object that a forward hands over: torch saves none of them. So a later write is looked for
+    here, and gradients of what the rule computes with them are known to nobody.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, Tensor, int | None]] = []
+        self.outer: list[Tensor] = []  # what leads to the inputs
+        self.slots: list[int] = []  # in a transform, where these are saved
+
+    def look_at(self, name: str, spec: Any) -> None:
+        """The value of this spec has been handed over under this name."""
+        for path, tensor in _tensors_within(name, spec, is_tensor):
+            self.found.append((path, tensor, version_of(tensor)))
+
+    def refuse_written(self, call: Call) -> None:
+        """Raise the error for one that was written into since."""
+        for path, tensor, version in self.found:
+            if version_of(tensor) != version:
+                fail(
+                    UnsupportedError,
+                    f"{call.plan.who} must have {path} as its forward handed it over, and it was written into "
+                    "since, within an object that gradoverride does not look into. Hand over a copy, or write after "
+                    "the backward",
+                )
+
+    def tied(self, call: Call, grads: Sequence[Tensor | None], saved: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients that the rule gave, whose own derivatives raise: they may depend on such a tensor.
+
+        A kept graph tells which do. Without one any with floating values may be computed from the arguments.
+        """
+        counts = requires_grad if isinstance(call.graph, KeptGraph) else is_differentiable
+        path = next((path for path, tensor, _ in self.found if counts(tensor)), None)
+        given = [grad for grad in grads if grad is not None]
+        if path is None or not given:
+            return list(grads)
+        text = (
+            f"the second derivative of {call.plan.forward.who} through {path}, which its forward hands over within an "
+            "object that gradoverride does not look into, is not known. Hand over the tensor itself "
+            "(save_for_backward(result, name=tensor)), or in a tuple, list, dict or dataclass, and ask for 'vjp' "
+            "besides if it is computed"
+        )
+        inputs = [saved[slot] for slot in self.slots]
+        found = iter(tied([*given, *inputs], self.outer, text))
+        return [None if grad is None else next(found) for grad in grads]
+
+
 def _may_hold(spec: Any) -> bool:
     """Whether an argument of this structure has a value in it that may hold tensors itself."""
     if isinstance(spec, Constant):
@@ -124,21 +174,26 @@ def _held_by_self(receiver: Any) -> str | None:
 
 
 def _first_in(name: str, value: Any, counts: Callable[[Tensor], bool], modules: bool = False) -> str | None:
+    return next((path for path, _ in _within(name, value, counts, modules)), None)
+
+
+def _within(
+    name: str, value: Any, counts: Callable[[Tensor], bool], modules: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     if type(value) in SCALARS or isinstance(value, type) or (isinstance(value, nn.Module) and not modules):
-        return None
-    found = tensors_in(f"'{name}'", value, depth=4, objects=True, modules=modules, counts=counts)
-    return next((path for path, _ in found), None)
+        return iter(())
+    return tensors_in(f"'{name}'", value, depth=4, objects=True, modules=modules, counts=counts)
 
 
 def _held_within(name: str, spec: Any, counts: Callable[[Tensor], bool]) -> str | None:
     """Where, beside the leaves of a value of this spec, an object is that holds a tensor that counts."""
+    return next((path for path, _ in _tensors_within(name, spec, counts)), None)
+
+
+def _tensors_within(name: str, spec: Any, counts: Callable[[Tensor], bool]) -> Iterator[tuple[str, Tensor]]:
+    """All of them, each with its path."""
     if isinstance(spec, Constant):
-        return _first_in(name, spec.value, counts)
-    if not isinstance(spec, Node) or spec.bare:
-        return None
-    inner = [*named_parts(spec), *((f".{key}", Constant(value)) for key, value in (spec.more or {}).items())]
-    for step, part in inner:
-        held = _held_within(f"{name}{step}", part, counts)
-        if held is not None:
-            return held
-    return None
+        yield from _within(name, spec.value, counts)
+    elif isinstance(spec, Node) and not spec.bare:
+        for step, part in (*named_parts(spec), *((f".{key}", Constant(one)) for key, one in (spec.more or {}).items())):
+            yield from _tensors_within(f"{name}{step}", part, counts)

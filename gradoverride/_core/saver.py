@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradoverride._core import purity
-from gradoverride._core.ambient import TRACED, TRANSFORMED
+from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED
 from gradoverride._core.call import Asked, Call
 from gradoverride._core.function import trackable
+from gradoverride._core.held import HandedOver
+from gradoverride._core.kept_graph import outer_of
 from gradoverride._core.params import settle_params
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.structure import LEAF, Node, taken_apart
@@ -37,6 +39,7 @@ class Saver:
         call, plan = self.call, self.plan
         if call.unsettled:
             settle_params(call, residuals)
+        held = HandedOver()
         own = {name: index for index, param in enumerate(call.params) for name in param.names}
         sources = {**plan.jvp_sources, **plan.sources} if call.mode == TRANSFORMED or call.opaque else plan.sources
         for name, source in sources.items():
@@ -44,6 +47,8 @@ class Saver:
                 self._ask_argument(name, values)
             elif name in residuals:
                 self._ask(name, residuals[name], handed_over=True)
+                if call.mode != TRACED:
+                    held.look_at(name, call.asked[-1].spec)
             elif module is not None and name in own:
                 self._ask(name, self.inputs[call.n_leaves + own[name]])
             elif module is not None and name in call.frozen:
@@ -62,6 +67,12 @@ class Saver:
             elif plan.rule.asks.get(name) or (plan.jvp is not None and plan.jvp.asks.get(name)):
                 more = [*residuals, *own, *call.frozen, *(module._buffers.keys() if module is not None else ())]
                 fail(RuleSignatureError, plan.unknown_name(name, *[key for key in more if "." not in key]))
+        if held.found:
+            call.held, count = held, call.n_leaves + len(call.params)
+            if call.mode == EAGER:
+                held.outer = outer_of(self.inputs[:count])
+            else:
+                held.slots = [self.slot(place) for place in range(count)]
         call.given = {asked.name for asked in call.asked}
         call.module_slots = {}
         if module is not None and (plan.asks_module or plan.asks_params):

@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -703,3 +704,100 @@ def test_nothing_is_handed_over_without_a_gradient(general_passes):
     with torch.no_grad():
         assert not leaky(noise(5)).requires_grad
     assert general_passes == []
+
+
+# --- tensors within objects ---
+
+
+class Slotted:
+    __slots__ = ("kept",)
+
+    def __init__(self, kept):
+        self.kept = kept
+
+
+OBJECTS = {
+    "a namespace": lambda kept: SimpleNamespace(kept=kept),
+    "slots": Slotted,
+    "in a list": lambda kept: [SimpleNamespace(kept=kept)],
+    "within another": lambda kept: SimpleNamespace(parts=(SimpleNamespace(kept=kept),)),
+}
+
+
+def kept_in(handed):
+    handed = handed[0] if isinstance(handed, list) else handed
+    return handed.parts[0].kept if hasattr(handed, "parts") else handed.kept
+
+
+def by_object(grad_output, handed):
+    return 2 * grad_output * kept_in(handed)
+
+
+def by_object_with_vjp(grad_output, handed, vjp):
+    return 2 * grad_output * kept_in(handed)
+
+
+@pytest.mark.parametrize("rule", [by_object, by_object_with_vjp])
+@pytest.mark.parametrize("computed", [lambda x: x, lambda x: x * 1], ids=["argument", "computed"])
+@pytest.mark.parametrize("within", OBJECTS.values(), ids=OBJECTS)
+def test_second_derivative_through_a_tensor_within_an_object_is_refused(within, computed, rule):
+    @go.custom_backward(rule)
+    def square(x):
+        return go.save_for_backward(x**2, handed=within(computed(x)))
+
+    x = noise(3)
+    (first,) = torch.autograd.grad(square(x).sum(), x, create_graph=True)
+    closely(first.detach(), 2 * x.detach())
+    with pytest.raises(go.UnsupportedError, match=r"second derivative of 'square' .* through 'handed.*kept', which"):
+        first.sum().backward()
+
+
+def test_second_derivative_through_a_tensor_within_an_object_is_refused_in_a_transform():
+    @go.custom_backward(by_object)
+    def square(x):
+        return go.save_for_backward(x**2, handed=Slotted(x))
+
+    x = noise(()).detach()
+    closely(torch.func.grad(square)(x), 2 * x)
+    with pytest.raises(go.UnsupportedError, match=r"second derivative of 'square' .* through 'handed\.kept', which"):
+        torch.func.grad(torch.func.grad(square))(x)
+
+
+@pytest.mark.parametrize(
+    ("rule", "constant"),
+    [
+        (lambda grad_output, x, handed: grad_output * x * handed.kept, torch.tensor([0, 1, 2])),
+        (lambda grad_output, x, handed, vjp: grad_output * x * handed.kept, torch.tensor([0.0, 1.0, 2.0])),
+    ],
+    ids=["integers", "known to the graph as a constant"],
+)
+def test_second_derivative_beside_a_constant_within_an_object_is_right(rule, constant):
+    x = noise(3)
+    square = go.custom_backward(rule)(lambda x: go.save_for_backward(x**2, handed=Slotted(constant)))
+    (first,) = torch.autograd.grad(square(x).sum(), x, create_graph=True)
+    closely(torch.autograd.grad(first.sum(), x), (constant.double(),))
+
+
+def test_tensor_within_an_object_that_is_written_into_before_the_backward_is_refused():
+    square = go.custom_backward(by_object)(lambda x: go.save_for_backward(x**2, handed=Slotted(x)))
+    given = noise(3) * 1
+    y = square(given)
+    with torch.no_grad():
+        given.mul_(2)
+    with pytest.raises(
+        go.UnsupportedError, match=r"must have 'handed\.kept' as its forward handed it over.*Hand over a copy"
+    ):
+        y.sum().backward()
+
+
+def test_call_that_hands_over_an_object_is_released_without_the_garbage_collector():
+    square = go.custom_backward(by_object)(lambda x: go.save_for_backward(x**2, handed=Slotted(x * 1)))
+    gc.collect()
+    gc.disable()
+    try:
+        y = square(noise(3))
+        node = weakref.ref(y.grad_fn)
+        del y
+        assert node() is None
+    finally:
+        gc.enable()
