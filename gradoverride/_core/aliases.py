@@ -45,11 +45,17 @@ def places_of(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor.data_ptr() if type(tensor) in _PLAIN and tensor.layout is torch.strided else 0 for tensor in tensors]
 
 
-def carry_data(aliases: Sequence[Tensor], tensors: Sequence[Tensor], before: Sequence[int]) -> None:
-    """Give each tensor the `data` that its alias was given since both were at the place `before`."""
-    for alias, tensor, place in zip(aliases, tensors, before, strict=True):
+def carry_data(aliases: Sequence[Tensor], tensors: Sequence[Tensor], before: Sequence[int]) -> list[int]:
+    """Give each tensor the `data`, or the layout, that its alias was given since both were at the place `before`.
+
+    Gives the indices of those that were given any.
+    """
+    carried = []
+    for index, (alias, tensor, place) in enumerate(zip(aliases, tensors, before, strict=True)):
         if alias is not tensor and place and _has_other_data(alias, tensor, place):
             tensor.data = alias.data
+            carried.append(index)
+    return carried
 
 
 def counted_with(result: Tensor, aliases: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:

@@ -58,7 +58,7 @@ def _is_plain_method(plan: Plan) -> bool:
         plan.forward.takes_self
         and plan.reach is not None
         and not plan.straight_through
-        and not plan.asks_vjp
+        and not (plan.asks_vjp or plan.may_lay_out)
         and (not plan.class_form or (plan.own_backward is not None and "deferred" not in plan.sources.values()))
         and not plan.reach.attributes & plan.reserved  # which comes before the reserved one
     )
@@ -69,7 +69,7 @@ def _hands_over_plainly(plan: Plan) -> bool:
     return (
         not plan.takes_receiver
         and plan.reach is not None
-        and not plan.asks_vjp
+        and not (plan.asks_vjp or plan.may_lay_out)
         and not plan.straight_through
         and "deferred" in plan.sources.values()
     )

@@ -245,7 +245,9 @@ class ForwardPass:
         call, leaves = self.call, self.leaves
         if self.may_give_data and self.mode == EAGER and not self.on_leaves:
             sources = [*leaves, *[param.tensor for param in call.aliased]]
-            carry_data(aliases, sources, places_of(sources) if self.places is None else self.places)
+            self.writes.carried = carry_data(
+                aliases, sources, places_of(sources) if self.places is None else self.places
+            )
         outs: list[Tensor] = []
         call.result = flatten(result, is_differentiable, outs)
         if not outs:

@@ -53,6 +53,10 @@ from gradoverride.errors import (
 
 __all__ = ["NamesLeft", "Plan"]
 
+_GIVING_DATA = ("data", "set_")
+_LAYING_OUT = (
+    *("as_strided_", "resize_", "resize_as_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_"),
+)
 _SHARING = ("as_subclass", "as_tensor", "asarray", "detach", "from_dlpack", "view")  # a view of another dtype is none
 
 
@@ -123,7 +127,9 @@ class Plan:
         self._asking: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._asking_alike: dict[frozenset[weakref.ref[Any]], bool] = {}
         # As its code shows it: what gives data to an argument elsewhere is not worth a look at each short call.
-        self.may_give_data = any(scan.mentions(self.fn, name) for name in ("data", "set_"))
+        self.may_give_data = any(scan.mentions(self.fn, name) for name in (*_GIVING_DATA, *_LAYING_OUT))
+        # It may lay an argument out anew: that it does to an alias, for the argument's own layout is to be known after.
+        self.may_lay_out = any(scan.mentions(self.fn, name) for name in _LAYING_OUT)
         # Whether its result may lie where an argument does, and be no view: as its code shows it, or does not show.
         self.may_give_memory = self.forward_may_write or any(scan.mentions(self.fn, name) for name in _SHARING)
         # Whether arguments that the rule asks for are to be kept as they were given: torch counts no write of these.

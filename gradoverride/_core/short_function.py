@@ -65,7 +65,7 @@ class ShortFunction:
         self.tensors = [self.names[place] for place in places] + [f"p_{name}" for name in self.params]
         self.others = [name for place, name in enumerate(self.names) if place not in places]
         # Whether the forward runs in this Function: what it can reach besides has no gradient to lose.
-        self.direct = mode == EAGER and plan.reach is not None and not plan.asks_vjp
+        self.direct = mode == EAGER and plan.reach is not None and not (plan.asks_vjp or plan.may_lay_out)
         self.boxed = list(self.others)
         if self.direct:
             self.boxed[:0] = ["receiver"] if plan.takes_receiver else []

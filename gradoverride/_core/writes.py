@@ -36,6 +36,7 @@ class Writes:
         self.plan = call.plan
         self.leaves = leaves
         self.before = before
+        self.carried: Sequence[int] = ()  # those that were given data, or laid out, by the forward
         self.besides: list[tuple[str, Tensor]] = []  # those others, which have no gradient, by argument
 
     def watch(self, aliases: list[Tensor], values: Sequence[Any]) -> None:
@@ -100,7 +101,7 @@ class Writes:
                     f"the rule has a gradient for what it became; it returned something else. Return '{name}', or "
                     "work on a copy",
                 )
-            if call.mode == EAGER and not is_laid_out_as(aliases[index], leaves[index]):
+            if self._is_laid_out_anew(index, aliases[index]):
                 fail(
                     ForwardResultError,
                     f"{self.plan.forward.who} must leave the shape and the strides of its argument '{name}' as they "
@@ -126,6 +127,14 @@ class Writes:
             call.dirty = written
         else:
             call.copies = written
+
+    def _is_laid_out_anew(self, index: int, alias: Tensor) -> bool:
+        """Whether this leaf would have to be of another shape or of other strides, as its alias is now, and cannot."""
+        leaf = self.leaves[index]
+        if self.call.mode != EAGER:  # its values are copied
+            return alias.detach().shape != leaf.shape  # what Dynamo knows of the alias is what it was
+        # A view would be none of what it was a view of.
+        return not is_laid_out_as(alias, leaf) or (index in self.carried and leaf._is_view())
 
     def _versions(self, aliases: list[Tensor]) -> Sequence[int | None]:
         tensors = [*aliases, *[tensor for _, tensor in self.besides]] if self.besides else aliases

@@ -1050,14 +1050,66 @@ TURNED_IN_PLACE = {
 }
 
 
+class TurningItself(nn.Module):
+    def forward(self, x):
+        return x.t_()
+
+
+@pytest.mark.parametrize("asks", ["grad_output", "vjp"])
 @pytest.mark.parametrize("forward", TURNED_IN_PLACE.values(), ids=TURNED_IN_PLACE)
 @pytest.mark.parametrize("shape", [(2, 2), (2, 3)], ids=str)
-def test_in_place_forward_with_vjp_that_changes_shape_or_strides_is_refused(forward, shape):
-    """The alias alone would be turned: the result had the values of the argument as it was."""
-    turned = go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(forward)
+def test_in_place_forward_that_changes_shape_or_strides_is_right_as_in_autograd(forward, shape, asks):
+    """The argument is turned as well, and its gradient is of the shape that it had."""
     x = noise(*shape)
-    with pytest.raises(go.ForwardResultError, match=r"must leave the shape and the strides of .*'x'.*Return a view"):
-        turned(x * 1)
+    twin = x.detach().clone().requires_grad_()
+    given, expected = x * 1, twin * 1
+    forward(expected)
+    weight = noise(*expected.shape, grad=False)
+
+    def by_hand(grad_output):
+        slope = 2 if forward is TURNED_IN_PLACE["doubled and turned"] else 1
+        return slope * (grad_output[0] if forward is TURNED_IN_PLACE["unsqueeze_"] else grad_output.t())
+
+    rules = {"grad_output": by_hand, "vjp": lambda grad_output, vjp: vjp(grad_output)}
+    result = go.custom_backward(rules[asks])(forward)(given)
+    assert result is given
+    exactly(result.detach(), expected.detach())
+    ((result * weight).sum() + (given**2).sum()).backward()
+    ((expected * weight).sum() + (expected**2).sum()).backward()
+    closely(x.grad, twin.grad)
+
+
+def turned_by_statement(x):
+    x.squeeze_()
+    return x
+
+
+@pytest.mark.parametrize("where", ["a view", "compiled", "a transform"])
+@pytest.mark.parametrize("asks", ["grad_output", "vjp"])
+@pytest.mark.parametrize("turn", [lambda x: x.unsqueeze_(0), turned_by_statement, lambda x: x.t_()])
+def test_in_place_forward_that_changes_the_shape_is_refused_where_the_argument_cannot_be_changed_so(turn, asks, where):
+    rules = {"grad_output": lambda grad_output: grad_output, "vjp": lambda grad_output, vjp: vjp(grad_output)}
+    turned = go.custom_backward(rules[asks])(turn)
+    x = noise(2, 1)
+    runs = {
+        "a view": lambda: turned((x * 1)[:]),
+        "compiled": lambda: torch.compile(lambda x: turned(x * 1), backend="eager")(x),
+        "a transform": lambda: torch.func.grad(lambda x: turned(x * 1).sum())(x.detach()),
+    }
+    with pytest.raises(
+        (go.ForwardResultError, RuntimeError), match=r"must leave the shape and the strides of .*'x'.*Return a view"
+    ):
+        runs[where]()
+
+
+def test_module_that_turns_its_argument_in_place_is_right():
+    x = noise(2, 3)
+    given, layer = x * 1, TurningItself()
+    with go.override(layer, {TurningItself: lambda grad_output: 3 * grad_output.t()}):
+        result = layer(given)
+    assert result.shape == given.shape == (3, 2)
+    result.sum().backward()
+    exactly(x.grad, torch.full_like(x, 3))
 
 
 def test_in_place_forward_that_leaves_the_shape_as_it_was_has_autograds_gradient():
