@@ -46,9 +46,12 @@ class _Patch:
         runs, counted = self.runs, self.counted
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            run = runs.get(type(self), original)  # a module that is overridden has the rules of its class itself
+            cls = type(self)
+            if cls not in runs and hasattr(cls, BASE) and getattr(self, RECORD, None) is None:
+                cls = getattr(cls, BASE)  # a slice of an overridden Sequential is of our class, and not overridden
+            run = runs.get(cls, original)  # a module that is overridden has the rules of its class itself
             if not compiling():
-                for layer in counted.get(type(self), ()):
+                for layer in counted.get(cls, ()):
                     layer.tally.calls += 1
             return run(self, *args, **kwargs)
 

@@ -432,6 +432,30 @@ def test_a_module_that_was_parametrized_under_a_rule_loses_it_while_its_class_ha
     closely(gradient(module, x), plain)
 
 
+MADE_OF_ANOTHER = {
+    "a slice": lambda model: model[:2],
+    "one made of its parts": lambda model: type(model)(*model),
+    "a sum": lambda model: model + model,
+}
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["after the class", "before the class"])
+@pytest.mark.parametrize("make", MADE_OF_ANOTHER.values(), ids=MADE_OF_ANOTHER)
+def test_module_that_is_made_of_an_overridden_one_has_the_rule_of_its_class(make, first, x):
+    """It is of the class that modules have while they are overridden, and is not overridden itself."""
+    model = nn.Sequential(nn.Tanh(), nn.Tanh(), nn.Tanh())
+    plain = gradient(make(model), x)
+    if first:
+        go.override(model, {model: tripled})
+    with go.override({nn.Sequential: doubled}) as plan:
+        with go.override(model, {model: tripled}):
+            part = make(model)
+            closely(gradient(part, x), 2 * plain)
+        closely(gradient(part, x), 2 * plain)
+        assert [row.calls for row in plan.table] == ["2"]
+    exactly(gradient(part, x), plain)
+
+
 class TestFunction:
     @pytest.mark.parametrize("call", [F.relu, torch.relu, torch.Tensor.relu, nn.ReLU(), Twice()])
     def test_every_call_has_the_rule(self, call, x):
