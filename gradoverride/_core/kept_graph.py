@@ -38,6 +38,7 @@ from gradoverride._core.private.tensors import (
     made_at_import,
     saves_plainly,
 )
+from gradoverride._core.reach import SCALARS
 from gradoverride.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -189,7 +190,9 @@ class KeptGraph:
         """The forward has run. What keeps the graph is the last of the saved tensors (`Call.tensors_to_save`)."""
         call.token = self.end([*outs, *saver.floating])
         self.apart = bool(call.computed)  # these are shown with their history: torch's own pass goes through it
-        if call.plan.reach is None:
+        # A forward that reaches nothing else may still put a tensor into an argument that is none.
+        plain = all([isinstance(value, Tensor) or type(value) in SCALARS for value in values])
+        if call.plan.reach is None or not plain:
             self.guard(call.plan.forward.who)
 
     def pull(

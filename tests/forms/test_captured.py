@@ -856,6 +856,39 @@ def by_list():
     return forward, kept.pop
 
 
+def by_argument():
+    kept = {}
+
+    @go.custom_backward(lambda grad_output, vjp: vjp(grad_output))
+    def forward(x, kept):
+        kept["aside"] = x.clone().sum()
+        return x * 2
+
+    return lambda x: forward(x, kept), lambda: kept["aside"]
+
+
+def by_argument_that_grows():
+    kept = []
+
+    @go.custom_backward(lambda grad_output, vjp: vjp(grad_output))
+    def forward(x, kept):
+        kept += [x.clone().sum()]
+        return x * 2
+
+    return lambda x: forward(x, kept), lambda: kept[-1]
+
+
+def by_argument_within_one():
+    cache = {}
+
+    @go.custom_backward(lambda grad_output, vjp: vjp(grad_output))
+    def forward(x, state):
+        state[1]["aside"] = x.clone().sum()
+        return x * 2
+
+    return lambda x: forward(x, (3, cache)), lambda: cache["aside"]
+
+
 def by_hook():
     kept = []
     module = nn.Sequential(nn.Identity(), nn.Tanh())
@@ -864,7 +897,10 @@ def by_hook():
     return module, kept.pop
 
 
-ASIDE = [by_attribute, by_override, by_override_that_answers_for_all, by_list, by_hook]
+ASIDE = [
+    *(by_attribute, by_override, by_override_that_answers_for_all, by_list, by_hook),
+    *(by_argument, by_argument_that_grows, by_argument_within_one),
+]
 
 
 @pytest.mark.parametrize("make", ASIDE)
