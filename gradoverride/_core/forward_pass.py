@@ -281,7 +281,7 @@ class ForwardPass:
             call.graph = NoGraph(sources)
             aliases = [self._alias(tensor) for tensor in sources]
         elif needs_graph or self.graph_is_shown:
-            call.graph = inner_graph(call, self.module, self.receiver, sources)
+            call.graph = inner_graph(call, self.module, self.receiver, sources, self.values)
             aliases = call.graph.start()
         else:
             aliases = [self._alias(tensor) for tensor in sources]

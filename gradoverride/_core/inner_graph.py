@@ -27,13 +27,13 @@ __all__ = ["inner_graph"]
 
 
 def inner_graph(
-    call: Call, module: nn.Module | None, receiver: Any, tensors: Sequence[Tensor]
+    call: Call, module: nn.Module | None, receiver: Any, tensors: Sequence[Tensor], values: Sequence[Any]
 ) -> KeptGraph | TracedGraph | Replay:
-    """Such a one for `call`, before its forward runs."""
+    """Such a one for `call`, before its forward runs on `values`."""
     if call.mode == TRACED:
         return TracedGraph(call, tensors)
     if call.mode != EAGER:
-        return Replay(call, module, receiver, tensors)
+        return Replay(call, module, receiver, tensors, values)
     if not call.params:
         return KeptGraph.alone(tensors, call.plan.forward_may_write)
     natural: list[Any] = [param.tensor for param in call.natural]

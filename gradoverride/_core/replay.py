@@ -23,7 +23,7 @@ from gradoverride._core.private.modes import Draws, has_no_values, in_modes
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.snapshot import snapshots
 from gradoverride._core.standin import stand_in
-from gradoverride._core.structure import leaves_in, taken_apart, unflatten
+from gradoverride._core.structure import leaves_in, unflatten
 from gradoverride._core.tensors import is_differentiable, is_tensor, may_want_gradient
 from gradoverride.errors import UnsupportedError
 
@@ -54,8 +54,13 @@ def replayable(plan: Plan) -> Iterator[None]:
 class Replay:
     """One forward, to be run again."""
 
-    def __init__(self, call: Call, module: nn.Module | None, receiver: Any, tensors: Sequence[Tensor]) -> None:
-        """Before the forward. `tensors`: its leaves, then the parameters that it is to meet as aliases."""
+    def __init__(
+        self, call: Call, module: nn.Module | None, receiver: Any, tensors: Sequence[Tensor], values: Sequence[Any]
+    ) -> None:
+        """Before the forward, which may put something into a container among its arguments `values`.
+
+        `tensors`: its leaves, then the parameters that it is to meet as aliases.
+        """
         self.plan = call.plan
         self.tensors = tensors
         self.layout = call.layout
@@ -67,6 +72,14 @@ class Replay:
         self.buffers: dict[str, Tensor] = {}
         if module is not None:
             self.buffers = {name: value.clone() for name, value in module.named_buffers()}
+        # By argument, its structure, and by tensor in it whether it is one of the leaves.
+        self.arguments: list[tuple[Any, list[bool]]] = []
+        self.others: list[Tensor] = []
+        for value in values:
+            spec, held = taken_apart(value, is_tensor)
+            self.arguments.append((spec, [is_differentiable(tensor) for tensor in held]))
+            self.others += [tensor for tensor in held if not is_differentiable(tensor)]
+        self.leaves = tensors[: call.n_leaves]
         self.random = RandomState()
         self.around = FunctionRules()
 
@@ -76,7 +89,7 @@ class Replay:
         return [alias_of(tensor, self.plan.forward_may_write) for tensor in tensors]
 
     def save(self, call: Call, saver: Saver, outs: Sequence[Tensor], values: Sequence[Any]) -> None:
-        """The forward has run on `values` and gave `outs`."""
+        """The forward has run and gave `outs`."""
         self.rules = call.rules
         for index in call.copies:  # it is needed as it was, and is about to be written into
             saver.inputs[index] = saver.inputs[index].clone()
@@ -89,18 +102,9 @@ class Replay:
             self.before = {prefix: changes for prefix, changes in back.items() if any(changes)}
         self.n_leaves = call.n_leaves
         self.params = [param.names for param in call.params]
-        # By argument, its structure, and by tensor in it whether it is one of the leaves.
-        self.arguments: list[tuple[Any, list[bool]]] = []
-        leaves: list[Tensor] = []
-        others: list[Tensor] = []
-        for value in values:
-            spec, tensors = taken_apart(value, is_tensor)
-            self.arguments.append((spec, [is_differentiable(tensor) for tensor in tensors]))
-            leaves += [tensor for tensor in tensors if is_differentiable(tensor)]
-            others += [tensor for tensor in tensors if not is_differentiable(tensor)]
-        others += [*self.buffers.values(), *call.frozen.values()]
+        leaves, others = self.leaves, [*self.others, *self.buffers.values(), *call.frozen.values()]
         self.copied, self.frozen = list(self.buffers), list(call.frozen)
-        self.buffers = {}  # torch is to save them
+        self.leaves, self.others, self.buffers = [], [], {}  # torch is to save them
         # The tensors that come back may be others.
         self.attributes = [tensor.__dict__ for tensor in (*leaves, *[param.tensor for param in call.params])]
         self.slots = [saver.slot(index) for index in range(call.n_leaves + len(call.params))] + saver.extras(others)

@@ -773,6 +773,31 @@ def test_forward_that_runs_again_in_a_batch_is_known_again_however_the_batch_lie
     closely(actual, 3 * expected)
 
 
+def into_a_dict(x, kept):
+    kept["doubled"] = x * 2
+    return x.sin()
+
+
+def into_a_list(x, kept):
+    kept.append(x.detach())
+    return x.sin() * len(kept)
+
+
+def by_a_count(x, kept):
+    kept["calls"] = kept.get("calls", 0) + 1
+    return x.sin() * kept["calls"]
+
+
+@pytest.mark.parametrize(("forward", "kept"), [(into_a_dict, {}), (into_a_list, []), (by_a_count, {})])
+@pytest.mark.parametrize("transform", [lambda fn: fn, vmap], ids=["grad", "vmap of grad"])
+def test_forward_runs_again_with_a_container_as_it_met_it(transform, forward, kept):
+    fn = go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))(forward)
+    kept = type(kept)()
+    x = float64(0.5, 2.0, grad=False).unsqueeze(1)
+    closely(transform(grad(lambda x: fn(x, kept).sum()))(x), 3 * x.cos())
+    assert len(kept) == 1
+
+
 # --- a batch of tangents at once, as `torch.autograd.functional` runs it
 
 BATCHED = {
