@@ -23,7 +23,7 @@ from gradoverride._core.private.modes import Draws, has_no_values, in_modes
 from gradoverride._core.residuals import close_frame, open_frame
 from gradoverride._core.snapshot import snapshots
 from gradoverride._core.standin import stand_in
-from gradoverride._core.structure import leaves_in, unflatten
+from gradoverride._core.structure import leaves_in, taken_apart, unflatten
 from gradoverride._core.tensors import is_differentiable, is_tensor, may_want_gradient
 from gradoverride.errors import UnsupportedError
 
