@@ -6,6 +6,7 @@ Without the class the module is as it was; where others have derived from it, th
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Sequence
 from types import MethodType
@@ -23,8 +24,9 @@ from gradoverride._core.overridden_class import base_of_class, overridden, writt
 from gradoverride._core.plan import Plan
 from gradoverride._core.record import ModuleTally, Record
 from gradoverride._core.rule import Rule
+from gradoverride._core.scan import python_function
 from gradoverride._core.signature import unknown_name
-from gradoverride._core.targets import RECORD, class_of
+from gradoverride._core.targets import BASE, RECORD, class_of
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "functions_called",
     "functions_of",
     "has_forward",
+    "is_passed_by",
     "layers_of",
     "put_on",
     "take_off",
@@ -200,11 +203,27 @@ def put_on(module: nn.Module, added: Sequence[Layer]) -> None:
             _derive(module, base, derived)
 
 
+def is_passed_by(module: nn.Module, layer: Layer) -> bool:
+    """Whether somebody has put a forward on a module with this rule that does not call ours, so that no rule runs.
+
+    One that does has taken ours from the module before, and holds it somewhere.
+    """
+    if layer not in layers_of(module) or not _has_another_forward(module):
+        return False
+    bound = [one for one in gc.get_referrers(module) if type(one) is MethodType and one.__self__ is module]
+    called: list[Any] = [python_function(module.__dict__["forward"]), *[one.__func__ for one in bound]]
+    return not any(one in everywhere.derived_from for one in called)
+
+
 def take_off(module: nn.Module, gone: Sequence[Layer]) -> None:
     """Take rules off a module. They may be gone already: `remove_overrides`."""
     with _lock:
         record = module.__dict__.get(RECORD)
         if record is None:
+            # Ours may be there still: another party has put back what it had found, or made a slice of a `Sequential`.
+            cls: Any = type(module)
+            if BASE in cls.__dict__:
+                _derive(module, cls, base_of_class(cls))
             return
         for layer in record.layers:
             if layer in gone:

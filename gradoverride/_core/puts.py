@@ -26,6 +26,7 @@ class Put(NamedTuple):
     layer: Layer
     cls: str  # what it is on
     take_off: Callable[[], None]
+    tally: Any = None  # of a module, which may be gone when its calls are asked for
 
 
 Puts = Sequence[Put]
@@ -55,7 +56,7 @@ def on_copies(model: nn.Module, order: Order) -> Puts:
 
 def _puts_on(model: nn.Module, placed: Placed, take_off: Callable[[], None]) -> Puts:
     on = {layer: model if isinstance(layer, FunctionLayer) else module for module, layers in placed for layer in layers}
-    return [Put(layer, class_of(module).__name__, take_off) for layer, module in on.items()]
+    return [Put(layer, class_of(module).__name__, take_off, layer.tally) for layer, module in on.items()]
 
 
 def on_none(model: nn.Module, layer: FunctionLayer) -> Puts:

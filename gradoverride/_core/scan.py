@@ -9,7 +9,7 @@ import builtins
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "of_modules",
     "python_function",
     "reachable",
+    "reads_only",
     "strings",
     "supers_of_own_class",
     "value_of",
@@ -182,6 +183,30 @@ def supers_of_own_class(cls: type) -> set[str]:
             for code in () if function is None else bytecode.codes_in(function.__code__):
                 if "super" in code.co_names and _asks_for_own_class(code):
                     found.update(code.co_names)
+    return found
+
+
+def reads_only(cls: type, part: str, attributes: Collection[str], base: type) -> bool:
+    """Whether the methods of `cls`, as far as to its `base`, use a part of it for nothing but these of its attributes.
+
+    (`self.out_proj.weight`, and `self.out_proj` nowhere else.) What makes the part does not count.
+    """
+    found = False
+    for owner in itertools.takewhile(lambda owner: owner is not base, cls.__mro__):
+        for name, value in vars(owner).items():
+            function = None if name in ("__init__", "__new__") else python_function(_unwrapped(value))
+            for code in () if function is None else bytecode.codes_in(function.__code__):
+                if part in code.co_consts:  # `getattr(self, "out_proj")`
+                    return False
+                if part not in code.co_names:
+                    continue
+                for use in bytecode.uses(code):
+                    read = use.attributes if use.way == "LOAD" else use.attributes[:-1]
+                    for name, following in itertools.zip_longest(read, read[1:]):
+                        if name == part:
+                            found = True
+                            if following not in attributes:
+                                return False
     return found
 
 

@@ -419,7 +419,8 @@ def test_module_whose_forward_was_replaced_before_is_refused(x):
 
 def test_override_after_one_that_a_forward_on_the_instance_passes_by_is_refused(x):
     module = nn.Linear(3, 3).double()
-    with go.override(module, {module: doubled}):
+    told = pytest.warns(go.GradOverrideWarning, match=r"of the module Linear is passed by; somebody has put another")
+    with told, go.override(module, {module: doubled}):
         gradient(module, x)
         module.forward = types.MethodType(nn.Linear.forward, module)
         with pytest.raises(go.UnsupportedError, match="somebody has put another one on the instance"):

@@ -873,6 +873,128 @@ def test_output_projection_of_attention_is_not_called_and_reported():
         handle.remove()
 
 
+WHERE = f"{doubled.__code__.co_filename}:{doubled.__code__.co_firstlineno}"
+
+
+def test_output_projection_of_attention_is_reported_where_the_rule_has_run_for_other_modules():
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)
+    handle = go.override(layer, {nn.Linear: doubled})
+    layer(torch.randn(3, 1, 4, requires_grad=True))
+    with pytest.warns(go.GradOverrideWarning) as told:
+        handle.remove()
+    assert [str(warning.message) for warning in told] == [
+        f"override of a 'TransformerEncoderLayer': the rule 'doubled' ({WHERE}) of the class 'Linear' does "
+        "not reach 'self_attn.out_proj'; the 'MultiheadAttention' around it reads its parameters and does not call it. "
+        "Override the module around it"
+    ]
+
+
+class Heads(nn.Module):
+    """One of its heads is not called now; of the last the weight is read besides."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = [nn.Linear(3, 3) for _ in range(3)]
+
+    def forward(self, x, which="first"):
+        x = x.to(self.third.weight.dtype)
+        return self.third(x) if which == "third" else getattr(self, which)(x)
+
+
+def test_module_that_may_be_called_and_was_not_is_not_reported():
+    model = Heads()
+    with go.override(model, {nn.Linear: doubled}):  # a warning would be an error
+        model(torch.randn(3, requires_grad=True))
+
+
+class Dispatching(nn.Module):
+    """Reads a weight by the way, and calls what it is told by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x, second=False):
+        return getattr(self, "second" if second else "first")(x.to(self.second.weight.dtype))
+
+
+def test_module_whose_name_is_spelt_out_is_not_reported():
+    model = Dispatching()
+    with go.override(model, {nn.Linear: doubled}):
+        model(torch.randn(3, requires_grad=True))
+
+
+def test_output_projection_is_not_reported_where_the_attention_has_a_rule():
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)
+    with go.override(layer, {nn.Linear: doubled, nn.MultiheadAttention: lambda grad_output, vjp: vjp(grad_output)}):
+        layer(torch.randn(3, 1, 4, requires_grad=True))
+
+
+def test_module_that_was_replaced_is_reported_as_never_called(model, x):
+    handle = go.override(model, {"3": doubled})
+    model[3] = nn.Sigmoid()  # nobody else has the module that was there
+    model(x)
+    with pytest.warns(go.GradOverrideWarning, match="never ran while it was in force; '3' was not called"):
+        handle.remove()
+
+
+def test_module_that_was_called_and_is_gone_is_not_reported(model, x):
+    handle = go.override(model, {"3": doubled})
+    model(x)
+    model[3] = nn.Sigmoid()
+    assert [row.calls for row in handle.table] == ["1"]
+    handle.remove()  # a warning would be an error
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["called before", "never called"])
+def test_forward_that_somebody_has_replaced_on_the_instance_is_reported(x, before):
+    model = nn.Sequential(nn.Tanh(), nn.Tanh()).double()
+    handle = go.override(model, {nn.Tanh: doubled})
+    if before:
+        model(x)
+    model[1].forward = torch.sin
+    model(x)
+    with pytest.warns(go.GradOverrideWarning) as told:
+        handle.remove()
+    assert [str(warning.message) for warning in told] == [
+        f"override of a 'Sequential': the rule 'doubled' ({WHERE}) of the class 'Tanh' is passed by at "
+        "'1'; somebody has put another forward on the instance, which does not call that of its class. Replace it "
+        "before the override, or have it call the forward that it replaces"
+    ]
+    assert type(model[1]) is nn.Tanh
+
+
+def test_forward_that_calls_the_one_which_it_replaces_is_not_reported(x):
+    model = nn.Sequential(nn.Tanh(), nn.Tanh(), nn.Tanh()).double()
+    with go.override(model, {nn.Tanh: doubled}):
+        model[0]._old_forward = model[0].forward  # as accelerate has it
+        model[0].forward = functools.partial(lambda module, x: module._old_forward(x), model[0])
+        inner = model[1].forward
+        model[1].forward = lambda x: inner(x) * 3
+        model[2].forward = functools.partial(type(model[2]).forward, model[2])
+        found = gradient(model, x)
+    closely(found, 8 * gradient(model, x))
+
+
+def test_class_that_another_party_has_put_back_is_cleared(model):
+    handle = go.override(model, {"3": doubled})
+    ours = type(model[3])
+    model[3].__class__ = type("Theirs", (ours,), {})
+    model(noise(5, 3))
+    handle.remove()
+    model[3].__class__ = ours  # which they have found
+    go.remove_overrides(model)
+    assert type(model[3]) is nn.Linear
+
+
+def test_slice_of_an_overridden_container_is_cleared(model, x):
+    with go.override(model, {model: doubled}):
+        model(x)
+        part = model[:2]
+    go.remove_overrides(part)
+    assert type(part) is nn.Sequential
+
+
 def test_print_of_an_override_is_its_table(model):
     handle = go.override(model, {"3": doubled})
     assert repr(handle) == str(handle)
