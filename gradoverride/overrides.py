@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, count
 from types import TracebackType
@@ -58,7 +58,7 @@ from gradoverride._core.targets import (
     matches,
     modules_of,
 )
-from gradoverride.errors import GradOverrideWarning, TargetError, UnsupportedError
+from gradoverride.errors import GradOverrideWarning, TargetError, TargetNotFoundError, UnsupportedError
 from gradoverride.registries import Registry, as_registry, entries_of, read_target, registry
 
 __all__ = ["override", "remove_overrides", "explain", "Override"]
@@ -218,9 +218,16 @@ def _entries(rules: Registry, owner: str) -> list[Entry]:
     entries = entries_of(rules)
     if not entries:
         raise TargetError(f"override of {owner}: 'rules' must have an entry; {rules!r} has none")
-    return [
-        entry._replace(targets=tuple([_resolved(target, entry.rule) for target in entry.targets])) for entry in entries
-    ]
+    return [entry._replace(targets=tuple(_targets_there(entry))) for entry in entries]
+
+
+def _targets_there(entry: Entry) -> Iterator[Target]:
+    for target in entry.targets:
+        try:
+            yield _resolved(target, entry.rule)
+        except TargetNotFoundError:  # of a package that is not installed, say
+            if not entry.optional:
+                raise
 
 
 def _optional(entries: Sequence[Entry]) -> frozenset[Rule]:

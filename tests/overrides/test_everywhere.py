@@ -7,6 +7,8 @@ import io
 import os
 import pickle
 import queue
+import subprocess
+import sys
 import threading
 import types
 import uuid
@@ -784,3 +786,23 @@ def test_what_is_no_registry_is_an_error():
         go.override(3)
     with pytest.raises(go.TargetError, match="'model' must be a module; got a dict"):
         go.override({nn.ReLU: negated}, {nn.ReLU: negated})
+
+
+def test_overrides_before_dynamo_is_imported_leave_nothing_behind():
+    script = """
+import gc, sys, torch, gradoverride as go
+
+x = torch.ones(3, requires_grad=True)
+
+def enter(times):
+    for _ in range(times):
+        with go.override({torch.tanh: lambda grad_output: grad_output}):
+            torch.tanh(x).sum().backward()
+    gc.collect()
+    return len(gc.get_objects())
+
+before = enter(20)
+print(enter(50) - before < 20, "torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]

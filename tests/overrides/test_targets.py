@@ -275,6 +275,25 @@ def test_a_copy_of_a_registry_has_entries_of_its_own(model, copied):
     assert (len(registry), len(other)) == (3, 4)
 
 
+@pytest.mark.parametrize("path", ["no_such_package.layers:act", "torch.nn.functional:no_such_function"])
+def test_optional_path_that_names_nothing_is_left_out(model, path):
+    """A registry may be for packages that are not installed everywhere."""
+    registry = go.Registry("r", {nn.ReLU: doubled})
+    registry.register(path, optional=True)(negated)
+    x = noise(2, 3)
+    plain = gradient(model, x)
+    with go.override(model, registry) as plan:
+        assert [row.target for row in plan.table] == ["class 'ReLU'"] * 2
+        closely(gradient(model, x), 4 * plain)
+    everywhere = go.Registry("e")
+    everywhere.register(path, optional=True)(negated)
+    with go.override(everywhere) as plan:
+        assert list(plan.table) == []
+    registry.register(path)(negated)
+    with pytest.raises(go.TargetNotFoundError, match="no_such"):
+        go.override(model, registry)
+
+
 def test_registries_that_require_other_modules_are_not_equal():
     """They have the same targets and rules, and raise for other models."""
     required, optional, together, each = (go.Registry("r") for _ in range(4))

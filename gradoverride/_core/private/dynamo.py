@@ -209,11 +209,13 @@ def let_dynamo_show(functions: Iterable[Any]) -> None:
         known.update(functions)
         _shown.append(module)
 
-    if not _shown:
+    if not _awaited:  # what waits for it stays, also where Dynamo is never imported
+        _awaited.append(True)
         on_import("torch._dynamo.variables.torch", add)
         on_import("torch._dynamo", _let_dynamo_show_builtins)
 
 
+_awaited: list[bool] = []
 _shown: list[Any] = []
 
 
