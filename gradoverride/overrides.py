@@ -490,11 +490,8 @@ class Override:
         modules = self._modules() if wanted else {}
         for layer in wanted:
             path, _, name = layer.path.rpartition(".")
-            if (
-                not isinstance(layer, ModuleLayer)
-                or layer.path not in modules
-                or layer not in layers_of(modules[layer.path])
-            ):
+            module = modules.get(layer.path)
+            if module is None or layer not in layers_of(module):
                 continue
             around = modules[path]
             ruled = any(called.get(own) for own in layers_of(around))
