@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set, ValuesView
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set, ValuesView
 from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NoReturn
 
@@ -30,6 +30,8 @@ __all__ = [
     "captured_names",
     "foreign_leaf",
     "is_gone",
+    "names_of",
+    "names_within",
     "refuse",
     "refuse_tangent",
     "requires_grad",
@@ -179,6 +181,21 @@ def tensors_known(fn: Any) -> list[str]:
     for name, value in _names(fn, helpers=True):
         found += tensors_in(f"'{name}'", value, depth=2, objects=True, counts=is_tensor)
     return [name for name, _ in found]
+
+
+def names_of(fn: Any, ids: Collection[int]) -> Iterator[str]:
+    """The names under which `fn` reaches objects with these ids, lists and dicts in such too."""
+    for name, value in _names(fn, helpers=True):
+        yield from names_within(name, value, ids)
+
+
+def names_within(name: str, value: Any, ids: Collection[int], depth: int = 3) -> Iterator[str]:
+    """The same of `value`, which has this name."""
+    if id(value) in ids:
+        yield name
+    elif depth and isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from names_within(name, part, ids, depth - 1)
 
 
 def _attributes(receiver: Any) -> Iterator[tuple[str, Any]]:

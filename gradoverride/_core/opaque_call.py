@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gradoverride._core import scan
 from gradoverride._core.ambient import RandomState, here
-from gradoverride._core.captured import tensors_known
+from gradoverride._core.captured import names_of, names_within, tensors_known
 from gradoverride._core.private.dynamo import as_dynamo_hands_on, fail, forward_mode_while_tracing
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.private.transforms import at_dual_level, dual_levels, tells_level
@@ -154,6 +154,7 @@ def step_of(plan: Plan, layout: Layout, arguments: Any, changed: Any, differenti
     functions = [plan.fn, plan.rule.fn, *([] if plan.jvp is None else [plan.jvp.fn])]
     stale = [name for name in names if any(scan.mentions(fn, name) for fn in functions)]
     stale += [name_of(fn) for fn in functions if id(fn) in objects]
+    stale += [name for fn in functions for name in names_of(fn, objects)]
     known = [found for fn in functions for found in tensors_known(fn)]
     level = dual_levels._current_level
 
@@ -165,6 +166,7 @@ def step_of(plan: Plan, layout: Layout, arguments: Any, changed: Any, differenti
         values = [unflatten(spec, inputs) for spec in specs]
         found: list[Tensor] = []
         stale.extend([f"self.{prefix}" for prefix, part in _parts(receiver) if id(part) in objects])
+        stale.extend(_containers_of(receiver, objects))
         random = RandomState()
         try:
             with _unchanged(receiver), at_dual_level(level):
@@ -199,6 +201,14 @@ def _plain_tensors(receiver: nn.Module | None) -> Iterator[str]:
         for name, value in part.__dict__.items():
             if isinstance(value, Tensor):
                 yield f"'{'.'.join(['self', prefix, name] if prefix else ['self', name])}'"
+
+
+def _containers_of(receiver: nn.Module | None, ids: Sequence[int]) -> Iterator[str]:
+    """The names of lists and dicts with these ids in the attributes of a module."""
+    for prefix, part in _parts(receiver):
+        for name, value in part.__dict__.items():
+            if not name.startswith("_"):
+                yield from names_within(".".join(["self", prefix, name] if prefix else ["self", name]), value, ids)
 
 
 def _parts(receiver: nn.Module | None) -> Iterable[tuple[str, nn.Module]]:

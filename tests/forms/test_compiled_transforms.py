@@ -552,6 +552,50 @@ def changes_its_rule_before(x):
     return grad(lambda x: go.edit_gradient(x, TIMES).sum())(x)
 
 
+def changes_its_list_before(x):
+    SCALES[0]["by"] = 5.0
+    return grad(total(by_a_list))(x)
+
+
+def changes_a_list_of_its_module_before():
+    module = ScalesByAList()
+
+    def run(x):
+        module.scales.append(5.0)
+        return grad(total(module))(x)
+
+    return run
+
+
+def changes_another_list_before(x):
+    OTHERS.append(5.0)
+    return grad(total(by_a_list))(x)
+
+
+def its_scale():
+    return SCALES[0]["by"]
+
+
+class ScalesByAList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scales = [2.0]
+
+    @go.custom_backward(lambda g, module: g * module.scales[-1])
+    def forward(self, x):
+        return x * self.scales[-1]
+
+
+SCALES, OTHERS = [{"by": 2.0}], []
+by_a_list = ruled(lambda x: x * its_scale(), lambda g: g * its_scale())
+
+
+def test_list_that_the_call_does_not_read_may_be_changed_before_it():
+    x = noise(3, grad=False)
+    exactly(compiled(changes_another_list_before)(x), torch.full_like(x, 2.0))
+    assert OTHERS == [5.0]
+
+
 PLAIN = Plain()
 STEP = "a call with a rule must be one step of the graph; "
 REFUSED = {
@@ -584,6 +628,11 @@ REFUSED = {
     "enum": (grad(lambda x: ruled_by_kind(x, Kind.FIRST).sum()), STEP + "an argument of the class 'Kind' cannot"),
     "no module": (grad(total(PLAIN.method)), STEP + "its object is no module"),
     "module that is changed": (changes_its_module_before(), STEP + "the code that is traced has changed 'self'"),
+    "list that is changed": (changes_its_list_before, STEP + "the code that is traced has changed 'SCALES'"),
+    "list of the module that is changed": (
+        changes_a_list_of_its_module_before(),
+        STEP + r"the code that is traced has changed 'self\.scales'",
+    ),
     "global that is changed": (changes_its_global_before, STEP + "the code that is traced has changed 'FACTOR'"),
     "random numbers again": (
         grad(total(ruled(lambda x: F.dropout(x, 0.5), lambda g, vjp: vjp(g)))),

@@ -105,15 +105,19 @@ def step_of_graph(fn: F) -> F:
 
 @evaluated_while_tracing
 def changed_while_tracing() -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The ids of objects of which the code that Dynamo traces has set attributes, and the globals that it has set: all
-    others see that when the compiled code has run. If Dynamo notes it elsewhere one day, none are known.
+    """The ids of objects of which the code that Dynamo traces has set attributes, and of lists and dicts that it has
+    changed; and the globals that it has set: all others see that when the compiled code has run. If Dynamo notes it
+    elsewhere one day, none are known.
     """
     effects = getattr(_output_now(), "side_effects", None)
     changes = getattr(effects, "store_attr_mutations", {})
     changed = [getattr(known, "value", None) for known, attributes in changes.items() if attributes]
+    values = getattr(effects, "id_to_variable", {})
+    kinds = {number: getattr(variable, "mutation_type", None) for number, variable in values.items()}
+    containers = [number for number, kind in kinds.items() if getattr(kind, "is_modified", False)]
     of_globals = [attributes for known, attributes in changes.items() if type(known).__name__ == "NewGlobalVariable"]
     return (
-        tuple([id(value) for value in changed if value is not None]),
+        (*[id(value) for value in changed if value is not None], *containers),
         tuple([name for attributes in of_globals for name in attributes]),
     )
 
