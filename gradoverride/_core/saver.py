@@ -111,8 +111,11 @@ class Saver:
 
     def asked(self, name: str, value: Any, handed_over: bool, known: Sequence[Tensor] = ()) -> Asked:
         """Where the tensors of `value` are to be saved from. Those that are `known` are held as they are."""
-        ids = set(map(id, known))
-        spec, tensors = taken_apart(value, lambda part: is_tensor(part) and id(part) not in ids)
+        if known:  # never while tracing: Dynamo would guard each id
+            ids = set(map(id, known))
+            spec, tensors = taken_apart(value, lambda part: is_tensor(part) and id(part) not in ids)
+        else:
+            spec, tensors = taken_apart(value, is_tensor)
         if handed_over and self.call.mode != TRACED:
             tensors = [trackable(tensor) for tensor in tensors]
         places = [self.place(tensor, handed_over) for tensor in tensors]
