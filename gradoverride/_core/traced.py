@@ -112,6 +112,6 @@ class TracedPath:
         return [
             *lines,
             f"if {' or '.join(unusual)}:",
-            f"    return _go_traced_finish({receiver}, {found}, None, None, {plan.takes_receiver})",
+            f"    return _go_traced_finish({receiver}, {found}, None, None, on_leaves={plan.takes_receiver})",
             f"return _go_Function.apply(_go_result, {', '.join(inputs)})",
         ]
