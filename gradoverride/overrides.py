@@ -23,6 +23,7 @@ from gradoverride._core.class_patch import check_classes
 from gradoverride._core.following import of_paths, take_off_given_up
 from gradoverride._core.functions import name_of_function, signature_of
 from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, ModuleLayer, next_order
+from gradoverride._core.missed import only_read, passed_by
 from gradoverride._core.obstacles import check_calls, check_forwards, check_scripted, warn_of_scripted
 from gradoverride._core.overridden import (
     base_of,
@@ -32,7 +33,6 @@ from gradoverride._core.overridden import (
     functions_called,
     functions_of,
     has_forward,
-    is_passed_by,
     layers_of,
     take_off,
 )
@@ -42,7 +42,6 @@ from gradoverride._core.private.dynamo import MADE_OUTSIDE, out_of_graph
 from gradoverride._core.private.marks import uncompiled
 from gradoverride._core.puts import Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
 from gradoverride._core.rule import Rule
-from gradoverride._core.scan import reads_only
 from gradoverride._core.scripted import is_scripted
 from gradoverride._core.signature import Forward, kind_of
 from gradoverride._core.table import EVERYWHERE, Row, Table, row_of
@@ -453,13 +452,16 @@ class Override:
         awaited = {put.layer.rule: put.layer for put in puts if put.layer.awaits_replay}
         called = [put.layer.known_calls != 0 for put in puts]
         lost = everywhere.farther_than([put.layer for put, was in zip(puts, called, strict=True) if was])
-        missed = self._passed_by(puts)
+        modules = self._modules()
+        missed = passed_by(modules, [put.layer for put in puts])
         for put, was in reversed(list(zip(puts, called, strict=True))):
             if was:
                 ran.add(put.layer.rule)
             elif put.layer not in lost and put.layer not in missed:
                 idle[put.layer.rule] = put.layer
-        missed |= self._only_read({put.layer: was for put, was in zip(puts, called, strict=True)}, ran)
+        missed |= only_read(
+            modules, {put.layer: was for put, was in zip(puts, called, strict=True)}, ran - self._optional
+        )
         for put in reversed(puts):
             put.take_off()
         never = [layer for rule, layer in idle.items() if rule not in ran and rule not in self._optional]
@@ -468,36 +470,3 @@ class Override:
     def _modules(self) -> dict[str, nn.Module]:
         model = None if self._model is None else self._model()
         return {} if model is None else modules_of(model)
-
-    def _passed_by(self, puts: Sequence[Put]) -> dict[Layer, str]:
-        """The rules of modules on which somebody has meanwhile put a forward that leads past them."""
-        modules = self._modules()
-        found: dict[Layer, str] = {}
-        for put in puts:
-            layer = put.layer
-            if layer.path in modules and is_passed_by(modules[layer.path], layer):
-                where = f" at '{layer.path}'" if layer.path else ""
-                found[layer] = (
-                    f"is passed by{where}; somebody has put another forward on the instance, which does not call that "
-                    "of its class. Replace it before the override, or have it call the forward that it replaces"
-                )
-        return found
-
-    def _only_read(self, called: Mapping[Layer, bool], ran: set[Rule]) -> dict[Layer, str]:
-        """The rules that ran, but never at a module whose parameters the one around it reads, and cannot call it."""
-        found: dict[Layer, str] = {}
-        wanted = [layer for layer, was in called.items() if not was and layer.rule in ran - self._optional]
-        modules = self._modules() if wanted else {}
-        for layer in wanted:
-            path, _, name = layer.path.rpartition(".")
-            module = modules.get(layer.path)
-            if module is None or layer not in layers_of(module):
-                continue
-            around = modules[path]
-            ruled = any(called.get(own) for own in layers_of(around))
-            if not ruled and reads_only(class_of(around), name, module._parameters, nn.Module):
-                found[layer] = (
-                    f"does not reach '{layer.path}'; the '{class_of(around).__name__}' around it reads its parameters "
-                    "and does not call it. Override the module around it"
-                )
-        return found

@@ -56,9 +56,9 @@ def is_plain(plan: Plan) -> bool:
 def _is_plain_method(plan: Plan) -> bool:
     return (
         plan.forward.takes_self
-        and plan.reach is not None
+        and plan.runs_inside
+        and plan.reach is not None  # which this says too
         and not plan.straight_through
-        and not (plan.asks_vjp or plan.may_lay_out)
         and (not plan.class_form or (plan.own_backward is not None and "deferred" not in plan.sources.values()))
         and not plan.reach.attributes & plan.reserved  # which comes before the reserved one
     )
@@ -66,13 +66,8 @@ def _is_plain_method(plan: Plan) -> bool:
 
 def _hands_over_plainly(plan: Plan) -> bool:
     """Whether what the rule asks for is handed over, by a forward that runs in the Function."""
-    return (
-        not plan.takes_receiver
-        and plan.reach is not None
-        and not (plan.asks_vjp or plan.may_lay_out)
-        and not plan.straight_through
-        and "deferred" in plan.sources.values()
-    )
+    handed_over = "deferred" in plan.sources.values()
+    return handed_over and plan.runs_inside and not (plan.takes_receiver or plan.straight_through)
 
 
 def guessed_places(plan: Plan) -> list[int]:
@@ -157,7 +152,6 @@ class ShortPath:
             "_go_asks_grad": self.plan.asks_grad,
             "_go_apply": fast_apply(self.function.make({**names})),
             "_go_finish": self.function.finish,
-            "_go_finish_direct": self.function.finish_direct,
             "_go_fits": FittingClasses(self.plan),
             "_go_own_rule": self.plan.rule.fn,
             "_go_dual_levels": dual_levels,
@@ -223,9 +217,9 @@ class ShortPath:
             "    try:",
             f"        return _go_apply({', '.join([*given, *tensors, *more])}){first}",
             "    except _go_Unusual as _go_unusual:",
-            "        _go_found = _go_unusual.args",
+            "        _go_found, *_go_more = _go_unusual.args",
             f"    _go_given = ({', '.join(arguments)},), [{', '.join(tensors)}]",
-            f"    return _go_finish_direct({receiver}, *_go_given, *_go_found)",
+            f"    return _go_finish({receiver}, *_go_given, _go_found, None, *_go_more, on_leaves=True)",
         ]
 
     def _aliased_body(self, arguments: Sequence[str]) -> list[str]:

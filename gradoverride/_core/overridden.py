@@ -6,7 +6,6 @@ Without the class the module is as it was; where others have derived from it, th
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Sequence
 from types import MethodType
@@ -24,7 +23,6 @@ from gradoverride._core.overridden_class import base_of_class, overridden, writt
 from gradoverride._core.plan import Plan
 from gradoverride._core.record import ModuleTally, Record
 from gradoverride._core.rule import Rule
-from gradoverride._core.scan import python_function
 from gradoverride._core.signature import unknown_name
 from gradoverride._core.targets import BASE, RECORD, class_of
 from gradoverride.errors import RuleSignatureError, UnsupportedError
@@ -36,8 +34,8 @@ __all__ = [
     "check_rule",
     "functions_called",
     "functions_of",
+    "has_another_forward",
     "has_forward",
-    "is_passed_by",
     "layers_of",
     "put_on",
     "take_off",
@@ -76,7 +74,7 @@ def _obstacle(module: nn.Module) -> str:
             "have its parameters to be overridden; it is lazy, and would drop the override when it gets them. Call the "
             "model once before"
         )
-    if _has_another_forward(module):
+    if has_another_forward(module):
         return (
             "have the forward of its class to be overridden; somebody has put another one on the instance, which would "
             "pass the override by. Override the module before that is done, or undo it and do it again afterwards"
@@ -116,7 +114,7 @@ def functions_called(module: nn.Module) -> frozenset[str] | None:
     """The functions of torch that a module may call and have rules for, by name. None: it may call any."""
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return frozenset()
-    if _has_another_forward(module):
+    if has_another_forward(module):
         return frozenset()
     base = base_of(module)
     if written_methods(base):
@@ -149,7 +147,7 @@ def has_forward(module: nn.Module) -> bool:
     return base_of(module).forward is not nn.Module.forward
 
 
-def _has_another_forward(module: nn.Module) -> bool:
+def has_another_forward(module: nn.Module) -> bool:
     """Whether there is one on the instance that passes ours by, or would: that of its class can be put away."""
     forward = module.__dict__.get("forward")
     if type(forward) is not MethodType or forward.__self__ is not module:
@@ -201,18 +199,6 @@ def put_on(module: nn.Module, added: Sequence[Layer]) -> None:
             tally.forward = module.__dict__.pop("forward", None)
             module.__dict__[RECORD] = Record(subject, layers, functions, tally)
             _derive(module, base, derived)
-
-
-def is_passed_by(module: nn.Module, layer: Layer) -> bool:
-    """Whether somebody has put a forward on a module with this rule that does not call ours, so that no rule runs.
-
-    One that does has taken ours from the module before, and holds it somewhere.
-    """
-    if layer not in layers_of(module) or not _has_another_forward(module):
-        return False
-    bound = [one for one in gc.get_referrers(module) if type(one) is MethodType and one.__self__ is module]
-    called: list[Any] = [python_function(module.__dict__["forward"]), *[one.__func__ for one in bound]]
-    return not any(one in everywhere.derived_from for one in called)
 
 
 def take_off(module: nn.Module, gone: Sequence[Layer]) -> None:

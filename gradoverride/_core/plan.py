@@ -130,6 +130,8 @@ class Plan:
         self.may_give_data = any(scan.mentions(self.fn, name) for name in (*_GIVING_DATA, *_LAYING_OUT))
         # It may lay an argument out anew: that it does to an alias, for the argument's own layout is to be known after.
         self.may_lay_out = any(scan.mentions(self.fn, name) for name in _LAYING_OUT)
+        # Whether the forward may run in its Function, as one by hand does: what it can reach besides has no gradient.
+        self.runs_inside = self.reach is not None and not (self.asks_vjp or self.may_lay_out)
         # Whether its result may lie where an argument does, and be no view: as its code shows it, or does not show.
         self.may_give_memory = self.forward_may_write or any(scan.mentions(self.fn, name) for name in _SHARING)
         # Whether arguments that the rule asks for are to be kept as they were given: torch counts no write of these.

@@ -38,7 +38,9 @@ FLOATING = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat1
 
 
 class Unusual(Exception):
-    """The forward has run within the Function, and its result is one for the general path (`finish_direct`)."""
+    """The forward has run within the Function, and its result is one for the general path: that, the versions of the
+    tensors before, and what was handed over.
+    """
 
 
 class ShortFunction:
@@ -65,7 +67,7 @@ class ShortFunction:
         self.tensors = [self.names[place] for place in places] + [f"p_{name}" for name in self.params]
         self.others = [name for place, name in enumerate(self.names) if place not in places]
         # Whether the forward runs in this Function: what it can reach besides has no gradient to lose.
-        self.direct = mode == EAGER and plan.reach is not None and not (plan.asks_vjp or plan.may_lay_out)
+        self.direct = mode == EAGER and plan.runs_inside
         self.boxed = list(self.others)
         if self.direct:
             self.boxed[:0] = ["receiver"] if plan.takes_receiver else []
@@ -382,18 +384,6 @@ class ShortFunction:
         return f"{one}.shape == {other}.shape and {one}.dtype is {other}.dtype and {same_device}"
 
     # --- what the generated code calls when something is not plain ---
-
-    def finish_direct(
-        self,
-        receiver: Any,
-        values: tuple[Any, ...],
-        given: list[Tensor],
-        result: Any,
-        before: list[int | None],
-        residuals: dict[str, Any],
-    ) -> Any:
-        """As `finish`, for a forward that has run in the Function."""
-        return self.finish(receiver, values, given, result, None, before, residuals, on_leaves=True)
 
     def finish(
         self,
