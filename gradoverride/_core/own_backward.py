@@ -52,7 +52,7 @@ class OwnBackward:
                 assigned.add(use.attributes[0])
             else:
                 read.add(use.attributes[0])
-        changed = renamed(code, names) if assigned and _assigns_nothing_else(backward, names) else None
+        changed = renamed(code, names) if assigned and not _asks_elsewhere(backward, names) else None
         if changed is None or "training" in read:  # which is shown as it was in the forward
             return None
         function = FunctionType(changed, backward.__globals__, None, backward.__defaults__, backward.__closure__)
@@ -60,10 +60,10 @@ class OwnBackward:
         return cls(function, sorted(assigned), sorted(read))
 
 
-def _assigns_nothing_else(backward: FunctionType, known: dict[int, str]) -> bool:
-    """Whether it assigns no attribute but at these offsets, nor do its helpers, and none of them asks for a `grad`."""
-    return not any(
-        use.attributes and (use.way != "LOAD" or not {"grad", "backward"}.isdisjoint(use.attributes))
+def _asks_elsewhere(backward: FunctionType, known: dict[int, str]) -> bool:
+    """Whether it, or a helper, asks for a `grad` but at these offsets: what has been accumulated is nothing it sees."""
+    return any(
+        not {"grad", "backward"}.isdisjoint(use.attributes)
         for _, code in scan.reachable(backward)
         for use in uses(code)
         if not (code is backward.__code__ and instructions(code)[use.last].offset in known)

@@ -258,6 +258,12 @@ def adds(self, grad_output):
     return grad_output
 
 
+def reads(self, grad_output):
+    self.weight.grad = grad_output
+    self.bias.grad = grad_output if self.weight.grad is grad_output else None
+    return grad_output
+
+
 def through_variable(self, grad_output):
     bias = self.bias
     bias.grad = grad_output
@@ -307,7 +313,7 @@ def in_place(self, grad_output):
 
 
 GENERAL = [
-    *(by_helper, adds, through_variable, by_setattr, counts, in_training, in_a_lambda, calls_a_method),
+    *(by_helper, adds, reads, through_variable, by_setattr, counts, in_training, in_a_lambda, calls_a_method),
     *(hands_itself_on, in_place, backward_in_helper),
 ]
 
@@ -317,7 +323,7 @@ def test_code_that_does_more_is_not_taken(function):
     assert OwnBackward.of(function) is None
 
 
-@pytest.mark.parametrize("function", [by_helper, through_variable, by_setattr, backward_in_helper])
+@pytest.mark.parametrize("function", [by_helper, reads, through_variable, by_setattr, backward_in_helper])
 def test_such_gradients_are_collected_all_the_same(function, stand_ins):
     module, x = with_backward(function, plain=True), noise(4).requires_grad_()
     (found,) = torch.autograd.grad(module(x).sum(), module.bias)
@@ -411,8 +417,8 @@ def test_code_with_too_many_names_is_not_changed():
 def test_code_that_this_python_writes_otherwise_is_not_changed(monkeypatch):
     code = Scaled.backward.__code__
     loads = [step for step in instructions(code) if step.opname == "LOAD_ATTR" and step.argval == "bias"]
-    asked = {loads[0].offset: "other"}
-    assert renamed(code, asked).co_names == (*code.co_names, "other")
+    asked = [{loads[0].offset: name} for name in ("other", code.co_names[1])]
+    assert [renamed(code, names).co_names for names in asked] == [(*code.co_names, "other"), code.co_names]
     other = (3, 11) if sys.version_info >= (3, 12) else (3, 12)  # which has no flag beside such a name, or has one
     monkeypatch.setattr("gradoverride._core.bytecode.sys", SimpleNamespace(version_info=other))
-    assert renamed(code, asked) is None
+    assert [renamed(code, names) for names in asked] == [None, None]
