@@ -701,6 +701,19 @@ def test_what_an_inner_call_hands_over_stays_with_it_there():
     exactly(x.grad, 10 * (x.detach() < 0).double())
 
 
+def test_what_an_inner_call_hands_over_where_no_graph_is_recorded_stays_with_it():
+    @go.custom_backward(lambda grad_output, mask: 10 * grad_output * mask)
+    def outer(x):
+        go.save_for_backward(None, mask=x < 0)
+        with torch.no_grad():
+            positive = relu(x)
+        return x + positive
+
+    x = noise(5)
+    outer(x).sum().backward()
+    exactly(x.grad, 10 * (x.detach() < 0).double())
+
+
 def test_nothing_is_handed_over_without_a_gradient(general_passes):
     x = noise(5, grad=False)
     y = leaky(x)
