@@ -264,8 +264,7 @@ class ForwardPass:
             self.plan.on_first_call = None
         if not self.on_leaves and not call.opaque:
             refuse_captured(self, outs, aliases)
-        counts_alone = self.mode == EAGER and not (self.shares_versions or self.on_leaves)
-        if counts_alone and (self.plan.may_give_memory or any([out._is_view() for out in outs])):
+        if self.mode == EAGER and not (self.shares_versions or self.on_leaves):
             outs = [counted_with(out, aliases[: len(leaves)], leaves) for out in outs]
         self.writes.find(outs, aliases)
         if self.graph_is_shown:
