@@ -1422,6 +1422,19 @@ def test_forward_sees_whether_an_argument_requires_grad_where_what_it_calls_asks
         del globals()["defined_below"]
 
 
+def test_forward_sees_whether_an_argument_requires_grad_where_a_function_beside_it_that_is_defined_below_asks():
+    @go.custom_backward(lambda grad_output: grad_output * 3)
+    def forward(x):
+        return below(x)
+
+    def below(x):
+        return x * 2 if x.requires_grad else x * 5
+
+    x = float64(1.0, 2.0)
+    for _ in range(2):
+        exactly(forward(x).detach(), x.detach() * 2)
+
+
 @pytest.mark.parametrize("run", COMPILED)
 @pytest.mark.parametrize(
     "rule",
