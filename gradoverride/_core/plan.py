@@ -78,6 +78,7 @@ class Plan:
         self.straight_through = rule.straight_through
         self.on_first_call = rule.on_first_call
         self.rule = rule = rule.for_forward(forward)
+        self.needs_floating = rule.straight_through or getattr(rule.fn, "needs_floating", False)  # for its result
         self.fn: Callable[..., Any] = forward.fn
         later = runs_later(self.fn)
         if later is not None:

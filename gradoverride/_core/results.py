@@ -41,7 +41,7 @@ def without_gradient(run: ForwardPass, result: Any) -> Any:
             f"a gradient; it returned {what(result)}. Return the {one} that the rule is about, alone or in a tuple, "
             "list, dict or dataclass",
         )
-    if getattr(run.plan.rule.fn, "needs_floating", False):
+    if run.plan.needs_floating:
         fail(
             ForwardResultError,
             f"{run.plan.forward.who} must return a floating tensor, for its rule {run.plan.rule.who} to give it "

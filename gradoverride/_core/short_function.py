@@ -260,8 +260,10 @@ class ShortFunction:
         unusual = [f"_go_type({result}) is not _go_Tensor", *(f"{result} is {name}" for name in given)]
         if not self.plan.forward_is_arithmetic:
             unusual.append(f"{result}._is_view()")
+        if self.plan.needs_floating:
+            unusual.append(f"{result}.dtype not in _go_FLOATING")
         if self.plan.straight_through:
-            unusual += [f"{result}.dtype not in _go_FLOATING", "_go_plan.on_first_call is not None"]
+            unusual.append("_go_plan.on_first_call is not None")
         return unusual
 
     def backward_source(self) -> str:
