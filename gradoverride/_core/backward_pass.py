@@ -98,7 +98,7 @@ class Backward:
         if versions and versions != [grad._version for grad in handed]:
             plan.refuse_written()
         leaf_grads, named = read_answer(call, answer)
-        answered = read_params(call, {**named, **collected}) if call.params else {}
+        answered = read_params(call, named, collected) if call.params else {}
         if call.held is not None and self.again:
             leaf_grads = call.held.tied(call, leaf_grads, self.saved)
             answered = dict(zip(answered, call.held.tied(call, [*answered.values()], self.saved), strict=True))

@@ -87,11 +87,21 @@ def answers_by_name(call: Call, answer: Any) -> bool:
     return not call.answers_dict_bare and isinstance(answer, dict) and not dataclasses.is_dataclass(answer)
 
 
-def read_params(call: Call, answers: dict[str, Any]) -> dict[str, Tensor | None]:
-    """The gradients that were answered for parameters, checked; each one asked for must be among them."""
+def read_params(call: Call, named: dict[str, Any], assigned: dict[str, Any]) -> dict[str, Tensor | None]:
+    """The gradients that were answered for parameters, in a dict or assigned to their `grad`, checked; each one asked
+    for must be among them.
+    """
+    answers = {**named, **assigned}
     checked: dict[str, Tensor | None] = {}
     for param in call.params:
         answered = [name for name in param.names if name in answers]
+        returned = [name for name in param.names if name in named]
+        if returned and param.name in assigned:
+            _refuse(
+                call.plan,
+                f"must give the gradient of the parameter '{param.name}' once; it assigns self.{param.name}.grad and "
+                f"has '{returned[0]}' in the dict that it returns. Leave out one",
+            )
         if answered:
             value = answers[answered[0]]
             if len(answered) > 1:  # one parameter under several names: its uses add up

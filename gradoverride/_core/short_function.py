@@ -423,7 +423,7 @@ class ShortFunction:
         call.describe_plain(self.places, metas[:count], ctx.needs_input_grad[self.leading :][:count])
         call.describe_params(self.params, metas[count:])
         grads, named = read_answer(call, answer)
-        params = read_params(call, {**named, **assigned})
+        params = read_params(call, named, assigned)
         return *[None] * self.leading, *grads, *(params[name] for name in self.params)
 
     def conform(self, value: Any, like: Tensor) -> Tensor:

@@ -200,7 +200,14 @@ def two_answers(self, grad_output):
     return grad_output, grad_output
 
 
-@pytest.mark.parametrize("function", [unassigned, wrong_shape, no_tensor, wrong_answer, two_answers])
+def assigned_and_returned(self, grad_output):
+    self.weight.grad = self.bias.grad = grad_output
+    return {"x": grad_output, "bias": 2 * grad_output}
+
+
+@pytest.mark.parametrize(
+    "function", [unassigned, wrong_shape, no_tensor, wrong_answer, two_answers, assigned_and_returned]
+)
 def test_errors_are_the_same(function):
     kind, text = error_of(function, plain=True)
     assert (kind, text) == error_of(function, plain=False)
@@ -211,6 +218,11 @@ def test_errors_are_the_same(function):
 def test_error_names_the_parameter_that_is_left_out():
     _, text = error_of(unassigned, plain=True)
     assert "must assign self.bias.grad (None stops its gradient)" in text
+
+
+def test_error_names_the_parameter_that_is_answered_for_twice():
+    _, text = error_of(assigned_and_returned, plain=True)
+    assert "must give the gradient of the parameter 'bias' once; it assigns self.bias.grad and has 'bias' in" in text
 
 
 def by_name(self, grad_output):
