@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 
 from gradoverride._core.ambient import EAGER, TRACED, TRANSFORMED, under_traced
 from gradoverride._core.collector import Collector
-from gradoverride._core.contract import conform_output, read_answer, read_params, what
+from gradoverride._core.contract import apart, conform_output, read_answer, read_params, what
 from gradoverride._core.function import tied
 from gradoverride._core.kept_graph import KeptGraph, is_hooked
 from gradoverride._core.module_then import as_shown, carry_items, changes_then, forward_then, module_then
@@ -54,6 +54,7 @@ class Backward:
         if call.mode == TRANSFORMED:
             # In the backward of a forward that was replayed, its transform has been left.
             self.saved = [out_of_left_transforms(tensor) for tensor in self.saved]
+        self.lent = list(self.saved)  # what the rule is given
         self.own: dict[str, Tensor | None] = {}  # parameters left to autograd whose gradients are known already
         self.copied: list[Copied] = []  # what the rule may set attributes on: the `module` that it asks for
         self.shown: dict[str, Any] = {}  # what the forward left in attributes there
@@ -92,13 +93,16 @@ class Backward:
         if call.held is not None:
             call.held.refuse_written(call)
         supplied = self._supply(vjp)
-        watched = self.eager and not plan.rule_writes and not torch.compiler.is_dynamo_compiling()
-        versions = [grad._version for grad in handed] if watched else []
+        plain = self.eager and not torch.compiler.is_dynamo_compiling()
+        versions = [grad._version for grad in handed] if plain and not plan.rule_writes else []
         answer, collected = self._ask_rule(grad_output, supplied)
         if versions and versions != [grad._version for grad in handed]:
             plan.refuse_written()
         leaf_grads, named = read_answer(call, answer)
         answered = read_params(call, named, collected) if call.params else {}
+        if plain:
+            leaf_grads = apart(leaf_grads, self.lent)
+            answered = dict(zip(answered, apart(answered.values(), self.lent), strict=True))
         if call.held is not None and self.again:
             leaf_grads = call.held.tied(call, leaf_grads, self.saved)
             answered = dict(zip(answered, call.held.tied(call, [*answered.values()], self.saved), strict=True))
@@ -212,6 +216,7 @@ class Backward:
         )
 
     def _collected(self, collector: Collector) -> dict[str, Any]:
+        self.lent += collector.lent
         collected = collector.collected()
         for param in self.call.params:
             if param.name not in collected and not self.plan.asks_vjp:

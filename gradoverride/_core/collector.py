@@ -72,7 +72,9 @@ class Collector:
             known = [name for name in self.params if name in live]
             copy_attributes([live[name] for name in known], [self.params[name] for name in known], attributes)
         # A frozen parameter is assigned to as well, and has no gradient to be collected.
-        tensors = {**buffers, **{name: _alias(tensor) for name, tensor in frozen.items()}}
+        aliases = {name: _alias(tensor) for name, tensor in frozen.items()}
+        self.lent = [*self.params.values(), *aliases.values()]
+        tensors = {**buffers, **aliases}
         for name, (names, _) in params.items():
             tensors.update(dict.fromkeys(names, self.params[name]))
         self.copied: list[Copied] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from gradoverride._core.params import Param
     from gradoverride._core.plan import Plan
 
-__all__ = ["Meta", "answers_by_name", "conform_output", "read_answer", "read_params", "shape_text", "what"]
+__all__ = ["Meta", "answers_by_name", "apart", "conform_output", "read_answer", "read_params", "shape_text", "what"]
 
 
 def read_answer(call: Call, answer: Any) -> tuple[list[Tensor | None], dict[str, Any]]:
@@ -116,6 +116,13 @@ def read_params(call: Call, named: dict[str, Any], assigned: dict[str, Any]) -> 
                 f"module.{name}; for autograd's own gradient return vjp.by_name(grad_output)['{param.name}']",
             )
     return checked
+
+
+def apart(grads: Iterable[Tensor | None], lent: Sequence[Tensor]) -> list[Tensor | None]:
+    """These gradients, but copies of those that a rule was lent and gave back as they stand. They are aliases of what
+    somebody else has, which torch does not see: it would accumulate other gradients in that memory.
+    """
+    return [grad.clone() if grad is not None and any([grad is one for one in lent]) else grad for grad in grads]
 
 
 def _total(call: Call, param: Param, values: list[Any]) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch.autograd import Function
 
 from gradoverride._core.ambient import EAGER, NO_AUTOCAST, TRACED
 from gradoverride._core.call import Call
-from gradoverride._core.contract import Meta, conform_output, read_answer, read_params
+from gradoverride._core.contract import Meta, apart, conform_output, read_answer, read_params
 from gradoverride._core.forward_pass import ForwardPass
 from gradoverride._core.function import plain_function
 from gradoverride._core.kept_graph import KeptGraph
@@ -83,6 +83,9 @@ class ShortFunction:
             self.saves += [f"p_{name}" for name in own.read if name in own.assigned]
             self.constants += ["receiver"] if self.numbers else []
         self.marked = plan.marked and mode == EAGER and bool(self.saves) and not plan.asks_vjp
+        # Of these the rule gets aliases, which are no gradients as they stand: see `apart`. (A trace has no memory.)
+        aliases = [name for name in self.saves if name == "result" or name.startswith("r_")]
+        self.lent = [f"saved_{name}" for name in aliases] if mode == EAGER else []
         self.unsaved = [name for name in self.tensors if name not in self.saves]
         # Those of them that the result, and so grad_output, may be unlike.
         self.noted = [] if plan.forward_gives_alike and len(self.tensors) == 1 else self.unsaved
@@ -354,8 +357,8 @@ class ShortFunction:
                 *answered,
             ]
         known = ", ".join(self._known(name) for name in tensors)
-        targets = "" if self.own is None else ", targets"
-        return [*lines, f"    return _go_check(ctx, answer, [{known}]{targets})"]
+        targets = "None" if self.own is None else "targets"
+        return [*lines, f"    return _go_check(ctx, answer, [{known}], [{', '.join(self.lent)}], {targets})"]
 
     def _answers_in_order(self) -> bool:
         return not self.plan.straight_through and self.places == list(range(len(self.places)))
@@ -373,11 +376,12 @@ class ShortFunction:
         return f"saved_{name}" if name in self.saves else "grad_output"
 
     def _fits(self, grad: str, name: str) -> str:
-        """Code that looks whether `grad` is like the tensor that it is the gradient of."""
+        """Code that looks whether `grad` is like the tensor that it is the gradient of, and lies in its own memory."""
         known = self._known(name)
+        fits = self._alike(grad, known)
         if self.plan.rule_code.is_algebra:  # which does not move between devices
-            return f"{grad}.shape == {known}.shape and {grad}.dtype is {known}.dtype"
-        return self._alike(grad, known)
+            fits = f"{grad}.shape == {known}.shape and {grad}.dtype is {known}.dtype"
+        return " and ".join([fits, *(f"{grad} is not {lent}" for lent in self.lent)])
 
     @staticmethod
     def _alike(one: str, other: str) -> str:
@@ -408,7 +412,7 @@ class ShortFunction:
         forward_pass = ForwardPass(call, receiver, receiver, leaves, values, before, on_leaves)
         return forward_pass.finish(given, result, {} if residuals is None else residuals)
 
-    def check(self, ctx: Any, answer: Any, like: list[Tensor], targets: Any = None) -> tuple[Any, ...]:
+    def check(self, ctx: Any, answer: Any, like: list[Tensor], lent: list[Tensor], targets: Any) -> tuple[Any, ...]:
         """Read an answer that is not the usual one: a dict, a list, another dtype, or an error."""
         assigned = {} if targets is None else {name: getattr(targets, name) for name in self.params}
         for name, value in assigned.items():
@@ -424,7 +428,7 @@ class ShortFunction:
         call.describe_params(self.params, metas[count:])
         grads, named = read_answer(call, answer)
         params = read_params(call, named, assigned)
-        return *[None] * self.leading, *grads, *(params[name] for name in self.params)
+        return *[None] * self.leading, *apart([*grads, *(params[name] for name in self.params)], lent)
 
     def conform(self, value: Any, like: Tensor) -> Tensor:
         """`value` as a gradient of the result, or an error."""

@@ -240,6 +240,23 @@ def test_dict_none_and_other_dtype(plain):
     exactly(x.grad, torch.full((4,), 2.0, dtype=torch.float64))
 
 
+def returns_a_weight(self, grad_output):
+    self.weight.grad = self.bias.grad = None
+    return self.weight
+
+
+@pytest.mark.parametrize("kind", ["short path", "general path", "frozen"])
+def test_parameter_that_is_given_back_as_a_gradient_is_not_added_to(kind):
+    module, x = with_backward(returns_a_weight, plain=kind != "general path"), noise(4).requires_grad_()
+    module.weight.requires_grad_(kind != "frozen")
+    weight = module.weight.detach().clone()
+    for _ in range(3):
+        module(x).sum().backward()
+    exactly((module.weight.detach(), x.grad), (weight, 3 * weight))
+    (found,) = torch.autograd.grad(module(x).sum(), x)
+    assert type(found) in (torch.Tensor, nn.Parameter)  # and no class of ours
+
+
 # --- what sends a call the general way ---
 
 

@@ -659,6 +659,45 @@ def test_result_may_be_handed_over_too(general_passes):
     assert general_passes == []
 
 
+@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("answer", [lambda kept: (kept,), lambda kept: {"x": kept}])
+def test_tensor_that_is_given_back_as_a_gradient_is_not_added_to(answer, short, general_passes):
+    def hands_over(x, table):
+        return go.save_for_backward(x * 3, kept=table)
+
+    def with_options(x, table, **options):
+        return go.save_for_backward(x * 3, kept=table)
+
+    call = go.custom_backward(lambda grad_output, kept: answer(kept))(hands_over if short else with_options)
+    x, kept = float64(3.0, 4.0), float64(1.0, 2.0, grad=False)
+    for _ in range(3):
+        call(x, kept).sum().backward()
+    exactly((kept, x.grad), (float64(1.0, 2.0, grad=False), float64(3.0, 6.0, grad=False)))
+    assert (general_passes == []) is short
+
+
+def test_tensor_that_is_given_back_for_the_only_argument_is_not_added_to():
+    kept = float64(1.0, 2.0, grad=False)
+    call = go.custom_backward(lambda grad_output, kept: kept)(lambda x: go.save_for_backward(x * 3, kept=kept))
+    x = float64(3.0, 4.0)
+    for _ in range(3):
+        call(x).sum().backward()
+    exactly((kept, x.grad), (float64(1.0, 2.0, grad=False), float64(3.0, 6.0, grad=False)))
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_result_that_is_given_back_as_a_gradient_is_not_added_to(short, general_passes):
+    call = go.custom_backward(lambda grad_output, output: output)(
+        (lambda x: x * 3) if short else (lambda x, **o: x * 3)
+    )
+    x = float64(3.0, 4.0)
+    y = call(x)
+    y.sum().backward()
+    call(x).sum().backward()
+    exactly((y.detach(), x.grad), (float64(9.0, 12.0, grad=False), float64(18.0, 24.0, grad=False)))
+    assert (general_passes == []) is short
+
+
 def test_missing_value_is_the_same_error_there():
     @go.custom_backward(lambda grad_output, mask: grad_output * mask)
     def sometimes(x, hand_over):
