@@ -121,6 +121,10 @@ class _Collected(Tensor):
         if self.is_leaf:
             _OWN_GRAD.__set__(self, None)
 
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None  # as torch has it
+
 
 _OWN_GRAD: Any = Tensor.grad
 

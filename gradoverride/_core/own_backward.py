@@ -55,6 +55,8 @@ class OwnBackward:
         changed = renamed(code, names) if assigned and not _asks_elsewhere(backward, names) else None
         if changed is None or "training" in read:  # which is shown as it was in the forward
             return None
+        if any([name.startswith("__") for name in read]):  # which each class has of its own
+            return None
         function = FunctionType(changed, backward.__globals__, None, backward.__defaults__, backward.__closure__)
         function.__kwdefaults__ = backward.__kwdefaults__
         return cls(function, sorted(assigned), sorted(read))

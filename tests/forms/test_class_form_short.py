@@ -336,6 +336,18 @@ def identity(module, grad_output):
     return grad_output
 
 
+def deletes(self, grad_output):
+    self.bias.grad = self.weight.grad = 5 * grad_output
+    del self.bias.grad
+    self.bias.grad = grad_output
+    return grad_output
+
+
+def says_where_its_class_is(self, grad_output):
+    self.bias.grad = self.weight.grad = grad_output
+    return grad_output if self.__module__ else None
+
+
 def in_place(self, grad_output):
     self.bias.grad = self.weight.grad = grad_output.clone().mul_(2)
     return grad_output
@@ -343,7 +355,7 @@ def in_place(self, grad_output):
 
 GENERAL = [
     *(by_helper, adds, reads, through_variable, by_setattr, counts, in_training, in_a_lambda, calls_a_method),
-    *(hands_itself_on, in_place, backward_in_helper),
+    *(hands_itself_on, in_place, backward_in_helper, deletes, says_where_its_class_is),
 ]
 
 
@@ -352,7 +364,10 @@ def test_code_that_does_more_is_not_taken(function):
     assert OwnBackward.of(function) is None
 
 
-@pytest.mark.parametrize("function", [by_helper, reads, through_variable, by_setattr, backward_in_helper])
+@pytest.mark.parametrize(
+    "function",
+    [by_helper, reads, through_variable, by_setattr, backward_in_helper, deletes, says_where_its_class_is],
+)
 def test_such_gradients_are_collected_all_the_same(function, stand_ins):
     module, x = with_backward(function, plain=True), noise(4).requires_grad_()
     (found,) = torch.autograd.grad(module(x).sum(), module.bias)
