@@ -135,12 +135,14 @@ class Saver:
                 return index
         if not handed_over:
             return self.extra(tensor)
+        found = [index for index, alias in enumerate(self.aliases) if alias is tensor]
+        if found and found[0] not in self.call.dirty:  # it is the argument, though it may be the result too
+            return found[0]
         for index, out in enumerate(self.outs):
             if out is tensor:
                 return ~index
-        for index, alias in enumerate(self.aliases):
-            if alias is tensor:
-                return index
+        if found:
+            return found[0]
         # As an output of its own it is known to second derivatives, which compiled code has not.
         if is_differentiable(tensor) and self.call.mode != TRACED:
             self.floating.append(tensor)

@@ -561,6 +561,21 @@ def test_gradient_of_a_tangent_through_a_residual_is_refused():
             torch.autograd.grad(tangent.sum(), x)
 
 
+@pytest.mark.parametrize("options", [{}, {"more": 1}], ids=["short path", "general path"])
+def test_argument_that_comes_back_as_the_result_is_handed_over_as_the_argument(options):
+    def short(x):
+        return go.save_for_backward(x, kept=x)
+
+    def general(x, **options):
+        return go.save_for_backward(x, kept=x)
+
+    call = go.custom_backward(lambda grad_output, kept: 5 * grad_output * kept)(general if options else short)
+    x = float64(3.0, 4.0)
+    (first,) = torch.autograd.grad(call(x, **options).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    exactly((first.detach(), second), (5 * x.detach(), float64(5.0, 5.0, grad=False)))
+
+
 # --- the short path: a function whose code shows what it reaches, and tensors alone handed over ---
 
 
