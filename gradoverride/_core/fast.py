@@ -29,7 +29,7 @@ from gradoverride._core.private.transforms import (
     is_jit_tracing,
     jit_tracer,
 )
-from gradoverride._core.reach import SCALARS
+from gradoverride._core.reach import SCALARS, Reach
 from gradoverride._core.short_function import ShortFunction, compiled
 
 __all__ = ["Runs", "ShortPath", "guessed_places", "is_plain"]
@@ -141,6 +141,8 @@ class ShortPath:
         self.layout = layout
         self.places = places
         self.reach = plan.reach
+        if self.reach is not None and plan.own_backward is not None:
+            self.reach = Reach([*self.reach.names, *plan.own_backward.called], self.reach.attributes)
         self.function = ShortFunction(plan, layout, places, EAGER)
 
     def globals(self) -> dict[str, Any]:

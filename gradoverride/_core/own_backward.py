@@ -11,8 +11,8 @@ from types import FunctionType
 from typing import Any
 
 from gradoverride._core import purity, scan
-from gradoverride._core.bytecode import LOCAL, instructions, renamed, uses
-from gradoverride._core.reach import attributes_of_first
+from gradoverride._core.bytecode import CELL, GLOBAL, LOCAL, instructions, renamed, uses
+from gradoverride._core.reach import Name, attributes_of_first
 
 __all__ = ["TARGETS", "UNASSIGNED", "OwnBackward"]
 
@@ -22,12 +22,15 @@ UNASSIGNED = object()
 
 
 class OwnBackward:
-    """The function, the parameters whose `grad` it assigns, and what else it reads of `self`."""
+    """The function, the parameters whose `grad` it assigns, what else it reads of `self`, and what it calls: where the
+    name of that is, as in `Reach`, for something else may come to stand there that assigns a `grad` too.
+    """
 
-    def __init__(self, function: FunctionType, assigned: list[str], read: list[str]) -> None:
+    def __init__(self, function: FunctionType, assigned: list[str], read: list[str], called: list[Name]) -> None:
         self.function = function
         self.assigned = assigned
         self.read = read
+        self.called = called
         # What is `self` in it, and what the gradients are assigned to.
         self.self_class: Any = type("Self", (), {"__slots__": (TARGETS, *read)})
         self.targets_class: Any = type("Targets", (), dict.fromkeys(assigned, UNASSIGNED))
@@ -59,7 +62,15 @@ class OwnBackward:
             return None
         function = FunctionType(changed, backward.__globals__, None, backward.__defaults__, backward.__closure__)
         function.__kwdefaults__ = backward.__kwdefaults__
-        return cls(function, sorted(assigned), sorted(read))
+        return cls(function, sorted(assigned), sorted(read), _called(backward))
+
+
+def _called(backward: Any) -> list[Name]:
+    found: list[Name] = []
+    for function, code in scan.reachable(backward):
+        names = {use.name for use in uses(code) if use.is_called and use.kind in (GLOBAL, CELL) and not use.attributes}
+        found += [Name(*one) for one in scan.named(function, code) if one[1] in names]
+    return found
 
 
 def _asks_elsewhere(backward: FunctionType, known: dict[int, str]) -> bool:

@@ -20,7 +20,7 @@ from gradoverride._core.bytecode import LOCAL, instructions, uses
 from gradoverride._core.residuals import save_for_backward
 
 __all__ = [
-    *("SCALARS", "Reach", "attribute_names", "attributes_of_first", "calls_unseen", "names_assigned_in"),
+    *("SCALARS", "Name", "Reach", "attribute_names", "attributes_of_first", "calls_unseen", "names_assigned_in"),
     *("names_changed_in", "names_filled_in", "names_in"),
 ]
 

@@ -426,6 +426,32 @@ def test_backward_that_is_replaced_later():
     exactly(module.weight.grad, torch.full((4,), 7.0, dtype=torch.float64))
 
 
+helper = extra = None  # what stands there is called
+
+
+def calls_what_stands_there(self, grad_output):
+    self.weight.grad = self.bias.grad = grad_output
+    helper(self.weight, 7 * grad_output)
+    if extra is not None:
+        extra(self.weight, 7 * grad_output)
+    return grad_output
+
+
+@pytest.mark.parametrize("name", ["helper", "extra"])
+def test_helper_that_comes_to_assign_a_grad(name, stand_ins, monkeypatch):
+    monkeypatch.setitem(globals(), "helper", identity)
+    module, x = with_backward(calls_what_stands_there, plain=True), noise(4).requires_grad_()
+    module(x).sum().backward()
+    exactly(module.weight.grad, torch.ones(4, dtype=torch.float64))
+    assert stand_ins == []
+    monkeypatch.setitem(globals(), name, put)
+    module.zero_grad()
+    for _ in range(2):
+        module(x).sum().backward()
+    exactly(module.weight.grad, torch.full((4,), 14.0, dtype=torch.float64))
+    assert stand_ins == [module, module]
+
+
 def test_traceback_shows_the_line_of_the_backward():
     def failing(self, grad_output):
         self.weight.grad = self.bias.grad = grad_output
