@@ -122,7 +122,8 @@ def apart(grads: Iterable[Tensor | None], lent: Sequence[Tensor]) -> list[Tensor
     """These gradients, but copies of those that a rule was lent and gave back as they stand. They are aliases of what
     somebody else has, which torch does not see: it would accumulate other gradients in that memory.
     """
-    return [grad.clone() if grad is not None and any([grad is one for one in lent]) else grad for grad in grads]
+    ids = {id(one) for one in lent}
+    return [grad.clone() if grad is not None and id(grad) in ids else grad for grad in grads]
 
 
 def _total(call: Call, param: Param, values: list[Any]) -> Tensor | None:
