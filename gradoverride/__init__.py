@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gradoverride._core.residuals import save_for_backward
+from gradoverride._core.python.residuals import save_for_backward
 from gradoverride.bridges import bridge
 from gradoverride.connections import Connection, connect, connect_
 from gradoverride.decorators import custom_backward, straight_through

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from gradoverride._core import scan
-from gradoverride._core.contract import what
+from gradoverride._core.binding.contract import what
+from gradoverride._core.binding.rule import Rule
 from gradoverride._core.private.dynamo import fail, hidden_from_dynamo
-from gradoverride._core.residuals import save_for_backward
-from gradoverride._core.rule import Rule
+from gradoverride._core.python import scan
+from gradoverride._core.python.residuals import save_for_backward
 from gradoverride.decorators import custom_backward
 from gradoverride.errors import DecorationError, MissingExtraError, RuleSignatureError, UnsupportedError
 
@@ -57,7 +57,7 @@ def bridge(rule: Callable[..., Any], *, dtype: Any = None) -> Callable[[F], F]:
     if torch.compiler.is_dynamo_compiling():
         fail(UnsupportedError, "bridge: it must be made outside of the code that is compiled; it was made within")
     try:
-        from gradoverride._core.arrays import ArrayRule, Kind  # torch does not need NumPy
+        from gradoverride._core.doors.arrays import ArrayRule, Kind  # torch does not need NumPy
     except ModuleNotFoundError as error:
         if error.name != "numpy":
             raise
@@ -85,7 +85,7 @@ def _of_tensors(rule: Any, turn: Callable[[Any], Any]) -> Any:
 
 
 def _bridged(attach: Callable[[Any], Any], kind: Any, fn: Any) -> Any:
-    from gradoverride._core.arrays import ArrayForward
+    from gradoverride._core.doors.arrays import ArrayForward
 
     if isinstance(fn, (staticmethod, classmethod)):
         return type(fn)(_bridged(attach, kind, fn.__func__))

@@ -15,18 +15,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gradoverride._core.ambient import Autocast
-from gradoverride._core.connection import Connection
-from gradoverride._core.contract import shape_text, what
-from gradoverride._core.forward_pass import tie
-from gradoverride._core.held import refuse_within
+from gradoverride._core.autograd.ambient import Autocast
+from gradoverride._core.binding.contract import shape_text, what
+from gradoverride._core.binding.signature import RESERVED, Forward
+from gradoverride._core.calls.forward_pass import tie
+from gradoverride._core.calls.held import refuse_within
+from gradoverride._core.calls.reading import Readings, keep_own_plan, keep_plan, kept_plan, made_outside, unbound
+from gradoverride._core.calls.tracers import FX, record_function, tracer_now
+from gradoverride._core.doors.connection import Connection
 from gradoverride._core.private.dynamo import fail, in_transform, transformed_while_tracing
 from gradoverride._core.private.marks import evaluated_while_tracing
-from gradoverride._core.reading import Readings, keep_own_plan, keep_plan, kept_plan, made_outside, unbound
-from gradoverride._core.signature import RESERVED, Forward
-from gradoverride._core.structure import leaves_in, taken_apart, unflatten
-from gradoverride._core.tensors import is_differentiable, is_tensor
-from gradoverride._core.tracers import FX, record_function, tracer_now
+from gradoverride._core.values.structure import leaves_in, taken_apart, unflatten
+from gradoverride._core.values.tensors import is_differentiable, is_tensor
 from gradoverride.errors import GraphError, UnsupportedError
 
 __all__ = ["Connection", "connect", "connect_"]

@@ -1,9 +1,9 @@
 """`custom_backward` and `straight_through`: start here.
 
-A decorated callable is a plain function (`_core/wrapper.py`), made for a `Plan` (`_core/plan.py`): what its forward
-offers and its rule asks for (`_core/signature.py`). Most calls run code that was generated for them (`_core/fast.py`,
-`_core/traced.py`). The others go to `_core/forward_pass.py`, which runs the forward and ties its result to the rule by
-a Function (`_core/function.py`); the engine then calls `_core/backward_pass.py`.
+A decorated callable is a plain function (`wrapper.py`), made for a `Plan` (`plan.py`): what its forward offers and its
+rule asks for (`_core/binding/`). Most calls run code that was generated for them (`fast.py`, `traced.py`). The others
+go to `forward_pass.py`, which runs the forward and ties its result to the rule by a Function (`function.py` in
+`_core/autograd/`); the engine then calls `backward_pass.py`. These files are in `_core/calls/`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any, NoReturn, TypeVar, overload
 import torch
 from torch import nn
 
-from gradoverride._core.class_form import place_of, refuse_function, refuse_lazy, text_of, with_own_backward
-from gradoverride._core.contract import what
-from gradoverride._core.plan import Plan
+from gradoverride._core.binding.contract import what
+from gradoverride._core.binding.rule import Rule
+from gradoverride._core.binding.signature import Forward, kind_of, name_of
+from gradoverride._core.calls.class_form import place_of, refuse_function, refuse_lazy, text_of, with_own_backward
+from gradoverride._core.calls.plan import Plan
+from gradoverride._core.calls.wrapper import make_refusal, make_wrapper
+from gradoverride._core.doors.surrogate import StraightThrough, SurrogateRule, is_learnable, pass_through
+from gradoverride._core.doors.surrogate_class import Learnable, Surrogate, has_tensors
+from gradoverride._core.modules.standin import around
 from gradoverride._core.private.dynamo import MADE_OUTSIDE, hidden_from_dynamo, out_of_graph
 from gradoverride._core.private.marks import uncompiled
-from gradoverride._core.rule import Rule
-from gradoverride._core.scan import location
-from gradoverride._core.signature import Forward, kind_of, name_of
-from gradoverride._core.standin import around
-from gradoverride._core.surrogate import StraightThrough, SurrogateRule, is_learnable, pass_through
-from gradoverride._core.surrogate_class import Learnable, Surrogate, has_tensors
-from gradoverride._core.wrapper import make_refusal, make_wrapper
+from gradoverride._core.python.scan import location
 from gradoverride.errors import DecorationError, RuleSignatureError
 
 __all__ = ["custom_backward", "straight_through"]

@@ -16,14 +16,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from gradoverride._core.connection import ends_of_connections
-from gradoverride._core.contract import shape_text, what
-from gradoverride._core.edited_result import edits_of
-from gradoverride._core.nodes import leaf_of, rule_of
+from gradoverride._core.autograd.nodes import leaf_of, rule_of
+from gradoverride._core.binding.contract import shape_text, what
+from gradoverride._core.binding.signature import name_of
+from gradoverride._core.doors.connection import ends_of_connections
+from gradoverride._core.doors.edited_result import edits_of
 from gradoverride._core.private.tensors import results_of
-from gradoverride._core.signature import name_of
-from gradoverride._core.structure import leaves_in
-from gradoverride._core.tensors import is_tensor
+from gradoverride._core.values.structure import leaves_in
+from gradoverride._core.values.tensors import is_tensor
 from gradoverride.errors import DrawingError, GraphError
 
 __all__ = ["DrawnEdge", "DrawnNode", "GraphDrawing", "show_graph"]

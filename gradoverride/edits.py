@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from gradoverride._core.ambient import Autocast
-from gradoverride._core.contract import Meta, what
-from gradoverride._core.edit import ask, ask_several, edit
-from gradoverride._core.edited_result import EditedLeaf, EditedResult
-from gradoverride._core.nodes import hook_on, leaf_of, nodes_behind
+from gradoverride._core.autograd.ambient import Autocast
+from gradoverride._core.autograd.nodes import hook_on, leaf_of, nodes_behind
+from gradoverride._core.binding.contract import Meta, what
+from gradoverride._core.binding.rule import Rule
+from gradoverride._core.binding.signature import Forward
+from gradoverride._core.calls.reading import Reading, Readings
+from gradoverride._core.doors.edit import ask, ask_several, edit
+from gradoverride._core.doors.edited_result import EditedLeaf, EditedResult
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.tensors import hook_on_result, is_freed, results_of
-from gradoverride._core.reading import Reading, Readings
-from gradoverride._core.rule import Rule
-from gradoverride._core.signature import Forward
-from gradoverride._core.tensors import is_differentiable
+from gradoverride._core.values.tensors import is_differentiable
 from gradoverride.errors import GraphError, RuleSignatureError, UnsupportedError
 
 __all__ = ["GradientEdit", "edit_gradient", "edit_gradient_", "find_nodes"]

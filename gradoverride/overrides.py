@@ -1,7 +1,7 @@
 """`override`: rules for the modules of a model that nobody edits, for as long as they are wanted.
 
-registry or mapping -> `_core/targets.py` says which rule wins which module
-                    -> all are checked -> `_core/overridden.py` puts them on, and takes them off again
+registry or mapping -> `_core/inforce/targets.py` says which rule wins which module
+                    -> all are checked -> `_core/overriding/overridden.py` puts them on, and takes them off again
 """
 
 from __future__ import annotations
@@ -18,34 +18,12 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from gradoverride._core import everywhere
-from gradoverride._core.class_patch import check_classes
-from gradoverride._core.following import of_paths, take_off_given_up
-from gradoverride._core.functions import name_of_function, signature_of
-from gradoverride._core.layers import ClassLayer, FunctionLayer, Layer, ModuleLayer, next_order
-from gradoverride._core.missed import only_read, passed_by
-from gradoverride._core.obstacles import check_calls, check_forwards, check_scripted, warn_of_scripted
-from gradoverride._core.overridden import (
-    base_of,
-    check,
-    check_order,
-    check_rule,
-    functions_called,
-    functions_of,
-    has_forward,
-    layers_of,
-    take_off,
-)
-from gradoverride._core.path_patch import check_names, check_path, layers_on_paths
-from gradoverride._core.paths import find, place_of
-from gradoverride._core.private.dynamo import MADE_OUTSIDE, out_of_graph
-from gradoverride._core.private.marks import uncompiled
-from gradoverride._core.puts import Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
-from gradoverride._core.rule import Rule
-from gradoverride._core.scripted import is_scripted
-from gradoverride._core.signature import Forward, kind_of
-from gradoverride._core.table import EVERYWHERE, Row, Table, row_of
-from gradoverride._core.targets import (
+from gradoverride._core.binding.rule import Rule
+from gradoverride._core.binding.signature import Forward, kind_of
+from gradoverride._core.inforce import everywhere
+from gradoverride._core.inforce.layers import ClassLayer, FunctionLayer, Layer, ModuleLayer, next_order
+from gradoverride._core.inforce.table import EVERYWHERE, Row, Table, row_of
+from gradoverride._core.inforce.targets import (
     Class,
     Entry,
     Function,
@@ -57,6 +35,28 @@ from gradoverride._core.targets import (
     matches,
     modules_of,
 )
+from gradoverride._core.overriding.class_patch import check_classes
+from gradoverride._core.overriding.following import of_paths, take_off_given_up
+from gradoverride._core.overriding.missed import only_read, passed_by
+from gradoverride._core.overriding.obstacles import check_calls, check_forwards, check_scripted, warn_of_scripted
+from gradoverride._core.overriding.overridden import (
+    base_of,
+    check,
+    check_order,
+    check_rule,
+    functions_called,
+    functions_of,
+    has_forward,
+    layers_of,
+    take_off,
+)
+from gradoverride._core.overriding.path_patch import check_names, check_path, layers_on_paths
+from gradoverride._core.overriding.puts import Put, Puts, on_class, on_copies, on_modules, on_none, on_path, on_thread
+from gradoverride._core.overriding.scripted import is_scripted
+from gradoverride._core.private.dynamo import MADE_OUTSIDE, out_of_graph
+from gradoverride._core.private.marks import uncompiled
+from gradoverride._core.python.paths import find, place_of
+from gradoverride._core.torch_functions.functions import name_of_function, signature_of
 from gradoverride.errors import GradOverrideWarning, TargetError, TargetNotFoundError, UnsupportedError
 from gradoverride.registries import Registry, as_registry, entries_of, read_target, registry
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from gradoverride._core.contract import shape_text, what
-from gradoverride._core.nodes import nodes_behind, rule_of
-from gradoverride._core.options import check, check_function, is_integer, is_number
-from gradoverride._core.rule import Rule
-from gradoverride._core.scan import location
-from gradoverride._core.signature import name_of
-from gradoverride._core.surrogate import StraightThrough, SurrogateRule
+from gradoverride._core.autograd.nodes import nodes_behind, rule_of
+from gradoverride._core.binding.contract import shape_text, what
+from gradoverride._core.binding.options import check, check_function, is_integer, is_number
+from gradoverride._core.binding.rule import Rule
+from gradoverride._core.binding.signature import name_of
+from gradoverride._core.doors.surrogate import StraightThrough, SurrogateRule
+from gradoverride._core.python.scan import location
 from gradoverride.errors import ForwardResultError, MissingExtraError, RuleResultError, RuleSignatureError
 from gradoverride.rules.steps import spike
 from gradoverride.surrogates import Surrogate

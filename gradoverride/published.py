@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from gradoverride._core.signature import kind_of
+from gradoverride._core.binding.signature import kind_of
 from gradoverride.errors import TargetError, TargetNotFoundError
 from gradoverride.registries import Registry, as_registry
 

@@ -14,12 +14,12 @@ from typing import Any, TypeVar, get_origin
 import torch
 from torch import nn
 
-from gradoverride._core.functions import is_of_torch, name_of_function
-from gradoverride._core.paths import way_to_apply
-from gradoverride._core.rule import Rule
-from gradoverride._core.scan import location
-from gradoverride._core.signature import RESERVED, kind_of, name_of, takes
-from gradoverride._core.targets import Class, Entry, Function, Glob, ImportPath, Instance, Predicate, Target
+from gradoverride._core.binding.rule import Rule
+from gradoverride._core.binding.signature import RESERVED, kind_of, name_of, takes
+from gradoverride._core.inforce.targets import Class, Entry, Function, Glob, ImportPath, Instance, Predicate, Target
+from gradoverride._core.python.paths import way_to_apply
+from gradoverride._core.python.scan import location
+from gradoverride._core.torch_functions.functions import is_of_torch, name_of_function
 from gradoverride.errors import TargetError
 
 __all__ = ["Registry", "register", "registry"]

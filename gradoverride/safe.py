@@ -32,10 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradoverride._core.contract import shape_text
-from gradoverride._core.options import check, is_integer, is_number, refuse
+from gradoverride._core.binding.contract import shape_text
+from gradoverride._core.binding.options import check, is_integer, is_number, refuse
+from gradoverride._core.binding.rule import writes_nothing
 from gradoverride._core.private.dynamo import fail
-from gradoverride._core.rule import writes_nothing
 from gradoverride.decorators import custom_backward
 from gradoverride.errors import ForwardResultError, UnsupportedError
 

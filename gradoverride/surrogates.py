@@ -75,8 +75,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradoverride._core.doors.surrogate_class import (
+    Option,
+    Surrogate,
+    check_interval,
+    check_not_negative,
+    check_positive,
+)
 from gradoverride._core.private.transforms import in_batched_autograd, in_functorch
-from gradoverride._core.surrogate_class import Option, Surrogate, check_interval, check_not_negative, check_positive
 
 __all__ = [
     "Surrogate",

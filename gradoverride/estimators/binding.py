@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from gradoverride._core.options import check, check_flag, check_generator, is_integer, is_number
+from gradoverride._core.binding.options import check, check_flag, check_generator, is_integer, is_number
+from gradoverride._core.binding.signature import Forward, signature_asking
 from gradoverride._core.private.dynamo import hidden_from_dynamo
-from gradoverride._core.signature import Forward, signature_asking
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 from gradoverride.estimators.evaluation import BATCHED, Evaluation
 

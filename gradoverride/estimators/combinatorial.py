@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradoverride._core.contract import shape_text, what
-from gradoverride._core.function import tied
-from gradoverride._core.options import check, check_flag, check_function
-from gradoverride._core.precision import wide
-from gradoverride._core.residuals import save_for_backward
-from gradoverride._core.signature import POSITIONAL, Forward
-from gradoverride._core.structure import taken_apart, unflatten
+from gradoverride._core.autograd.function import tied
+from gradoverride._core.binding.contract import shape_text, what
+from gradoverride._core.binding.options import check, check_flag, check_function
+from gradoverride._core.binding.signature import POSITIONAL, Forward
+from gradoverride._core.python.residuals import save_for_backward
+from gradoverride._core.values.precision import wide
+from gradoverride._core.values.structure import taken_apart, unflatten
 from gradoverride.decorators import custom_backward
 from gradoverride.errors import DecorationError, ForwardResultError, UnsupportedError
 from gradoverride.estimators.binding import NOT_TRACED, Estimator, check_options

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.func import debug_unwrap
 
-from gradoverride._core.contract import shape_text
-from gradoverride._core.function import tied
-from gradoverride._core.precision import wide
+from gradoverride._core.autograd.function import tied
+from gradoverride._core.binding.contract import shape_text
 from gradoverride._core.private.dynamo import in_transform
-from gradoverride._core.structure import flatten, leaves_in, unflatten
-from gradoverride._core.tensors import is_differentiable as is_floating
+from gradoverride._core.values.precision import wide
+from gradoverride._core.values.structure import flatten, leaves_in, unflatten
+from gradoverride._core.values.tensors import is_differentiable as is_floating
 from gradoverride.errors import ForwardResultError
 
 if TYPE_CHECKING:

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 from torch.func import debug_unwrap
 
-from gradoverride._core.contract import shape_text
-from gradoverride._core.options import check, is_integer, printed
-from gradoverride._core.precision import wide
+from gradoverride._core.binding.contract import shape_text
+from gradoverride._core.binding.options import check, is_integer, printed
+from gradoverride._core.binding.rule import Rule
+from gradoverride._core.binding.signature import name_of, signature_asking
 from gradoverride._core.private.dynamo import hidden_from_dynamo, in_transform
 from gradoverride._core.private.transforms import in_forward_ad
-from gradoverride._core.rule import Rule
-from gradoverride._core.scan import location
-from gradoverride._core.signature import name_of, signature_asking
-from gradoverride._core.structure import taken_apart, unflatten
+from gradoverride._core.python.scan import location
+from gradoverride._core.values.precision import wide
+from gradoverride._core.values.structure import taken_apart, unflatten
 from gradoverride.decorators import custom_backward
 from gradoverride.errors import (
     CapturedTensorError,

@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradoverride._core.options import check_flag
-from gradoverride._core.precision import wide
+from gradoverride._core.binding.options import check_flag
+from gradoverride._core.values.precision import wide
 from gradoverride.estimators.binding import Estimator, check_options
 from gradoverride.estimators.evaluation import Evaluation, Points, like, real, summed
 

@@ -33,8 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradoverride._core.precision import wide
 from gradoverride._core.private.dynamo import fail
+from gradoverride._core.values.precision import wide
 from gradoverride.errors import UnsupportedError
 
 __all__ = [

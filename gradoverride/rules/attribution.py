@@ -28,11 +28,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradoverride._core.everywhere import bare_forward
-from gradoverride._core.options import check, check_broadcasts, is_number
+from gradoverride._core.binding.options import check, check_broadcasts, is_number
+from gradoverride._core.inforce.everywhere import bare_forward
+from gradoverride._core.inforce.targets import class_of
+from gradoverride._core.modules.standin import stand_in
 from gradoverride._core.private.dynamo import fail
-from gradoverride._core.standin import stand_in
-from gradoverride._core.targets import RECORD, class_of
+from gradoverride._core.python.by_class import RECORD
 from gradoverride.errors import UnsupportedError
 from gradoverride.rules.each import check_one_for_each
 

@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradoverride._core.options import check, check_floating, check_generator, is_integer, is_number
-from gradoverride._core.precision import wide
+from gradoverride._core.binding.options import check, check_floating, check_generator, is_integer, is_number
+from gradoverride._core.values.precision import wide
 from gradoverride.decorators import custom_backward
 from gradoverride.rules.untraced import untraced
 

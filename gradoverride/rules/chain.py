@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from gradoverride._core.options import check, printed
+from gradoverride._core.binding.options import check, printed
+from gradoverride._core.binding.rule import Rule
+from gradoverride._core.binding.signature import signature_asking
 from gradoverride._core.private.dynamo import fail
-from gradoverride._core.purity import writes_nothing
-from gradoverride._core.rule import Rule
-from gradoverride._core.signature import signature_asking
+from gradoverride._core.python.purity import writes_nothing
 from gradoverride.errors import UnsupportedError
 from gradoverride.rules.each import each
 

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradoverride._core.contract import what
-from gradoverride._core.options import check_flag, check_floating
-from gradoverride._core.precision import wide
+from gradoverride._core.binding.contract import what
+from gradoverride._core.binding.options import check_flag, check_floating
+from gradoverride._core.binding.rule import writes_nothing
 from gradoverride._core.private.dynamo import fail
-from gradoverride._core.rule import writes_nothing
+from gradoverride._core.values.precision import wide
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
 from gradoverride.rules.each import check_one_for_each

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradoverride._core.contract import shape_text, what
-from gradoverride._core.options import check, is_integer, is_number
+from gradoverride._core.binding.contract import shape_text, what
+from gradoverride._core.binding.options import check, is_integer, is_number
 from gradoverride._core.private.dynamo import fail
 from gradoverride.errors import UnsupportedError
 

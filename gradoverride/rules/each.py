@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gradoverride._core.contract import shape_text, what
+from gradoverride._core.binding.contract import shape_text, what
 from gradoverride._core.private.dynamo import fail
-from gradoverride._core.structure import is_container, leaves_in, taken_apart, unflatten
-from gradoverride._core.tensors import is_differentiable
+from gradoverride._core.values.structure import is_container, leaves_in, taken_apart, unflatten
+from gradoverride._core.values.tensors import is_differentiable
 from gradoverride.errors import RuleResultError, UnsupportedError
 
 __all__ = ["Each", "check_one_for_each", "each", "gradients_in", "of_values"]

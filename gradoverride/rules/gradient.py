@@ -28,8 +28,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gradoverride._core.contract import what
-from gradoverride._core.options import (
+from gradoverride._core.binding.contract import what
+from gradoverride._core.binding.options import (
     check,
     check_broadcasts,
     check_dim,
@@ -39,11 +39,11 @@ from gradoverride._core.options import (
     is_integer,
     is_number,
 )
-from gradoverride._core.precision import wide
+from gradoverride._core.binding.rule import writes_nothing
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.private.transforms import in_batched_autograd
-from gradoverride._core.rule import writes_nothing
-from gradoverride._core.structure import unflatten
+from gradoverride._core.values.precision import wide
+from gradoverride._core.values.structure import unflatten
 from gradoverride.errors import RuleResultError, UnsupportedError
 from gradoverride.rules.each import Each, each, gradients_in, of_values
 from gradoverride.rules.untraced import Drawing

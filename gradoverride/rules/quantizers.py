@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradoverride._core.options import (
+from gradoverride._core.binding.options import (
     check,
     check_broadcasts,
     check_dim,
@@ -46,9 +46,9 @@ from gradoverride._core.options import (
     is_integer,
     is_number,
 )
-from gradoverride._core.precision import wide
+from gradoverride._core.binding.rule import writes_nothing
 from gradoverride._core.private.dynamo import fail
-from gradoverride._core.rule import writes_nothing
+from gradoverride._core.values.precision import wide
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
 from gradoverride.rules.each import check_one_for_each

@@ -34,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradoverride._core.contract import what
-from gradoverride._core.options import is_number, refuse
+from gradoverride._core.binding.contract import what
+from gradoverride._core.binding.options import is_number, refuse
+from gradoverride._core.doors.surrogate import with_gradient_of
+from gradoverride._core.doors.surrogate_class import Learnable, Surrogate, has_tensors
 from gradoverride._core.private.transforms import in_forward_ad, in_functorch
-from gradoverride._core.surrogate import with_gradient_of
-from gradoverride._core.surrogate_class import Learnable, Surrogate, has_tensors
 from gradoverride.decorators import custom_backward, straight_through
 from gradoverride.errors import RuleOptionError
 from gradoverride.surrogates import atan

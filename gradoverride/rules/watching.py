@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.func import debug_unwrap
 
-from gradoverride._core.options import check, check_function, printed
+from gradoverride._core.binding.options import check, check_function, printed
 from gradoverride._core.private.transforms import in_batched_autograd
-from gradoverride._core.structure import LEAF, Node, named_parts, unflatten
+from gradoverride._core.values.structure import LEAF, Node, named_parts, unflatten
 from gradoverride.errors import NonFiniteGradientError, UnsupportedError
 from gradoverride.rules.each import gradients_in, of_values
 from gradoverride.rules.untraced import Untraced, untraced

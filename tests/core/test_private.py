@@ -11,7 +11,7 @@ from oracles import exactly, float64
 
 import gradoverride as go
 from core import parts
-from gradoverride._core import fast, wrapper
+from gradoverride._core.calls import fast, wrapper
 from gradoverride._core.private import engine, modes, tensors, transforms
 
 

@@ -13,7 +13,7 @@ from oracles import exactly, float64
 from torch import nn
 
 import gradoverride as go
-from gradoverride._core.reach import Reach
+from gradoverride._core.python.reach import Reach
 
 SCALE = 2.0
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import ReLU
 
 import gradoverride as go
-from gradoverride._core import purity, scan
+from gradoverride._core.python import purity, scan
 
 factor = torch.ones(3)
 

@@ -9,10 +9,10 @@ from oracles import closely, exactly, noise
 from torch import nn
 
 import gradoverride as go
-from gradoverride._core import backward_pass
-from gradoverride._core.bytecode import instructions, renamed
-from gradoverride._core.own_backward import TARGETS, OwnBackward
+from gradoverride._core.binding.own_backward import TARGETS, OwnBackward
+from gradoverride._core.calls import backward_pass
 from gradoverride._core.private.engine import can_call_directly
+from gradoverride._core.python.bytecode import instructions, renamed
 
 
 @pytest.fixture
@@ -490,5 +490,5 @@ def test_code_that_this_python_writes_otherwise_is_not_changed(monkeypatch):
     asked = [{loads[0].offset: name} for name in ("other", code.co_names[1])]
     assert [renamed(code, names).co_names for names in asked] == [(*code.co_names, "other"), code.co_names]
     other = (3, 11) if sys.version_info >= (3, 12) else (3, 12)  # which has no flag beside such a name, or has one
-    monkeypatch.setattr("gradoverride._core.bytecode.sys", SimpleNamespace(version_info=other))
+    monkeypatch.setattr("gradoverride._core.python.bytecode.sys", SimpleNamespace(version_info=other))
     assert [renamed(code, names) for names in asked] == [None, None]

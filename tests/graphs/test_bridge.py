@@ -653,7 +653,7 @@ def test_error_in_the_rule_says_which():
 
 
 def test_without_numpy_it_says_how_to_get_it(monkeypatch):
-    monkeypatch.delitem(sys.modules, "gradoverride._core.arrays")
+    monkeypatch.delitem(sys.modules, "gradoverride._core.doors.arrays")
     monkeypatch.setitem(sys.modules, "numpy", None)
     with pytest.raises(go.MissingExtraError, match="bridge needs NumPy: pip install numpy"):
         go.bridge(cube_rule)

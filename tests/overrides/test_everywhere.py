@@ -26,7 +26,8 @@ from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 
 import gradoverride as go
-from gradoverride._core import function_mode, layers
+from gradoverride._core.inforce import layers
+from gradoverride._core.torch_functions import function_mode
 from overrides.models import doubled, gradient, guided, mlp, negated, tripled
 
 pytestmark = pytest.mark.filterwarnings(

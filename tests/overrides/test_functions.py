@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import gradoverride as go
-from gradoverride._core import functions
+from gradoverride._core.torch_functions import functions
 from overrides.models import GuidedByHand, doubled, gradient, guided, mlp, negated, tripled
 
 pytestmark = pytest.mark.filterwarnings(

@@ -14,7 +14,7 @@ from oracles import accumulators, closely, exactly, noise
 from torch import nn
 
 import gradoverride as go
-from gradoverride._core.overridden_class import _overridden
+from gradoverride._core.overriding.overridden_class import _overridden
 from overrides.models import doubled, gradient, guided, guided_by_hand, mlp, tripled
 
 

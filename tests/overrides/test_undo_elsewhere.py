@@ -28,7 +28,8 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 
 import gradoverride as go
-from gradoverride._core import imports, path_patch
+from gradoverride._core.overriding import path_patch
+from gradoverride._core.python import imports
 from overrides.models import gradient
 
 SOURCE = {

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import gradoverride as go
-from gradoverride._core.forward_pass import ForwardPass
+from gradoverride._core.calls.forward_pass import ForwardPass
 from gradoverride._core.private.engine import can_call_directly
 from gradoverride._core.private.tensors import counted_once
 

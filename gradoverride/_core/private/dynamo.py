@@ -13,10 +13,10 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from gradoverride._core.bytecode import codes_in
-from gradoverride._core.imports import on_import
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.private.transforms import in_forward_ad, in_functorch
+from gradoverride._core.python.bytecode import codes_in
+from gradoverride._core.python.imports import on_import
 from gradoverride.errors import UnsupportedError
 
 __all__ = [

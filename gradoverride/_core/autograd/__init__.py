@@ -1,0 +1,1 @@
+"""The only `autograd.Function`s, the nodes that they become, and what a rule runs under."""

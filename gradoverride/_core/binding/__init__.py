@@ -1,0 +1,1 @@
+"""What a forward offers, what a rule asks for, and what it may return."""

@@ -1,0 +1,117 @@
+"""The short path under Dynamo: the same calls as `fast.py`, with as few names for Dynamo to guard as by hand.
+
+Each name and attribute that traced code looks up is a guard that every compiled call checks again: the general path
+has some hundred, which are 10 us. So this code is generated too, with all that is known written into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradoverride._core.autograd.ambient import TRACED, autocast_while_tracing
+from gradoverride._core.binding.layout import Layout
+from gradoverride._core.calls.fast import FittingClasses, is_number
+from gradoverride._core.calls.plan import Plan
+from gradoverride._core.calls.short_function import ShortFunction
+from gradoverride._core.private.dynamo import forward_mode_around, keep_own_frames_whole, transformed_while_tracing
+from gradoverride._core.private.marks import evaluated_while_tracing
+from gradoverride._core.python.reach import SCALARS
+
+__all__ = ["TracedPath"]
+
+
+class TracedPath:
+    """The code for calls of a plan whose tensors stand at `places`. Its own names begin with `_go_`."""
+
+    def __init__(self, plan: Plan, layout: Layout, places: list[int]) -> None:
+        self.plan = plan
+        self.places = places
+        self.function = ShortFunction(plan, layout, places, TRACED)
+        self.params = {f"_go_{name}": name for name in self.function.params}
+        # Other calls take the general path.
+        writes = plan.forward_may_write and not plan.inplace_tells
+        self.exists = not (plan.class_form or plan.hands_over or writes or self.function.constants)
+        self.exists = self.exists and plan.reserved.isdisjoint({"needs", "vjp"})
+        self.exists = self.exists and (plan.takes_receiver or not plan.attribute_names)  # there it runs on aliases
+
+    def define(self, names: dict[str, Any]) -> None:
+        """Put what the code refers to among the names of the wrapper, which has `_go_general` already."""
+        plan, fitting = self.plan, FittingClasses(self.plan)
+
+        # One name for all that is known while tracing: of no instance, or it would be guarded by identity.
+        @evaluated_while_tracing
+        def fits(receiver: type) -> bool:
+            keep_own_frames_whole()
+            plan.note_trace()
+            if not plan.rule_code.is_arithmetic and autocast_while_tracing():
+                return False
+            if plan.forward_asks_grad is None and plan.asks_grad_while_tracing():
+                return False
+            known = plan.reach is None or (plan.reach.holds() and (not plan.takes_receiver or fitting[receiver]))
+            usual = not (transformed_while_tracing() or forward_mode_around() or torch.compiler.is_exporting())
+            return known and usual
+
+        names.update(self.function.globals())
+        names.update(
+            _go_traced_finish=self.function.finish,
+            _go_traced_fits=fits,
+            _go_is_number=is_number,
+            _go_no_grad=torch.no_grad,
+            _go_Parameter=nn.Parameter,
+            _go_Scalar=tuple(SCALARS),
+        )
+        names["_go_Function"] = self.function.make(names)
+
+    def body(self, arguments: Sequence[str], receiver: str) -> list[str]:
+        """The code of a call, with these names for the arguments."""
+        plan = self.plan
+        tensors = [arguments[place] for place in self.places]
+        others = [name for place, name in enumerate(arguments) if place not in self.places]
+        inputs = [*tensors, *self.params]
+        general = f"    return _go_general({receiver}, {', '.join(arguments)})"
+        # torch's own code, traced with every Function, has these builtins guarded already.
+        isinstance_, getattr_ = [f"_go_{name}" if name in arguments else name for name in ("isinstance", "getattr")]
+        unfit = [f"not _go_traced_fits({receiver}.__class__)"]
+        # An array passes `torch.is_tensor` while it is traced.
+        unfit += [f"not {isinstance_}({name}, _go_Tensor)" for name in tensors]
+        unfit += [f"not {name}.is_floating_point()" for name in tensors]
+        unfit += [f"not {isinstance_}({name}, _go_Scalar)" for name in others]
+        if plan.straight_through and len(tensors) > 1:  # for the first alone
+            unfit.append(f"not {tensors[0]}.requires_grad")
+        for variable, name in self.params.items():
+            value = f"{variable} := {getattr_}({receiver}, {name!r}, None)"  # it may be an option of the rule's own
+            unfit.append(f"not {isinstance_}({value}, _go_Parameter)")  # not a computed one
+            unfit.append(f"not {variable}.requires_grad")
+        if plan.reach is not None:
+            numbers = plan.reach.attributes - {*self.params.values()} - ({"inplace"} if plan.inplace_tells else set())
+            unfit += [f"not _go_is_number({receiver}, {name!r})" for name in sorted(numbers)]
+        if plan.inplace_tells:
+            unfit.append(f"{receiver}.inplace is not False")
+        # Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604).
+        twice = [f"{one} is {other}" for index, one in enumerate(inputs) for other in inputs[:index]]
+        lines = [f"if {' or '.join(unfit)}:", general, *([f"if {' or '.join(twice)}:", general] if twice else [])]
+        if not self.params:
+            wanted = " or ".join(f"{name}.requires_grad" for name in tensors)
+            lines += [f"if not ({wanted}):", f"    return {self.function.called(arguments, receiver)}"]
+        if plan.takes_receiver:
+            lines += ["with _go_no_grad():", f"    _go_result = {self.function.called(arguments, receiver)}"]
+            given, unusual = tensors, []
+        else:
+            aliases = [f"_go_{name}_alias" if name in tensors else name for name in arguments]
+            lines += [f"_go_{name}_alias = {name}.detach()" for name in tensors]
+            lines += [f"_go_result = {self.function.called(aliases, receiver)}"]
+            given = [f"_go_{name}_alias" for name in tensors]
+            unusual = [] if plan.reach is not None else ["_go_result.requires_grad"]
+        unusual = ["not _go_is_tensor(_go_result)", "not _go_result.is_floating_point()", *unusual]
+        unusual += [f"_go_result is {name}" for name in given]
+        found = f"({', '.join(arguments)},), [{', '.join(given)}], _go_result"
+        return [
+            *lines,
+            f"if {' or '.join(unusual)}:",
+            f"    return _go_traced_finish({receiver}, {found}, None, None, on_leaves={plan.takes_receiver})",
+            f"return _go_Function.apply(_go_result, {', '.join(inputs)})",
+        ]

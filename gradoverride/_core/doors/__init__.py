@@ -1,0 +1,1 @@
+"""The other ways in: edited graphs, connected ones, NumPy, surrogates."""

@@ -1,0 +1,71 @@
+"""The graph behind `vjp` in a call that Dynamo traces: aliases, results and what is between are part of what it traces.
+
+So there is nothing to keep: the aliases and the results are inputs of the outer Function, which saves them, and a
+compiler sees one graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradoverride._core.autograd.function import TOKEN, TracedCut
+from gradoverride._core.private.dynamo import trace_gradients
+
+if TYPE_CHECKING:
+    from gradoverride._core.calls.call import Call
+    from gradoverride._core.calls.saver import Saver
+
+__all__ = ["TracedGraph", "distinct"]
+
+
+class TracedGraph:
+    """The inner graph of one call that Dynamo traces."""
+
+    __slots__ = ("alias_slots", "aliases", "given", "out_slots", "wanted")
+
+    def __init__(self, call: Call, tensors: Sequence[Tensor]) -> None:
+        self.wanted = [tensor.requires_grad for tensor in tensors]
+        differentiated = [distinct(tensor, tensors[:i]) for i, tensor in enumerate(tensors) if self.wanted[i]]
+        cut = iter(TracedCut.apply(TOKEN, *differentiated) if differentiated else ())  # type: ignore[no-untyped-call]
+        self.aliases = [next(cut) if wanted else tensor for tensor, wanted in zip(tensors, self.wanted, strict=True)]
+        # Copies where the forward may write, for the graph starts at what was there before.
+        copies = call.plan.forward_may_write
+        self.given = [alias.clone() for alias in self.aliases] if copies else list(self.aliases)
+
+    def start(self) -> list[Tensor]:
+        """What the forward is to run on. It is not kept."""
+        given, self.given = self.given, []
+        return given
+
+    def save(self, call: Call, saver: Saver, outs: Sequence[Tensor], values: Sequence[Any]) -> None:
+        """The forward has run. The results come next among the inputs of the Function."""
+        self.alias_slots = saver.extras(self.aliases)
+        self.aliases = []
+        self.out_slots = [saver.slot(len(saver.inputs) + k) for k in range(len(outs))]
+
+    def pull(
+        self,
+        saved: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        which: Sequence[int],
+        parameters: Sequence[Any] = (),
+        last: bool = False,
+    ) -> list[Tensor]:
+        """The gradients of the aliases `which`, for the gradients `grads` of the results."""
+        aliases = [saved[slot] for slot in self.alias_slots]
+        results = [saved[slot] for slot in self.out_slots]
+        pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if result.requires_grad]
+        asked = [aliases[index] for index in which if self.wanted[index]]
+        if not pairs or not asked:
+            return [torch.zeros_like(aliases[index]) for index in which]
+        found = iter(trace_gradients([result for result, _ in pairs], asked, [grad for _, grad in pairs]))
+        return [next(found) if self.wanted[index] else torch.zeros_like(aliases[index]) for index in which]
+
+
+def distinct(tensor: Tensor, before: Sequence[Tensor]) -> Tensor:
+    """Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604)."""
+    return tensor.view_as(tensor) if any(tensor is other for other in before) else tensor

@@ -1,0 +1,1 @@
+"""What an override names, and a rule that is in force there."""

@@ -1,0 +1,1 @@
+"""Rules for functions of torch: their spellings, and whoever calls them."""

@@ -1,0 +1,1 @@
+"""Tensors: which may have a gradient, those in containers, half precision."""
