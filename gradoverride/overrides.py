@@ -1,6 +1,6 @@
 """`override`: rules for the modules of a model that nobody edits, for as long as they are wanted.
 
-registry or mapping -> `_core/inforce/targets.py` says which rule wins which module
+registry or mapping -> `_core/in_force/targets.py` says which rule wins which module
                     -> all are checked -> `_core/overriding/overridden.py` puts them on, and takes them off again
 """
 
@@ -20,10 +20,10 @@ from torch import nn
 
 from gradoverride._core.binding.rule import Rule
 from gradoverride._core.binding.signature import Forward, kind_of
-from gradoverride._core.inforce import everywhere
-from gradoverride._core.inforce.layers import ClassLayer, FunctionLayer, Layer, ModuleLayer, next_order
-from gradoverride._core.inforce.table import EVERYWHERE, Row, Table, row_of
-from gradoverride._core.inforce.targets import (
+from gradoverride._core.in_force import everywhere
+from gradoverride._core.in_force.layers import ClassLayer, FunctionLayer, Layer, ModuleLayer, next_order
+from gradoverride._core.in_force.table import EVERYWHERE, Row, Table, row_of
+from gradoverride._core.in_force.targets import (
     Class,
     Entry,
     Function,

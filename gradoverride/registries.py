@@ -16,7 +16,7 @@ from torch import nn
 
 from gradoverride._core.binding.rule import Rule
 from gradoverride._core.binding.signature import RESERVED, kind_of, name_of, takes
-from gradoverride._core.inforce.targets import Class, Entry, Function, Glob, ImportPath, Instance, Predicate, Target
+from gradoverride._core.in_force.targets import Class, Entry, Function, Glob, ImportPath, Instance, Predicate, Target
 from gradoverride._core.python.paths import way_to_apply
 from gradoverride._core.python.scan import location
 from gradoverride._core.torch_functions.functions import is_of_torch, name_of_function

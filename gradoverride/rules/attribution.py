@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from gradoverride._core.binding.options import check, check_broadcasts, is_number
-from gradoverride._core.inforce.everywhere import bare_forward
-from gradoverride._core.inforce.targets import class_of
+from gradoverride._core.in_force.everywhere import bare_forward
+from gradoverride._core.in_force.targets import class_of
 from gradoverride._core.modules.standin import stand_in
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.python.by_class import RECORD

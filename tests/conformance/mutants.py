@@ -154,7 +154,7 @@ MUTANTS = [
     ),
     Mutant(
         "a reentrant checkpoint is not noticed",
-        "_core/inforce/tally.py",
+        "_core/in_force/tally.py",
         "        return self.awaited > recorded or self.foreseen == recorded",
         "        return False",
         "transforms: reentrant checkpoint, replayed outside",

@@ -26,7 +26,7 @@ from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 
 import gradoverride as go
-from gradoverride._core.inforce import layers
+from gradoverride._core.in_force import layers
 from gradoverride._core.torch_functions import function_mode
 from overrides.models import doubled, gradient, guided, mlp, negated, tripled
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.overrides import TorchFunctionMode
 
     from gradoverride._core.binding.rule import Rule
-    from gradoverride._core.inforce.layers import FunctionLayer
+    from gradoverride._core.in_force.layers import FunctionLayer
 
 __all__ = [
     "EAGER",

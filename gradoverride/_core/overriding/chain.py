@@ -10,9 +10,9 @@ from gradoverride._core.binding.rule import Rule, passing
 from gradoverride._core.binding.signature import Forward
 from gradoverride._core.calls.plan import Plan
 from gradoverride._core.calls.wrapper import make_wrapper
-from gradoverride._core.inforce import everywhere
-from gradoverride._core.inforce.layers import FunctionLayer, FunctionRule, Layer, Order
-from gradoverride._core.inforce.tally import Trace
+from gradoverride._core.in_force import everywhere
+from gradoverride._core.in_force.layers import FunctionLayer, FunctionRule, Layer, Order
+from gradoverride._core.in_force.tally import Trace
 from gradoverride._core.python.by_class import RECORD
 from gradoverride._core.torch_functions.callers import calls_that_are
 from gradoverride._core.torch_functions.function_mode import quieted, scope_of, scoped

@@ -19,9 +19,9 @@ from torch.compiler import is_dynamo_compiling as compiling
 from torch.fx import GraphModule
 from torch.jit import ScriptModule
 
-from gradoverride._core.inforce import everywhere
-from gradoverride._core.inforce.layers import ClassLayer
-from gradoverride._core.inforce.targets import Class, class_of, family
+from gradoverride._core.in_force import everywhere
+from gradoverride._core.in_force.layers import ClassLayer
+from gradoverride._core.in_force.targets import Class, class_of, family
 from gradoverride._core.overriding.chain import Subject, chain_of, links
 from gradoverride._core.python.by_class import BASE, RECORD
 from gradoverride._core.torch_functions.callers import calls_that_are

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from gradoverride._core.inforce.layers import FunctionLayer, FunctionRule
+from gradoverride._core.in_force.layers import FunctionLayer, FunctionRule
 from gradoverride._core.overriding.path_patch import check_path, put_on_path, take_off_path
 from gradoverride._core.python.paths import PENDING, find, when_imported
 from gradoverride.errors import GradOverrideWarning

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from gradoverride._core.binding.rule import Rule
-from gradoverride._core.inforce import everywhere
-from gradoverride._core.inforce.layers import Layer
-from gradoverride._core.inforce.targets import class_of
+from gradoverride._core.in_force import everywhere
+from gradoverride._core.in_force.layers import Layer
+from gradoverride._core.in_force.targets import class_of
 from gradoverride._core.overriding.overridden import has_another_forward, layers_of
 from gradoverride._core.python.scan import python_function, reads_only
 

@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from gradoverride._core.binding.rule import Rule
-from gradoverride._core.inforce import everywhere
-from gradoverride._core.inforce.layers import FunctionLayer
-from gradoverride._core.inforce.targets import Class, Entry, Function, ImportPath, class_of
+from gradoverride._core.in_force import everywhere
+from gradoverride._core.in_force.layers import FunctionLayer
+from gradoverride._core.in_force.targets import Class, Entry, Function, ImportPath, class_of
 from gradoverride._core.overriding.overridden import check, has_forward
 from gradoverride._core.overriding.scripted import (
     called_in,

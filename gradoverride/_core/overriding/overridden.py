@@ -18,9 +18,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from gradoverride._core.binding.rule import Rule
 from gradoverride._core.binding.signature import unknown_name
 from gradoverride._core.calls.plan import Plan
-from gradoverride._core.inforce import everywhere
-from gradoverride._core.inforce.layers import FunctionLayer, Layer, ModuleLayer
-from gradoverride._core.inforce.targets import class_of
+from gradoverride._core.in_force import everywhere
+from gradoverride._core.in_force.layers import FunctionLayer, Layer, ModuleLayer
+from gradoverride._core.in_force.targets import class_of
 from gradoverride._core.overriding.chain import Subject, forward_of, links
 from gradoverride._core.overriding.overridden_class import base_of_class, overridden, written_methods
 from gradoverride._core.overriding.record import ModuleTally, Record

@@ -23,8 +23,8 @@ from torch.fx import GraphModule
 
 from gradoverride._core.calls.tracers import refuse_script
 from gradoverride._core.calls.wrapper import wrapped
-from gradoverride._core.inforce import everywhere
-from gradoverride._core.inforce.layers import FunctionLayer, ModuleLayer
+from gradoverride._core.in_force import everywhere
+from gradoverride._core.in_force.layers import FunctionLayer, ModuleLayer
 from gradoverride._core.overriding.chain import Subject
 from gradoverride._core.overriding.record import ModuleTally, Record
 from gradoverride._core.python import scan

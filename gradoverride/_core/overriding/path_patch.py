@@ -34,9 +34,9 @@ from gradoverride._core.binding.rule import Made, Rule
 from gradoverride._core.binding.signature import Forward, kind_of, resolve
 from gradoverride._core.calls.plan import Plan
 from gradoverride._core.calls.wrapper import make_wrapper
-from gradoverride._core.inforce import everywhere
-from gradoverride._core.inforce.layers import FunctionLayer, FunctionRule, Order
-from gradoverride._core.inforce.targets import class_of, family
+from gradoverride._core.in_force import everywhere
+from gradoverride._core.in_force.layers import FunctionLayer, FunctionRule, Order
+from gradoverride._core.in_force.targets import class_of, family
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.python import scan
 from gradoverride._core.python.imports import resolve_path

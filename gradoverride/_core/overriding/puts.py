@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gradoverride._core.inforce import everywhere
-from gradoverride._core.inforce.layers import ClassLayer, FunctionLayer, Layer, Order
-from gradoverride._core.inforce.tally import NoCalls
-from gradoverride._core.inforce.targets import Class, class_of, modules_of
+from gradoverride._core.in_force import everywhere
+from gradoverride._core.in_force.layers import ClassLayer, FunctionLayer, Layer, Order
+from gradoverride._core.in_force.tally import NoCalls
+from gradoverride._core.in_force.targets import Class, class_of, modules_of
 from gradoverride._core.overriding import overridden
 from gradoverride._core.overriding.class_patch import check_classes, put_on_class, take_off_class
 from gradoverride._core.overriding.following import follow, is_class_of_modules, take_off_given_up

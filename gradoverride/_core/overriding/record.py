@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from gradoverride._core.inforce import everywhere
-from gradoverride._core.inforce.layers import FunctionLayer, Layer, ModuleLayer
-from gradoverride._core.inforce.tally import Tally
+from gradoverride._core.in_force import everywhere
+from gradoverride._core.in_force.layers import FunctionLayer, Layer, ModuleLayer
+from gradoverride._core.in_force.tally import Tally
 from gradoverride._core.overriding.chain import Subject, chain_of, links
 from gradoverride._core.overriding.following import kept_for_copies
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from torch.jit import ScriptFunction, ScriptModule
 
-from gradoverride._core.inforce.everywhere import originals
-from gradoverride._core.inforce.targets import class_of, family
+from gradoverride._core.in_force.everywhere import originals
+from gradoverride._core.in_force.targets import class_of, family
 from gradoverride._core.overriding.overridden import functions_called
 from gradoverride._core.python.scan import named, python_function, reachable
 from gradoverride._core.torch_functions.callers import names_called_by, says

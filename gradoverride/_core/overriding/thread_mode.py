@@ -19,8 +19,8 @@ from types import FrameType
 from typing import Any
 
 from gradoverride._core.autograd.ambient import here
-from gradoverride._core.inforce import everywhere
-from gradoverride._core.inforce.layers import FunctionLayer
+from gradoverride._core.in_force import everywhere
+from gradoverride._core.in_force.layers import FunctionLayer
 from gradoverride._core.overriding.class_patch import refresh
 from gradoverride._core.overriding.obstacles import warn_of_made
 from gradoverride._core.private.modes import put_under_stack, take_off_stack

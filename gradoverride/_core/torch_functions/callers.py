@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradoverride._core.inforce.everywhere import bare_forward, originals
+from gradoverride._core.in_force.everywhere import bare_forward, originals
 from gradoverride._core.python import scan
 from gradoverride._core.python.bytecode import CALLS, GLOBAL, codes_in, instructions, uses
 from gradoverride._core.torch_functions.functions import (

@@ -32,8 +32,8 @@ from gradoverride._core.binding.rule import passing
 from gradoverride._core.binding.signature import Forward
 from gradoverride._core.calls.plan import Plan
 from gradoverride._core.calls.wrapper import make_refusal, make_wrapper
-from gradoverride._core.inforce import everywhere
-from gradoverride._core.inforce.layers import FunctionRule
+from gradoverride._core.in_force import everywhere
+from gradoverride._core.in_force.layers import FunctionRule
 from gradoverride._core.private.dynamo import (
     as_dynamo_hands_on,
     dynamo_shows,

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from gradoverride._core.binding.rule import Rule
-from gradoverride._core.inforce.tally import Tally
+from gradoverride._core.in_force.tally import Tally
 
 __all__ = ["ClassLayer", "FunctionLayer", "FunctionRule", "Layer", "ModuleLayer", "Order", "next_order"]
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from gradoverride._core.inforce.layers import ClassLayer, FunctionLayer, Layer, Order
-from gradoverride._core.inforce.targets import Class
+from gradoverride._core.in_force.layers import ClassLayer, FunctionLayer, Layer, Order
+from gradoverride._core.in_force.targets import Class
 from gradoverride._core.python.by_class import standing
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from typing import NamedTuple
 
-from gradoverride._core.inforce.layers import Layer
+from gradoverride._core.in_force.layers import Layer
 
 __all__ = ["EVERYWHERE", "Row", "Table", "row_of"]
 
