@@ -316,6 +316,7 @@ class ShortPath:
         ]
         if self.plan.class_form:
             unfit.append(f"_go_type({receiver}).backward is not _go_own_rule")  # a subclass may have another
+            unfit.append("'backward' in _go_state")
             numbers = self.function.numbers
             unfit += [f"_go_type(_go_getattr({receiver}, {name!r}, _go_state)) not in _go_SCALARS" for name in numbers]
         lines = [

@@ -67,7 +67,7 @@ __all__ = ["ForwardPass", "differentiate", "tie"]
 def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[Any], rule: Any = None) -> Any:
     """Call the forward of `plan` with its rule in force, or with `rule`, if a gradient is wanted at all."""
     if plan.class_form:
-        plan = plan.of_class(type(receiver))
+        plan = plan.of_instance(receiver)
     if plan.make_as_function is not None and isinstance(receiver, Tensor):
         return plan.called_as_function(layout, receiver, values)
     tracer = tracer_now((receiver, *values))

@@ -218,8 +218,16 @@ class Plan:
         if self.on_trace is not None:
             self.on_trace()
 
-    def of_class(self, cls: Any) -> Plan:
-        """The plan for instances of `cls`, which may have a `backward` of its own."""
+    def of_instance(self, module: Any) -> Plan:
+        """The plan for a module of the class form, whose class may have a `backward` of its own."""
+        if "backward" in module.__dict__:
+            fail(
+                UnsupportedError,
+                f"{self.forward.who} must have its 'backward' from its class; somebody has put another on the "
+                "instance, which would not be called. Put it on a subclass, or give the instance a rule: "
+                "go.override(model, {module: rule})",
+            )
+        cls = type(module)
         if cls.backward is self.rule.fn:
             return self
         self._read_subclass(cls)
