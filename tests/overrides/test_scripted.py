@@ -130,6 +130,23 @@ def test_a_function_in_python_is_taken_to_be_in_what_was_traced_where_what_it_ca
         go.override(Around(traced), {F.normalize: doubled})
 
 
+SCALED = """
+def scaled(x, factor: float):
+    rows = x.size(0) * 1.0
+    return (x / factor).tanh() * (factor * rows)
+"""
+
+
+def test_numbers_that_are_multiplied_are_no_sign_of_a_function_in_python():
+    """`F.batch_norm` multiplies sizes, which it asks for, before it calls torch."""
+    model = Around(torch.jit.CompilationUnit(SCALED).scaled)
+    for function in (F.batch_norm, F.group_norm, F.instance_norm, F.interpolate, F.gaussian_nll_loss):
+        go.override(model, {function: doubled}).remove()
+    for function in (torch.mul, torch.tanh, F.tanhshrink):
+        with pytest.raises(go.UnsupportedError, match=rf"'{function.__name__}' among them"):
+            go.override(model, {function: doubled})
+
+
 def test_parts_that_are_not_called_say_nothing(x):
     class Listed(nn.Module):
         def __init__(self):

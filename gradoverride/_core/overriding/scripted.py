@@ -69,12 +69,13 @@ def called_in(scripted: Any, names: Collection[str]) -> list[str]:
     if any([word.startswith("_") and not word.startswith("__") for word in words]):  # what it stands for nobody knows
         return list(names)
     found = names_among(words)
-    return [name for name in names if name in found or _calls_one(name, words, found)]
+    telling = words - _OF_PYTHON
+    return [name for name in names if name in found or _calls_one(name, telling, names_among(telling))]
 
 
 def _calls_one(name: str, words: set[str], found: frozenset[str]) -> bool:
     own = [one for one in spellings(name) if isinstance(one, FunctionType)]
-    return any([not names_called_by(one).isdisjoint(found) or says(one, words - _OF_PYTHON) for one in own])
+    return any([not names_called_by(one).isdisjoint(found) or says(one, words) for one in own])
 
 
 # Operations on what is no tensor.

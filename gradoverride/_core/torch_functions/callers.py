@@ -47,8 +47,10 @@ def _prod(iterable: Iterable[Any], /, *, start: Any = 1) -> Any:
 
 
 def names_called_by(function: FunctionType) -> frozenset[str]:
-    """The functions that one of torch in Python may call."""
-    return names_among(_mentioned().get(function, set()))
+    """The functions that one of torch in Python may call by their names: its operators may be those of numbers, and
+    there is none that has operators alone.
+    """
+    return names_among({name for name in _mentioned().get(function, set()) if not name.startswith("__")})
 
 
 def says(function: FunctionType, words: Set[str]) -> bool:
