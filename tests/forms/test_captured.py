@@ -436,6 +436,16 @@ def test_tensor_within_an_object_is_named_where_another_argument_wants_a_gradien
         forward(float64(1.0), Batch(float64(1.0)))
 
 
+def test_tensor_within_an_object_is_named_alone_where_those_that_are_given_come_from_the_same_one():
+    """As the keys of a cache do, in a block that is given what was rotated."""
+    forward = go.custom_backward(lambda grad_output, vjp: vjp(grad_output))(
+        lambda x, both, batch: x * both[0] * batch.x
+    )
+    weight = float64(1.0)
+    with pytest.raises(go.CapturedTensorError, match=r"it reached 'batch\.x', which requires grad"):
+        forward(weight * 2, (weight * 3, weight * 4), Batch(weight * 5))
+
+
 def test_tensor_within_an_object_is_an_error_in_compiled_code_and_in_transforms():
     forward = go.custom_backward(lambda grad_output: grad_output)(lambda batch: batch.x * 2)
 

@@ -116,7 +116,7 @@ def refuse_captured(run: ForwardPass, outs: list[Tensor], aliases: list[Tensor])
     gone = []
     while (leaf := captured.foreign_leaf(tracked, known, stops)) is not None:
         arguments = zip(call.names, run.values, strict=True)
-        names = ", ".join(captured.captured_names(forward.fn, leaf, run.receiver, arguments))
+        names = ", ".join(captured.captured_names(forward.fn, leaf, run.receiver, arguments, given=run.leaves))
         if names or not captured.is_gone(leaf, tracked):
             captured.refuse(forward.who, names, None if leaf is CUT else leaf, run.module)
         gone.append(leaf)  # its id stays its own

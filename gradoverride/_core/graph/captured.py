@@ -146,16 +146,20 @@ def captured_names(
     receiver: Any = None,
     arguments: Iterable[tuple[str, Any]] = (),
     counts: Callable[[Tensor], bool] = requires_grad,
+    given: Sequence[Tensor] = (),
 ) -> list[str]:
     """The names under which `fn`, a method of `receiver` perhaps, knows `leaf`, or else any tensor with a gradient.
 
-    A leaf is looked for in more places: whatever else is found there is not it.
+    A leaf is looked for in more places: whatever else is found there is not it. Of what is `given` in the arguments the
+    rule has the gradient.
     """
+    answered = {id(tensor) for tensor in given}
     found: list[tuple[str, Tensor]] = []
     objects = leaf is not None
     for name, value in arguments:
-        if not isinstance(value, Tensor):  # of one itself the rule has the gradient
-            found += tensors_in(f"'{name}'", value, depth=3, objects=True, counts=counts)
+        if not isinstance(value, Tensor):
+            inside = tensors_in(f"'{name}'", value, depth=3, objects=True, counts=counts)
+            found += [(path, tensor) for path, tensor in inside if id(tensor) not in answered]
     for name, value in _names(fn, objects):
         found += tensors_in(f"'{name}'", value, depth=2, objects=objects, counts=counts)
     if receiver is None and scan.python_function(fn) is not fn and not isinstance(fn, functools.partial):
