@@ -894,6 +894,16 @@ def test_output_projection_of_attention_is_reported_where_the_rule_has_run_for_o
     ]
 
 
+def test_projections_of_equal_blocks_are_reported_at_once():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), 3, enable_nested_tensor=False)
+    with pytest.warns(go.GradOverrideWarning) as told, go.override(encoder, {nn.Linear: uncompiled}):
+        encoder(torch.randn(3, 1, 4, requires_grad=True))
+    assert [str(warning.message).partition(" of the class ")[2] for warning in told] == [
+        "'Linear' does not reach 'layers.0.self_attn.out_proj' and 2 more; the 'MultiheadAttention' around it reads "
+        "its parameters and does not call it. Override the module around it"
+    ]
+
+
 class Heads(nn.Module):
     """One of its heads is not called now; of the last the weight is read besides."""
 

@@ -45,8 +45,10 @@ def _leads_past(module: nn.Module) -> bool:
 
 
 def only_read(modules: Mapping[str, nn.Module], called: Mapping[Layer, bool], ran: Set[Rule]) -> dict[Layer, str]:
-    """The places of rules that `ran`, but not at a module whose parameters the one around it reads, and cannot call."""
-    found: dict[Layer, str] = {}
+    """The places of rules that `ran`, but not at a module whose parameters the one around it reads, and cannot call.
+    Of those that are alike, as in equal blocks, the first.
+    """
+    found: dict[tuple[Rule, type, str], list[Layer]] = {}
     for layer in [layer for layer, was in called.items() if not was and layer.rule in ran]:
         path, _, name = layer.path.rpartition(".")
         module = modules.get(layer.path)
@@ -55,8 +57,9 @@ def only_read(modules: Mapping[str, nn.Module], called: Mapping[Layer, bool], ra
         around = modules[path]
         ruled = any(called.get(own) for own in layers_of(around))
         if not ruled and reads_only(class_of(around), name, module._parameters, nn.Module):
-            found[layer] = (
-                f"does not reach '{layer.path}'; the '{class_of(around).__name__}' around it reads its parameters "
-                "and does not call it. Override the module around it"
-            )
-    return found
+            found.setdefault((layer.rule, class_of(around), name), []).append(layer)
+    return {
+        layers[0]: f"does not reach '{layers[0].path}'{f' and {len(layers) - 1} more' if len(layers) > 1 else ''}; the "
+        f"'{around.__name__}' around it reads its parameters and does not call it. Override the module around it"
+        for (_, around, _), layers in found.items()
+    }
