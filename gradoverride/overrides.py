@@ -434,8 +434,14 @@ class Override:
     ) -> None:
         if error is None:
             self._remove()
-        else:
-            self._take_off()
+            return
+        self._take_off()
+        if isinstance(error, RuntimeError) and "is a view and is being modified inplace" in str(error):
+            error.add_note(
+                f"under an override of {self._owner}: the result of a module that has a rule and returns its argument "
+                "as it is (nn.Identity, a dropout in eval()), or a view of it, must not be written into; what comes "
+                "after it does. Have that work out of place (inplace=False), or leave the module out of the targets"
+            )
 
     def _take_off(self) -> tuple[list[Layer], list[Layer], dict[Layer, str]]:
         """Take the rules off, and give those that never ran, and those that are to run again, each with one place; and

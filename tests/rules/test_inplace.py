@@ -858,6 +858,20 @@ def test_writing_into_a_result_that_is_a_view_of_an_argument_is_refused_as_torch
         out.mul_(2)
 
 
+def test_an_activation_in_place_after_a_layer_that_does_nothing_is_refused_with_the_way_out():
+    """As in the models of timm, whose dropouts are `nn.Identity` unless they are asked for."""
+    layers = nn.Sequential(nn.Linear(3, 3), nn.Identity(), nn.ReLU(inplace=True)).double()
+    refused = pytest.raises(RuntimeError, match="Output 0 of Identity is a view and is being modified inplace")
+    with refused as told, go.override(layers, {"*": lambda grad_output, vjp: vjp(grad_output)}):
+        layers(noise(2, 3))
+    (note,) = told.value.__notes__
+    assert note.startswith("under an override of a 'Sequential': the result of a module that has a rule and returns")
+    assert "(inplace=False), or leave the module out of the targets" in note
+    layers[2].inplace = False
+    with go.override(layers, {"*": lambda grad_output, vjp: vjp(grad_output)}):
+        layers(noise(2, 3))
+
+
 def folded(x):
     return (x * 2).view(3, 1)
 
