@@ -820,7 +820,7 @@ def test_what_left_the_forward_of_a_part_beside_its_result_is_found_in_the_call_
     model = Model()
     go.override(model, {nn.Module: lambda grad_output, vjp: vjp(grad_output)})
     x = float64(1.0, 2.0)
-    with pytest.raises(go.CapturedTensorError, match=r"'Model' .* reached a tensor( of shape \(2,\))? that requires"):
+    with pytest.raises(go.CapturedTensorError, match=r"'Model' .* it reached a tensor of another call with a rule"):
         model(x if leaf else x * 1)
 
 

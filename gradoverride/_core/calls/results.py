@@ -118,7 +118,7 @@ def refuse_captured(run: ForwardPass, outs: list[Tensor], aliases: list[Tensor])
         arguments = zip(call.names, run.values, strict=True)
         names = ", ".join(captured.captured_names(forward.fn, leaf, run.receiver, arguments, given=run.leaves))
         if names or not captured.is_gone(leaf, tracked):
-            captured.refuse(forward.who, names, None if leaf is CUT else leaf, run.module)
+            captured.refuse(forward.who, names, leaf, run.module, of_call=leaf is CUT)
         gone.append(leaf)  # its id stays its own
         known.add(id(leaf))
 

@@ -109,8 +109,12 @@ def _noted_foreign(count: int) -> bool:
     return foreign_leaf(noted[:count], {id(tensor) for tensor in known}, stops) is not None
 
 
-def refuse(who: str, names: str, leaf: Tensor | None = None, module: nn.Module | None = None) -> NoReturn:
-    """Raise the error for `who`, which captured what `names` lists, or `leaf`, a parameter of the `module` perhaps."""
+def refuse(
+    who: str, names: str, leaf: Tensor | None = None, module: nn.Module | None = None, *, of_call: bool = False
+) -> NoReturn:
+    """Raise the error for `who`, which captured what `names` lists, or `leaf`, a parameter of the `module` perhaps, or
+    something out of the graph of another call.
+    """
     remedy = "Pass it as an argument, or detach() it"
     own = next((name for name, known in (module.named_parameters() if module else ()) if known is leaf), None)
     if not names and own is not None:
@@ -118,6 +122,9 @@ def refuse(who: str, names: str, leaf: Tensor | None = None, module: nn.Module |
         remedy = "Reach it through 'self', make it before, or detach() it"
     elif names:
         what = f"reached {names}, which requires grad, by a closure, a global or an attribute"
+    elif of_call:
+        what = "reached a tensor of another call with a rule that is no result of it (by a hook, a list, an attribute)"
+        remedy = "Return that tensor there too, detach() it, or leave one of the two without a rule"
     else:
         shape = f" of shape {tuple(leaf.shape)}" if leaf is not None else ""
         what = f"reached a tensor{shape} that requires grad by a closure, a global or an attribute, or made one itself"
