@@ -1563,3 +1563,50 @@ def test_data_that_a_forward_gives_to_its_argument_stay(rule):
     x = float64(1.0, 2.0)
     exactly(go.custom_backward(rule)(double)(x).detach(), float64(6.0, 12.0, grad=False))
     exactly(x.detach(), float64(2.0, 4.0, grad=False))
+
+
+class TwoResults(nn.Module):
+    """As a model that gives its states and what a head makes of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 3, dtype=torch.float64), nn.Linear(3, 2, dtype=torch.float64)
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x):
+        states = self.body(x) * self.scale
+        return states, self.head(states)
+
+
+FOR_TWO = {
+    "vjp": lambda grad_output, vjp: vjp(grad_output),
+    "vjp of another": lambda grad_output, vjp: vjp(tuple(1.0 * part for part in grad_output)),
+    "without vjp": lambda grad_output, module: grad_output[0] * module.scale @ module.body.weight,
+    "a parameter by name": lambda grad_output, x, module, scale, vjp: {
+        "x": vjp(grad_output),
+        "scale": (grad_output[0] * module.body(x)).sum(0),
+    },
+    "one that was not asked for": lambda grad_output, x, module, vjp: {
+        "x": vjp(grad_output),
+        "scale": (grad_output[0] * module.body(x)).sum(0),
+    },
+}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "create_graph"])
+@pytest.mark.parametrize("rule", FOR_TWO.values(), ids=FOR_TWO)
+def test_parameters_of_a_result_without_a_gradient_have_none_as_without_a_rule(rule, again):
+    """And no zeros: an optimizer with momentum or weight decay would move them."""
+    model, x = TwoResults(), noise(2, 3)
+    inputs = [x, *model.parameters()]
+
+    def gradients():
+        return torch.autograd.grad(model(x)[0].sum(), inputs, create_graph=again, allow_unused=True)
+
+    expected = gradients()
+    with go.override(model, {TwoResults: rule}):
+        found = gradients()
+    assert [one is None for one in found] == [one is None for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        if one is not None:
+            closely(one, other)

@@ -71,8 +71,10 @@ class Backward:
         if self.traced:
             leaf_grads, param_grads, flowing = under_traced(call.autocast, lambda: self.gradients(grads))
         else:
+            # What leads to results without a gradient alone has none of autograd's, rather than zeros.
+            came = grad_outputs[: call.n_outs] if self.eager else grads
             with call.autocast.restored():
-                leaf_grads, param_grads, flowing = self.gradients(grads)
+                leaf_grads, param_grads, flowing = self.gradients(grads, came)
         residual_grads = list(grad_outputs[call.n_outs :])
         if residual_grads and any(grad is not None for grad in residual_grads):
             leaf_grads, param_grads = self._through_residuals(residual_grads, leaf_grads, param_grads)
@@ -81,10 +83,15 @@ class Backward:
         n_extra = call.first_out - call.n_leaves - len(call.params)
         return [*leaf_grads, *param_grads, *[None] * n_extra, *flowing, *[None] * len(residual_grads)]
 
-    def gradients(self, grads: list[Tensor]) -> tuple[Gradients, Gradients, Gradients]:
-        """The gradients of the leaves, of the parameters, and what flows on into torch's own graph."""
+    def gradients(
+        self, grads: list[Tensor], came: Sequence[Tensor | None] | None = None
+    ) -> tuple[Gradients, Gradients, Gradients]:
+        """The gradients of the leaves, of the parameters, and what flows on into torch's own graph.
+
+        `came`: of `grads`, those that came.
+        """
         call, plan = self.call, self.plan
-        self.grads = grads
+        self.came = grads if came is None else came
         handed = [grad.clone() for grad in grads] if plan.rule_writes else grads
         grad_output = unflatten(call.result, iter(handed), constants=False)
         if plan.straight_through and call.specs[call.holders[0]] is LEAF:
@@ -236,11 +243,10 @@ class Backward:
         if not (unmodified and self.eager):
             read = self._read_gradient(grad_output)
             return self._pull(read, range(count), last=call.asks_once)  # type: ignore[return-value]  # as below
-        aliased = [index for index, param in enumerate(call.aliased) if not param.asked]
-        which = [*range(count), *(count + index for index in aliased)]
-        found = self._pull(self.grads, which, call.natural, last=self.plan.calls_vjp_once)
-        self.own.update({call.aliased[index].name: grad for index, grad in zip(aliased, found[count:], strict=False)})
-        self.own.update({p.name: grad for p, grad in zip(call.natural, found[len(which) :], strict=True)})
+        left = [index for index, param in enumerate(call.aliased) if not param.asked]
+        found = self._pull(self.came, range(count), call.natural, left, last=self.plan.calls_vjp_once)
+        own = [*[call.aliased[index] for index in left], *call.natural]
+        self.own.update({param.name: grad for param, grad in zip(own, found[count:], strict=True)})
         return found[:count]  # type: ignore[return-value]  # only those of natural parameters may be None
 
     def pull_all(self, grad_output: Any, *, unmodified: bool) -> tuple[list[Tensor], dict[str, Tensor | None]]:
@@ -266,8 +272,7 @@ class Backward:
             flowing = self._natural(answered, results, natural)
         elif call.graph is not None and (left or natural):
             natural = natural if self.eager else []
-            which = [call.n_leaves + index for index in left]
-            found = self._pull(self.grads, which, natural, last=True)
+            found = self._pull(self.came, [], natural, left, last=True)
             names = [call.aliased[index].name for index in left] + [param.name for param in natural]
             results.update(zip(names, found, strict=True))
         return [results.get(param.name) for param in call.params], flowing
@@ -276,7 +281,7 @@ class Backward:
         self, answered: dict[str, Tensor | None], results: dict[str, Tensor | None], natural: list[Param]
     ) -> Gradients:
         """What flows on, unless the rule answered for a parameter that it would flow to."""
-        call, grads = self.call, self.grads
+        call, grads = self.call, self.came
         overruled = [param.name for param in call.natural if param.name in answered]
         if overruled and self.traced:
             fail(
@@ -290,16 +295,17 @@ class Backward:
                 f"that the rule {self.plan.rule.who} leaves to autograd, needs the graph of the forward. "
                 "Ask for 'vjp' in the rule, which keeps it"
             )
-            grads = tied(grads, call.outer, text)
+            known = iter(tied([grad for grad in grads if grad is not None], call.outer, text))
+            grads = [None if grad is None else next(known) for grad in grads]
         if not overruled:
             return [grad if flows else None for grad, flows in zip(grads, call.flows, strict=True)]
         self.plan.through_aliases = True  # from now on
         ends = [
-            (GradientEdge(*self.ctx.next_functions[call.first_out + k]), grads[k])
-            for k in range(call.n_outs)
-            if call.flows[k]
+            (GradientEdge(*self.ctx.next_functions[call.first_out + k]), grad)
+            for k, grad in enumerate(grads)
+            if call.flows[k] and grad is not None
         ]
-        if natural:
+        if natural and ends:
             found = pull(
                 tuple(end for end, _ in ends),
                 tuple(self._edges(natural)),
@@ -327,12 +333,24 @@ class Backward:
         return edges
 
     def _pull(
-        self, grads: Sequence[Tensor], which: Sequence[int], natural: Sequence[Param] = (), *, last: bool = False
+        self,
+        grads: Sequence[Tensor | None],
+        which: Sequence[int],
+        natural: Sequence[Param] = (),
+        own: Sequence[int] = (),
+        *,
+        last: bool = False,
     ) -> Gradients:
-        """The gradients of leaves and aliased parameters, then of natural ones, as they would be without the rule."""
+        """The gradients of leaves and aliased parameters, as they would be without the rule; then those of parameters
+        that are autograd's own, None for what is not reached: of aliased ones, then of natural ones.
+        """
         # Where a parametrized weight is shown with its history, the engine goes through that besides.
         last = last and not self.call.n_residuals and not self.call.computed
-        return self.call.graph.pull(self.saved, grads, list(which), self._edges(natural), last)
+        graph, edges = self.call.graph, self._edges(natural)
+        own = [self.call.n_leaves + index for index in own]
+        if isinstance(graph, KeptGraph):
+            return graph.pull(self.saved, grads, list(which), [*graph.edges_of(own), *edges], last)
+        return graph.pull(self.saved, grads, [*which, *own], edges, last)
 
     def _through_residuals(
         self, residual_grads: Gradients, leaf_grads: Gradients, param_grads: Gradients

@@ -211,7 +211,7 @@ class KeptGraph:
         if self.who and self._is_met():
             refuse_lost(self.who)  # before what is on the way there too has freed what it saved
         asked = [index for index in which if index not in self.constants] if self.constants else which
-        edges = [*self._edges(asked), *parameters] if parameters else self._edges(asked)
+        edges = [*self.edges_of(asked), *parameters] if parameters else self.edges_of(asked)
         given = [grads[end] if end < len(grads) else None for end in self.ends]
         again = torch.is_grad_enabled()
         cut = _cut_off(given) if again else given
@@ -274,7 +274,8 @@ class KeptGraph:
         ends = getattr(token, "ends", None)
         return ends or [GradientEdge(*end) for end in token.grad_fn.next_functions]  # type: ignore[union-attr]
 
-    def _edges(self, which: Sequence[int]) -> Sequence[Any]:
+    def edges_of(self, which: Sequence[int]) -> Sequence[Any]:
+        """Where the gradients of these aliases are found."""
         return self.edges if len(which) == len(self.edges) else [self.edges[index] for index in which]
 
 
