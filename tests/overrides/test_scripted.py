@@ -130,6 +130,19 @@ def test_a_function_in_python_is_taken_to_be_in_what_was_traced_where_what_it_ca
         go.override(Around(traced), {F.normalize: doubled})
 
 
+@pytest.mark.parametrize("make", [torch.jit.script, lambda form: torch.jit.trace(form, noise(5, 3, grad=False))])
+def test_an_operator_after_a_number_is_found(make):
+    def less(x: torch.Tensor):
+        return 1 - x
+
+    def divided(x: torch.Tensor):
+        return 1 / x
+
+    for form, function in ((less, torch.sub), (divided, torch.div)):
+        with pytest.raises(go.UnsupportedError, match=rf"'{function.__name__}' among them"):
+            go.override(Around(make(form)), {function: doubled})
+
+
 SCALED = """
 def scaled(x, factor: float):
     rows = x.size(0) * 1.0

@@ -78,6 +78,8 @@ def _calls_one(name: str, words: set[str], found: frozenset[str]) -> bool:
     return any([not names_called_by(one).isdisjoint(found) or says(one, words) for one in own])
 
 
+# What an operator after a number becomes: `1 - x` where it is traced and where it is scripted, `1 / x`.
+_OF_NUMBER = {"rsub": "sub", "neg": "sub", "reciprocal": "div"}
 # Operations on what is no tensor.
 _OF_PYTHON = frozenset({"append", "dim", "format", "len", "size", "warn"})
 
@@ -88,6 +90,7 @@ def _words_in(block: Any) -> Iterator[str]:
         space, _, kind = node.kind().partition("::")
         if space == "aten" or kind == "abs":
             yield kind
+            yield _OF_NUMBER.get(kind, kind)
         if kind == "Constant" and node.hasAttribute("name"):
             yield node.s("name")
         for inner in node.blocks():
