@@ -59,6 +59,10 @@ def guided(grad_output: Tensor, output: Tensor) -> Tensor:
     return grad_output.clamp(min=0) * (output > 0)
 
 
+def guided_by_vjp(grad_output: Tensor, vjp: Callable[[Tensor], Tensor]) -> Tensor:
+    return vjp(grad_output.clamp(min=0))
+
+
 class Guided(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -100,6 +104,7 @@ class LinearByHand(nn.Linear):
 
 MODELS: dict[str, tuple[Rules, type[nn.Module], type[nn.Module]]] = {
     "ReLUs": ({nn.ReLU: guided}, nn.Linear, GuidedByHand),
+    "ReLUs by vjp": ({nn.ReLU: guided_by_vjp}, nn.Linear, GuidedByHand),
     "linear layers": ({nn.Linear: linear}, LinearByHand, nn.ReLU),
 }
 

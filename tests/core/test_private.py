@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from oracles import exactly, float64
+from oracles import closely, exactly, float64, noise
+from torch import nn
 
 import gradoverride as go
 from core import parts
@@ -57,6 +58,18 @@ def test_plain_calls_take_the_short_path(rule, forward, monkeypatch):
     exactly(result, forward(x.detach()))
     result.sum().backward()
     exactly(x.grad, torch.ones_like(x) if rule is None else 3 * x.detach())
+
+
+@pytest.mark.parametrize("module", [nn.ReLU(), nn.GELU("tanh"), nn.LeakyReLU(0.2), nn.Softmax(dim=-1), nn.Flatten()])
+def test_calls_of_modules_without_parameters_take_it_under_vjp(module, monkeypatch):
+    with go.override(module, {module: lambda grad_output, vjp: vjp(grad_output.clamp(min=0))}):
+        monkeypatch.setattr(fast, "differentiate", None)
+        x, grad = noise(2, 4, 3), noise(2, 4, 3)
+        result = module(x)
+        found = torch.autograd.grad(result, x, grad.view_as(result))[0]
+    known = module(x)
+    exactly(result, known)
+    closely(found, torch.autograd.grad(known, x, grad.view_as(known).clamp(min=0))[0])
 
 
 def test_a_tracer_is_seen_while_it_is_at_work():

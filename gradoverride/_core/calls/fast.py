@@ -56,8 +56,8 @@ def is_plain(plan: Plan) -> bool:
 def _is_plain_method(plan: Plan) -> bool:
     return (
         plan.forward.takes_self
-        and plan.runs_inside
-        and plan.reach is not None  # which this says too
+        and plan.reach is not None
+        and (plan.runs_inside or (plan.asks_vjp and "deferred" not in plan.sources.values()))
         and not plan.straight_through
         and (not plan.class_form or (plan.own_backward is not None and "deferred" not in plan.sources.values()))
         and not plan.reach.attributes & plan.reserved  # which comes before the reserved one
@@ -198,7 +198,7 @@ class ShortPath:
         if self.plan.asks_vjp:
             if len(tensors) > 1:
                 lines += [f"    if not ({' and '.join(floating)}):", general]
-            return lines + self._kept_body(arguments)
+            return lines + self._kept_body(arguments, receiver)
         if len(tensors) > 1:
             fits = [f"({_wants(name)} or {is_floating})" for name, is_floating in zip(tensors, floating, strict=True)]
             if self.plan.straight_through:  # for the first alone
@@ -254,7 +254,7 @@ class ShortPath:
             # An alias has a version counter of its own, which shows writes in place.
             *(f"    {alias}" for alias in aliases),
             *self._shared_attributes(tensors),
-            f"    _go_result = {self._call_on_aliases(arguments)}",
+            f"    _go_result = {self._call_on_aliases(arguments, 'None')}",
             f"    if {' or '.join(unusual)}:",
             f"        return _go_finish(None, {found}, None, {before})",
             # Somebody else may hold the result (a cached buffer), and would find it turned into an output.
@@ -263,7 +263,7 @@ class ShortPath:
             f"    return _go_apply(({', '.join(['_go_result', *self._others(arguments)])},), {', '.join(tensors)})",
         ]
 
-    def _kept_body(self, arguments: Sequence[str]) -> list[str]:
+    def _kept_body(self, arguments: Sequence[str], receiver: str) -> list[str]:
         """The forward runs on aliases that start a graph, which is kept for `vjp`."""
         tensors = [arguments[place] for place in self.places]
         aliases = ", ".join(map(_alias, tensors))
@@ -292,9 +292,9 @@ class ShortPath:
             f"    {aliases}, = _go_graph.start()",
             *self._shared_attributes(tensors),
             *before,
-            f"    _go_result = {self._call_on_aliases(arguments)}",
+            f"    _go_result = {self._call_on_aliases(arguments, receiver)}",
             f"    if {' or '.join(unusual)}:",
-            f"        return _go_finish(None, {found}, _go_result, _go_graph, {versions})",
+            f"        return _go_finish({receiver}, {found}, _go_result, _go_graph, {versions})",
             *guard,
             f"    return _go_apply(({', '.join(boxed)},), {', '.join(tensors)})",
         ]
@@ -331,7 +331,10 @@ class ShortPath:
         unfit = [f"not {_wants(name)} and {name}.dtype not in _go_FLOATING" for name in tensors]
         if not params:
             unfit.append(f"not ({' or '.join(map(_wants, tensors))})")
-        return [*lines, f"    if {' or '.join(unfit)}:", general, *self._direct_body(arguments, receiver, params)]
+        lines += [f"    if {' or '.join(unfit)}:", general]
+        if self.function.direct:
+            return lines + self._direct_body(arguments, receiver, params)
+        return lines + self._kept_body(arguments, receiver)
 
     def _shared_attributes(self, tensors: Sequence[str]) -> list[str]:
         if not self.plan.uses_attributes:
@@ -344,9 +347,9 @@ class ShortPath:
             return []
         return [f"{_alias(name)} is not {name} and _go_has_other_data({_alias(name)}, {name})" for name in tensors]
 
-    def _call_on_aliases(self, arguments: Sequence[str]) -> str:
+    def _call_on_aliases(self, arguments: Sequence[str], receiver: str) -> str:
         names = [_alias(name) if place in self.places else name for place, name in enumerate(arguments)]
-        return self.function.called(names, "None")
+        return self.function.called(names, receiver)
 
     def _others(self, arguments: Sequence[str]) -> list[str]:
         return [name for place, name in enumerate(arguments) if place not in self.places]
