@@ -401,15 +401,13 @@ def test_backward_that_is_assigned_to_the_class_later_is_the_rule_from_then_on(o
 
 
 @pytest.mark.parametrize("called_before", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_backward_on_an_instance_is_refused_for_it_would_not_be_called(layer, a, called_before, compiled):
-    call = torch.compile(layer, backend="aot_eager") if compiled else layer
+def test_backward_on_an_instance_is_refused_for_it_would_not_be_called(layer, a, called_before):
     if called_before:
-        call(a)
+        layer(a)
     layer.backward = lambda grad_of_c: grad_of_c
     with pytest.raises(go.UnsupportedError) as caught:
-        call(a)
-    assert re.match(
+        layer(a)
+    assert re.fullmatch(
         r"'LayerWithCustomGrad' \(.*\) must have its 'backward' from its class; somebody has put another on the "
         r"instance, which would not be called\. Put it on a subclass, or give the instance a rule: "
         r"go\.override\(model, \{module: rule\}\)",

@@ -842,6 +842,16 @@ def test_parameter_that_is_not_assigned_keeps_its_text(x):
         compiled(Forgetful())(x).sum().backward()
 
 
+@pytest.mark.parametrize("called_before", [False, True])
+def test_backward_on_an_instance_keeps_its_text(called_before, x):
+    module = ScaleByClass()
+    if called_before:
+        compiled(module)(x)
+    module.backward = lambda grad_output: grad_output
+    with pytest.raises(Exception, match=r"(?s)'ScaleByClass' .*must have its 'backward' from its class"):
+        compiled(module)(x)
+
+
 def test_forward_without_a_tensor_keeps_its_text(x):
     def forgetful(x):
         return "text"
