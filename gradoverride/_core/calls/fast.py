@@ -57,11 +57,16 @@ def _is_plain_method(plan: Plan) -> bool:
     return (
         plan.forward.takes_self
         and plan.reach is not None
-        and (plan.runs_inside or (plan.asks_vjp and "deferred" not in plan.sources.values()))
+        and (plan.runs_inside or _asks_vjp_alone(plan))
         and not plan.straight_through
         and (not plan.class_form or (plan.own_backward is not None and "deferred" not in plan.sources.values()))
         and not plan.reach.attributes & plan.reserved  # which comes before the reserved one
     )
+
+
+def _asks_vjp_alone(plan: Plan) -> bool:
+    """Whether the rule asks for no parameter, and for `vjp` once: more than that has its own way in a checkpoint."""
+    return plan.asks_vjp and plan.calls_vjp_once and "deferred" not in plan.sources.values()
 
 
 def _hands_over_plainly(plan: Plan) -> bool:
