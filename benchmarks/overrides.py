@@ -29,14 +29,14 @@ Rules = dict[Any, Callable[..., Any]]
 def cases() -> list[Case]:
     return [
         *(
-            ratio(f"overrides: {DEPTH} {kind}, {size}", 1.05, functools.partial(pair, kind, shape))
+            ratio(f"overrides: {DEPTH} {kind}, {size}", LIMITS[kind][0], functools.partial(pair, kind, shape))
             for kind in MODELS
             for size, shape in SIZES.items()
         ),
         *(
             ratio(
                 f"overrides: {DEPTH} {kind}, {size}, compiled",
-                1.02,
+                LIMITS[kind][1],
                 functools.partial(compiled.pair, functools.partial(sides_of, kind, shape)),
             )
             for kind in MODELS
@@ -107,6 +107,9 @@ MODELS: dict[str, tuple[Rules, type[nn.Module], type[nn.Module]]] = {
     "ReLUs by vjp": ({nn.ReLU: guided_by_vjp}, nn.Linear, GuidedByHand),
     "linear layers": ({nn.Linear: linear}, LinearByHand, nn.ReLU),
 }
+
+# Eager, and compiled. Under `vjp` a graph is kept for what by hand, who knows the derivative, is one comparison.
+LIMITS = {"ReLUs": (1.05, 1.02), "ReLUs by vjp": (2.00, 1.20), "linear layers": (1.05, 1.02)}
 
 
 def sides_of(kind: str, shape: tuple[int, int]) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
