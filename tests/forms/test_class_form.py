@@ -603,6 +603,27 @@ def test_parameter_that_is_not_assigned_keeps_autograds_when_backward_asks_for_v
     exactly(layer.shift.grad, float64(5.0, 5.0, grad=False))
 
 
+def test_backward_that_asks_for_vjp_may_assign_every_parameter():
+    @go.custom_backward
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(1.0, 2.0, 3.0))
+
+        def forward(self, x):
+            return x * self.weight
+
+        def backward(self, grad_output, x, vjp):
+            self.weight.grad = 5 * grad_output * x
+            return 3 * vjp(grad_output)
+
+    module, x, grad = Scaled(), noise(3), noise(3)
+    for _ in range(2):
+        found = torch.autograd.grad(module(x), [x, module.weight], grad)
+        closely(found[0], (3 * grad * module.weight).detach())
+        closely(found[1], (5 * grad * x).detach())
+
+
 def test_vjp_by_name_gives_the_true_gradients_to_assign():
     def backward(self, grad_output, vjp):
         grads = vjp.by_name(10 * grad_output)

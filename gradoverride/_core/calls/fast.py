@@ -57,11 +57,15 @@ def _is_plain_method(plan: Plan) -> bool:
     return (
         plan.forward.takes_self
         and plan.reach is not None
-        and (plan.runs_inside or _asks_vjp_alone(plan))
         and not plan.straight_through
-        and (not plan.class_form or (plan.own_backward is not None and "deferred" not in plan.sources.values()))
+        and (_has_own_backward(plan) if plan.class_form else plan.runs_inside or _asks_vjp_alone(plan))
         and not plan.reach.attributes & plan.reserved  # which comes before the reserved one
     )
+
+
+def _has_own_backward(plan: Plan) -> bool:
+    """Whether no stand-in is needed for the `backward` of a class, which asks for no parameter by name."""
+    return plan.own_backward is not None and plan.runs_inside and "deferred" not in plan.sources.values()
 
 
 def _asks_vjp_alone(plan: Plan) -> bool:
