@@ -13,6 +13,7 @@ from torch import nn
 import gradoverride as go
 from core import parts
 from gradoverride._core.calls import fast, wrapper
+from gradoverride._core.calls.forward_pass import ForwardPass
 from gradoverride._core.private import engine, modes, tensors, transforms
 
 
@@ -60,10 +61,10 @@ def test_plain_calls_take_the_short_path(rule, forward, monkeypatch):
     exactly(x.grad, torch.ones_like(x) if rule is None else 3 * x.detach())
 
 
-@pytest.mark.parametrize("module", [nn.ReLU(), nn.GELU("tanh"), nn.LeakyReLU(0.2), nn.Softmax(dim=-1), nn.Flatten()])
+@pytest.mark.parametrize("module", [nn.ReLU(), nn.GELU("tanh"), nn.LeakyReLU(0.2), nn.Softmax(dim=-1)])
 def test_calls_of_modules_without_parameters_take_it_under_vjp(module, monkeypatch):
+    monkeypatch.setattr(ForwardPass, "finish", None)  # the general path: to call it would fail
     with go.override(module, {module: lambda grad_output, vjp: vjp(grad_output.clamp(min=0))}):
-        monkeypatch.setattr(fast, "differentiate", None)
         x, grad = noise(2, 4, 3), noise(2, 4, 3)
         result = module(x)
         found = torch.autograd.grad(result, x, grad.view_as(result))[0]

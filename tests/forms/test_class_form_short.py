@@ -492,3 +492,12 @@ def test_code_that_this_python_writes_otherwise_is_not_changed(monkeypatch):
     other = (3, 11) if sys.version_info >= (3, 12) else (3, 12)  # which has no flag beside such a name, or has one
     monkeypatch.setattr("gradoverride._core.python.bytecode.sys", SimpleNamespace(version_info=other))
     assert [renamed(code, names) for names in asked] == [None, None]
+
+
+def test_backward_on_an_instance_is_refused_here_too(stand_ins):
+    module, x = Scaled(), noise(4)
+    module(x)
+    module.backward = lambda grad_output: grad_output
+    with pytest.raises(go.UnsupportedError, match="must have its 'backward' from its class"):
+        module(x)
+    assert stand_ins == []

@@ -792,6 +792,25 @@ def test_vjp_after_the_backward_is_over_is_right_or_an_error():
 # --- derivatives of derivatives, against formulas ---
 
 
+def test_rule_may_answer_for_every_parameter_beside_one_vjp():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(1.0, 2.0, 3.0))
+
+        @go.custom_backward(
+            lambda grad_output, vjp, weight: {"x": vjp(3 * grad_output), "weight": grad_output * weight}
+        )
+        def forward(self, x):
+            return x * self.weight
+
+    module, x, grad = Scaled(), noise(3), noise(3)
+    for _ in range(2):
+        found = torch.autograd.grad(module(x), [x, module.weight], grad)
+        closely(found[0], (3 * grad * module.weight).detach())
+        closely(found[1], (grad * module.weight).detach())
+
+
 @pytest.mark.parametrize("rule", [pass_on, pass_on_by_name], ids=["vjp", "by_name"])
 def test_second_and_third_derivative_of_one_argument(rule):
     x = noise(3)
