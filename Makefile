@@ -7,12 +7,13 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # A process for each core, and so a thread of torch for each; a file of tests stays in one. In their order: xdist would
 # begin with those of the most tests, and the few that take minutes are in files of a few.
 PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
-test compat: export OMP_NUM_THREADS := 1
+test slow compat: export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test conformance mutants soak lint bench build compat clean
+.PHONY: help demo test slow conformance mutants soak lint bench build compat clean
 help:
 	@echo "make demo     train networks that cannot be differentiated, and see what an override changes"
 	@echo "make test     run the tests"
+	@echo "make slow     run the cells of that table which make test leaves out"
 	@echo "make conformance  each form in each environment, and the page of the documentation that says so"
 	@echo "make mutants  planted defects: each must turn a cell of that table red"
 	@echo "make soak     100,000 calls and 10,000 overrides: nothing grows"
@@ -27,6 +28,9 @@ demo: $(VENV)/.with-demo
 
 test: $(VENV)/.with-test
 	$(BIN)/python $(PYTEST)
+
+slow: $(VENV)/.with-test
+	$(BIN)/python -m pytest -m slow tests/conformance --numprocesses auto --dist loadgroup
 
 conformance: $(VENV)/.with-test
 	$(BIN)/python -m tests.conformance

@@ -1,10 +1,15 @@
 """What every test starts from: the same random numbers."""
 
+import gc
+
 import pytest
 import torch
 
 # Imported, to look for doctests, it would change the engine for all tests.
 collect_ignore = ["core/fallbacks.py"]
+
+# The collector goes through all that torch holds, again and again: a quarter of the time of tests that compile.
+gc.set_threshold(200_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)

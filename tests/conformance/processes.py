@@ -5,6 +5,7 @@ found = run(function, 2, folder, limit=240)  # by process, {name: result}; `func
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import time
@@ -37,6 +38,7 @@ def run(function: Callable[..., None], number: int, folder: Any, limit: float, *
 
 
 def _start(index: int, function: Callable[..., None], folder: str, args: tuple[Any, ...]) -> None:
+    gc.set_threshold(200_000, 20, 100)  # as in `conftest.py`
     with open(f"{folder}/{index}", "wb") as file:
 
         def write(name: str, result: Any) -> None:
