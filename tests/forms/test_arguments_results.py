@@ -1365,6 +1365,14 @@ class ByMethods(nn.Module):
         return sum([x, x]) if x.requires_grad else x * 5
 
 
+class ByMethodsOfABase(ByMethods):
+    def forward(self, x):
+        return super().forward(x)
+
+    def doubled(self, x):
+        return super().doubled(x)
+
+
 class ByFunction(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -1392,6 +1400,8 @@ ASKED_ELSEWHERE = {
     "a partial": lambda: functools.partial(elsewhere.handed_on),
     "one with a rule": lambda: lambda x: ruled_elsewhere(x),
     "a method of the module": ByMethods,
+    "a method of its base": ByMethodsOfABase,
+    "a method of the base of a part": lambda: nn.Sequential(ByMethodsOfABase()),
     "from a method": ByAFunctionElsewhere,
     "a part": lambda: nn.Sequential(elsewhere.Part()),
     "a part of a part": lambda: ByFunction(nn.Sequential(nn.Identity(), elsewhere.Part())),

@@ -1074,6 +1074,16 @@ class Keeping(Neuron):
         self.register_buffer("potential", None, persistent=False)
 
 
+class Deriving(Neuron):
+    """The same by the methods of its base."""
+
+    def forward(self, x):
+        return super().forward(x) * 1
+
+    def charge(self, x):
+        super().charge(x)
+
+
 class Cutting(Neuron):
     def charge(self, x):
         self.potential = x if self.potential is None else self.potential.detach() / 2 + x
@@ -1097,7 +1107,7 @@ class Shown(Neuron):
         self.potential = x * self.weight
 
 
-@pytest.mark.parametrize("kind", [Neuron, Keeping])
+@pytest.mark.parametrize("kind", [Neuron, Keeping, Deriving])
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_state_that_is_cut_off_from_earlier_calls_is_told_of_once(kind, by_name):
     def of_state(grad_output, x, module):
@@ -1107,7 +1117,7 @@ def test_a_state_that_is_cut_off_from_earlier_calls_is_told_of_once(kind, by_nam
     module, x = kind(), float64(1.0, 2.0)
     with go.override(module, {module: rule}):
         first = module(x)
-        text = r"'(Neuron|Keeping)' .* goes on from 'self.potential', which a call before has kept: .*'vjp'.*detach\(\)"
+        text = r"'\w+' .* goes on from 'self.potential', which a call before has kept: .*'vjp'.*detach\(\)"
         with pytest.warns(go.GradOverrideWarning, match=text):
             second = module(x)
         module(x)

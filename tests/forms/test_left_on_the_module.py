@@ -34,6 +34,17 @@ class KeepsATuple(nn.Module):
         return getattr(self, name)[1]["mask"]
 
 
+class KeepsByItsBase(KeepsATuple):
+    def forward(self, x):
+        return super().forward(x)
+
+    def backward(self, grad_output):
+        return super().backward(grad_output)
+
+    def read(self, name):
+        return super().read(name)
+
+
 class KeepsANumber(nn.Module):
     def forward(self, x):
         self.threshold = 1.5 if len(x) == 3 else 100.0
@@ -102,7 +113,7 @@ class ShowsItsMask(nn.Module):
         return x * self.mask
 
 
-OWN = [KeepsAMask, KeepsATuple, KeepsANumber, KeepsInAPart, KeepsInADict, KeepsInAList]
+OWN = [KeepsAMask, KeepsATuple, KeepsByItsBase, KeepsANumber, KeepsInAPart, KeepsInADict, KeepsInAList]
 KEEPING = [*map(go.custom_backward, OWN), KeepsInADictOfAPart, ShowsItsMask]
 
 

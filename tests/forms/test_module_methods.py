@@ -1478,6 +1478,11 @@ def read_attribute_elsewhere(self, x):
     return x * self.rounded()
 
 
+class MarkedByABase(Marked):
+    def rounded(self):
+        return super().rounded()
+
+
 def set_attribute(self, x):
     if not hasattr(self.weight, "original"):
         self.weight.original = self.weight.detach().clone()
@@ -1491,11 +1496,16 @@ def read_attribute_of_argument(self, x):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("rule", WEIGHT_RULES.values(), ids=WEIGHT_RULES)
 @pytest.mark.parametrize(
-    "forward", [read_attribute, read_attribute_elsewhere, set_attribute, read_attribute_of_argument]
+    ("base", "forward"),
+    [
+        *((Marked, forward) for forward in (read_attribute, read_attribute_elsewhere, set_attribute)),
+        (Marked, read_attribute_of_argument),
+        (MarkedByABase, read_attribute_elsewhere),
+    ],
 )
-def test_attributes_that_tensors_bear_are_there_in_the_forward(forward, rule, compiled):
-    plain = type("Plain", (Marked,), {"forward": forward})()
-    ruled = type("Ruled", (Marked,), {"forward": go.custom_backward(rule)(forward)})()
+def test_attributes_that_tensors_bear_are_there_in_the_forward(base, forward, rule, compiled):
+    plain = type("Plain", (base,), {"forward": forward})()
+    ruled = type("Ruled", (base,), {"forward": go.custom_backward(rule)(forward)})()
     torch.compiler.reset()
     run = torch.compile(ruled, backend="aot_eager", fullgraph=True) if compiled else ruled
     for step in (0.25, None):

@@ -1,7 +1,9 @@
 """TorchScript, which runs no Python code: where rules for functions could be passed by, that is told. Contract, section
 5."""
 
+import functools
 import io
+import types
 import warnings
 
 import pytest
@@ -80,21 +82,48 @@ class Naming(nn.Module):
         return PART(x) + torch.sigmoid(x)
 
 
+class NamingInAMethod(nn.Module):
+    def forward(self, x):
+        return self.around(x)
+
+    def around(self, x):
+        return PART(x) + torch.sigmoid(x)
+
+
+class NamingOfAModule(nn.Module):
+    def forward(self, x):
+        return elsewhere.PART(x) + torch.sigmoid(x)
+
+
+class NamingInABase(Naming):
+    def forward(self, x):
+        return super().forward(x)
+
+
 PART = None
 
 
-def naming(part):
-    globals()["PART"] = part
-    return Naming()
+elsewhere = types.ModuleType("elsewhere")
+
+
+def naming(part, kind=Naming):
+    globals()["PART"] = elsewhere.PART = part
+    return kind()
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     yield
-    globals()["PART"] = None
+    globals()["PART"] = elsewhere.PART = None
 
 
-REACHED = {"part": Around, "global": naming}
+REACHED = {
+    "part": Around,
+    "global": naming,
+    "of another module": functools.partial(naming, kind=NamingOfAModule),
+    "global in a method": functools.partial(naming, kind=NamingInAMethod),
+    "global in a base": functools.partial(naming, kind=NamingInABase),
+}
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ class _Search:
         self.waiting: list[Any] = [fn]
         self.seen: dict[int, Any] = {}
         self.names = {"__call__", "forward"}  # that the code so far may look up
+        self.behind: set[str] = set()  # those of them that it may look up by `super()`
         self.owners: list[Any] = []  # and where it may do so
         self.unassigned = False
         for owner in owners:
@@ -86,7 +87,9 @@ class _Search:
             self.waiting += [function.__globals__[name] for name in read if name in function.__globals__]
             self.unassigned |= any(name not in function.__globals__ and not hasattr(builtins, name) for name in read)
             self.waiting += [value for _, _, value in scan.of_modules(function, code)]
-            new = {*code.co_names}.difference(self.names, read)
+            behind = {*code.co_names}.difference(self.behind, read) if "super" in read else set()
+            self.behind |= behind
+            new = {*code.co_names}.difference(self.names, read) | behind
             self.names |= new
             for owner in self.owners:
                 self._look_up(owner, new)
@@ -105,6 +108,8 @@ class _Search:
         own = {} if isinstance(owner, type) else getattr(owner, "__dict__", {})
         cls = owner if isinstance(owner, type) else type(owner)
         self.waiting += [own[name] if name in own else standing(cls, name) for name in names]
+        for name in names & self.behind:
+            self.waiting += [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
 
 
 def _asks_in(code: CodeType) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from gradoverride._core.python import scan
-from gradoverride._core.python.by_class import standing
+from gradoverride._core.python.by_class import named_in
 from gradoverride._core.python.bytecode import LOCAL, uses
 from gradoverride._core.values.tensors import is_differentiable
 from gradoverride.errors import GradOverrideWarning
@@ -46,11 +46,11 @@ def names_kept(fn: Any, cls: Any) -> tuple[str, ...]:
         for use in uses(code):
             on_self = use.kind == LOCAL and use.name in receiver
             for place, name in enumerate(use.attributes, 1):
-                own = None if hasattr(nn.Module, name) else standing(cls, name)
-                if isinstance(own, FunctionType):
-                    if not follow(inspect.unwrap(own)):
-                        return False
-                elif on_self and place == 1:
+                own = [] if name in _OF_MODULES else named_in(code, cls, name)
+                methods = [inspect.unwrap(one) for one in own if isinstance(one, FunctionType)]
+                if not all([follow(method) for method in methods]):
+                    return False
+                if not methods and on_self and place == 1:
                     stored = use.way == "STORE" and len(use.attributes) == 1
                     assigned.update([name] if stored else [])
                     read_first.setdefault(name, not stored)
@@ -60,6 +60,7 @@ def names_kept(fn: Any, cls: Any) -> tuple[str, ...]:
     return tuple(sorted([name for name in assigned if goes_on and read_first[name]]))
 
 
+_OF_MODULES = frozenset(vars(nn.Module)) - {"forward"}
 _CUTTING = frozenset({"data", "detach", "detach_", "inference_mode", "no_grad", "set_grad_enabled"})
 
 

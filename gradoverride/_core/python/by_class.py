@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from types import CodeType
 from typing import Any, TypeVar
 
-__all__ = ["BASE", "RECORD", "once_per_class", "standing"]
+__all__ = ["BASE", "RECORD", "named_in", "once_per_class", "standing"]
 
 RECORD = "_gradoverride"  # the attribute of a module that says what is in force on it
 BASE = "_gradoverride_base"  # a class that stands in for another while it is overridden has it under this name
@@ -25,6 +26,13 @@ def standing(cls: Any, name: str) -> Any:
     As `inspect.getattr_static` says. That Dynamo takes up where a graph breaks, and warns of the cache within.
     """
     return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+
+
+def named_in(code: CodeType, cls: Any, name: str) -> list[Any]:
+    """What `code` may mean by this attribute of a `cls`: by `super()` also what stands there behind another."""
+    if "super" not in code.co_names:
+        return [standing(cls, name)]
+    return [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
 
 
 def once_per_class(find: Callable[[Any], T]) -> Callable[[Any], T]:

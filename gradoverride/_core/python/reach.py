@@ -8,6 +8,7 @@ that requires grad. The code is read once; what its names stand for is looked at
 from __future__ import annotations
 
 import builtins
+import inspect
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -15,13 +16,13 @@ from typing import Any, NamedTuple
 import torch
 
 from gradoverride._core.python import scan
-from gradoverride._core.python.by_class import standing
+from gradoverride._core.python.by_class import named_in, once_per_class
 from gradoverride._core.python.bytecode import LOCAL, instructions, uses
 from gradoverride._core.python.residuals import save_for_backward
 
 __all__ = [
-    *("SCALARS", "Name", "Reach", "attribute_names", "attributes_of_first", "calls_unseen", "names_assigned_in"),
-    *("names_changed_in", "names_filled_in", "names_in"),
+    *("SCALARS", "Name", "Reach", "attribute_names", "attributes_of_first", "calls_unseen", "codes_of"),
+    *("names_assigned_by", "names_assigned_in", "names_changed_in", "names_filled_in", "names_in"),
 ]
 
 SCALARS = frozenset({int, float, bool, complex, str, type(None), torch.dtype, torch.device})
@@ -126,7 +127,7 @@ def attribute_names(fn: Any, *, method: bool, cls: Any = None) -> tuple[str, ...
     Of a `method` of `cls` those in the methods and properties that it names besides.
     """
     found: set[str] = set()
-    for root, function, code in _codes_of(fn, cls):
+    for root, function, code in codes_of(fn, cls):
         known = [*scan.of_modules(function, code)]
         receiver = code.co_varnames[0] if method and function is root and code.co_varnames else None
         names = _attributes_but_of(receiver, code) | _given_as_texts(code)
@@ -136,22 +137,30 @@ def attribute_names(fn: Any, *, method: bool, cls: Any = None) -> tuple[str, ...
 
 def names_in(fn: Any, cls: Any) -> frozenset[str]:
     """The names in the code of `fn`, and of the methods and properties of `cls` that it names."""
-    return frozenset[str]().union(*[{*code.co_names, *_given_as_texts(code)} for _, _, code in _codes_of(fn, cls)])
+    return frozenset[str]().union(*[{*code.co_names, *_given_as_texts(code)} for _, _, code in codes_of(fn, cls)])
 
 
 def names_assigned_in(fn: Any, cls: Any) -> frozenset[str]:
     """The names of attributes that `fn` assigns, or one of those methods."""
     found: set[str] = set()
-    for _, _, code in _codes_of(fn, cls):
+    for _, _, code in codes_of(fn, cls):
         found |= {use.attributes[-1] for use in uses(code) if use.attributes and use.way == "STORE"}
         found |= _given_as_texts(code)
     return frozenset(found)
 
 
+@once_per_class
+def names_assigned_by(cls: Any) -> tuple[str, ...]:
+    """The names of attributes that the forward of a `cls` assigns, or one that stands there behind it."""
+    forwards = [vars(base)["forward"] for base in cls.__mro__ if isinstance(vars(base).get("forward"), FunctionType)]
+    found = [names_assigned_in(inspect.unwrap(forward), cls) for forward in forwards]
+    return tuple(sorted(frozenset[str]().union(*found)))
+
+
 def names_filled_in(fn: Any, cls: Any) -> frozenset[str]:
     """The names in code of `fn`, or of those methods, that puts something into a container under a key."""
     found: set[str] = set()
-    for _, _, code in _codes_of(fn, cls):
+    for _, _, code in codes_of(fn, cls):
         if any(step.opname == "STORE_SUBSCR" or step.argval in _FILLING for step in instructions(code)):
             found.update(code.co_names)
     return frozenset(found)
@@ -166,7 +175,7 @@ def names_changed_in(fn: Any, cls: Any) -> frozenset[str]:
     `self.saved[key].pop()` changes what is in it, and so does `saved = self.saved` with `saved.pop()`.
     """
     found: set[str] = set()
-    for _, _, code in _codes_of(fn, cls):
+    for _, _, code in codes_of(fn, cls):
         read: set[str] = set()  # since something was stored
         origins: dict[str, set[str]] = {}  # by variable, the attributes that its value comes from
         for index, step in enumerate(instructions(code)):
@@ -193,7 +202,7 @@ _CHANGING = frozenset(
 )
 
 
-def _codes_of(fn: Any, cls: Any) -> Iterator[tuple[FunctionType | None, FunctionType, CodeType]]:
+def codes_of(fn: Any, cls: Any) -> Iterator[tuple[FunctionType | None, FunctionType, CodeType]]:
     """The code that `fn` shows, function by function, and that of the methods of `cls` named there."""
     seen: set[FunctionType] = set()
     waiting = [scan.python_function(fn)]
@@ -202,7 +211,7 @@ def _codes_of(fn: Any, cls: Any) -> Iterator[tuple[FunctionType | None, Function
         for function, code in scan.reachable(root, seen):
             yield root, function, code
             if cls is not None:
-                own = [standing(cls, name) for name in code.co_names]
+                own = [one for name in code.co_names for one in named_in(code, cls, name)]
                 own = [one.fget if isinstance(one, property) else one for one in own]
                 waiting += [one for one in own if isinstance(one, FunctionType) and not _is_of_library(one.__module__)]
 
