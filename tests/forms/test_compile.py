@@ -1355,3 +1355,76 @@ def test_where_a_rule_breaks_the_graph_no_function_of_this_library_is_compiled()
         hook.remove()
     assert compiled
     assert [name for name in compiled if "gradoverride/_core" in name] == []
+
+
+class LeavesALoss(nn.Module):
+    """Beside its result, in an attribute of its own. On the way is an operation that has no formula for no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0, 3.0], dtype=torch.float64))
+        self.loss = None
+
+    def forward(self, x):
+        hidden = x * self.weight
+        self.loss = (hidden**2).sum()
+        heads = hidden.expand(1, 1, 2, 2)
+        return nn.functional.scaled_dot_product_attention(heads, heads, heads)[0, 0, 0]
+
+
+class LeavesItInAPart(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = LeavesALoss()
+
+    def forward(self, x):
+        return self.inner(x) + 1
+
+    @property
+    def loss(self):
+        return self.inner.loss
+
+
+def with_vjp(kind):
+    module = kind()
+    go.override(module, {module: lambda grad_output, vjp: 3 * vjp(grad_output)})
+    return module
+
+
+def decorated(kind):
+    class Decorated(kind):
+        @go.custom_backward(lambda grad_output, vjp: 3 * vjp(grad_output))
+        def forward(self, x):
+            return super().forward(x)
+
+    return Decorated()
+
+
+@pytest.mark.parametrize("kind", [LeavesALoss, LeavesItInAPart])
+@pytest.mark.parametrize("ruled", [with_vjp, decorated])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_gradient_of_what_a_compiled_forward_left_in_an_attribute_is_an_error(kind, ruled, backend):
+    module = ruled(kind)
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def run(x, share):
+        return module(x).sum() + share * module.loss
+
+    x = float64(1.0, 2.0)
+    by_hand = kind()
+    expected = torch.autograd.grad(by_hand(x).sum(), x)
+    closely(torch.autograd.grad(run(x, torch.tensor(0.0)), x), tuple(3 * grad for grad in expected))
+    with pytest.raises(RuntimeError, match="must return each tensor that a gradient is to come back from"):
+        run(x, torch.tensor(1.0)).backward()
+
+
+@pytest.mark.parametrize("ruled", [with_vjp, decorated])
+def test_what_a_compiled_forward_left_in_an_attribute_is_there(ruled):
+    module = ruled(LeavesALoss)
+    run = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = float64(1.0, 2.0)
+    for _ in range(2):
+        result = run(x)
+        closely(module.loss.detach(), torch.tensor(4.0 + 36.0, dtype=torch.float64))
+    by_hand = LeavesALoss()
+    closely(torch.autograd.grad(result.sum(), x), (3 * torch.autograd.grad(by_hand(x).sum(), x)[0],))

@@ -11,6 +11,7 @@ as ever. On the short path a forward of known reach runs inside, as one does tha
     Transformed     the same for torch.func: a generated vmap rule, and `jvp`, on which Dynamo breaks its graph
     Cut             aliases that the kept graph behind `vjp` starts from: gradients end there
     TracedCut       the same while Dynamo traces
+    Beside          what leaves such a forward otherwise than in its result: no gradient may come back from there
     Carry           what leads to the tensors of those aliases: gradients of gradients go there
     Tail            where the kept graph ends: a tensor of no bytes, which the engine frees like any saved one
     Lifted          a derivative computed in the kept graph, tied to the outer tensors again, for second derivatives
@@ -30,12 +31,14 @@ from torch.autograd import Function
 
 from gradoverride._core.private.dynamo import fail, in_transform
 from gradoverride._core.private.engine import call_directly, can_call_directly, fast_apply
+from gradoverride._core.private.modes import require_in_graph
 from gradoverride._core.private.tensors import has_memory_alone, made_at_import
 from gradoverride._core.private.transforms import in_batched_autograd
 from gradoverride.errors import UnsupportedError
 
 __all__ = [
     "Alias",
+    "Beside",
     "ByLoop",
     "CUT",
     "Carry",
@@ -202,11 +205,14 @@ def _unviewed(tensor: Tensor) -> Tensor:
 
 
 def refuse_lost(who: str) -> NoReturn:
-    fail(
-        UnsupportedError,
+    fail(UnsupportedError, _lost(who))
+
+
+def _lost(who: str) -> str:
+    return (
         f"{who} must return each tensor that a gradient is to come back from; one came from a tensor that left it in "
         "another way (an attribute, a hook, a list), and would not reach the arguments, whose gradients its rule "
-        "gives. Return that tensor too, or detach it",
+        "gives. Return that tensor too, or detach it"
     )
 
 
@@ -242,6 +248,22 @@ class TracedCut(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
         return (None,) * (len(grads) + 1)
+
+
+class Beside(Function):
+    """A tensor that left a traced forward beside its result, as one that no gradient may come back from."""
+
+    @staticmethod
+    def forward(ctx: Any, who: str, token: Tensor, tensor: Tensor) -> Tensor:
+        ctx.who = who
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        if require_in_graph is None:
+            refuse_lost(ctx.who)
+        require_in_graph((grad == 0).all(), _lost(ctx.who))
+        return None, None, None
 
 
 class Tail(Function):

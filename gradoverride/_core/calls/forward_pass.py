@@ -30,6 +30,7 @@ from gradoverride._core.autograd.function import fresh, trackable
 from gradoverride._core.binding.contract import Meta
 from gradoverride._core.binding.layout import Layout
 from gradoverride._core.binding.signature import unknown_name
+from gradoverride._core.calls.beside import cut_off
 from gradoverride._core.calls.call import Call
 from gradoverride._core.calls.held import note_held, refuse_held
 from gradoverride._core.calls.opaque_call import NoGraph, call_opaque, looked_through, refuse_unless_opaque
@@ -238,6 +239,8 @@ class ForwardPass:
             copy_attributes(aliases, sources, named)
         if mode == TRACED:
             self.writes.carry_statistics(aliases)
+            if plan.asks_vjp and self.module is not None and not call.opaque:
+                cut_off(self.module, plan.forward.who)
         return self.finish(aliases, result, residuals)
 
     def finish(self, aliases: list[Tensor], result: Any, residuals: dict[str, Any]) -> Any:
@@ -383,8 +386,6 @@ class ForwardPass:
         for index, copy in self.as_given.items():
             if index not in call.alias_of:
                 inputs[index] = copy
-        if mode == TRACED:
-            inputs = [distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
         saver = Saver(call, inputs, outs, aliases)
         saver.collect(self.module, self.values, residuals)
         if self.plan.asks_module:
@@ -413,7 +414,7 @@ class ForwardPass:
             inputs.append(tensor if not cut else fresh(tensor) if mode == EAGER else tensor.detach())
         inputs += [tensor.detach() for tensor in floating]
         if mode == TRACED:
-            inputs = [distinct(tensor, inputs[:index]) for index, tensor in enumerate(inputs)]
+            inputs = distinct(inputs)
         call.saved = saver.positions
         if call.dirty and self.shares_versions and counted_once is not None:
             with counted_once([leaves[index] for index in call.dirty]):

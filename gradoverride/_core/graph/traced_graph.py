@@ -29,8 +29,9 @@ class TracedGraph:
 
     def __init__(self, call: Call, tensors: Sequence[Tensor]) -> None:
         self.wanted = [tensor.requires_grad for tensor in tensors]
-        differentiated = [distinct(tensor, tensors[:i]) for i, tensor in enumerate(tensors) if self.wanted[i]]
-        cut = iter(TracedCut.apply(TOKEN, *differentiated) if differentiated else ())  # type: ignore[no-untyped-call]
+        differentiated = [tensor for tensor in tensors if tensor.requires_grad]
+        given = distinct(differentiated)
+        cut = iter(TracedCut.apply(TOKEN, *given) if given else ())  # type: ignore[no-untyped-call]
         self.aliases = [next(cut) if wanted else tensor for tensor, wanted in zip(tensors, self.wanted, strict=True)]
         # Copies where the forward may write, for the graph starts at what was there before.
         copies = call.plan.forward_may_write
@@ -66,6 +67,13 @@ class TracedGraph:
         return [next(found) if self.wanted[index] else torch.zeros_like(aliases[index]) for index in which]
 
 
-def distinct(tensor: Tensor, before: Sequence[Tensor]) -> Tensor:
+def distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604)."""
-    return tensor.view_as(tensor) if any(tensor is other for other in before) else tensor
+    found: list[Tensor] = []
+    for tensor in tensors:
+        one = tensor
+        for other in found:
+            if tensor is other:
+                one = tensor.view_as(tensor)
+        found.append(one)
+    return found
