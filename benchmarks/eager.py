@@ -38,6 +38,7 @@ def cases() -> list[Case]:
         ratio("eager: two tensors by calls", 1.02, two_tensors_by_calls),
         ratio("eager: two tensors, one wanted", 1.05, one_wanted),
         ratio("eager: keyword arguments and defaults", 1.05, keywords),
+        ratio("eager: a tuple of numbers", 1.10, numbers),
         ratio("eager: values handed over", 1.20, handed_over),
         ratio("eager: module method, two parameters by name", 1.05, lambda: module(Affine)),
         ratio("eager: module method by calls", 1.05, lambda: module(AffineByCalls, AffineByHandByCalls)),
@@ -251,6 +252,27 @@ def keywords() -> Pair:
         return x * weight * scale
 
     return compared(TINY, lambda x, w: ours(x, weight=w), lambda x, w: by_hand(x, weight=w), tensors=2)
+
+
+class Weighted(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: tuple[float, float]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weights = weights
+        return x * weights[0] + weights[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Grads:
+        (x,) = ctx.saved_tensors
+        return grad * x * ctx.weights[0], None
+
+
+def numbers() -> Pair:
+    @go.custom_backward(lambda grad, x, weights: grad * x * weights[0])
+    def ours(x: Tensor, weights: tuple[float, float] = (1.0, 0.0)) -> Tensor:
+        return x * weights[0] + weights[1]
+
+    return compared(TINY, lambda x: ours(x, (2.0, 1.0)), lambda x: Weighted.apply(x, (2.0, 1.0)), tensors=1)  # type: ignore[no-untyped-call]  # as above
 
 
 # Modules.

@@ -420,6 +420,65 @@ def test_argument_without_a_gradient_passes_through_untouched(extra):
     assert torch.equal(seen[1], extra) if isinstance(extra, torch.Tensor) else seen[1] is extra
 
 
+Factors = collections.namedtuple("Factors", "first second")
+NUMBERS = {
+    "numbers": (2, 3.0),
+    "others beside": (2, 3.0, None, "same", True),
+    "none": (),
+    "nested": (2, 3.0, (1, 1)),
+    "of a kind of their own": Factors(2, 3.0),
+}
+
+
+def times_all(x, factors):
+    for factor in factors:
+        x = x * factor if isinstance(factor, int | float) else x
+    return x
+
+
+@pytest.mark.parametrize("asks", ["the gradient", "the tuple", "vjp", "needs"])
+@pytest.mark.parametrize("passing", ["by position", "by keyword", "by default"])
+@pytest.mark.parametrize("given", NUMBERS.values(), ids=NUMBERS)
+def test_tuple_of_numbers_is_no_argument_with_a_gradient(given, passing, asks):
+    seen = []
+    rules = {
+        "the gradient": lambda grad_output: 5 * grad_output,
+        "the tuple": lambda grad_output, factors: (seen.append(factors), 5 * grad_output)[1],
+        "vjp": lambda grad_output, vjp: 5 * vjp(grad_output),
+        "needs": lambda grad_output, needs: (seen.append(needs), {"x": 5 * grad_output})[1],
+    }
+
+    @go.custom_backward(rules[asks])
+    def forward(x, factors=given):
+        return times_all(x, factors)
+
+    x = float64(1.0, 2.0)
+    calls = {
+        "by position": lambda: forward(x, given),
+        "by keyword": lambda: forward(x, factors=given),
+        "by default": lambda: forward(x),
+    }
+    for _ in range(2):
+        result = calls[passing]()
+        exactly(result.detach(), times_all(x.detach(), given))
+        expected = 5 * torch.ones_like(x)
+        exactly(torch.autograd.grad(result.sum(), x)[0], times_all(expected, given) if asks == "vjp" else expected)
+    assert seen == {"the tuple": [given, given], "needs": 2 * [{"x": True, "factors": False}]}.get(asks, [])
+    assert all(type(one) in (type(given), dict) for one in seen)
+
+
+def test_tuple_that_holds_a_tensor_with_a_gradient_at_a_later_call_has_its_gradient():
+    @go.custom_backward(lambda grad_output, factors: {"x": grad_output, "factors": (7 * grad_output, None)})
+    def forward(x, factors):
+        return x * factors[0]
+
+    x, factor = float64(1.0, 2.0), float64(3.0, 4.0)
+    with pytest.raises(go.RuleResultError, match="'factors'"):
+        forward(x, (2.0, 1)).sum().backward()
+    forward(x, (factor, 1)).sum().backward()
+    exactly(factor.grad, torch.full_like(x, 7))
+
+
 @pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("ask", [lambda g, vjp: vjp(g), lambda g, vjp: vjp.by_name(g)], ids=["vjp", "by name"])
 def test_shape_among_the_arguments_has_no_gradient(ask, compiling):

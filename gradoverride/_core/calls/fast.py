@@ -132,13 +132,22 @@ class Runs(dict[tuple[type, ...], Callable[..., Any]]):
     def __missing__(self, kinds: tuple[type, ...]) -> Callable[..., Any]:
         layout = self.plan.layouts.of(len(kinds), ()) if self.layout is None else self.layout
         places = [index for index, kind in enumerate(kinds) if kind is Tensor or kind is nn.Parameter]
-        others = [kind for index, kind in enumerate(kinds) if index not in places]
+        tuples = [index for index, kind in enumerate(kinds) if kind is tuple]
+        others = [kind for index, kind in enumerate(kinds) if index not in (*places, *tuples)]
 
         def general(*values: Any) -> Any:
             return differentiate(self.plan, layout, None, values)
 
-        short = places and all(kind in SCALARS for kind in others)
-        self[kinds] = ShortPath(self.plan, layout, places).run() if short else general
+        def of_scalars(*values: Any) -> Any:
+            if all([SCALARS.issuperset(map(type, values[index])) for index in tuples]):
+                return short(*values)
+            return general(*values)
+
+        if not places or not SCALARS.issuperset(others):
+            self[kinds] = general
+        else:
+            short = ShortPath(self.plan, layout, places).run()
+            self[kinds] = of_scalars if tuples else short
         return self[kinds]
 
 
