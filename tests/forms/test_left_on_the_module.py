@@ -1,7 +1,9 @@
 """What a forward leaves in attributes of its module for the backward (`self.mask = ...`) is that of its own call, as
 what it hands over is. Contract, section 1 (`module`) and section 2 (`self` in a `backward`)."""
 
+import functools
 import gc
+import operator
 import weakref
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradoverride as go
+from forms import elsewhere
 
 
 class KeepsAMask(nn.Module):
@@ -43,6 +46,17 @@ class KeepsByItsBase(KeepsATuple):
 
     def read(self, name):
         return super().read(name)
+
+
+class KeepsElsewhere(nn.Module):
+    """The code that leaves it, and that which reads it, is in another module."""
+
+    def forward(self, x):
+        elsewhere.keep(self, x)
+        return x * self.mask
+
+    def backward(self, grad_output):
+        return grad_output * elsewhere.mask_of(self)
 
 
 class KeepsANumber(nn.Module):
@@ -113,7 +127,54 @@ class ShowsItsMask(nn.Module):
         return x * self.mask
 
 
-OWN = [KeepsAMask, KeepsATuple, KeepsByItsBase, KeepsANumber, KeepsInAPart, KeepsInADict, KeepsInAList]
+class ByItsName:
+    def __init__(self, name):
+        self.name = name
+
+    def __call__(self, grad_output, module):
+        return grad_output * getattr(module, self.name)
+
+
+def by_name(grad_output, module, name):
+    return grad_output * getattr(module, name)
+
+
+def by_a_function(grad_output, module, read):
+    return grad_output * read(module)
+
+
+MASK = "mask"
+READING = {
+    "a helper elsewhere": lambda grad_output, module: grad_output * elsewhere.mask_of(module),
+    "an object elsewhere": lambda grad_output, module: grad_output * elsewhere.Reader(module).read(),
+    "vars": lambda grad_output, module: grad_output * vars(module)["mask"],
+    "its dict": lambda grad_output, module: grad_output * module.__dict__["mask"],
+    "the name of an option": functools.partial(by_name, name="mask"),
+    "the name of a global": lambda grad_output, module: grad_output * getattr(module, MASK),
+    "the name that an object has": ByItsName("mask"),
+    "a function that is an option": functools.partial(by_a_function, read=operator.attrgetter("mask")),
+    "a chain": go.rules.chain(
+        lambda grad_output: grad_output * 1, lambda grad_output, module: grad_output * module.mask
+    ),
+}
+
+
+class Masks(nn.Module):
+    def forward(self, x):
+        self.mask = x > 1.5
+        return x * self.mask
+
+
+@pytest.mark.parametrize("reading", READING)
+def test_rule_reads_what_its_own_forward_left_however_it_asks(reading):
+    module, a, b = Masks(), float64(1.0, 2.0, 3.0), float64(9.0, 1.0, 9.0, 0.0)
+    with go.override(module, {module: READING[reading]}):
+        of_a, of_b = plainly(module, a, b)
+    exactly(of_a, (a.detach() > 1.5).to(torch.float64))
+    exactly(of_b, (b.detach() > 1.5).to(torch.float64))
+
+
+OWN = [KeepsAMask, KeepsATuple, KeepsByItsBase, KeepsElsewhere, KeepsANumber, KeepsInAPart, KeepsInADict, KeepsInAList]
 KEEPING = [*map(go.custom_backward, OWN), KeepsInADictOfAPart, ShowsItsMask]
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 import gradoverride as go
+from forms import elsewhere
 
 
 def scale_module(rule):
@@ -948,6 +949,28 @@ def put(module, grad):
     module.weight.grad = grad
 
 
+def by_a_helper_elsewhere(grad_output, x, module):
+    elsewhere.put(module, 5 * grad_output * x)
+    return 3 * grad_output
+
+
+class ByItsMethod:
+    __name__ = "ByItsMethod"
+
+    def __call__(self, grad_output, x, module):
+        return self.answer(grad_output, x, module)
+
+    def answer(self, grad_output, x, module):
+        module.weight.grad = 5 * grad_output * x
+        return 3 * grad_output
+
+
+def by_a_pass_for_all(grad_output, x, weight):
+    with torch.enable_grad():
+        elsewhere.pass_within(weight, x)
+    return {"x": grad_output * weight, "weight": grad_output * x}
+
+
 def by_a_pass_within(grad_output, x, forward):
     with torch.enable_grad():
         alias = x.detach().requires_grad_()
@@ -963,6 +986,8 @@ def by_a_pass_within(grad_output, x, forward):
         (on_a_parameter, "weight"),
         (on_the_argument, "x"),
         (by_a_helper, "weight"),
+        (by_a_helper_elsewhere, "weight"),
+        (ByItsMethod(), "weight"),
         (by_a_pass_within, "weight"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
@@ -976,6 +1001,34 @@ def test_rule_that_accumulates_a_gradient_itself_is_refused(rule, name, overridd
         result = module(x).sum()
     with pytest.raises(go.RuleResultError, match=told):
         result.backward()
+
+
+def by_a_pass(grad_output, x):
+    with torch.enable_grad():
+        (x**2).sum().backward()
+    return grad_output
+
+
+@pytest.mark.parametrize("rule", [on_the_argument, by_a_pass])
+def test_rule_of_a_function_that_accumulates_a_gradient_itself_is_refused(rule):
+    result = go.custom_backward(rule)(lambda x: x * 2)(float64(3.0, 4.0))
+    with pytest.raises(go.RuleResultError, match="has changed the grad of 'x' itself"):
+        result.sum().backward()
+
+
+def test_rule_that_answers_for_all_and_accumulates_a_gradient_itself_is_refused():
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(float64(2.0, 2.0))
+
+        @go.custom_backward(by_a_pass_for_all)
+        def forward(self, x):
+            return x * self.weight
+
+    result = Weighted()(float64(3.0, 4.0))
+    with pytest.raises(go.RuleResultError, match=r"has changed the grad of '(weight|x)' itself"):
+        result.sum().backward()
 
 
 def test_rule_may_find_gradients_by_a_pass_of_its_own():
@@ -1483,6 +1536,10 @@ class MarkedByABase(Marked):
         return super().rounded()
 
 
+def read_attribute_in_another_module(self, x):
+    return torch.round(x / elsewhere.step_of(x)) * elsewhere.step_of(x) * self.weight
+
+
 def set_attribute(self, x):
     if not hasattr(self.weight, "original"):
         self.weight.original = self.weight.detach().clone()
@@ -1500,6 +1557,7 @@ def read_attribute_of_argument(self, x):
     [
         *((Marked, forward) for forward in (read_attribute, read_attribute_elsewhere, set_attribute)),
         (Marked, read_attribute_of_argument),
+        (Marked, read_attribute_in_another_module),
         (MarkedByABase, read_attribute_elsewhere),
     ],
 )
@@ -1514,6 +1572,21 @@ def test_attributes_that_tensors_bear_are_there_in_the_forward(base, forward, ru
             x.step = step
         exactly(run(x).detach(), plain(x).detach())
     assert hasattr(ruled.weight, "original") == hasattr(plain.weight, "original")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attributes_that_tensors_bear_are_there_in_a_function_that_is_defined_below(compiled):
+    @go.custom_backward(lambda grad_output: grad_output)
+    def ruled(x):
+        return scaled(x)
+
+    def scaled(x):
+        return x * elsewhere.step_of(x)
+
+    run = torch.compile(ruled, backend="aot_eager", fullgraph=True) if compiled else ruled
+    x = float64(1.0, 2.0)
+    x.step = 3.0
+    exactly(run(x).detach(), 3 * x.detach())
 
 
 def test_attributes_that_tensors_bear_are_there_where_torch_func_has_the_forward_run_again():
@@ -1564,14 +1637,16 @@ def test_data_that_a_compiled_forward_gives_to_a_parameter_stay_or_are_refused(r
     right_or_refused(run, float64(1.0, 0.5, -1.0, grad=False), "mutate tensor data")
 
 
-@pytest.mark.parametrize("rule", [lambda grad_output: grad_output, lambda grad_output, vjp: vjp(grad_output)])
-def test_data_that_a_forward_gives_to_its_argument_stay(rule):
-    def double(x):
-        x.data = 2 * x.data
-        return 3 * x
+def double_data(x):
+    x.data = 2 * x.data
+    return 3 * x
 
+
+@pytest.mark.parametrize("rule", [lambda grad_output: grad_output, lambda grad_output, vjp: vjp(grad_output)])
+@pytest.mark.parametrize("forward", [double_data, lambda x: elsewhere.double_data(x)], ids=["here", "elsewhere"])
+def test_data_that_a_forward_gives_to_its_argument_stay(rule, forward):
     x = float64(1.0, 2.0)
-    exactly(go.custom_backward(rule)(double)(x).detach(), float64(6.0, 12.0, grad=False))
+    exactly(go.custom_backward(rule)(forward)(x).detach(), float64(6.0, 12.0, grad=False))
     exactly(x.detach(), float64(2.0, 4.0, grad=False))
 
 

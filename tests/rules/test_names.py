@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from forms import elsewhere
 from oracles import closely, exactly, float64, noise
 from torch import nn
 
@@ -955,10 +956,16 @@ def test_running_statistics_are_shown_as_that_forward_left_them(rule, how):
     closely(first.grad, (1 / left).expand(5, 2))
 
 
-def test_running_statistics_that_are_arguments_are_shown_as_they_were_given():
-    @go.custom_backward(lambda grad_output, x, mean: {"x": grad_output * mean})
-    def normalized(x, mean, var):
-        return nn.functional.batch_norm(x, mean, var, training=True)
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x, mean, var: nn.functional.batch_norm(x, mean, var, training=True),
+        lambda x, mean, var: elsewhere.normalized(x, mean, var),
+    ],
+    ids=["here", "elsewhere"],
+)
+def test_running_statistics_that_are_arguments_are_shown_as_they_were_given(forward):
+    normalized = go.custom_backward(lambda grad_output, mean: {"x": grad_output * mean})(forward)
 
     x, mean, var = noise(5, 2), torch.full((2,), 3.0, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     normalized(x, mean, var).sum().backward()

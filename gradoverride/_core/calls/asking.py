@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import builtins
 import functools
-import sys
 from collections.abc import Sequence
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -77,7 +76,7 @@ class _Search:
             self.waiting.append(getattr(function, "__wrapped__", None))
             return False
         self.waiting += [scan.content(cell) for cell in function.__closure__ or ()]
-        if _is_of_library(home):
+        if scan.is_of_library(home):
             return False
         self.waiting += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         for code in codes_in(function.__code__):
@@ -100,7 +99,7 @@ class _Search:
         if isinstance(owner, nn.Module):
             self.waiting += owner.children()
         cls = owner if isinstance(owner, type) else type(owner)
-        if not _is_of_library(cls.__module__):
+        if not scan.is_of_library(cls.__module__):
             self.owners.append(owner)
             self._look_up(owner, self.names)
 
@@ -118,11 +117,6 @@ def _asks_in(code: CodeType) -> bool:
     return _NAME in code.co_names and any(use.way == "LOAD" and _NAME in use.attributes for use in uses(code))
 
 
-def _is_of_library(module: Any) -> bool:
-    return str(module).partition(".")[0] in _LIBRARIES
-
-
 _NAME = "requires_grad"
 _BY_TEXT = frozenset({"attrgetter", "getattr", "hasattr"})
-_LIBRARIES = frozenset({"torch", "numpy", "gradoverride", *sys.stdlib_module_names})
 _FEW = 10  # parts of a list: more are data. (A dict has all that somebody has registered.)

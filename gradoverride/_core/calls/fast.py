@@ -44,6 +44,7 @@ def is_plain(plan: Plan) -> bool:
         and (not plan.takes_receiver or _is_plain_method(plan))
         and (not plan.hands_over or _hands_over_plainly(plan))
         and not plan.keeps_given
+        and (plan.class_form or not plan.rule_code.accumulates)
         and not (plan.forward_asks_grad and plan.reach is None and not plan.asks_vjp)
         and can_call_directly()
         and all(

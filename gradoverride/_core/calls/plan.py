@@ -63,9 +63,9 @@ _SHARING = ("as_subclass", "as_tensor", "asarray", "detach", "from_dlpack", "vie
 class NamesLeft(NamedTuple):
     """The attributes of a module in which a forward may leave something for its rule."""
 
-    read: frozenset[str]  # by the rule
-    assigned: frozenset[str]  # by the forward too
-    filled: frozenset[str]  # and those that hold a container which it may put something into
+    read: frozenset[str] | None  # by the rule; None: any
+    assigned: frozenset[str]  # by the forward
+    filled: frozenset[str]  # that hold a container which it may put something into
     changed: frozenset[str]  # that hold one which the rule itself changes, as a stack
 
 
@@ -127,14 +127,14 @@ class Plan:
         self.forward_asks_grad = asks_grad(self.fn)
         self._asking: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._asking_alike: dict[frozenset[weakref.ref[Any]], bool] = {}
-        # As its code shows it: what gives data to an argument elsewhere is not worth a look at each short call.
-        self.may_give_data = any(scan.mentions(self.fn, name) for name in (*_GIVING_DATA, *_LAYING_OUT))
+        # As the code of functions shows it: what a method of an object does is not worth a look at each short call.
+        self.may_give_data = scan.mentions(self.fn, *_GIVING_DATA, *_LAYING_OUT)
         # It may lay an argument out anew: that it does to an alias, for the argument's own layout is to be known after.
-        self.may_lay_out = any(scan.mentions(self.fn, name) for name in _LAYING_OUT)
+        self.may_lay_out = scan.mentions(self.fn, *_LAYING_OUT)
         # Whether the forward may run in its Function, as one by hand does: what it can reach besides has no gradient.
         self.runs_inside = self.reach is not None and not (self.asks_vjp or self.may_lay_out)
         # Whether its result may lie where an argument does, and be no view: as its code shows it, or does not show.
-        self.may_give_memory = self.forward_may_write or any(scan.mentions(self.fn, name) for name in _SHARING)
+        self.may_give_memory = self.forward_may_write or scan.mentions(self.fn, *_SHARING)
         # Whether arguments that the rule asks for are to be kept as they were given: torch counts no write of these.
         self.keeps_given = purity.normalizes(self.fn) and "argument" in self.sources.values()
         self.rule_code = code = rule.code
@@ -255,11 +255,10 @@ class Plan:
         """What the rule may read of a module of `cls`, as their code shows it."""
         known = self._left.get(cls)
         if known is None:
-            read = names_in(self.rule.fn, cls)
             known = self._left[cls] = NamesLeft(
-                read,
-                read & names_assigned_in(self.fn, cls),
-                read & names_filled_in(self.fn, cls),
+                names_in(self.rule.fn, cls),
+                names_assigned_in(self.fn, cls),
+                names_filled_in(self.fn, cls),
                 names_changed_in(self.rule.fn, cls),
             )
         return known
@@ -290,7 +289,7 @@ class Plan:
     @evaluated_while_tracing
     def attribute_names_of(self, cls: Any) -> tuple[str, ...]:
         """`attribute_names`, and those in the methods of the receiver's class that the forward calls."""
-        return attribute_names(self.fn, method=True, cls=cls) if self.takes_receiver else self.attribute_names
+        return attribute_names(self.fn, method=self.takes_receiver, cls=cls if self.takes_receiver else None)
 
     @evaluated_while_tracing
     def attribute_names_in_backward(self, cls: Any) -> tuple[str, ...]:

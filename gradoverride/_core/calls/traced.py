@@ -51,6 +51,8 @@ class TracedPath:
                 return False
             if plan.forward_asks_grad is None and plan.asks_grad_while_tracing():
                 return False
+            if not plan.takes_receiver and plan.attribute_names_of(None):  # in a function that its module defines below
+                return False
             known = plan.reach is None or (plan.reach.holds() and (not plan.takes_receiver or fitting[receiver]))
             usual = not (transformed_while_tracing() or forward_mode_around() or torch.compiler.is_exporting())
             return known and usual

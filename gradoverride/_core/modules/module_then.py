@@ -101,14 +101,17 @@ class LeftBefore:
         return found
 
 
-def _attributes_of(module: Any, names: Collection[str]) -> dict[str, Any]:
-    """By dotted name, what `module` and its parts have in attributes of these `names`."""
+def _attributes_of(module: Any, names: Collection[str] | None) -> dict[str, Any]:
+    """By dotted name, what `module` and its parts have in attributes of these `names`, or in any of their own."""
     return {
         f"{prefix}.{name}" if prefix else name: vars(part)[name]
         for prefix, part in module.named_modules()
-        for name in names
-        if name in vars(part)
+        for name in ([*vars(part)] if names is None else names)
+        if name in vars(part) and name not in _OF_ALL_MODULES
     }
+
+
+_OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
 
 def _training_of(module: nn.Module) -> dict[str, bool]:

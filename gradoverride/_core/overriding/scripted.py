@@ -15,8 +15,7 @@ from torch.jit import ScriptFunction, ScriptModule
 from gradoverride._core.in_force.everywhere import originals
 from gradoverride._core.in_force.targets import class_of, family
 from gradoverride._core.overriding.overridden import functions_called
-from gradoverride._core.python.reach import codes_of
-from gradoverride._core.python.scan import named, of_modules, python_function
+from gradoverride._core.python.scan import codes_of, named, of_modules, python_function
 from gradoverride._core.torch_functions.callers import names_called_by, says
 from gradoverride._core.torch_functions.functions import names_among, spellings
 
@@ -51,7 +50,7 @@ def scripted_in(module: nn.Module, seen: set[Any]) -> Iterator[tuple[str, Any]]:
         seen.add(cls)
         if functions_called(module) is None:
             forward = python_function(cls.forward)
-            for _, fn, code in codes_of(originals.get(forward, forward), cls):
+            for fn, code, _ in codes_of(originals.get(forward, forward), cls):
                 found = [*named(fn, code), *of_modules(fn, code)]
                 yield from [(f"'{name}'", value) for _, name, value in found if is_scripted(value)]
 

@@ -296,15 +296,15 @@ def _is_write(instruction: dis.Instruction) -> bool:
 
 def normalizes(fn: Any) -> bool:
     """Whether the code of `fn` may update running statistics, a write that torch does not count."""
-    return any(_NORMS.intersection(code.co_names) for _, code in reachable(fn))
+    return mentions(fn, *_NORMS)
 
 
-_NORMS = frozenset({"batch_norm", "instance_norm"})
+_NORMS = ("batch_norm", "instance_norm")
 
 
 def renormalizes(fn: Any) -> bool:
     """The same, or scale rows of a table down to a largest norm: a rule may give the gradient for one of these."""
-    return normalizes(fn) or mentions(fn, "embedding") or mentions(fn, "embedding_bag")
+    return normalizes(fn) or mentions(fn, "embedding", "embedding_bag")
 
 
 @once_per_class

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import builtins
 import inspect
-from collections.abc import Iterator
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from gradoverride._core.python import scan
-from gradoverride._core.python.by_class import named_in, once_per_class
+from gradoverride._core.python.by_class import once_per_class, standing
 from gradoverride._core.python.bytecode import LOCAL, instructions, uses
 from gradoverride._core.python.residuals import save_for_backward
 
 __all__ = [
-    *("SCALARS", "Name", "Reach", "attribute_names", "attributes_of_first", "calls_unseen", "codes_of"),
+    *("SCALARS", "Name", "Reach", "attribute_names", "attributes_of_first", "calls_unseen"),
     *("names_assigned_by", "names_assigned_in", "names_changed_in", "names_filled_in", "names_in"),
 ]
 
@@ -127,23 +127,52 @@ def attribute_names(fn: Any, *, method: bool, cls: Any = None) -> tuple[str, ...
     Of a `method` of `cls` those in the methods and properties that it names besides.
     """
     found: set[str] = set()
-    for root, function, code in codes_of(fn, cls):
+    for function, code, is_method in scan.codes_of(fn, cls):
         known = [*scan.of_modules(function, code)]
-        receiver = code.co_varnames[0] if method and function is root and code.co_varnames else None
+        receiver = code.co_varnames[0] if method and is_method and code.co_varnames else None
         names = _attributes_but_of(receiver, code) | _given_as_texts(code)
         found |= {name for name in names if not _is_known_attribute(name, known)}
     return tuple(sorted(found))
 
 
-def names_in(fn: Any, cls: Any) -> frozenset[str]:
-    """The names in the code of `fn`, and of the methods and properties of `cls` that it names."""
-    return frozenset[str]().union(*[{*code.co_names, *_given_as_texts(code)} for _, _, code in codes_of(fn, cls)])
+def names_in(fn: Any, cls: Any) -> frozenset[str] | None:
+    """The names in the code of `fn`, and of the methods and properties of `cls` that it names. None where it may ask
+    for any: by a name that it computes, or in code that is not seen.
+    """
+    found: set[str] = set()
+    for function, code, _ in scan.codes_of(fn, cls):
+        if not _BY_ANY_NAME.isdisjoint(code.co_names) or _calls_what_is_not_seen(function, code, cls):
+            return None
+        found.update(code.co_names)
+    return frozenset(found)
+
+
+def _calls_what_is_not_seen(function: FunctionType, code: CodeType, cls: Any) -> bool:
+    """Whether `code` calls what `codes_of` does not go into, and what is not known to be of a library."""
+    in_modules = [*scan.of_modules(function, code)]
+
+    def is_seen(method: str) -> bool:
+        own = scan.python_function(standing(cls, method))
+        return own is not None or hasattr(nn.Module, method) or _is_known_method(method, in_modules)
+
+    for use in uses(code):
+        called = (use.is_method or use.is_called) and use.name not in ("forward", "vjp")
+        if called and not (is_seen(use.attributes[-1]) if use.attributes else use.kind != LOCAL):
+            return True
+    values = [value for _, _, value in (*scan.named(function, code), *in_modules)]
+    return any([_is_unassigned(value) or _may_call_any(value) for value in values])
+
+
+def _may_call_any(value: Any) -> bool:
+    if isinstance(value, type):
+        return not scan.is_of_library(value.__module__)
+    return _is_unseen(value) and not isinstance(value, FunctionType)
 
 
 def names_assigned_in(fn: Any, cls: Any) -> frozenset[str]:
     """The names of attributes that `fn` assigns, or one of those methods."""
     found: set[str] = set()
-    for _, _, code in codes_of(fn, cls):
+    for _, code, _ in scan.codes_of(fn, cls):
         found |= {use.attributes[-1] for use in uses(code) if use.attributes and use.way == "STORE"}
         found |= _given_as_texts(code)
     return frozenset(found)
@@ -160,7 +189,7 @@ def names_assigned_by(cls: Any) -> tuple[str, ...]:
 def names_filled_in(fn: Any, cls: Any) -> frozenset[str]:
     """The names in code of `fn`, or of those methods, that puts something into a container under a key."""
     found: set[str] = set()
-    for _, _, code in codes_of(fn, cls):
+    for _, code, _ in scan.codes_of(fn, cls):
         if any(step.opname == "STORE_SUBSCR" or step.argval in _FILLING for step in instructions(code)):
             found.update(code.co_names)
     return frozenset(found)
@@ -175,7 +204,7 @@ def names_changed_in(fn: Any, cls: Any) -> frozenset[str]:
     `self.saved[key].pop()` changes what is in it, and so does `saved = self.saved` with `saved.pop()`.
     """
     found: set[str] = set()
-    for _, _, code in codes_of(fn, cls):
+    for _, code, _ in scan.codes_of(fn, cls):
         read: set[str] = set()  # since something was stored
         origins: dict[str, set[str]] = {}  # by variable, the attributes that its value comes from
         for index, step in enumerate(instructions(code)):
@@ -202,20 +231,6 @@ _CHANGING = frozenset(
 )
 
 
-def codes_of(fn: Any, cls: Any) -> Iterator[tuple[FunctionType | None, FunctionType, CodeType]]:
-    """The code that `fn` shows, function by function, and that of the methods of `cls` named there."""
-    seen: set[FunctionType] = set()
-    waiting = [scan.python_function(fn)]
-    while waiting:
-        root = waiting.pop()
-        for function, code in scan.reachable(root, seen):
-            yield root, function, code
-            if cls is not None:
-                own = [one for name in code.co_names for one in named_in(code, cls, name)]
-                own = [one.fget if isinstance(one, property) else one for one in own]
-                waiting += [one for one in own if isinstance(one, FunctionType) and not _is_of_library(one.__module__)]
-
-
 def _given_as_texts(code: CodeType) -> set[str]:
     """What may be the name of an attribute in `code` that asks for them so."""
     if _BY_NAME.isdisjoint(code.co_names):
@@ -233,6 +248,7 @@ def _attributes_but_of(receiver: str | None, code: CodeType) -> set[str]:
 
 
 _BY_NAME = frozenset({"__getattribute__", "attrgetter", "delattr", "getattr", "hasattr", "setattr"})
+_BY_ANY_NAME = _BY_NAME | {"__dict__", "vars"}
 
 
 def _is_unassigned(value: Any) -> bool:

@@ -9,22 +9,25 @@ import builtins
 import functools
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Collection, Iterator
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from gradoverride._core.python import bytecode
-from gradoverride._core.python.by_class import standing
+from gradoverride._core.python.by_class import named_in, standing
 
 __all__ = [
     "NOTHING",
     "accumulates",
     "called_once",
     "calls",
+    "codes_of",
     "constants",
     "content",
     "free_names",
     "global_names",
+    "is_of_library",
     "location",
     "mentions",
     "named",
@@ -51,6 +54,14 @@ def python_function(fn: Any) -> FunctionType | None:
     return method if isinstance(method, FunctionType) else None
 
 
+def is_of_library(module: Any) -> bool:
+    """Whether a module of this name is of torch, numpy, Python or this library: of what is not read further."""
+    return str(module).partition(".")[0] in _LIBRARIES
+
+
+_LIBRARIES = frozenset({"torch", "numpy", "gradoverride", *sys.stdlib_module_names})
+
+
 def reachable(fn: Any, seen: set[FunctionType] | None = None) -> Iterator[tuple[FunctionType, CodeType]]:
     """The code of `fn`, what is nested in it, and the functions of the same module that it names."""
     seen = set() if seen is None else seen
@@ -66,6 +77,29 @@ def reachable(fn: Any, seen: set[FunctionType] | None = None) -> Iterator[tuple[
         helper = python_function(value) if isinstance(value, (FunctionType, functools.partial)) else None
         if helper is not None and helper.__module__ == function.__module__:
             yield from reachable(helper, seen)
+
+
+def codes_of(fn: Any, cls: Any) -> Iterator[tuple[FunctionType, CodeType, bool]]:
+    """The code that `fn` shows, function by function, and that of the methods of `cls` named there, and of functions of
+    other modules; with whether it is `fn` itself, or such a method.
+    """
+    seen: set[FunctionType] = set()
+    waiting: list[tuple[Any, bool]] = [(fn, True)]
+    while waiting:
+        root, is_method = waiting.pop()
+        for function, code in reachable(root, seen):
+            yield function, code, is_method and function is python_function(root)
+            values = [value for _, _, value in (*named(function, code), *of_modules(function, code))]
+            waiting += [(value, False) for value in values if isinstance(value, FunctionType) and _is_own(value)]
+            if cls is not None:
+                own = [one for name in code.co_names for one in named_in(code, cls, name)]
+                methods = [python_function(one.fget if isinstance(one, property) else one) for one in own]
+                waiting += [(method, True) for method in methods if method is not None and _is_own(method)]
+
+
+def _is_own(function: FunctionType) -> bool:
+    """Whether it was written by a user: `functools.wraps` copies where a function says that it is."""
+    return not is_of_library(function.__globals__.get("__name__"))
 
 
 def named_values(function: FunctionType) -> Iterator[Any]:
@@ -126,16 +160,17 @@ def value_of(function: FunctionType, use: bytecode.Use) -> Any:
     return next((value for cell, name, value in free_names(function) if name == use.name and value is not cell), None)
 
 
-def mentions(fn: Any, name: str) -> bool:
-    """Whether the code of `fn` has this name (of a global, an attribute, a method)."""
-    return any(name in code.co_names for _, code in reachable(fn))
+def mentions(fn: Any, *names: str) -> bool:
+    """Whether the code that `fn` shows has one of these names (of a global, an attribute, a method)."""
+    return any(not frozenset(code.co_names).isdisjoint(names) for _, code, _ in codes_of(fn, None))
 
 
 def accumulates(fn: Any) -> bool:
     """Whether `fn` may change what is accumulated: its code assigns a `grad`, writes into one, or says `backward`."""
-    if mentions(fn, "backward"):
-        return True
-    for _, code in reachable(fn):
+    own = None if isinstance(fn, FunctionType) else type(fn)
+    for _, code, _ in codes_of(fn, own):
+        if "backward" in code.co_names:
+            return True
         for use in bytecode.uses(code):
             written = [name for name, following in itertools.pairwise(use.attributes) if following.endswith("_")]
             if "grad" in written or (use.way == "STORE" and use.attributes[-1:] == ("grad",)):
@@ -147,7 +182,7 @@ def calls(fn: Any, target: Callable[..., Any]) -> bool:
     """Whether the code of `fn` names `target`, under its own name or another."""
     if mentions(fn, target.__name__):
         return True
-    return any(value is target for function, _ in reachable(fn) for value in named_values(function))
+    return any(value is target for function, _, _ in codes_of(fn, None) for value in named_values(function))
 
 
 def called_once(fn: Any, name: str) -> bool:
