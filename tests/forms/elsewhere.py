@@ -3,6 +3,8 @@
 from torch import nn
 from torch.nn import functional as F
 
+import gradoverride as go
+
 
 def doubled_if_a_gradient_is_wanted(x):
     return sum([x, x]) if x.requires_grad else x * 5
@@ -15,6 +17,9 @@ def handed_on(x):
 class Doubling:
     def __call__(self, x):
         return self.doubled(x)
+
+    def double_data(self, x):
+        return double_data(x)
 
     def doubled(self, x):
         return handed_on(x)
@@ -60,3 +65,7 @@ def double_data(x):
 
 def normalized(x, mean, var):
     return F.batch_norm(x, mean, var, training=True)
+
+
+def with_mask(x):
+    return go.save_for_backward(x * 1, mask=x > 1.5)

@@ -1446,12 +1446,35 @@ class ByAFunctionElsewhere(nn.Module):
         return elsewhere.handed_on(x)
 
 
+class ByAComputedName(ByMethods):
+    def forward(self, x):
+        return getattr(self, "dou" + "bled")(x)
+
+
+def imports_it(x):
+    from forms.elsewhere import handed_on
+
+    return handed_on(x)
+
+
+def imports_its_module(x):
+    import forms.elsewhere as other
+
+    return other.handed_on(x)
+
+
 STEPS = [elsewhere.handed_on]
+TABLE = {"only": elsewhere.handed_on}
 doubling = elsewhere.Doubling()
 ASKED_ELSEWHERE = {
     "a function": lambda: lambda x: elsewhere.doubled_if_a_gradient_is_wanted(x),
     "one that it calls": lambda: lambda x: elsewhere.handed_on(x),
     "one among others": lambda: lambda x: STEPS[0](x),
+    "one of a dict": lambda: lambda x: TABLE["only"](x),
+    "one that it imports": lambda: imports_it,
+    "one of a module that it imports": lambda: imports_its_module,
+    "one by a text": lambda: lambda x: getattr(elsewhere, "handed_on")(x),  # noqa: B009
+    "a method by a computed name": ByAComputedName,
     "one that is defined below": lambda: lambda x: defined_below(x),  # noqa: F821
     "an object": lambda: lambda x: doubling(x),
     "a method": lambda: lambda x: doubling.doubled(x),
@@ -1489,6 +1512,43 @@ def test_forward_sees_whether_an_argument_requires_grad_where_what_it_calls_asks
         exactly(forward(x.detach()), x.detach() * 5)
     finally:
         del globals()["defined_below"]
+
+
+@pytest.mark.parametrize("run", COMPILED)
+@pytest.mark.parametrize(
+    "given", [lambda fn: fn, lambda fn: [fn], lambda fn: {"only": fn}], ids=["bare", "list", "dict"]
+)
+def test_function_among_the_arguments_sees_what_the_arguments_are(given, run):
+    """Whether a tensor requires grad, and what it bears."""
+
+    @go.custom_backward(lambda grad_output: {"x": grad_output * 3})
+    def forward(x, function):
+        if isinstance(function, list):
+            return function[0](x)
+        return function["only"](x) if isinstance(function, dict) else function(x)
+
+    x = float64(1.0, 2.0)
+    y = COMPILED[run](lambda x: forward(x, given(elsewhere.handed_on)))(x)
+    exactly(y.detach(), x.detach() * 2)
+    exactly(torch.autograd.grad(y.sum(), x)[0], torch.full_like(x, 3))
+    if run == "eager":
+        x.step = 4.0
+        exactly(forward(x, given(lambda x: elsewhere.step_of(x) * x)).detach(), x.detach() * 4)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: elsewhere.with_mask(x),
+        lambda x: {"only": elsewhere.with_mask}["only"](x),
+        lambda x: getattr(elsewhere, "with_mask")(x),  # noqa: B009
+        lambda x: __import__("forms.elsewhere", fromlist=["elsewhere"]).with_mask(x),
+    ],
+)
+def test_what_a_function_elsewhere_hands_over_reaches_the_rule(forward):
+    x = float64(1.0, 2.0)
+    go.custom_backward(lambda grad_output, mask: grad_output * mask)(forward)(x).sum().backward()
+    exactly(x.grad, float64(0.0, 1.0, grad=False))
 
 
 def test_forward_sees_whether_an_argument_requires_grad_where_a_function_beside_it_that_is_defined_below_asks():

@@ -1643,7 +1643,11 @@ def double_data(x):
 
 
 @pytest.mark.parametrize("rule", [lambda grad_output: grad_output, lambda grad_output, vjp: vjp(grad_output)])
-@pytest.mark.parametrize("forward", [double_data, lambda x: elsewhere.double_data(x)], ids=["here", "elsewhere"])
+@pytest.mark.parametrize(
+    "forward",
+    [double_data, lambda x: elsewhere.double_data(x), lambda x: elsewhere.Doubling().double_data(x)],
+    ids=["here", "elsewhere", "a method elsewhere"],
+)
 def test_data_that_a_forward_gives_to_its_argument_stay(rule, forward):
     x = float64(1.0, 2.0)
     exactly(go.custom_backward(rule)(forward)(x).detach(), float64(6.0, 12.0, grad=False))

@@ -19,14 +19,15 @@ from gradoverride._core.private.marks import OF_NO_MODULE
 from gradoverride._core.python import scan
 from gradoverride._core.python.by_class import standing
 from gradoverride._core.python.bytecode import codes_in, uses
-from gradoverride._core.python.reach import SCALARS
+from gradoverride._core.python.reach import SCALARS, calls_what_it_is_given
 
 __all__ = ["asks_grad"]
 
 
 def asks_grad(fn: Any, *owners: Any) -> bool | None:
     """Whether `fn`, a method of one of the `owners` (objects or classes) perhaps, may ask so. None if that cannot be
-    told yet, for it names what is not assigned so far: a function that its module defines below.
+    told yet, for it names what is not assigned so far, a function that its module defines below, or imports a module
+    that is not loaded.
     """
     return _Search(fn, owners).found()
 
@@ -36,6 +37,7 @@ class _Search:
         self.waiting: list[Any] = [fn]
         self.seen: dict[int, Any] = {}
         self.names = {"__call__", "forward"}  # that the code so far may look up
+        self.any_method = False  # whether it may look up any, by a name that it computes
         self.behind: set[str] = set()  # those of them that it may look up by `super()`
         self.owners: list[Any] = []  # and where it may do so
         self.unassigned = False
@@ -64,9 +66,9 @@ class _Search:
             self.waiting.append(value.__func__)
         elif isinstance(value, property):
             self.waiting.append(value.fget)
-        elif isinstance(value, (list, tuple)):
-            self.waiting += value[:_FEW]
-        elif not isinstance(value, (ModuleType, dict)):
+        elif isinstance(value, (dict, list, tuple)):
+            self.waiting += [*(value.values() if isinstance(value, dict) else value)][:_MANY]
+        elif not isinstance(value, ModuleType):
             self._add_owner(value)
         return False
 
@@ -86,10 +88,18 @@ class _Search:
             self.waiting += [function.__globals__[name] for name in read if name in function.__globals__]
             self.unassigned |= any(name not in function.__globals__ and not hasattr(builtins, name) for name in read)
             self.waiting += [value for _, _, value in scan.of_modules(function, code)]
+            imported = [*scan.imported(function, code)]
+            self.unassigned |= scan.NOTHING in imported
+            self.waiting += imported
             behind = {*code.co_names}.difference(self.behind, read) if "super" in read else set()
             self.behind |= behind
             new = {*code.co_names}.difference(self.names, read) | behind
             self.names |= new
+            if "getattr" in read and calls_what_it_is_given(code):
+                self.any_method, new = True, self.names
+                modules = [one for _, _, one in scan.named(function, code) if isinstance(one, ModuleType)]
+                texts = [text for text in scan.constants(code) if isinstance(text, str)]
+                self.waiting += [vars(one)[text] for one in modules for text in texts if text in vars(one)]
             for owner in self.owners:
                 self._look_up(owner, new)
         self.unassigned |= any(isinstance(scan.content(cell), CellType) for cell in function.__closure__ or ())
@@ -99,7 +109,7 @@ class _Search:
         if isinstance(owner, nn.Module):
             self.waiting += owner.children()
         cls = owner if isinstance(owner, type) else type(owner)
-        if not scan.is_of_library(cls.__module__):
+        if _is_own(cls):
             self.owners.append(owner)
             self._look_up(owner, self.names)
 
@@ -107,8 +117,14 @@ class _Search:
         own = {} if isinstance(owner, type) else getattr(owner, "__dict__", {})
         cls = owner if isinstance(owner, type) else type(owner)
         self.waiting += [own[name] if name in own else standing(cls, name) for name in names]
+        if self.any_method:
+            self.waiting += [one for base in cls.__mro__ if _is_own(base) for one in vars(base).values()]
         for name in names & self.behind:
             self.waiting += [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
+
+
+def _is_own(cls: type) -> bool:
+    return not scan.is_of_library(cls.__module__)
 
 
 def _asks_in(code: CodeType) -> bool:
@@ -119,4 +135,4 @@ def _asks_in(code: CodeType) -> bool:
 
 _NAME = "requires_grad"
 _BY_TEXT = frozenset({"attrgetter", "getattr", "hasattr"})
-_FEW = 10  # parts of a list: more are data. (A dict has all that somebody has registered.)
+_MANY = 100  # parts of a list or dict: more are data

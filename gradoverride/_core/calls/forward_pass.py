@@ -58,6 +58,7 @@ from gradoverride._core.private.dynamo import (
 from gradoverride._core.private.modes import in_modes
 from gradoverride._core.private.tensors import counted_once, version_of
 from gradoverride._core.private.transforms import forward_mode_depth
+from gradoverride._core.python.reach import SCALARS
 from gradoverride._core.values.structure import LEAF, flatten, skeleton, unchanged, unflatten
 from gradoverride._core.values.tensors import is_differentiable, may_want_gradient
 from gradoverride.errors import ForwardResultError, RuleSignatureError, UnsupportedError
@@ -199,6 +200,7 @@ class ForwardPass:
         self.graph_is_shown = False  # whether there is one for the forward to see alone: nothing asks it for gradients
         # Whether the aliases count writes together with the leaves: of a forward that has run, those of a kept graph.
         self.shares_versions = call.graph is not None
+        self.is_given_calls = any([_is_to_be_called(value) for value in values])
         self.places: list[int] | None = None  # of the aliases, before an eager forward that may give them other data
         self.as_given: dict[int, Tensor] = {}  # copies of leaves that the forward may write into uncounted
 
@@ -211,7 +213,7 @@ class ForwardPass:
         if plan.asks_module and self.module is not None and mode != TRACED:
             self.buffer_versions = {name: version_of(value) for name, value in self.module.named_buffers()}
         named = plan.attribute_names_of(type(self.receiver)) if mode == TRACED else ()
-        if mode != TRACED and plan.uses_attributes:
+        if mode != TRACED and (plan.uses_attributes or self.is_given_calls):
             share_attributes(aliases, sources)
         elif named:
             copy_attributes(sources, aliases, named)
@@ -296,7 +298,9 @@ class ForwardPass:
         return aliases
 
     def _asks_grad(self) -> bool:
-        """Whether the forward asks if a tensor requires grad."""
+        """Whether the forward asks if a tensor requires grad; also what it is given to call may do so."""
+        if self.is_given_calls:
+            return True
         if self.mode != TRACED:
             return self.plan.asks_grad(self.module)
         parts = () if self.module is None else self.module.modules()
@@ -436,3 +440,12 @@ class ForwardPass:
         for param in call.params:
             param.tensor = None
         return result
+
+
+def _is_to_be_called(value: Any) -> bool:
+    """Whether it is a function, or holds one: code that nobody has read."""
+    if isinstance(value, Tensor) or type(value) in SCALARS:
+        return False
+    if isinstance(value, (list, tuple)):
+        return any([_is_to_be_called(part) for part in value])
+    return (isinstance(value, dict) and any([_is_to_be_called(part) for part in value.values()])) or callable(value)

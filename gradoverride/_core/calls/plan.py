@@ -127,8 +127,7 @@ class Plan:
         self.forward_asks_grad = asks_grad(self.fn)
         self._asking: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._asking_alike: dict[frozenset[weakref.ref[Any]], bool] = {}
-        # As the code of functions shows it: what a method of an object does is not worth a look at each short call.
-        self.may_give_data = scan.mentions(self.fn, *_GIVING_DATA, *_LAYING_OUT)
+        self.may_give_data = scan.mentions(self.fn, *_GIVING_DATA, *_LAYING_OUT) or calls_unseen(self.fn)
         # It may lay an argument out anew: that it does to an alias, for the argument's own layout is to be known after.
         self.may_lay_out = scan.mentions(self.fn, *_LAYING_OUT)
         # Whether the forward may run in its Function, as one by hand does: what it can reach besides has no gradient.
@@ -269,7 +268,7 @@ class Plan:
             return True
         if module is None:
             if self.forward_asks_grad is None:
-                self.forward_asks_grad = bool(asks_grad(self.fn))
+                self.forward_asks_grad = asks_grad(self.fn) is not False
             return self.forward_asks_grad
         found = self._asking.get(module)
         if found is None:
@@ -277,14 +276,14 @@ class Plan:
             held = [one for part in parts for one in vars(part).values() if isinstance(one, FunctionType)]
             alike = frozenset(map(weakref.ref, {*map(type, parts), *held}))  # those of equal blocks
             if alike not in self._asking_alike:
-                self._asking_alike[alike] = bool(asks_grad(self.fn, module))
+                self._asking_alike[alike] = asks_grad(self.fn, module) is not False
             found = self._asking[module] = self._asking_alike[alike]
         return found
 
     @evaluated_while_tracing
     def asks_grad_while_tracing(self, *classes: Any) -> bool:
         """The same of a module whose parts are of these classes: one that is handed on is guarded by its identity."""
-        return bool(asks_grad(self.fn, *classes))
+        return asks_grad(self.fn, *classes) is not False
 
     @evaluated_while_tracing
     def attribute_names_of(self, cls: Any) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import sys
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -17,11 +18,11 @@ from torch import nn
 
 from gradoverride._core.python import scan
 from gradoverride._core.python.by_class import once_per_class, standing
-from gradoverride._core.python.bytecode import LOCAL, instructions, uses
+from gradoverride._core.python.bytecode import CALLS, LOCAL, instructions, uses
 from gradoverride._core.python.residuals import save_for_backward
 
 __all__ = [
-    *("SCALARS", "Name", "Reach", "attribute_names", "attributes_of_first", "calls_unseen"),
+    *("SCALARS", "Name", "Reach", "attribute_names", "attributes_of_first", "calls_unseen", "calls_what_it_is_given"),
     *("names_assigned_by", "names_assigned_in", "names_changed_in", "names_filled_in", "names_in"),
 ]
 
@@ -66,6 +67,8 @@ class Reach:
         for helper, code in scan.reachable(fn):
             if _depends_on_grad_mode(code) or (helper is not function and not _is_bare(helper)):
                 return None
+            if calls_what_it_is_given(code):
+                return None
             if _hands_on_a_function(helper, code):
                 return None
             in_modules = [*scan.of_modules(helper, code)]
@@ -108,17 +111,41 @@ class Reach:
 
 
 def calls_unseen(fn: Any) -> bool:
-    """Whether `fn` calls what `scan.reachable` does not show: a method of an object, or what is no function."""
-    seen = list(scan.reachable(fn))
-    functions = {function for function, _ in seen}
-    for function, code in seen:
+    """Whether `fn` calls what `scan.codes_of` does not show: a method of an object, what is no function, what it has
+    computed or was given.
+    """
+    seen = list(scan.codes_of(fn, None))
+    functions = {function for function, _, _ in seen}
+    for function, code, _ in seen:
         in_modules = [*scan.of_modules(function, code)]
         if not all(_is_known_method(name, in_modules) for name in _method_names(code)):
             return True
-        found = [*scan.named(function, code), *in_modules]
-        if any(_is_unassigned(value) or (_is_unseen(value) and value not in functions) for _, _, value in found):
+        if calls_what_it_is_given(code) or not _BY_ANY_NAME.isdisjoint(code.co_names):
+            return True
+        found = [value for _, _, value in (*scan.named(function, code), *in_modules)]
+        found += scan.imported(function, code)
+        found += [one for value in found if isinstance(value, (dict, list, tuple)) for one in _parts(value)]
+        if any(_is_unassigned(value) or (_is_unseen(value) and value not in functions) for value in found):
             return True
     return False
+
+
+def _parts(value: Any) -> list[Any]:
+    return [*value.values()] if isinstance(value, dict) else [*value]
+
+
+def calls_what_it_is_given(code: CodeType) -> bool:
+    """Whether `code` calls a variable of its own, an item of something, or what a call has given."""
+    if any(use.is_called and use.kind == LOCAL and not use.attributes for use in uses(code)):
+        return True
+    steps = instructions(code)
+    places = [index for index, step in enumerate(steps) if step.opname == "PUSH_NULL"]
+    before = any(steps[index + 1].argrepr.startswith("NULL") for index in places)  # of what is called
+    behind = any(steps[index - 1].opname in _GIVING for index in places)
+    return before if sys.version_info < (3, 13) else behind
+
+
+_GIVING = ("BINARY_OP", "BINARY_SUBSCR", *CALLS, "CALL_FUNCTION_EX")  # the first is an item from Python 3.14 on
 
 
 def attribute_names(fn: Any, *, method: bool, cls: Any = None) -> tuple[str, ...]:

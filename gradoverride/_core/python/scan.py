@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import importlib.util
 import inspect
 import itertools
 import sys
@@ -27,6 +28,7 @@ __all__ = [
     "content",
     "free_names",
     "global_names",
+    "imported",
     "is_of_library",
     "location",
     "mentions",
@@ -90,6 +92,7 @@ def codes_of(fn: Any, cls: Any) -> Iterator[tuple[FunctionType, CodeType, bool]]
         for function, code in reachable(root, seen):
             yield function, code, is_method and function is python_function(root)
             values = [value for _, _, value in (*named(function, code), *of_modules(function, code))]
+            values += imported(function, code)
             waiting += [(value, False) for value in values if isinstance(value, FunctionType) and _is_own(value)]
             if cls is not None:
                 own = [one for name in code.co_names for one in named_in(code, cls, name)]
@@ -149,6 +152,19 @@ def of_modules(function: FunctionType, code: CodeType) -> Iterator[tuple[Any, st
             where, module = vars(module), vars(module).get(key, NOTHING)
             if module is not NOTHING:
                 yield where, key, module
+
+
+def imported(function: FunctionType, code: CodeType) -> Iterator[Any]:
+    """What `code` may use of the modules that it imports itself; NOTHING for one that is not loaded so far."""
+    steps = bytecode.instructions(code)
+    for index, step in enumerate(steps):
+        if step.opname == "IMPORT_NAME":
+            package = str(function.__globals__.get("__package__") or "")
+            level = "." * steps[index - 2].argval
+            name = importlib.util.resolve_name(level + step.argval, package) if package or not level else step.argval
+            if not is_of_library(name):
+                found = vars(sys.modules[name]) if name in sys.modules else {}
+                yield from [found[key] for key in code.co_names if key in found] if found else [NOTHING]
 
 
 def value_of(function: FunctionType, use: bytecode.Use) -> Any:
