@@ -1,9 +1,12 @@
 """What forwards in other files call: an engine that reads one file alone does not see what they do."""
 
+import numpy as np
 from torch import nn
 from torch.nn import functional as F
 
 import gradoverride as go
+
+NUMBERS = np.arange(1.0, 4.0)
 
 
 def doubled_if_a_gradient_is_wanted(x):
@@ -69,3 +72,7 @@ def normalized(x, mean, var):
 
 def with_mask(x):
     return go.save_for_backward(x * 1, mask=x > 1.5)
+
+
+def charge(module, x):
+    module.potential = x if module.potential is None else module.potential / 2 + x

@@ -1551,6 +1551,23 @@ def test_what_a_function_elsewhere_hands_over_reaches_the_rule(forward):
     exactly(x.grad, float64(0.0, 1.0, grad=False))
 
 
+def test_forward_may_import_what_is_no_function_and_what_is_not_there():
+    @go.custom_backward(lambda grad_output: grad_output * 3)
+    def forward(x):
+        from forms.elsewhere import NUMBERS
+
+        if x.numel() > 100:
+            import nowhere.at.all  # noqa: F401
+
+            from .nowhere import at_all  # noqa: F401
+        return x * float(NUMBERS[1])
+
+    x = float64(1.0, 2.0)
+    y = forward(x)
+    exactly(y.detach(), x.detach() * 2)
+    exactly(torch.autograd.grad(y.sum(), x)[0], torch.full_like(x, 3))
+
+
 def test_forward_sees_whether_an_argument_requires_grad_where_a_function_beside_it_that_is_defined_below_asks():
     @go.custom_backward(lambda grad_output: grad_output * 3)
     def forward(x):

@@ -15,6 +15,7 @@ from torch._dynamo.exc import InternalTorchDynamoError
 from torch.utils.checkpoint import checkpoint
 
 import gradoverride as go
+from forms import elsewhere
 
 GLOBAL_WEIGHT = float64(3.0)
 
@@ -1084,6 +1085,11 @@ class Deriving(Neuron):
         super().charge(x)
 
 
+class ChargedElsewhere(Neuron):
+    def charge(self, x):
+        elsewhere.charge(self, x)
+
+
 class Cutting(Neuron):
     def charge(self, x):
         self.potential = x if self.potential is None else self.potential.detach() / 2 + x
@@ -1107,7 +1113,7 @@ class Shown(Neuron):
         self.potential = x * self.weight
 
 
-@pytest.mark.parametrize("kind", [Neuron, Keeping, Deriving])
+@pytest.mark.parametrize("kind", [Neuron, Keeping, Deriving, ChargedElsewhere])
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_state_that_is_cut_off_from_earlier_calls_is_told_of_once(kind, by_name):
     def of_state(grad_output, x, module):

@@ -89,7 +89,7 @@ class _Search:
             self.unassigned |= any(name not in function.__globals__ and not hasattr(builtins, name) for name in read)
             self.waiting += [value for _, _, value in scan.of_modules(function, code)]
             imported = [*scan.imported(function, code)]
-            self.unassigned |= scan.NOTHING in imported
+            self.unassigned |= any(value is scan.NOTHING for value in imported)
             self.waiting += imported
             behind = {*code.co_names}.difference(self.behind, read) if "super" in read else set()
             self.behind |= behind

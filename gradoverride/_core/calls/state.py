@@ -8,6 +8,7 @@ and assigns, in this order, unless it says somewhere that gradients are cut.
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -29,7 +30,9 @@ __all__ = ["names_kept", "note_state", "state_of"]
 
 
 def names_kept(fn: Any, cls: Any) -> tuple[str, ...]:
-    """The attributes that `fn`, a method of `cls`, reads before it assigns them, itself or in methods that it calls."""
+    """The attributes that `fn`, a method of `cls`, reads before it assigns them, itself or in methods that it calls, or
+    in functions that it gives its `self`.
+    """
     read_first: dict[str, bool] = {}
     assigned: set[str] = set()
     seen: set[FunctionType] = set()
@@ -43,7 +46,12 @@ def names_kept(fn: Any, cls: Any) -> tuple[str, ...]:
         if not _CUTTING.isdisjoint(code.co_names):
             return False
         receiver = code.co_varnames[:1]
-        for use in uses(code):
+        for use, following in itertools.zip_longest(uses(code), uses(code)[1:]):
+            helper = scan.called_in(function, use)
+            if helper is not None and following is not None and following[:3] == (LOCAL, *receiver, ()):
+                if not follow(inspect.unwrap(helper)):
+                    return False
+                continue
             on_self = use.kind == LOCAL and use.name in receiver
             for place, name in enumerate(use.attributes, 1):
                 own = [] if name in _OF_MODULES else named_in(code, cls, name)

@@ -115,7 +115,7 @@ def calls_unseen(fn: Any) -> bool:
     computed or was given.
     """
     seen = list(scan.codes_of(fn, None))
-    functions = {function for function, _, _ in seen}
+    functions = {id(function) for function, _, _ in seen}
     for function, code, _ in seen:
         in_modules = [*scan.of_modules(function, code)]
         if not all(_is_known_method(name, in_modules) for name in _method_names(code)):
@@ -125,7 +125,7 @@ def calls_unseen(fn: Any) -> bool:
         found = [value for _, _, value in (*scan.named(function, code), *in_modules)]
         found += scan.imported(function, code)
         found += [one for value in found if isinstance(value, (dict, list, tuple)) for one in _parts(value)]
-        if any(_is_unassigned(value) or (_is_unseen(value) and value not in functions) for value in found):
+        if any(_is_unassigned(value) or (_is_unseen(value) and id(value) not in functions) for value in found):
             return True
     return False
 

@@ -21,6 +21,7 @@ from gradoverride._core.python.by_class import named_in, standing
 __all__ = [
     "NOTHING",
     "accumulates",
+    "called_in",
     "called_once",
     "calls",
     "codes_of",
@@ -159,12 +160,14 @@ def imported(function: FunctionType, code: CodeType) -> Iterator[Any]:
     steps = bytecode.instructions(code)
     for index, step in enumerate(steps):
         if step.opname == "IMPORT_NAME":
-            package = str(function.__globals__.get("__package__") or "")
-            level = "." * steps[index - 2].argval
-            name = importlib.util.resolve_name(level + step.argval, package) if package or not level else step.argval
+            name = "." * steps[index - 2].argval + step.argval
+            try:
+                name = importlib.util.resolve_name(name, str(function.__globals__.get("__package__") or ""))
+            except ImportError:  # it would fail itself
+                continue
             if not is_of_library(name):
-                found = vars(sys.modules[name]) if name in sys.modules else {}
-                yield from [found[key] for key in code.co_names if key in found] if found else [NOTHING]
+                found = getattr(sys.modules.get(name), "__dict__", None)
+                yield from [NOTHING] if found is None else [found[key] for key in code.co_names if key in found]
 
 
 def value_of(function: FunctionType, use: bytecode.Use) -> Any:
@@ -174,6 +177,14 @@ def value_of(function: FunctionType, use: bytecode.Use) -> Any:
     if use.kind != bytecode.CELL:
         return None
     return next((value for cell, name, value in free_names(function) if name == use.name and value is not cell), None)
+
+
+def called_in(function: FunctionType, use: bytecode.Use) -> FunctionType | None:
+    """The function of a user that a use names, under a name of its own or as one of a module."""
+    value = value_of(function, use)
+    for name in use.attributes:
+        value = vars(value).get(name) if isinstance(value, ModuleType) else None
+    return value if isinstance(value, FunctionType) and _is_own(value) else None
 
 
 def mentions(fn: Any, *names: str) -> bool:
