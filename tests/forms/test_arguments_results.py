@@ -1464,13 +1464,13 @@ def imports_its_module(x):
 
 
 STEPS = [elsewhere.handed_on]
-TABLE = {"only": elsewhere.handed_on}
+BY_NAME = {"only": elsewhere.handed_on}
 doubling = elsewhere.Doubling()
 ASKED_ELSEWHERE = {
     "a function": lambda: lambda x: elsewhere.doubled_if_a_gradient_is_wanted(x),
     "one that it calls": lambda: lambda x: elsewhere.handed_on(x),
     "one among others": lambda: lambda x: STEPS[0](x),
-    "one of a dict": lambda: lambda x: TABLE["only"](x),
+    "one of a dict": lambda: lambda x: BY_NAME["only"](x),
     "one that it imports": lambda: imports_it,
     "one of a module that it imports": lambda: imports_its_module,
     "one by a text": lambda: lambda x: getattr(elsewhere, "handed_on")(x),  # noqa: B009

@@ -10,8 +10,10 @@ is for what was computed elsewhere.) The inputs of the Function are
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
+from types import FunctionType, MethodType
 from typing import Any, NoReturn
 
 import torch
@@ -200,7 +202,7 @@ class ForwardPass:
         self.graph_is_shown = False  # whether there is one for the forward to see alone: nothing asks it for gradients
         # Whether the aliases count writes together with the leaves: of a forward that has run, those of a kept graph.
         self.shares_versions = call.graph is not None
-        self.is_given_calls = any([_is_to_be_called(value) for value in values])
+        self.is_given_calls = any([_is_to_be_called(value, call.mode == TRACED) for value in values])
         self.places: list[int] | None = None  # of the aliases, before an eager forward that may give them other data
         self.as_given: dict[int, Tensor] = {}  # copies of leaves that the forward may write into uncounted
 
@@ -442,10 +444,15 @@ class ForwardPass:
         return result
 
 
-def _is_to_be_called(value: Any) -> bool:
+def _is_to_be_called(value: Any, traced: bool) -> bool:
     """Whether it is a function, or holds one: code that nobody has read."""
     if isinstance(value, Tensor) or type(value) in SCALARS:
         return False
     if isinstance(value, (list, tuple)):
-        return any([_is_to_be_called(part) for part in value])
-    return (isinstance(value, dict) and any([_is_to_be_called(part) for part in value.values()])) or callable(value)
+        return any([_is_to_be_called(part, traced) for part in value])
+    if isinstance(value, dict):
+        return any([_is_to_be_called(part, traced) for part in value.values()])
+    return isinstance(value, _CALLED) if traced else callable(value)  # of all else Dynamo does not know it
+
+
+_CALLED = (FunctionType, MethodType, functools.partial, nn.Module)
