@@ -30,7 +30,7 @@ test: $(VENV)/.with-test
 	$(BIN)/python $(PYTEST)
 
 slow: $(VENV)/.with-test
-	$(BIN)/python -m pytest -m slow tests/conformance --numprocesses auto --dist loadgroup
+	$(BIN)/python $(PYTEST) -m slow tests/conformance
 
 conformance: $(VENV)/.with-test
 	$(BIN)/python -m tests.conformance

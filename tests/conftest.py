@@ -17,6 +17,13 @@ def same_random_numbers():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_left_to_the_collector():
+    """What a file has left goes with it: who looks for what refers to a function goes through all that there is."""
+    yield
+    gc.collect()
+
+
 @pytest.fixture
 def fresh_compiler():
     """Dynamo knows nothing before, and nothing is left of what it has compiled."""

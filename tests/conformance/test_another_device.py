@@ -16,8 +16,6 @@ from conformance.another_device import CELLS, run
 
 COMMITTED = report.committed()
 
-pytestmark = pytest.mark.xdist_group("another device")  # one process of xdist starts the other one
-
 
 @pytest.fixture(scope="module")
 def outcomes(request, tmp_path_factory):
