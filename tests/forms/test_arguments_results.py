@@ -1551,6 +1551,25 @@ def test_what_a_function_elsewhere_hands_over_reaches_the_rule(forward):
     exactly(x.grad, float64(0.0, 1.0, grad=False))
 
 
+class Lazy(dict):
+    """What it holds is loaded when it is asked for all."""
+
+    def values(self):
+        raise AssertionError("all of it was loaded")
+
+
+LAZY = Lazy(only=elsewhere.handed_on)
+
+
+def test_dict_that_loads_what_it_has_is_not_made_to():
+    @go.custom_backward(lambda grad_output: grad_output * 3)
+    def forward(x):
+        return LAZY["only"](x)
+
+    x = float64(1.0, 2.0)
+    exactly(forward(x).detach(), x.detach() * 2)
+
+
 def test_forward_may_import_what_is_no_function_and_what_is_not_there():
     @go.custom_backward(lambda grad_output: grad_output * 3)
     def forward(x):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradoverride._core.private.marks import OF_NO_MODULE
 from gradoverride._core.python import scan
-from gradoverride._core.python.by_class import standing
+from gradoverride._core.python.by_class import all_standing, standing
 from gradoverride._core.python.bytecode import codes_in, uses
 from gradoverride._core.python.reach import SCALARS, calls_what_it_is_given
 
@@ -67,7 +67,7 @@ class _Search:
         elif isinstance(value, property):
             self.waiting.append(value.fget)
         elif isinstance(value, (dict, list, tuple)):
-            self.waiting += [*(value.values() if isinstance(value, dict) else value)][:_MANY]
+            self.waiting += scan.parts_of(value)
         elif not isinstance(value, ModuleType):
             self._add_owner(value)
         return False
@@ -96,7 +96,10 @@ class _Search:
             new = {*code.co_names}.difference(self.names, read) | behind
             self.names |= new
             if "getattr" in read and calls_what_it_is_given(code):
-                self.any_method, new = True, self.names
+                if not self.any_method:
+                    self.any_method = True
+                    for owner in self.owners:
+                        self._look_up_all(owner)
                 modules = [one for _, _, one in scan.named(function, code) if isinstance(one, ModuleType)]
                 texts = [text for text in scan.constants(code) if isinstance(text, str)]
                 self.waiting += [vars(one)[text] for one in modules for text in texts if text in vars(one)]
@@ -112,15 +115,18 @@ class _Search:
         if _is_own(cls):
             self.owners.append(owner)
             self._look_up(owner, self.names)
+            if self.any_method:
+                self._look_up_all(owner)
 
     def _look_up(self, owner: Any, names: set[str]) -> None:
         own = {} if isinstance(owner, type) else getattr(owner, "__dict__", {})
         cls = owner if isinstance(owner, type) else type(owner)
         self.waiting += [own[name] if name in own else standing(cls, name) for name in names]
-        if self.any_method:
-            self.waiting += [one for base in cls.__mro__ if _is_own(base) for one in vars(base).values()]
-        for name in names & self.behind:
-            self.waiting += [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
+        self.waiting += [one for name in names & self.behind for one in all_standing(cls, name)]
+
+    def _look_up_all(self, owner: Any) -> None:
+        cls = owner if isinstance(owner, type) else type(owner)
+        self.waiting += [one for base in cls.__mro__ if _is_own(base) for one in vars(base).values()]
 
 
 def _is_own(cls: type) -> bool:
@@ -135,4 +141,3 @@ def _asks_in(code: CodeType) -> bool:
 
 _NAME = "requires_grad"
 _BY_TEXT = frozenset({"attrgetter", "getattr", "hasattr"})
-_MANY = 100  # parts of a list or dict: more are data

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any, TypeVar
 
-__all__ = ["BASE", "RECORD", "named_in", "once_per_class", "standing"]
+__all__ = ["BASE", "RECORD", "all_standing", "named_in", "once_per_class", "standing"]
 
 RECORD = "_gradoverride"  # the attribute of a module that says what is in force on it
 BASE = "_gradoverride_base"  # a class that stands in for another while it is overridden has it under this name
@@ -28,11 +28,14 @@ def standing(cls: Any, name: str) -> Any:
     return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
 
 
+def all_standing(cls: Any, name: str) -> list[Any]:
+    """The same, and what stands behind it, which `super()` gives."""
+    return [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
+
+
 def named_in(code: CodeType, cls: Any, name: str) -> list[Any]:
     """What `code` may mean by this attribute of a `cls`: by `super()` also what stands there behind another."""
-    if "super" not in code.co_names:
-        return [standing(cls, name)]
-    return [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
+    return all_standing(cls, name) if "super" in code.co_names else [standing(cls, name)]
 
 
 def once_per_class(find: Callable[[Any], T]) -> Callable[[Any], T]:

@@ -124,14 +124,10 @@ def calls_unseen(fn: Any) -> bool:
             return True
         found = [value for _, _, value in (*scan.named(function, code), *in_modules)]
         found += scan.imported(function, code)
-        found += [one for value in found if isinstance(value, (dict, list, tuple)) for one in _parts(value)]
+        found += [part for value in found for part in scan.parts_of(value)]
         if any(_is_unassigned(value) or (_is_unseen(value) and id(value) not in functions) for value in found):
             return True
     return False
-
-
-def _parts(value: Any) -> list[Any]:
-    return [*value.values()] if isinstance(value, dict) else [*value]
 
 
 def calls_what_it_is_given(code: CodeType) -> bool:

@@ -36,6 +36,7 @@ __all__ = [
     "named",
     "named_values",
     "of_modules",
+    "parts_of",
     "python_function",
     "reachable",
     "reads_only",
@@ -168,6 +169,16 @@ def imported(function: FunctionType, code: CodeType) -> Iterator[Any]:
             if not is_of_library(name):
                 found = getattr(sys.modules.get(name), "__dict__", None)
                 yield from [NOTHING] if found is None else [found[key] for key in code.co_names if key in found]
+
+
+def parts_of(value: Any) -> list[Any]:
+    """The first parts of a dict, a list or a tuple; of anything else none. More of them are data."""
+    # Some dicts load what they have when they are asked for it.
+    parts = dict.values(value) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [*itertools.islice(parts, _MANY)]
+
+
+_MANY = 100
 
 
 def value_of(function: FunctionType, use: bytecode.Use) -> Any:
