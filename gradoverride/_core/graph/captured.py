@@ -205,7 +205,7 @@ def names_within(name: str, value: Any, ids: Collection[int], depth: int = 3) ->
     if id(value) in ids:
         yield name
     elif depth and isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
+        for part in dict.values(value) if isinstance(value, dict) else value:
             yield from names_within(name, part, ids, depth - 1)
 
 

@@ -218,7 +218,7 @@ def _is_harmless(value: Any, own: set[str]) -> bool:
     if isinstance(value, (tuple, list, set, frozenset)):
         return all(_is_harmless(part, own) for part in value)
     if isinstance(value, dict):
-        return all(_is_harmless(part, own) for part in value.values())
+        return all(_is_harmless(part, own) for part in dict.values(value))
     if callable(value):
         if not isinstance(value, (type, *_FUNCTIONS)):  # a module, an object: what it does is not known
             return False
