@@ -1,4 +1,4 @@
-"""What every test starts from: the same random numbers."""
+"""What every test starts from: the same random numbers, and little that others have left in the process."""
 
 import gc
 
@@ -10,6 +10,12 @@ collect_ignore = ["core/fallbacks.py"]
 
 # The collector goes through all that torch holds, again and again: a quarter of the time of tests that compile.
 gc.set_threshold(200_000, 20, 100)
+
+
+def pytest_collection_modifyitems(items):
+    """Overrides come first: they look for what refers to a function, among all that compilers leave in the process."""
+    compiling = ("test_compile", "test_presets")
+    items.sort(key=lambda item: "overrides" not in item.path.parts or item.path.stem in compiling)
 
 
 @pytest.fixture(autouse=True)
