@@ -284,11 +284,7 @@ class Backward:
         call, grads = self.call, self.came
         overruled = [param.name for param in call.natural if param.name in answered]
         if overruled and self.traced:
-            fail(
-                RuleResultError,
-                f"{self.plan.who} answers for the parameter '{overruled[0]}' and "
-                "must ask for it where it is compiled, by its name or by 'params'",
-            )
+            self.plan.refuse_answered(overruled[0])
         if self.eager and torch.is_grad_enabled() and any(call.wanted):
             text = (
                 f"the second derivative of {self.plan.forward.who} with respect to its arguments, through parameters "

@@ -394,6 +394,14 @@ class Plan:
             "torch.func), or compute them in the rule",
         )
 
+    def refuse_answered(self, name: str) -> NoReturn:
+        """Compiled: what the gradient of the result flows on to was settled before the rule answered."""
+        fail(
+            RuleResultError,
+            f"{self.who} answers for the parameter '{name}' and must ask for it where it is compiled, by its name or "
+            "by 'params'",
+        )
+
     def refuse_unassigned(self, name: str) -> NoReturn:
         """The `backward` of a class left out a parameter."""
         fail(

@@ -9,7 +9,7 @@ never runs twice. To read it, print what `forward_source` and `backward_source` 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -27,6 +27,7 @@ from gradoverride._core.calls.forward_pass import ForwardPass
 from gradoverride._core.calls.params import find_params
 from gradoverride._core.calls.plan import Plan
 from gradoverride._core.graph.kept_graph import KeptGraph
+from gradoverride._core.graph.traced_graph import TracedGraph, pull_short
 from gradoverride._core.graph.vjp import ShortVjp
 from gradoverride._core.private.modes import any_autocast
 from gradoverride._core.private.tensors import use_count
@@ -47,14 +48,18 @@ class ShortFunction:
     """The code of a Function for calls of `plan` whose tensors stand at `places`. Its own names begin with `_go_`.
 
     Before the tensors it takes a `box`, a tuple of all else: the result of a forward that has run, or what that needs
-    to run here. (Under Dynamo there is the bare result.)
+    to run here. (Under Dynamo there is the bare result, and with `vjp` the aliases that the forward ran on.) The
+    gradient of the result also flows on to the parameters of these names, `flows_to`, which are left to autograd.
     """
 
-    def __init__(self, plan: Plan, layout: Layout, places: list[int], mode: str) -> None:
+    def __init__(
+        self, plan: Plan, layout: Layout, places: list[int], mode: str, flows_to: Collection[str] = ()
+    ) -> None:
         self.plan = plan
         self.layout = layout
         self.places = places
         self.mode = mode
+        self.flows_to = flows_to
         self.names = [f"x{index}" for index in range(len(layout.names))]
         # What the rule asks for and is no argument can only be handed over, by a function, or a parameter.
         others = [name for name, source in plan.sources.items() if source == "deferred"]
@@ -73,7 +78,8 @@ class ShortFunction:
             self.boxed[:0] = ["receiver"] if plan.takes_receiver else []
         else:
             self.boxed[:0] = ["result", "ctx.graph", "token"] if plan.asks_vjp else ["result"]
-        self.leading = 1 if self.boxed else 0  # the inputs before the tensors
+        self.aliases = [f"alias_{self.names[place]}" for place in places] if mode == TRACED and plan.asks_vjp else []
+        self.leading = len(self.aliases) + (1 if self.boxed else 0)  # the inputs before the tensors
         self.saves: list[str] = []  # names of tensors, in the order in which they are saved
         self.asks: list[str] = []  # what the rule is called with, besides the gradient
         self.constants: list[str] = []
@@ -97,7 +103,8 @@ class ShortFunction:
 
     def _ask(self, name: str, source: str) -> None:
         if source == "reserved" and name == "vjp":
-            self.asks.append("vjp=_go_ShortVjp(_go_path, ctx.graph, token, grad_output)")
+            pull = "ctx.graph.pull" if self.mode == EAGER else "_go_pull_short"
+            self.asks.append(f"vjp=_go_ShortVjp(_go_path, {pull}, ({', '.join(self._kept)},), grad_output)")
             return
         if source == "reserved" and name == "needs":
             self.asks.append(f"needs={self._needs()}")
@@ -118,6 +125,13 @@ class ShortFunction:
         if value not in self.saves:
             self.saves.append(value)
         self.asks.append(f"{name}=saved_{value}")
+
+    @property
+    def _kept(self) -> list[str]:
+        """What is saved for `vjp`."""
+        if not self.plan.asks_vjp:
+            return []
+        return ["token"] if self.mode == EAGER else [*self.aliases, "inner"]
 
     def _needs(self) -> str:
         """Code that gives what `Call.needs` does."""
@@ -146,6 +160,7 @@ class ShortFunction:
             "_go_open_frame": open_frame,
             "_go_path": self,
             "_go_plan": self.plan,
+            "_go_pull_short": pull_short,
             "_go_refuse_residuals": self.plan.refuse_residuals,
             "_go_rule": self.plan.rule.fn if self.own is None else self.own.function,
             "_go_Self": None if self.own is None else self.own.self_class,
@@ -170,8 +185,9 @@ class ShortFunction:
         """The code of its forward."""
         traced = self.mode == TRACED
         leading = ["result" if traced else "box"] if self.leading else []
-        lines = [f"def forward({', '.join(['ctx', *leading, *self.tensors])}):"]
+        lines = [f"def forward({', '.join(['ctx', *leading, *self.aliases, *self.tensors])}):"]
         if traced:
+            lines += ["    inner = result"] if self.plan.asks_vjp else []
             lines += ["    result = result.clone()", "    ctx.metas = None"]
         elif self.boxed:
             lines.append(f"    {', '.join(self.boxed)}, = box")
@@ -179,7 +195,7 @@ class ShortFunction:
             lines += self._run()
         if self.constants:
             lines.append(f"    ctx.constants = ({', '.join(self.constants)},)")
-        saves = [*self.saves, "token"] if self.plan.asks_vjp else self.saves
+        saves = [*self.saves, *self._kept]
         if self.marked:
             saves = ["_go_mark", *saves]
         if saves:
@@ -288,9 +304,7 @@ class ShortFunction:
         eager = self.mode == EAGER
         if eager and not self.plan.rule_code.is_arithmetic:
             lines += ["    if _go_any_autocast():", "        return _go_under_autocast(backward, ctx, grad_output)"]
-        saved = [f"saved_{name}" for name in self.saves]
-        if self.plan.asks_vjp:
-            saved.append("token")
+        saved = [*(f"saved_{name}" for name in self.saves), *self._kept]
         if saved:
             lines.append(f"    {'_, ' * self.marked}{', '.join(saved)}, = ctx.saved_tensors")
         handed = "grad_output"
@@ -318,7 +332,7 @@ class ShortFunction:
 
     def _read_answer(self) -> list[str]:
         tensors = self.tensors
-        none = "None, " * self.leading
+        none = "grad_output, " + "None, " * (self.leading - 1) if self.flows_to else "None, " * self.leading
         alike = "ctx.metas is None and " if self.noted else ""
         grads = [f"grad_{name}" for name in tensors]
         fits = " and ".join(
@@ -358,7 +372,8 @@ class ShortFunction:
             ]
         known = ", ".join(self._known(name) for name in tensors)
         targets = "None" if self.own is None else "targets"
-        return [*lines, f"    return _go_check(ctx, answer, [{known}], [{', '.join(self.lent)}], {targets})"]
+        read = f"_go_check(ctx, answer, [{known}], [{', '.join(self.lent)}], {targets})"
+        return [*lines, f"    return {f'(grad_output, *{read}[1:])' if self.flows_to else read}"]
 
     def _answers_in_order(self) -> bool:
         return not self.plan.straight_through and self.places == list(range(len(self.places)))
@@ -397,7 +412,7 @@ class ShortFunction:
         values: tuple[Any, ...],
         given: list[Tensor],
         result: Any,
-        graph: KeptGraph | None,
+        graph: KeptGraph | TracedGraph | None,
         before: list[int | None] | None,
         residuals: dict[str, Any] | None = None,
         *,
@@ -426,6 +441,9 @@ class ShortFunction:
         count = len(self.places)
         call.describe_plain(self.places, metas[:count], ctx.needs_input_grad[self.leading :][:count])
         call.describe_params(self.params, metas[count:])
+        for name in self.flows_to if isinstance(answer, dict) else ():
+            if name in answer and name not in self.layout.names:
+                self.plan.refuse_answered(name)
         grads, named = read_answer(call, answer)
         params = read_params(call, named, assigned)
         return *[None] * self.leading, *apart([*grads, *(params[name] for name in self.params)], lent)

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from gradoverride._core.autograd.ambient import TRACED, autocast_while_tracing
+from gradoverride._core.autograd.function import TOKEN, TracedCut
 from gradoverride._core.binding.layout import Layout
 from gradoverride._core.calls.fast import FittingClasses, is_number
 from gradoverride._core.calls.plan import Plan
 from gradoverride._core.calls.short_function import ShortFunction
+from gradoverride._core.graph.traced_graph import TracedGraph
 from gradoverride._core.private.dynamo import forward_mode_around, keep_own_frames_whole, transformed_while_tracing
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.python.reach import SCALARS
@@ -25,18 +27,27 @@ __all__ = ["TracedPath"]
 
 
 class TracedPath:
-    """The code for calls of a plan whose tensors stand at `places`. Its own names begin with `_go_`."""
+    """The code for calls of a plan whose tensors stand at `places`. Its own names begin with `_go_`.
+
+    Where the rule asks for parameters, the forward runs without a graph, on the module as it is. Else it runs on
+    aliases, and its result leads to the parameters that it has read, whose gradients are left to autograd.
+    """
 
     def __init__(self, plan: Plan, layout: Layout, places: list[int]) -> None:
         self.plan = plan
         self.places = places
         self.function = ShortFunction(plan, layout, places, TRACED)
+        self.layout = layout
         self.params = {f"_go_{name}": name for name in self.function.params}
+        # What the module has under these names; parameters that the rule may answer for without asking are aliased.
+        attributes = plan.reach.attributes if plan.reach is not None and plan.takes_receiver else frozenset[str]()
+        self.numbers = attributes - {*self.params.values()} - ({"inplace"} if plan.inplace_tells else set())
+        self.natural = frozenset[str]() if self.params else self.numbers - plan.may_answer
         # Other calls take the general path.
         writes = plan.forward_may_write and not plan.inplace_tells
         self.exists = not (plan.class_form or plan.hands_over or writes or self.function.constants)
-        self.exists = self.exists and plan.reserved.isdisjoint({"needs", "vjp"})
-        self.exists = self.exists and (plan.takes_receiver or not plan.attribute_names)  # there it runs on aliases
+        self.exists = self.exists and "needs" not in plan.reserved and not plan.attribute_names
+        self.exists = self.exists and not (plan.asks_vjp and (plan.reach is None or self.params))
 
     def define(self, names: dict[str, Any]) -> None:
         """Put what the code refers to among the names of the wrapper, which has `_go_general` already."""
@@ -51,7 +62,9 @@ class TracedPath:
                 return False
             if plan.forward_asks_grad is None and plan.asks_grad_while_tracing():
                 return False
-            if not plan.takes_receiver and plan.attribute_names_of(None):  # in a function that its module defines below
+            if plan.attribute_names_of(receiver if plan.takes_receiver else None):  # its module may define one below
+                return False
+            if self.natural and plan.through_aliases:
                 return False
             known = plan.reach is None or (plan.reach.holds() and (not plan.takes_receiver or fitting[receiver]))
             usual = not (transformed_while_tracing() or forward_mode_around() or torch.compiler.is_exporting())
@@ -61,59 +74,91 @@ class TracedPath:
         names.update(
             _go_traced_finish=self.function.finish,
             _go_traced_fits=fits,
+            _go_traced_cut=TracedCut,
+            _go_TracedGraph=TracedGraph,
             _go_is_number=is_number,
             _go_no_grad=torch.no_grad,
             _go_Parameter=nn.Parameter,
             _go_Scalar=tuple(SCALARS),
+            _go_TOKEN=TOKEN,
         )
         names["_go_Function"] = self.function.make(names)
+        if self.natural:
+            flowing = ShortFunction(plan, self.layout, self.places, TRACED, self.natural)
+            names["_go_Flowing"] = flowing.make({**names, **flowing.globals()})
 
     def body(self, arguments: Sequence[str], receiver: str) -> list[str]:
         """The code of a call, with these names for the arguments."""
         plan = self.plan
         tensors = [arguments[place] for place in self.places]
-        others = [name for place, name in enumerate(arguments) if place not in self.places]
         inputs = [*tensors, *self.params]
         general = f"    return _go_general({receiver}, {', '.join(arguments)})"
+        # Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604).
+        twice = [f"{one} is {other}" for index, one in enumerate(inputs) for other in inputs[:index]]
+        lines = [f"if {' or '.join(self._unfit(arguments, receiver))}:", general]
+        lines += [f"if {' or '.join(twice)}:", general] if twice else []
+        if not (self.params or self.natural):
+            wanted = " or ".join(f"{name}.requires_grad" for name in tensors)
+            lines += [f"if not ({wanted}):", f"    return {self.function.called(arguments, receiver)}"]
+        given = tensors if self.params else [f"_go_{name}_alias" for name in tensors]
+        if self.params:
+            lines += ["with _go_no_grad():", f"    _go_result = {self.function.called(arguments, receiver)}"]
+        else:
+            if plan.asks_vjp:
+                lines.append(f"{', '.join(given)}, = _go_traced_cut.apply(_go_TOKEN, {', '.join(tensors)})")
+            else:
+                lines += [f"{alias} = {name}.detach()" for alias, name in zip(given, tensors, strict=True)]
+            aliases = dict(zip(tensors, given, strict=True))
+            met = [aliases.get(name, name) for name in arguments]
+            lines += [f"_go_result = {self.function.called(met, receiver)}"]
+        unusual = ["not _go_is_tensor(_go_result)", "not _go_result.is_floating_point()"]
+        unusual += [] if plan.reach is not None else ["_go_result.requires_grad"]
+        unusual += [f"_go_result is {name}" for name in given]
+        kept = f"_go_TracedGraph([{', '.join(given)}], {[True] * len(given)})" if plan.asks_vjp else "None"
+        found = f"({', '.join(arguments)},), [{', '.join(given)}], _go_result, {kept}, None"
+        cut = [*given, *inputs] if plan.asks_vjp else inputs
+        return [
+            *lines,
+            f"if {' or '.join(unusual)}:",
+            f"    return _go_traced_finish({receiver}, {found}, on_leaves={bool(self.params)})",
+            *self._flowing(cut),
+            f"return _go_Function.apply(_go_result, {', '.join(cut)})",
+        ]
+
+    def _unfit(self, arguments: Sequence[str], receiver: str) -> list[str]:
+        """What makes a call one for the general path."""
+        plan = self.plan
+        tensors = [arguments[place] for place in self.places]
         # torch's own code, traced with every Function, has these builtins guarded already.
         isinstance_, getattr_ = [f"_go_{name}" if name in arguments else name for name in ("isinstance", "getattr")]
         unfit = [f"not _go_traced_fits({receiver}.__class__)"]
         # An array passes `torch.is_tensor` while it is traced.
         unfit += [f"not {isinstance_}({name}, _go_Tensor)" for name in tensors]
         unfit += [f"not {name}.is_floating_point()" for name in tensors]
-        unfit += [f"not {isinstance_}({name}, _go_Scalar)" for name in others]
-        if plan.straight_through and len(tensors) > 1:  # for the first alone
+        unfit += [f"not {isinstance_}({name}, _go_Scalar)" for name in arguments if name not in tensors]
+        if plan.asks_vjp or self.natural:
+            unfit += [f"not {name}.requires_grad" for name in tensors]
+        elif plan.straight_through and len(tensors) > 1:  # for the first alone
             unfit.append(f"not {tensors[0]}.requires_grad")
         for variable, name in self.params.items():
             value = f"{variable} := {getattr_}({receiver}, {name!r}, None)"  # it may be an option of the rule's own
             unfit.append(f"not {isinstance_}({value}, _go_Parameter)")  # not a computed one
             unfit.append(f"not {variable}.requires_grad")
-        if plan.reach is not None:
-            numbers = plan.reach.attributes - {*self.params.values()} - ({"inplace"} if plan.inplace_tells else set())
-            unfit += [f"not _go_is_number({receiver}, {name!r})" for name in sorted(numbers)]
+        for name in sorted(self.numbers):
+            fits = f"_go_is_number({receiver}, {name!r})"
+            if name in self.natural:
+                value = f"_go_{name} := {getattr_}({receiver}, {name!r}, None)"
+                fits = f"({isinstance_}({value}, _go_Parameter) or {fits})"
+            unfit.append(f"not {fits}")
         if plan.inplace_tells:
             unfit.append(f"{receiver}.inplace is not False")
-        # Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604).
-        twice = [f"{one} is {other}" for index, one in enumerate(inputs) for other in inputs[:index]]
-        lines = [f"if {' or '.join(unfit)}:", general, *([f"if {' or '.join(twice)}:", general] if twice else [])]
-        if not self.params:
-            wanted = " or ".join(f"{name}.requires_grad" for name in tensors)
-            lines += [f"if not ({wanted}):", f"    return {self.function.called(arguments, receiver)}"]
-        if plan.takes_receiver:
-            lines += ["with _go_no_grad():", f"    _go_result = {self.function.called(arguments, receiver)}"]
-            given, unusual = tensors, []
-        else:
-            aliases = [f"_go_{name}_alias" if name in tensors else name for name in arguments]
-            lines += [f"_go_{name}_alias = {name}.detach()" for name in tensors]
-            lines += [f"_go_result = {self.function.called(aliases, receiver)}"]
-            given = [f"_go_{name}_alias" for name in tensors]
-            unusual = [] if plan.reach is not None else ["_go_result.requires_grad"]
-        unusual = ["not _go_is_tensor(_go_result)", "not _go_result.is_floating_point()", *unusual]
-        unusual += [f"_go_result is {name}" for name in given]
-        found = f"({', '.join(arguments)},), [{', '.join(given)}], _go_result"
-        return [
-            *lines,
-            f"if {' or '.join(unusual)}:",
-            f"    return _go_traced_finish({receiver}, {found}, None, None, on_leaves={plan.takes_receiver})",
-            f"return _go_Function.apply(_go_result, {', '.join(inputs)})",
+        return unfit
+
+    def _flowing(self, inputs: Sequence[str]) -> list[str]:
+        """The code of a call whose result leads to parameters that are left to autograd."""
+        if not self.natural:
+            return []
+        leads = [
+            f"_go_isinstance(_go_{name}, _go_Parameter) and _go_{name}.requires_grad" for name in sorted(self.natural)
         ]
+        return [f"if {' or '.join(leads)}:", f"    return _go_Flowing.apply(_go_result, {', '.join(inputs)})"]

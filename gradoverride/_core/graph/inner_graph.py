@@ -33,7 +33,7 @@ def inner_graph(
 ) -> KeptGraph | TracedGraph | Replay:
     """Such a one for `call`, before its forward runs on `values`."""
     if call.mode == TRACED:
-        return TracedGraph(call, tensors)
+        return TracedGraph.of(tensors, copies=call.plan.forward_may_write)
     if call.mode != EAGER:
         return Replay(call, module, receiver, tensors, values)
     if not call.params:

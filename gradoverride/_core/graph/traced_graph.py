@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gradoverride._core.calls.call import Call
     from gradoverride._core.calls.saver import Saver
 
-__all__ = ["TracedGraph", "distinct"]
+__all__ = ["TracedGraph", "distinct", "pull_short"]
 
 
 class TracedGraph:
@@ -27,15 +27,23 @@ class TracedGraph:
 
     __slots__ = ("alias_slots", "aliases", "given", "out_slots", "wanted")
 
-    def __init__(self, call: Call, tensors: Sequence[Tensor]) -> None:
-        self.wanted = [tensor.requires_grad for tensor in tensors]
-        differentiated = [tensor for tensor in tensors if tensor.requires_grad]
-        given = distinct(differentiated)
+    def __init__(self, aliases: list[Tensor], wanted: list[bool]) -> None:
+        self.aliases = aliases
+        self.given = list(aliases)
+        self.wanted = wanted
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], *, copies: bool) -> TracedGraph:
+        """One that starts at aliases of these; the forward meets `copies` where it may write, for the graph starts at
+        what was there before.
+        """
+        wanted = [tensor.requires_grad for tensor in tensors]
+        given = distinct([tensor for tensor in tensors if tensor.requires_grad])
         cut = iter(TracedCut.apply(TOKEN, *given) if given else ())  # type: ignore[no-untyped-call]
-        self.aliases = [next(cut) if wanted else tensor for tensor, wanted in zip(tensors, self.wanted, strict=True)]
-        # Copies where the forward may write, for the graph starts at what was there before.
-        copies = call.plan.forward_may_write
-        self.given = [alias.clone() for alias in self.aliases] if copies else list(self.aliases)
+        graph = cls([next(cut) if wants else tensor for tensor, wants in zip(tensors, wanted, strict=True)], wanted)
+        if copies:
+            graph.given = [alias.clone() for alias in graph.aliases]
+        return graph
 
     def start(self) -> list[Tensor]:
         """What the forward is to run on. It is not kept."""
@@ -65,6 +73,14 @@ class TracedGraph:
             return [torch.zeros_like(aliases[index]) for index in which]
         found = iter(trace_gradients([result for result, _ in pairs], asked, [grad for _, grad in pairs]))
         return [next(found) if self.wanted[index] else torch.zeros_like(aliases[index]) for index in which]
+
+
+def pull_short(saved: Sequence[Tensor], grads: Sequence[Tensor], which: Sequence[int], last: bool) -> list[Tensor]:
+    """The gradients of the aliases that a short call has `saved`, its result behind them (`short_function.py`)."""
+    *aliases, result = saved
+    if not result.requires_grad:
+        return [torch.zeros_like(alias) for alias in aliases]
+    return [*trace_gradients([result], aliases, list(grads))]
 
 
 def distinct(tensors: Sequence[Tensor]) -> list[Tensor]:

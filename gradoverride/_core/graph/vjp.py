@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,7 +13,6 @@ from gradoverride._core.values.structure import has_leaf, unflatten
 if TYPE_CHECKING:
     from gradoverride._core.calls.backward_pass import Backward
     from gradoverride._core.calls.short_function import ShortFunction
-    from gradoverride._core.graph.kept_graph import KeptGraph
 
 __all__ = ["ShortVjp", "Vjp"]
 
@@ -63,14 +63,18 @@ class Vjp:
 
 
 class ShortVjp:
-    """The same for a call of plain tensors with one tensor as its result (`short_function.py`)."""
+    """The same for a call of plain tensors with one tensor as its result (`short_function.py`): `pull` finds the
+    gradients, as that of a kept graph, from what was saved.
+    """
 
-    __slots__ = ("_grad_output", "_graph", "_kept", "_path", "_saved")
+    __slots__ = ("_grad_output", "_kept", "_path", "_pull", "_saved")
 
-    def __init__(self, path: ShortFunction, graph: KeptGraph, token: Tensor, grad_output: Tensor) -> None:
+    def __init__(
+        self, path: ShortFunction, pull: Callable[..., list[Tensor]], saved: tuple[Tensor, ...], grad_output: Tensor
+    ) -> None:
         self._path = path
-        self._graph = graph
-        self._saved = (token,)
+        self._pull = pull
+        self._saved = saved
         self._grad_output = grad_output
         self._kept: list[Tensor] | None = None
 
@@ -93,7 +97,7 @@ class ShortVjp:
         which = range(len(self._path.places))
         last = self._path.plan.calls_vjp_once
         if grad_output is not self._grad_output:
-            return self._graph.pull(self._saved, [self._path.conform(grad_output, self._grad_output)], which, last=last)
+            return self._pull(self._saved, [self._path.conform(grad_output, self._grad_output)], which, last=last)
         if self._kept is None:
-            self._kept = self._graph.pull(self._saved, [grad_output], which, last=last)
+            self._kept = self._pull(self._saved, [grad_output], which, last=last)
         return self._kept

@@ -1,0 +1,245 @@
+"""Compiled calls of modules whose parameters are left to autograd, and of rules with `vjp`, which take the short path.
+
+The oracle is autograd's own derivative of the plain forward, with the rule applied by hand. Conformance, group compile.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import closely, noise
+from torch import nn
+
+import gradoverride as go
+from gradoverride._core.calls import wrapper
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+
+class Half(nn.Module):
+    """Reads a parameter twice, a buffer and a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(noise(4).detach())
+        self.register_buffer("shift", noise(4, grad=False))
+        self.factor = 3.0
+
+    def forward(self, x):
+        return (x * self.weight).sin() * self.weight + self.shift * self.factor
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(noise(4).detach())
+
+    def forward(self, x, other):
+        return x.sin() * other * self.weight
+
+
+MODULES = {
+    "linear": lambda: nn.Linear(4, 4),
+    "without a bias": lambda: nn.Linear(4, 4, bias=False),
+    "prelu": nn.PReLU,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "own": Half,
+    "two inputs": TwoInputs,
+}
+RULES = {
+    "gradient alone": (lambda grad_output: 3 * grad_output, lambda g, y, x: [3 * g] * len(x)),
+    "input": (
+        lambda grad_output, input: grad_output * input,
+        lambda g, y, x: [g * one.detach() for one in x],
+    ),
+    "vjp": (
+        lambda grad_output, vjp: vjp(grad_output * 3),
+        lambda g, y, x: torch.autograd.grad(y, x, g * 3, retain_graph=True),
+    ),
+    "vjp of the gradient": (
+        lambda grad_output, vjp: vjp(grad_output),
+        lambda g, y, x: torch.autograd.grad(y, x, g, retain_graph=True),
+    ),
+    "vjp and output": (
+        lambda grad_output, output, vjp: vjp(grad_output * output),
+        lambda g, y, x: torch.autograd.grad(y, x, g * y.detach(), retain_graph=True),
+    ),
+}
+
+
+def rule_for(kind, name):
+    if kind != "two inputs":
+        return RULES[name]
+    if name == "gradient alone":
+        return lambda grad_output: (3 * grad_output, 3 * grad_output), RULES[name][1]
+    if name == "input":
+        return lambda grad_output, x, other: (grad_output * x, grad_output * other), RULES[name][1]
+    return RULES[name]
+
+
+def built(kind):
+    torch.manual_seed(1)
+    return MODULES[kind]().double()
+
+
+def arguments(kind):
+    torch.manual_seed(2)
+    return [noise(3, 4) for _ in range(2 if kind == "two inputs" else 1)]
+
+
+def refuse(*_):
+    raise AssertionError("the general path")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "backend"),
+    [
+        *((kind, name, "aot_eager") for kind in MODULES for name in RULES),
+        *(("linear", "vjp", "inductor"), ("own", "gradient alone", "inductor")),
+    ],
+)
+def test_gradient_is_the_rules_and_parameters_have_autograds_own(kind, name, backend, monkeypatch):
+    rule, by_hand = rule_for(kind, name)
+    module, xs = built(kind), arguments(kind)
+    plain, plain_xs = built(kind), arguments(kind)
+    y = plain(*plain_xs)
+    g = noise(*y.shape, grad=False)
+    expected = list(by_hand(g, y, plain_xs))
+    trained = list(plain.parameters())
+    own = torch.autograd.grad(y, trained, g) if trained else ()
+    monkeypatch.setattr(wrapper, "differentiate", refuse)
+    with go.override(module, {module: rule}):
+        ours = torch.compile(module, backend=backend, fullgraph=True)(*xs)
+        ours.backward(g)
+    closely(ours.detach(), y.detach())
+    closely([x.grad for x in xs], expected)
+    for parameter, gradient in zip(module.parameters(), own, strict=True):
+        closely(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("name", ["gradient alone", "vjp"])
+@pytest.mark.parametrize("kind", ["linear", "own"])
+def test_frozen_parameters_have_no_gradient(kind, name):
+    rule, by_hand = rule_for(kind, name)
+    module, (x,) = built(kind), arguments(kind)
+    plain, (plain_x,) = built(kind).requires_grad_(False), arguments(kind)
+    module.weight.requires_grad_(False)
+    y = plain(plain_x)
+    with go.override(module, {module: rule}):
+        torch.compile(module, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    closely([x.grad], list(by_hand(torch.ones_like(y), y, [plain_x])))
+    assert module.weight.grad is None
+    assert kind == "own" or module.bias.grad.tolist() == [3.0] * 4
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_parameters_have_theirs_where_the_input_wants_none(name):
+    module, plain, (x,) = built("own"), built("own"), arguments("own")
+    with go.override(module, {module: RULES[name][0]}):
+        torch.compile(module, backend="aot_eager", fullgraph=True)(x.detach()).sum().backward()
+    plain(x.detach()).sum().backward()
+    closely(module.weight.grad, plain.weight.grad)
+
+
+def test_weight_that_is_no_parameter_is_refused_as_in_eager_mode():
+    class Computed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = noise(4)
+
+        def forward(self, x):
+            return x * self.weight
+
+    module, x = Computed(), noise(3, 4)
+    with go.override(module, {module: lambda grad_output: 3 * grad_output}):
+        for run in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
+            with pytest.raises(
+                go.CapturedTensorError,
+                match=r"'Computed'.* reached .* which requires grad|'Computed'.* a tensor that requires grad",
+            ):
+                run(x)
+
+
+@pytest.mark.parametrize("vjp", [False, True])
+def test_rule_that_answers_for_a_parameter_by_a_name_that_its_code_does_not_show_is_told_so(vjp):
+    names = ["".join(["wei", "ght"])]
+
+    def with_vjp(grad_output, vjp):
+        return {"input": vjp(grad_output), names[0]: torch.zeros(4, 4, dtype=grad_output.dtype)}
+
+    def alone(grad_output):
+        return {"input": grad_output, names[0]: torch.zeros(4, 4, dtype=grad_output.dtype)}
+
+    module, (x,) = built("linear"), arguments("linear")
+    with (
+        go.override(module, {module: with_vjp if vjp else alone}),
+        pytest.raises(go.RuleResultError, match=r"'weight'.* must ask for it where it is compiled"),
+    ):
+        torch.compile(module, backend="aot_eager", fullgraph=True)(x).sum().backward()
+
+
+def test_vjp_by_name_of_a_module_with_parameters_gives_theirs():
+    def rule(grad_output, vjp):
+        return {name: 2 * one for name, one in vjp.by_name(grad_output).items()}
+
+    module, plain, (x,) = built("linear"), built("linear"), arguments("linear")
+    with go.override(module, {module: rule}):
+        torch.compile(module, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    (2 * plain(x.detach()).sum()).backward()
+    closely([one.grad for one in module.parameters()], [one.grad for one in plain.parameters()])
+    closely(x.grad, 2 * plain.weight.detach().sum(0).expand(3, 4))
+
+
+def test_vjp_of_a_result_that_does_not_depend_on_the_argument_is_zero():
+    f = go.custom_backward(lambda grad_output, vjp: vjp(grad_output) + 5)(lambda x: torch.ones_like(x))
+    x = noise(3)
+    torch.compile(f, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    closely(x.grad, torch.full_like(x, 5))
+
+
+def test_vjp_of_the_argument_itself_as_the_result_and_of_one_argument_twice(monkeypatch):
+    same = go.custom_backward(lambda grad_output, vjp: vjp(grad_output) * 5)(lambda x: x)
+    product = go.custom_backward(lambda grad_output, vjp: [3 * one for one in vjp(grad_output)])(lambda a, b: a * b)
+    x = noise(3)
+    run = torch.compile(lambda x: same(x) * 1 + product(x, x), backend="aot_eager", fullgraph=True)
+    run(x).sum().backward()
+    closely(x.grad, 5 + 6 * x.detach())
+
+
+def test_rule_that_writes_into_its_gradient_leaves_what_flows_on(monkeypatch):
+    monkeypatch.setattr(wrapper, "differentiate", refuse)
+    module, plain, (x,) = built("linear"), built("linear"), arguments("linear")
+    with go.override(module, {module: lambda grad_output: grad_output.mul_(7)}):
+        torch.compile(module, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    plain(x.detach()).sum().backward()
+    closely(x.grad, torch.full_like(x, 7))
+    closely(module.weight.grad, plain.weight.grad)
+
+
+def test_vjp_asked_twice_is_right_in_compiled_code():
+    def rule(grad_output, vjp):
+        return vjp(grad_output) + vjp(grad_output * 2)
+
+    f = go.custom_backward(rule)(lambda x: F.gelu(x))
+    x = noise(3)
+    (expected,) = torch.autograd.grad(F.gelu(x).sum() * 3, x)
+    torch.compile(f, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    closely(x.grad, expected)
+
+
+def test_wrong_gradient_handed_to_vjp_keeps_its_text():
+    f = go.custom_backward(lambda grad_output, vjp: vjp(grad_output[0]))(lambda x: x.sin())
+    with pytest.raises(go.RuleResultError, match="vjp"):
+        torch.compile(f, backend="aot_eager", fullgraph=True)(noise(3)).sum().backward()
+
+
+def test_overridden_layers_take_dynamo_few_steps():
+    """The general path takes some six thousand for each."""
+    from torch._dynamo.symbolic_convert import InstructionTranslatorBase as Translator
+
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(10)]).double()
+    steps, step = [], Translator.step
+    with go.override(model, {nn.Linear: lambda grad_output, vjp: vjp(grad_output)}), pytest.MonkeyPatch.context() as on:
+        on.setattr(Translator, "step", lambda self: steps.append(1) or step(self))
+        torch.compile(model, backend="aot_eager", fullgraph=True)(noise(3, 4)).sum().backward()
+    assert len(steps) / 10 < 1200, len(steps)
