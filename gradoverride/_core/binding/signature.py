@@ -80,8 +80,10 @@ class Forward:
         as_given: bool | None = None,
         reserved: Iterable[str] = RESERVED,
         lacks: str = "",
+        owner: Any = None,
     ) -> None:
         self.fn = fn
+        self.owner = owner  # the class that it is a method of, where that is known
         # Whether it is called as its caller calls, with the same keywords and no defaults; else by position.
         self.as_given = _sees_how_it_is_called(fn) if as_given is None else as_given
         written = written_as(fn)

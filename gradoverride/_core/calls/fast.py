@@ -32,7 +32,7 @@ from gradoverride._core.private.transforms import (
 from gradoverride._core.python.by_class import standing
 from gradoverride._core.python.reach import SCALARS, Reach
 
-__all__ = ["Runs", "ShortPath", "guessed_places", "is_plain"]
+__all__ = ["FittingClasses", "Runs", "ShortPath", "guessed_places", "is_number", "is_plain", "of_module"]
 
 
 def is_plain(plan: Plan) -> bool:
@@ -95,6 +95,7 @@ class FittingClasses(dict[type, bool]):
             *(plan.reach.attributes if plan.reach is not None else ()),
             *(plan.own_backward.read if plan.own_backward is not None else ()),
         }
+        self.methods = plan.reach.methods if plan.reach is not None else {}
         self.others: weakref.WeakSet[type] = weakref.WeakSet()  # torch makes some for one module: see `by_class`
 
     def __missing__(self, cls: type) -> bool:
@@ -106,6 +107,7 @@ class FittingClasses(dict[type, bool]):
             and cls.__getattr__ is nn.Module.__getattr__
             and cls.__getattribute__ is nn.Module.__getattribute__
             and all(type(standing(cls, name)) in SCALARS for name in self.names)
+            and all(standing(cls, name) is method for name, method in self.methods.items())
         )
         if fits:
             self[cls] = True
@@ -115,8 +117,10 @@ class FittingClasses(dict[type, bool]):
 
 
 def is_number(module: nn.Module, name: str) -> bool:
-    """Whether this attribute of `module` is a number, or a buffer, and so has no gradient."""
+    """Whether this attribute of `module` is a number, or several, or a buffer, and so has no gradient."""
     value = getattr(module, name, module)
+    if type(value) is tuple or type(value) is list:
+        return all([type(part) in SCALARS for part in value])
     return type(value) in SCALARS or (type(value) is Tensor and not value.requires_grad)
 
 
@@ -161,7 +165,8 @@ class ShortPath:
         self.places = places
         self.reach = plan.reach
         if self.reach is not None and plan.own_backward is not None:
-            self.reach = Reach([*self.reach.names, *plan.own_backward.called], self.reach.attributes)
+            names = [*self.reach.names, *plan.own_backward.called]
+            self.reach = Reach(names, self.reach.attributes, self.reach.methods)
         self.function = ShortFunction(plan, layout, places, EAGER)
 
     def globals(self) -> dict[str, Any]:
@@ -322,17 +327,18 @@ class ShortPath:
         """A method of a module all of whose parameters the rule asks for, and which reads nothing else that counts."""
         assert self.reach is not None, "`is_plain` has looked"
         tensors = [arguments[place] for place in self.places]
-        params = [f"_go_{name}" for name in self.function.params]
+        params = [of_module(name) for name in self.function.params]
         unfit = [f"{receiver}._modules", f"_go_len(_go_parameters) != {len(params)}"]
         if self.plan.reserved:  # a buffer may bear that name
             unfit.append(f"{receiver}._buffers")
         for name in self.function.params:
-            unfit.append(f"_go_type(_go_{name} := _go_parameters.get({name!r})) is not _go_Parameter")
-            unfit.append(f"not _go_{name}.requires_grad or {name!r} in _go_state")
+            unfit.append(f"_go_type({of_module(name)} := _go_parameters.get({name!r})) is not _go_Parameter")
+            unfit.append(f"not {of_module(name)}.requires_grad or {name!r} in _go_state")
         unfit += [
             f"not _go_is_number({receiver}, {name!r})"
             for name in sorted(self.reach.attributes - {*self.function.params})
         ]
+        unfit += [f"{name!r} in _go_state" for name in self.reach.methods]
         if self.plan.class_form:
             unfit.append(f"_go_type({receiver}).backward is not _go_own_rule")  # a subclass may have another
             unfit.append("'backward' in _go_state")
@@ -380,6 +386,11 @@ def _alias(name: str) -> str:
 
 def _version(name: str) -> str:
     return f"_go_{name}_version"
+
+
+def of_module(name: str) -> str:
+    """The variable of the generated code for an attribute of the module: none of its own names begins so."""
+    return f"_go_p_{name}"
 
 
 def _wants(name: str) -> str:

@@ -72,6 +72,8 @@ def differentiate(plan: Plan, layout: Layout, receiver: Any, values: Sequence[An
     """Call the forward of `plan` with its rule in force, or with `rule`, if a gradient is wanted at all."""
     if plan.class_form:
         plan = plan.of_instance(receiver)
+    elif plan.own_methods and isinstance(receiver, nn.Module):
+        plan = plan.as_read(receiver)
     if plan.make_as_function is not None and isinstance(receiver, Tensor):
         return plan.called_as_function(layout, receiver, values)
     tracer = tracer_now((receiver, *values))

@@ -36,6 +36,7 @@ from gradoverride._core.python.reach import (
     Reach,
     attribute_names,
     calls_unseen,
+    methods_called,
     names_assigned_in,
     names_changed_in,
     names_filled_in,
@@ -71,6 +72,8 @@ class NamesLeft(NamedTuple):
 
 class Plan:
     """A forward and its rule."""
+
+    _unread: Plan
 
     def __init__(self, forward: Forward, rule: Rule, *, class_form: bool = False, is_edit: bool = False) -> None:
         self.forward = forward
@@ -109,33 +112,7 @@ class Plan:
         self.asks_vjp = "vjp" in self.reserved
         self.asks_params = "params" in self.reserved
         self.asks_module = bool(self.reserved & {"module", "forward"}) or class_form
-        self.reach = Reach.of(self.fn, method=self.takes_receiver)
-        attributes = self.reach.attributes if self.reach is not None else frozenset[str]()
-        self.forward_is_arithmetic = purity.is_arithmetic(self.fn, attributes)
-        self.forward_gives_alike = purity.gives_alike(self.fn)
-        writes = purity.writes(self.fn)
-        # Modules of torch have one forward for both, and `self.inplace` says which it is.
-        self.inplace_tells = writes and "inplace" in attributes and not purity.writes(self.fn, but="inplace")
-        self.forward_may_write = not purity.writes_nothing(self.fn)
-        # Whether it may change a container that it is given.
-        self.forward_may_change = self.forward_may_write or bool(names_assigned_in(self.fn, None))
-        # What it may do with aliases: to attributes that not every tensor has, and to their data.
-        self.attribute_names = attribute_names(self.fn, method=self.takes_receiver)
-        self.uses_attributes = self.reach is None or bool(self.attribute_names)
-        # Whether the forward asks if a tensor requires grad: such a one runs where aliases do as the arguments do, in a
-        # graph. None if that cannot be told before it is called.
-        self.forward_asks_grad = asks_grad(self.fn)
-        self._asking: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-        self._asking_alike: dict[frozenset[weakref.ref[Any]], bool] = {}
-        self.may_give_data = scan.mentions(self.fn, *_GIVING_DATA, *_LAYING_OUT) or calls_unseen(self.fn)
-        # It may lay an argument out anew: that it does to an alias, for the argument's own layout is to be known after.
-        self.may_lay_out = scan.mentions(self.fn, *_LAYING_OUT)
-        # Whether the forward may run in its Function, as one by hand does: what it can reach besides has no gradient.
-        self.runs_inside = self.reach is not None and not (self.asks_vjp or self.may_lay_out)
-        # Whether its result may lie where an argument does, and be no view: as its code shows it, or does not show.
-        self.may_give_memory = self.forward_may_write or scan.mentions(self.fn, *_SHARING)
-        # Whether arguments that the rule asks for are to be kept as they were given: torch counts no write of these.
-        self.keeps_given = purity.normalizes(self.fn) and "argument" in self.sources.values()
+        self._read_forward(forward.owner)
         self.rule_code = code = rule.code
         # Calls read these here: each further dot is time, and a guard where Dynamo traces it.
         self.rule_writes = code.writes
@@ -154,6 +131,38 @@ class Plan:
         self.told_of_state = self.told_of_held = False
         self.layouts = Layouts(forward)
         self.steps = SimpleNamespace()  # Dynamo needs a place to know an object by
+
+    def _read_forward(self, owner: Any) -> None:
+        """What the code of the forward tells, and that of the methods of its class that it calls on its `self`."""
+        mentions = functools.partial(scan.mentions, self.fn, cls=owner)
+        self.own_methods = methods_called(self.fn, owner) if self.takes_receiver else {}
+        self.reach = Reach.of(self.fn, method=self.takes_receiver, owner=owner)
+        attributes = self.reach.attributes if self.reach is not None else frozenset[str]()
+        self.forward_is_arithmetic = purity.is_arithmetic(self.fn, attributes)
+        self.forward_gives_alike = purity.gives_alike(self.fn)
+        writes = purity.writes(self.fn, cls=owner)
+        # Modules of torch have one forward for both, and `self.inplace` says which it is.
+        self.inplace_tells = writes and "inplace" in attributes and not purity.writes(self.fn, but="inplace", cls=owner)
+        self.forward_may_write = not purity.writes_nothing(self.fn, owner)
+        # Whether it may change a container that it is given.
+        self.forward_may_change = self.forward_may_write or bool(names_assigned_in(self.fn, owner))
+        # What it may do with aliases: to attributes that not every tensor has, and to their data.
+        self.attribute_names = attribute_names(self.fn, method=self.takes_receiver)
+        self.uses_attributes = self.reach is None or bool(self.attribute_names)
+        # Whether the forward asks if a tensor requires grad: such a one runs where aliases do as the arguments do, in a
+        # graph. None if that cannot be told before it is called.
+        self.forward_asks_grad = asks_grad(self.fn)
+        self._asking: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self._asking_alike: dict[frozenset[weakref.ref[Any]], bool] = {}
+        self.may_give_data = mentions(*_GIVING_DATA, *_LAYING_OUT) or calls_unseen(self.fn)
+        # It may lay an argument out anew: that it does to an alias, for the argument's own layout is to be known after.
+        self.may_lay_out = mentions(*_LAYING_OUT)
+        # Whether the forward may run in its Function, as one by hand does: what it can reach besides has no gradient.
+        self.runs_inside = self.reach is not None and not (self.asks_vjp or self.may_lay_out)
+        # Whether its result may lie where an argument does, and be no view: as its code shows it, or does not show.
+        self.may_give_memory = self.forward_may_write or mentions(*_SHARING)
+        # Whether arguments that the rule asks for are to be kept as they were given: torch counts no write of these.
+        self.keeps_given = purity.normalizes(self.fn, owner) and "argument" in self.sources.values()
 
     def __reduce__(self) -> NoReturn:
         raise UnsupportedError(
@@ -178,7 +187,8 @@ class Plan:
 
     def _hands_over(self) -> bool:
         """Whether the forward hands over values, or may do so where nobody sees it and the rule asks for one."""
-        if any(scan.calls(fn, save_for_backward) for fn in (self.fn, inspect.unwrap(self.fn))):
+        owner = self.forward.owner
+        if any(scan.calls(fn, save_for_backward, owner) for fn in (self.fn, inspect.unwrap(self.fn))):
             return True
         if self.forward.is_method or {*self.forward.names, *RESERVED}.issuperset(self.rule.asks):
             return False
@@ -242,6 +252,25 @@ class Plan:
         backward = next(owners, cls).backward
         same = backward is self.rule.fn
         self._subclasses[cls] = self if same else Plan(self.forward, Rule(backward, method=True), class_form=True)
+
+    def as_read(self, receiver: Any) -> Plan:
+        """The plan for a receiver: where it has other methods than were read, one that has read none."""
+        replaced = any([name in receiver.__dict__ for name in self.own_methods])
+        if not replaced and self._has_those_read(type(receiver)):
+            return self
+        self._make_unread()
+        return self._unread
+
+    @evaluated_while_tracing
+    def _has_those_read(self, cls: Any) -> bool:
+        return all([standing(cls, name) is method for name, method in self.own_methods.items()])
+
+    @evaluated_while_tracing
+    def _make_unread(self) -> None:
+        if "_unread" not in self.__dict__:
+            self._unread = unread = Plan.__new__(Plan)
+            unread.__dict__.update(self.__dict__, steps=SimpleNamespace())
+            unread._read_forward(None)
 
     def names_kept(self, cls: Any) -> tuple[str, ...]:
         """The attributes in which the forward may keep something from one call of a module of `cls` to the next."""

@@ -15,7 +15,7 @@ from torch import nn
 from gradoverride._core.autograd.ambient import TRACED, autocast_while_tracing
 from gradoverride._core.autograd.function import TOKEN, TracedCut
 from gradoverride._core.binding.layout import Layout
-from gradoverride._core.calls.fast import FittingClasses, is_number
+from gradoverride._core.calls.fast import FittingClasses, is_number, of_module
 from gradoverride._core.calls.plan import Plan
 from gradoverride._core.calls.short_function import ShortFunction
 from gradoverride._core.graph.traced_graph import TracedGraph
@@ -38,7 +38,7 @@ class TracedPath:
         self.places = places
         self.function = ShortFunction(plan, layout, places, TRACED)
         self.layout = layout
-        self.params = {f"_go_{name}": name for name in self.function.params}
+        self.params = {of_module(name): name for name in self.function.params}
         # What the module has under these names; parameters that the rule may answer for without asking are aliased.
         attributes = plan.reach.attributes if plan.reach is not None and plan.takes_receiver else frozenset[str]()
         self.numbers = attributes - {*self.params.values()} - ({"inplace"} if plan.inplace_tells else set())
@@ -60,7 +60,7 @@ class TracedPath:
             plan.note_trace()
             if not plan.rule_code.is_arithmetic and autocast_while_tracing():
                 return False
-            if plan.forward_asks_grad is None and plan.asks_grad_while_tracing():
+            if plan.forward_asks_grad is None and plan.reach is None and plan.asks_grad_while_tracing():
                 return False
             if plan.attribute_names_of(receiver if plan.takes_receiver else None):  # its module may define one below
                 return False
@@ -147,9 +147,11 @@ class TracedPath:
         for name in sorted(self.numbers):
             fits = f"_go_is_number({receiver}, {name!r})"
             if name in self.natural:
-                value = f"_go_{name} := {getattr_}({receiver}, {name!r}, None)"
+                value = f"{of_module(name)} := {getattr_}({receiver}, {name!r}, None)"
                 fits = f"({isinstance_}({value}, _go_Parameter) or {fits})"
             unfit.append(f"not {fits}")
+        if plan.takes_receiver and plan.reach is not None:
+            unfit += [f"{name!r} in {receiver}.__dict__" for name in plan.reach.methods]
         if plan.inplace_tells:
             unfit.append(f"{receiver}.inplace is not False")
         return unfit
@@ -158,7 +160,6 @@ class TracedPath:
         """The code of a call whose result leads to parameters that are left to autograd."""
         if not self.natural:
             return []
-        leads = [
-            f"_go_isinstance(_go_{name}, _go_Parameter) and _go_{name}.requires_grad" for name in sorted(self.natural)
-        ]
+        values = [of_module(name) for name in sorted(self.natural)]
+        leads = [f"_go_isinstance({value}, _go_Parameter) and {value}.requires_grad" for value in values]
         return [f"if {' or '.join(leads)}:", f"    return _go_Flowing.apply(_go_result, {', '.join(inputs)})"]

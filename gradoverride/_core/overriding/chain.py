@@ -23,7 +23,7 @@ __all__ = ["Chain", "Subject", "chain_of", "forward_of", "links"]
 
 def forward_of(base: Any, fn: Any = None) -> Forward:
     """The forward of a class of modules, or what stands for it, as a rule sees it."""
-    return Forward(everywhere.bare_forward(base) if fn is None else fn, name=base.__name__, method=True)
+    return Forward(everywhere.bare_forward(base) if fn is None else fn, name=base.__name__, method=True, owner=base)
 
 
 class Subject(NamedTuple):

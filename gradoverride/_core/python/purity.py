@@ -7,6 +7,7 @@ wrong when a function hides what it does, only slower or reported later.
 from __future__ import annotations
 
 import dis
+from collections.abc import Collection
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, ModuleType
 from typing import Any
 
@@ -15,7 +16,15 @@ from torch import Tensor
 
 from gradoverride._core.python.by_class import once_per_class
 from gradoverride._core.python.bytecode import CALLS, CELL, JUMPS, LOCAL, instructions, is_called, uses
-from gradoverride._core.python.scan import constants, global_names, mentions, named_values, reachable, value_of
+from gradoverride._core.python.scan import (
+    constants,
+    global_names,
+    mentions,
+    named_values,
+    own_methods,
+    reachable,
+    value_of,
+)
 
 __all__ = [
     "class_normalizes",
@@ -29,13 +38,14 @@ __all__ = [
 ]
 
 
-def writes(fn: Any, but: str = "") -> bool:
-    """Whether the code of `fn` may write into a tensor: `t[...] =`, `t += `, `t.mul_()`, `out=`, `self.inplace`.
+def writes(fn: Any, but: str = "", cls: Any = None) -> bool:
+    """Whether the code of `fn`, a method of `cls` perhaps, may write into a tensor: `t[...] =`, `t += `, `t.mul_()`,
+    `out=`, `self.inplace`.
 
     The option `but` is taken to be off.
     """
     options = {*_WRITING_OPTIONS} - {but}
-    for _, code in reachable(fn):
+    for _, code in reachable(fn, cls=cls):
         if any(_is_inplace_name(name) or name in options for name in code.co_names):
             return True
         if any(constant in options for constant in constants(code)):
@@ -135,28 +145,28 @@ _ALGEBRA = frozenset(
 _TRANSPOSED = frozenset({"H", "T", "mH", "mT"})
 
 
-def writes_nothing(fn: Any) -> bool:
+def writes_nothing(fn: Any, cls: Any = None) -> bool:
     """Whether the code of `fn` shows that it writes into no tensor that it is given.
 
-    It calls only methods that are known, what torch computes with, functions of its own module, and a few builtins.
-    What calls anything else may write: such a rule is handed a copy.
+    It calls only methods that are known, those of its `cls`, what torch computes with, functions of its own module, and
+    a few builtins. What calls anything else may write: such a rule is handed a copy.
     """
     if getattr(fn, "writes_nothing", False):  # says so itself
         return True
-    found = list(reachable(fn))
-    if not found or writes(fn):
+    found = list(reachable(fn, cls=cls))
+    if not found or writes(fn, cls=cls):
         return is_arithmetic(fn)  # a builtin
     own = {function.__module__ for function, _ in found}
     for function, code in found:
         for name in global_names(code):
             if name not in function.__globals__ and name not in _HARMLESS_BUILTINS:
                 return False
-        if not _calls_what_is_harmless(function, code, own):
+        if not _calls_what_is_harmless(function, code, own, own_methods(function, cls)):
             return False
     return all(_is_harmless(value, own) for function, _ in found for value in named_values(function))
 
 
-def _calls_what_is_harmless(function: FunctionType, code: CodeType, own: set[str]) -> bool:
+def _calls_what_is_harmless(function: FunctionType, code: CodeType, own: set[str], methods: Collection[str]) -> bool:
     """What comes out of modules is looked at, what is called on other values is known by its name."""
     steps = instructions(code)
     for index, step in enumerate(steps):
@@ -177,6 +187,8 @@ def _calls_what_is_harmless(function: FunctionType, code: CodeType, own: set[str
                     return False
                 continue
             held = place == 1 and variable in _HOLDERS
+            if held and name in methods:  # the code of which is looked at itself
+                continue
             if called and place == len(use.attributes) and (held or not _is_known_method(name) or not _is_plain(value)):
                 return False
             value = None
@@ -250,7 +262,7 @@ _HARMLESS_MODULES = frozenset(
     {
         *("math", "torch", "torch.functional", "torch.linalg", "torch.special", "torch.fft", "torch._linalg_utils"),
         *("torch._C._fft", "torch._C._linalg", "torch._C._nn", "torch._C._special"),
-        *("torch.nn", "torch.nn.functional", "torch.nn.grad"),
+        *("torch.nn", "torch.nn.functional", "torch.nn.grad", "torch.nn.modules.utils"),
         *("torch.amp", "torch.amp.autocast_mode", "torch.autograd.grad_mode", "torch.compiler"),
     }
 )
@@ -294,9 +306,9 @@ def _is_write(instruction: dis.Instruction) -> bool:
 # --- writes that torch does not count ---
 
 
-def normalizes(fn: Any) -> bool:
+def normalizes(fn: Any, cls: Any = None) -> bool:
     """Whether the code of `fn` may update running statistics, a write that torch does not count."""
-    return mentions(fn, *_NORMS)
+    return mentions(fn, *_NORMS, cls=cls)
 
 
 _NORMS = ("batch_norm", "instance_norm")

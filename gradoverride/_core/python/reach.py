@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import sys
+from collections.abc import Collection
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -18,12 +19,12 @@ from torch import nn
 
 from gradoverride._core.python import scan
 from gradoverride._core.python.by_class import once_per_class, standing
-from gradoverride._core.python.bytecode import CALLS, LOCAL, instructions, uses
+from gradoverride._core.python.bytecode import CALLS, LOCAL, Use, instructions, uses
 from gradoverride._core.python.residuals import save_for_backward
 
 __all__ = [
     *("SCALARS", "Name", "Reach", "attribute_names", "attributes_of_first", "calls_unseen", "calls_what_it_is_given"),
-    *("names_assigned_by", "names_assigned_in", "names_changed_in", "names_filled_in", "names_in"),
+    *("methods_called", "names_assigned_by", "names_assigned_in", "names_changed_in", "names_filled_in", "names_in"),
 ]
 
 SCALARS = frozenset({int, float, bool, complex, str, type(None), torch.dtype, torch.device})
@@ -43,28 +44,34 @@ class Name(NamedTuple):
 class Reach:
     """The names that a forward refers to, and what they may stand for.
 
-    `attributes` are those of its `self` that it reads; it does nothing else with it.
+    `attributes` are those of its `self` that it reads, `methods` those that it calls; it does nothing else with it.
     """
 
-    def __init__(self, names: list[Name], attributes: frozenset[str]) -> None:
+    def __init__(self, names: list[Name], attributes: frozenset[str], methods: dict[str, FunctionType]) -> None:
         self.names = names
         self.attributes = attributes
+        self.methods = methods
 
     @classmethod
-    def of(cls, fn: Any, *, method: bool) -> Reach | None:
-        """The reach of `fn`, or None if its code does not tell."""
+    def of(cls, fn: Any, *, method: bool, owner: Any = None) -> Reach | None:
+        """The reach of `fn`, a method of the class `owner` perhaps, or None if its code does not tell."""
         function = scan.python_function(fn)
         if function is None:  # a builtin
             known = isinstance(fn, BuiltinFunctionType) or type(fn).__name__ == "method_descriptor"
-            return (
-                cls([], frozenset()) if known and _is_of_library(getattr(fn, "__module__", None) or "torch") else None
-            )
+            known = known and _is_of_library(getattr(fn, "__module__", None) or "torch")
+            return cls([], frozenset(), {}) if known else None
         if fn is not function:  # a partial, a bound method, an object: they hold values of their own
             return None
-        attributes = attributes_of_first(function.__code__) if method else frozenset()
-        names: list[Name] = []
-        own = {helper.__module__ for helper, _ in scan.reachable(fn)}
-        for helper, code in scan.reachable(fn):
+        methods = methods_called(function, owner) if method else {}
+        attributes = frozenset[str]()
+        for one in (function, *methods.values()) if method else ():
+            read = attributes_of_first(one.__code__, methods)
+            if read is None:
+                return None
+            attributes |= read
+        names = [Name(*_place_of(owner, key), value) for key, value in methods.items()]
+        own = {helper.__module__ for helper, _ in scan.reachable(fn, cls=owner)}
+        for helper, code in scan.reachable(fn, cls=owner):
             if _depends_on_grad_mode(code) or (helper is not function and not _is_bare(helper)):
                 return None
             if calls_what_it_is_given(code):
@@ -72,10 +79,12 @@ class Reach:
             if _hands_on_a_function(helper, code):
                 return None
             in_modules = [*scan.of_modules(helper, code)]
-            receiver = code.co_varnames[0] if attributes and helper is function and code.co_varnames else None
+            receives = method and code is helper.__code__ and (helper is function or helper in methods.values())
+            receiver = code.co_varnames[0] if receives else None
             if not all(_is_known_attribute(key, in_modules) for key in _attributes_but_of(receiver, code)):
                 return None
-            if not all(_is_known_method(key, in_modules) for key in _method_names(code)):
+            others = _method_names(code, receiver, methods)
+            if not all(_is_known_method(key, in_modules) for key in others):
                 return None
             found = [*scan.named(helper, code), *in_modules]
             for key in _builtin_names(helper, code):
@@ -89,7 +98,7 @@ class Reach:
                 if value is not scan.NOTHING and type(value) not in SCALARS and not _is_free_of_tensors(value, own):
                     return None
                 names.append(Name(where, key, value))
-        return None if attributes is None else cls(names, attributes)
+        return cls(names, attributes, methods)
 
     def conditions(self) -> tuple[str, dict[str, Any]]:
         """Code that is true when a name stands for something else now, and the globals of that code."""
@@ -108,6 +117,18 @@ class Reach:
         """Whether none stands for something else now."""
         code, known = self.conditions()
         return not code or not eval(code, known)
+
+
+def methods_called(fn: Any, owner: Any) -> dict[str, FunctionType]:
+    """By name, the methods of the class `owner` that this one calls, and that these call in turn."""
+    found: dict[str, FunctionType] = {}
+    waiting = [scan.python_function(fn)] if owner is not None else []
+    while waiting:
+        function = waiting.pop()
+        new = {} if function is None else scan.own_methods(function, owner)
+        waiting += [method for name, method in new.items() if name not in found]
+        found.update(new)
+    return found
 
 
 def calls_unseen(fn: Any) -> bool:
@@ -152,7 +173,8 @@ def attribute_names(fn: Any, *, method: bool, cls: Any = None) -> tuple[str, ...
     found: set[str] = set()
     for function, code, is_method in scan.codes_of(fn, cls):
         known = [*scan.of_modules(function, code)]
-        receiver = code.co_varnames[0] if method and is_method and code.co_varnames else None
+        receives = method and is_method and code is function.__code__ and code.co_varnames
+        receiver = code.co_varnames[0] if receives else None
         names = _attributes_but_of(receiver, code) | _given_as_texts(code)
         found |= {name for name in names if not _is_known_attribute(name, known)}
     return tuple(sorted(found))
@@ -287,9 +309,14 @@ def _is_unseen(value: Any) -> bool:
     return not isinstance(value, BuiltinFunctionType) and not _is_of_library(type(value).__module__)
 
 
-def _method_names(code: CodeType) -> set[str]:
-    """The names of the methods that `code` calls."""
-    return {use.attributes[-1] for use in uses(code) if use.is_method}
+def _method_names(code: CodeType, receiver: str | None = None, own: Collection[str] = ()) -> set[str]:
+    """The names of the methods that `code` calls, but for its `own` on its `self`."""
+    called = [use for use in uses(code) if use.is_method]
+    return {use.attributes[-1] for use in called if not _is_own_method(use, receiver, own)}
+
+
+def _is_own_method(use: Use, receiver: str | None, own: Collection[str]) -> bool:
+    return (use.kind, use.name) == (LOCAL, receiver) and len(use.attributes) == 1 and use.attributes[0] in own
 
 
 def _builtin_names(function: FunctionType, code: CodeType) -> list[str]:
@@ -365,12 +392,22 @@ _TELLING = frozenset(
 )
 
 
-def attributes_of_first(code: CodeType) -> frozenset[str] | None:
-    """The attributes of its first parameter that a function reads, if it does nothing else with it."""
+def _place_of(owner: type, name: str) -> tuple[Any, str]:
+    """Where a method stands."""
+    return next(vars(base) for base in owner.__mro__ if name in vars(base)), name
+
+
+def attributes_of_first(code: CodeType, own: Collection[str] = ()) -> frozenset[str] | None:
+    """The attributes of its first parameter that a function reads, if it does nothing else with it than to call these
+    methods of its `own`.
+    """
+    if not code.co_argcount:
+        return None
     first = code.co_varnames[0]
     if first in code.co_cellvars:
         return None
     found = [use for use in uses(code) if (use.kind, use.name) == (LOCAL, first)]
+    found = [use for use in found if not (use.is_method and _is_own_method(use, first, own))]
     if not all([len(use.attributes) > use.is_method + (use.way != "LOAD") for use in found]):
         return None
     return frozenset([use.attributes[0] for use in found])

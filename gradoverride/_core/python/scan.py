@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection, Iterator
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+from torch import nn
+
 from gradoverride._core.python import bytecode
 from gradoverride._core.python.by_class import named_in, standing
 
@@ -36,6 +38,7 @@ __all__ = [
     "named",
     "named_values",
     "of_modules",
+    "own_methods",
     "parts_of",
     "python_function",
     "reachable",
@@ -66,8 +69,12 @@ def is_of_library(module: Any) -> bool:
 _LIBRARIES = frozenset({"torch", "numpy", "gradoverride", *sys.stdlib_module_names})
 
 
-def reachable(fn: Any, seen: set[FunctionType] | None = None) -> Iterator[tuple[FunctionType, CodeType]]:
-    """The code of `fn`, what is nested in it, and the functions of the same module that it names."""
+def reachable(
+    fn: Any, seen: set[FunctionType] | None = None, cls: Any = None
+) -> Iterator[tuple[FunctionType, CodeType]]:
+    """The code of `fn`, what is nested in it, and the functions of the same module that it names; of a method of `cls`
+    that of the methods besides that it calls on its `self`.
+    """
     seen = set() if seen is None else seen
     for part in getattr(fn, "rules", ()):  # a `chain` of them
         yield from reachable(part, seen)
@@ -81,6 +88,17 @@ def reachable(fn: Any, seen: set[FunctionType] | None = None) -> Iterator[tuple[
         helper = python_function(value) if isinstance(value, (FunctionType, functools.partial)) else None
         if helper is not None and helper.__module__ == function.__module__:
             yield from reachable(helper, seen)
+    for method in own_methods(function, cls).values():
+        yield from reachable(method, seen, cls)
+
+
+def own_methods(function: FunctionType, cls: Any) -> dict[str, FunctionType]:
+    """By name, the methods of `cls` that a method of it calls on its `self`; not those of all modules."""
+    code = function.__code__
+    called = [use for use in bytecode.uses(code) if cls is not None and use.kind == bytecode.LOCAL and use.is_method]
+    names = [use.attributes[0] for use in called if (use.name,) == code.co_varnames[:1] and len(use.attributes) == 1]
+    found = {name: standing(cls, name) for name in names if name not in vars(nn.Module)}
+    return {name: method for name, method in found.items() if isinstance(method, FunctionType)}
 
 
 def codes_of(fn: Any, cls: Any) -> Iterator[tuple[FunctionType, CodeType, bool]]:
@@ -100,6 +118,7 @@ def codes_of(fn: Any, cls: Any) -> Iterator[tuple[FunctionType, CodeType, bool]]
                 own = [one for name in code.co_names for one in named_in(code, cls, name)]
                 methods = [python_function(one.fget if isinstance(one, property) else one) for one in own]
                 waiting += [(method, True) for method in methods if method is not None and _is_own(method)]
+                waiting += [(method, True) for method in own_methods(function, cls).values()] if is_method else []
 
 
 def _is_own(function: FunctionType) -> bool:
@@ -198,9 +217,9 @@ def called_in(function: FunctionType, use: bytecode.Use) -> FunctionType | None:
     return value if isinstance(value, FunctionType) and _is_own(value) else None
 
 
-def mentions(fn: Any, *names: str) -> bool:
+def mentions(fn: Any, *names: str, cls: Any = None) -> bool:
     """Whether the code that `fn` shows has one of these names (of a global, an attribute, a method)."""
-    return any(not frozenset(code.co_names).isdisjoint(names) for _, code, _ in codes_of(fn, None))
+    return any(not frozenset(code.co_names).isdisjoint(names) for _, code, _ in codes_of(fn, cls))
 
 
 def accumulates(fn: Any) -> bool:
@@ -216,11 +235,11 @@ def accumulates(fn: Any) -> bool:
     return False
 
 
-def calls(fn: Any, target: Callable[..., Any]) -> bool:
+def calls(fn: Any, target: Callable[..., Any], cls: Any = None) -> bool:
     """Whether the code of `fn` names `target`, under its own name or another."""
-    if mentions(fn, target.__name__):
+    if mentions(fn, target.__name__, cls=cls):
         return True
-    return any(value is target for function, _, _ in codes_of(fn, None) for value in named_values(function))
+    return any(value is target for function, _, _ in codes_of(fn, cls) for value in named_values(function))
 
 
 def called_once(fn: Any, name: str) -> bool:
