@@ -13,6 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 import gradoverride as go
 from benchmarks import compiled
@@ -21,7 +22,8 @@ from benchmarks.timing import MILLISECONDS, Case, Effort, Pair, Samples, forward
 
 DEPTH = 12  # overridden modules in a model
 MODULES = 1000  # in the large one
-SIZES = {"small": (32, 64), "large": (256, 512)}  # rows and width: where overhead shows, and as it is used
+ROWS = {"small": (32, 64), "large": (256, 512)}  # and width: where overhead shows, and as it is used
+IMAGES = {"small": (2, 8, 8, 8), "large": (16, 64, 16, 16)}
 
 Rules = dict[Any, Callable[..., Any]]
 
@@ -31,7 +33,7 @@ def cases() -> list[Case]:
         *(
             ratio(f"overrides: {DEPTH} {kind}, {size}", LIMITS[kind][0], functools.partial(pair, kind, shape))
             for kind in MODELS
-            for size, shape in SIZES.items()
+            for size, shape in sizes_of(kind).items()
         ),
         *(
             ratio(
@@ -40,7 +42,7 @@ def cases() -> list[Case]:
                 functools.partial(compiled.pair, functools.partial(sides_of, kind, shape)),
             )
             for kind in MODELS
-            for size, shape in SIZES.items()
+            for size, shape in sizes_of(kind).items()
         ),
         *(
             Case(
@@ -102,28 +104,71 @@ class LinearByHand(nn.Linear):
         return Linear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]  # torch's own
 
 
-MODELS: dict[str, tuple[Rules, type[nn.Module], type[nn.Module]]] = {
-    "ReLUs": ({nn.ReLU: guided}, nn.Linear, GuidedByHand),
-    "ReLUs by vjp": ({nn.ReLU: guided_by_vjp}, nn.Linear, GuidedByHand),
-    "linear layers": ({nn.Linear: linear}, LinearByHand, nn.ReLU),
+def convolution(grad_output: Tensor, input: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    return dict(zip(("input", "weight", "bias"), of_convolution(grad_output, input, weight), strict=True))
+
+
+def of_convolution(grad_output: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    into_x = conv2d_input(x.shape, weight, grad_output, padding=1)
+    return into_x, conv2d_weight(x, weight.shape, grad_output, padding=1), grad_output.sum((0, 2, 3))
+
+
+class Convolution(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return of_convolution(grad_output, *ctx.saved_tensors)
+
+
+class ConvolutionByHand(nn.Conv2d):
+    def forward(self, x: Tensor) -> Any:
+        return Convolution.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]  # torch's own
+
+
+THREE_BY_THREE = {"kernel_size": 3, "padding": 1}
+
+# By kind, the rules, what stands between the ReLUs, and the same two by hand.
+MODELS: dict[str, tuple[Rules, Any, Any, type[nn.Module]]] = {
+    "ReLUs": ({nn.ReLU: guided}, nn.Linear, nn.Linear, GuidedByHand),
+    "ReLUs by vjp": ({nn.ReLU: guided_by_vjp}, nn.Linear, nn.Linear, GuidedByHand),
+    "linear layers": ({nn.Linear: linear}, nn.Linear, LinearByHand, nn.ReLU),
+    "convolutions": (
+        {nn.Conv2d: convolution},
+        functools.partial(nn.Conv2d, **THREE_BY_THREE),
+        functools.partial(ConvolutionByHand, **THREE_BY_THREE),
+        nn.ReLU,
+    ),
 }
 
 # Eager, and compiled. Under `vjp` a graph is kept for what by hand, who knows the derivative, is one comparison.
-LIMITS = {"ReLUs": (1.05, 1.02), "ReLUs by vjp": (2.00, 1.20), "linear layers": (1.05, 1.02)}
+LIMITS = {
+    "ReLUs": (1.05, 1.02),
+    "ReLUs by vjp": (2.00, 1.20),
+    "linear layers": (1.05, 1.02),
+    "convolutions": (1.05, 1.02),
+}
 
 
-def sides_of(kind: str, shape: tuple[int, int]) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
-    rules, linear_by_hand, relu_by_hand = MODELS[kind]
-    ours, reference = model(shape[1], nn.Linear, nn.ReLU), model(shape[1], linear_by_hand, relu_by_hand)
+def sizes_of(kind: str) -> dict[str, tuple[int, ...]]:
+    return dict(IMAGES if kind == "convolutions" else ROWS)
+
+
+def sides_of(kind: str, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
+    rules, layer, layer_by_hand, relu_by_hand = MODELS[kind]
+    ours, reference = model(shape[1], layer, nn.ReLU), model(shape[1], layer_by_hand, relu_by_hand)
     go.override(ours, rules)
     return ours, reference, (shape,)
 
 
-def model(width: int, linear: Any, relu: Any) -> nn.Module:
-    return put_here(nn.Sequential(*[part for _ in range(DEPTH) for part in (linear(width, width), relu())]))
+def model(width: int, layer: Any, relu: Any) -> nn.Module:
+    return put_here(nn.Sequential(*[part for _ in range(DEPTH) for part in (layer(width, width), relu())]))
 
 
-def pair(kind: str, shape: tuple[int, int]) -> Pair:
+def pair(kind: str, shape: tuple[int, ...]) -> Pair:
     ours, reference, _ = sides_of(kind, shape)
     x, grad = leaf(*shape), ones(*shape)
     return Pair(

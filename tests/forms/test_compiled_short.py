@@ -243,3 +243,68 @@ def test_overridden_layers_take_dynamo_few_steps():
         on.setattr(Translator, "step", lambda self: steps.append(1) or step(self))
         torch.compile(model, backend="aot_eager", fullgraph=True)(noise(3, 4)).sum().backward()
     assert len(steps) / 10 < 1200, len(steps)
+
+
+class ReadsInNested(nn.Module):
+    def forward(self, x):
+        return sum((lambda t: t.step * t)(one) for one in [x])
+
+
+class ReadsInMapped(nn.Module):
+    def forward(self, x):
+        return sum(map(lambda t: t.step * t, [x]))  # noqa: C417  # that is what is tested
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("cls", [ReadsInNested, ReadsInMapped])
+def test_attribute_of_a_tensor_that_a_nested_function_reads_is_there(cls, compiled):
+    module, x = cls(), noise(3)
+    x.step = 4.0
+    with go.override(module, {module: lambda grad_output: 7 * grad_output}):
+        y = (torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module)(x)
+        y.sum().backward()
+    closely(y.detach(), 4 * x.detach())
+    closely(x.grad, torch.full_like(x, 7))
+
+
+NAMES = [
+    "fn",
+    "result",
+    "state",
+    "Tensor",
+    "fits",
+    "params",
+    "Function",
+    "x_alias",
+    "x_wants",
+    "ctx",
+    "answer",
+    "inner",
+]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_parameter_that_is_called_like_a_name_in_the_generated_code(name, compiled):
+    names = {"nn": nn, "go": go}
+    source = f"""
+class Asks(nn.Module):
+    @go.custom_backward(lambda grad_output, x, {name}: {{"x": 7 * grad_output, "{name}": 5 * grad_output}})
+    def forward(self, x):
+        return x * self.{name}
+
+class Leaves(nn.Module):
+    @go.custom_backward(lambda grad_output: 7 * grad_output)
+    def forward(self, x):
+        return x * self.{name}
+"""
+    exec(source, names)
+    for cls, gradient in ((names["Asks"], lambda x: torch.full_like(x, 5)), (names["Leaves"], lambda x: x)):
+        module, x = cls(), noise(3)
+        setattr(module, name, nn.Parameter(noise(3).detach()))
+        run = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+        run(x).sum().backward()
+        closely(x.grad, torch.full_like(x, 7))
+        closely(getattr(module, name).grad, gradient(x.detach()))
+        with torch.no_grad():
+            closely(run(x), x.detach() * getattr(module, name).detach())
