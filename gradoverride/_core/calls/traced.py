@@ -87,12 +87,12 @@ class TracedPath:
             flowing = ShortFunction(plan, self.layout, self.places, TRACED, self.natural)
             names["_go_Flowing"] = flowing.make({**names, **flowing.globals()})
 
-    def body(self, arguments: Sequence[str], receiver: str) -> list[str]:
-        """The code of a call, with these names for the arguments."""
+    def body(self, arguments: Sequence[str], receiver: str, general: str) -> list[str]:
+        """The code of a call, with these names for the arguments; `general` is that of one on the general path."""
         plan = self.plan
         tensors = [arguments[place] for place in self.places]
         inputs = [*tensors, *self.params]
-        general = f"    return _go_general({receiver}, {', '.join(arguments)})"
+        general = f"    {general}"
         # Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604).
         twice = [f"{one} is {other}" for index, one in enumerate(inputs) for other in inputs[:index]]
         lines = [f"if {' or '.join(self._unfit(arguments, receiver))}:", general]

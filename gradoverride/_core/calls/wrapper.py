@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from gradoverride._core.binding.layout import Layout
 from gradoverride._core.binding.signature import POSITIONAL
 from gradoverride._core.calls.fast import Runs, ShortPath, guessed_places, is_plain
 from gradoverride._core.calls.forward_pass import differentiate
@@ -150,6 +151,9 @@ def _source(plan: Plan, names: dict[str, Any], *, short: bool) -> str:
             head += [
                 "    if not kwargs and not _go_compiling():",
                 "        return _go_runs[*map(_go_type, args),](*args)",
+                "    if not kwargs and _go_len(args) == 1:",
+                "        x0, = args",
+                *(f"        {line}" for line in _traced(plan, names, plan.layouts.of(1, ()), [0], ["x0"], general)),
             ]
         return "\n".join([*head, f"    {general}\n"])
     parameters = list(signature.parameters.values())
@@ -197,18 +201,32 @@ def _short(plan: Plan, names: dict[str, Any], arguments: list[str], receiver: st
     if not places:
         return ["    if _go_compiling():", f"    {general}", otherwise]
     layout = names["_go_runs"].layout
-    path, traced = ShortPath(plan, layout, places), TracedPath(plan, layout, places)
+    path = ShortPath(plan, layout, places)
     names.update({**path.globals(), **names})
-    compiled = [general]
-    if traced.exists:
-        traced.define(names)
-        compiled = [f"    {line}" for line in traced.body(arguments, receiver)]
+    compiled = _traced(plan, names, layout, places, arguments, general.strip(), receiver)
     others = [
         f"_go_type({name}) is not _go_Tensor" if index in places else f"_go_type({name}) not in _go_SCALARS"
         for index, name in enumerate(arguments)
     ]
-    head = ["    if _go_compiling():", *(f"    {line}" for line in compiled)]
+    head = ["    if _go_compiling():", *(f"        {line}" for line in compiled)]
     return [*head, f"    if {' or '.join(others)}:", f"    {otherwise}", *path.body(arguments, receiver)]
+
+
+def _traced(
+    plan: Plan,
+    names: dict[str, Any],
+    layout: Layout,
+    places: list[int],
+    arguments: list[str],
+    general: str,
+    receiver: str = "None",
+) -> list[str]:
+    """The code of a call that Dynamo traces."""
+    path = TracedPath(plan, layout, places)
+    if not path.exists:
+        return [general]
+    path.define(names)
+    return path.body(arguments, receiver, general)
 
 
 def _without_graph(plan: Plan, receiver: str, passed: str, general: str) -> list[str]:
