@@ -48,8 +48,9 @@ class ShortFunction:
     """The code of a Function for calls of `plan` whose tensors stand at `places`. Its own names begin with `_go_`.
 
     Before the tensors it takes a `box`, a tuple of all else: the result of a forward that has run, or what that needs
-    to run here. (Under Dynamo there is the bare result, and with `vjp` the aliases that the forward ran on.) The
-    gradient of the result also flows on to the parameters of these names, `flows_to`, which are left to autograd.
+    to run here. (Under Dynamo there is the bare result and what else the rule asks for, and with `vjp` the aliases that
+    the forward ran on.) The gradient of the result also flows on to the parameters of these names, `flows_to`, which
+    are left to autograd.
     """
 
     def __init__(
@@ -79,7 +80,6 @@ class ShortFunction:
         else:
             self.boxed[:0] = ["result", "ctx.graph", "token"] if plan.asks_vjp else ["result"]
         self.aliases = [f"alias_{self.names[place]}" for place in places] if mode == TRACED and plan.asks_vjp else []
-        self.leading = len(self.aliases) + (1 if self.boxed else 0)  # the inputs before the tensors
         self.saves: list[str] = []  # names of tensors, in the order in which they are saved
         self.asks: list[str] = []  # what the rule is called with, besides the gradient
         self.constants: list[str] = []
@@ -88,6 +88,11 @@ class ShortFunction:
         if own is not None:
             self.saves += [f"p_{name}" for name in own.read if name in own.assigned]
             self.constants += ["receiver"] if self.numbers else []
+        # What comes before the tensors: the box, or the bare result and more.
+        handed_over = [f"r_{name}" for name in self.residuals]
+        self.more = [] if mode == EAGER else [*dict.fromkeys(self.constants), *handed_over, *self.aliases]
+        self.leading = len(self.more) + (1 if self.boxed else 0)
+        self.asks = [asked or f"needs={self._needs()}" for asked in self.asks]
         self.marked = plan.marked and mode == EAGER and bool(self.saves) and not plan.asks_vjp
         # Of these the rule gets aliases, which are no gradients as they stand: see `apart`. (A trace has no memory.)
         aliases = [name for name in self.saves if name == "result" or name.startswith("r_")]
@@ -107,7 +112,7 @@ class ShortFunction:
             self.asks.append(f"vjp=_go_ShortVjp(_go_path, {pull}, ({', '.join(self._kept)},), grad_output)")
             return
         if source == "reserved" and name == "needs":
-            self.asks.append(f"needs={self._needs()}")
+            self.asks.append("")  # once it is known what comes before the tensors
             return
         if name in self.residuals:
             value = f"r_{name}"
@@ -184,8 +189,8 @@ class ShortFunction:
     def forward_source(self) -> str:
         """The code of its forward."""
         traced = self.mode == TRACED
-        leading = ["result" if traced else "box"] if self.leading else []
-        lines = [f"def forward({', '.join(['ctx', *leading, *self.aliases, *self.tensors])}):"]
+        first = ["result" if traced else "box"] if self.boxed else []
+        lines = [f"def forward({', '.join(['ctx', *first, *self.more, *self.tensors])}):"]
         if traced:
             lines += ["    inner = result"] if self.plan.asks_vjp else []
             lines += ["    result = result.clone()", "    ctx.metas = None"]
@@ -208,7 +213,7 @@ class ShortFunction:
             lines += [f"    if not ({alike}):", f"        ctx.metas = ({metas},)"]
             if self.plan.straight_through and not self.saves:
                 lines.append(f"        _go_check_straight_through({self.tensors[0]}.shape, result.shape)")
-        returned = "(result, *floating)" if self.residuals else "result"
+        returned = "(result, *floating)" if self.residuals and not traced else "result"
         return "\n".join([*lines, f"    return {returned}"]) + "\n"
 
     def _run(self) -> list[str]:
@@ -288,7 +293,7 @@ class ShortFunction:
     def backward_source(self) -> str:
         """The code of its backward: the rule is asked, and its answer is read."""
         head = ["def backward(ctx, grad_output):"]
-        if self.residuals:
+        if self.residuals and self.mode == EAGER:
             head = [
                 "def backward(ctx, grad_output, *of_residuals):",
                 "    if of_residuals:",

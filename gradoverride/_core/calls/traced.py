@@ -45,8 +45,7 @@ class TracedPath:
         self.natural = frozenset[str]() if self.params else self.numbers - plan.may_answer
         # Other calls take the general path.
         writes = plan.forward_may_write and not plan.inplace_tells
-        self.exists = not (plan.class_form or plan.hands_over or writes or self.function.constants)
-        self.exists = self.exists and "needs" not in plan.reserved and not plan.attribute_names
+        self.exists = not (plan.class_form or writes or plan.attribute_names)
         self.exists = self.exists and not (plan.asks_vjp and (plan.reach is None or self.params))
 
     def define(self, names: dict[str, Any]) -> None:
@@ -99,7 +98,8 @@ class TracedPath:
         lines += [f"if {' or '.join(twice)}:", general] if twice else []
         if not (self.params or self.natural):
             wanted = " or ".join(f"{name}.requires_grad" for name in tensors)
-            lines += [f"if not ({wanted}):", f"    return {self.function.called(arguments, receiver)}"]
+            without = general if plan.hands_over else f"    return {self.function.called(arguments, receiver)}"
+            lines += [f"if not ({wanted}):", without]
         given = tensors if self.params else [f"_go_{name}_alias" for name in tensors]
         if self.params:
             lines += ["with _go_no_grad():", f"    _go_result = {self.function.called(arguments, receiver)}"]
@@ -110,13 +110,19 @@ class TracedPath:
                 lines += [f"{alias} = {name}.detach()" for alias, name in zip(given, tensors, strict=True)]
             aliases = dict(zip(tensors, given, strict=True))
             met = [aliases.get(name, name) for name in arguments]
-            lines += [f"_go_result = {self.function.called(met, receiver)}"]
+            lines += self._called(self.function.called(met, receiver))
         unusual = ["not _go_is_tensor(_go_result)", "not _go_result.is_floating_point()"]
         unusual += [] if plan.reach is not None else ["_go_result.requires_grad"]
         unusual += [f"_go_result is {name}" for name in given]
+        handed_over = [f"_go_r_{name}" for name in self.function.residuals]
+        for index, value in enumerate(handed_over):
+            unusual += [f"not _go_is_tensor({value})", f"{value}.requires_grad"]
+            unusual += [f"{value} is {other}" for other in ("_go_result", *given, *handed_over[:index])]
         kept = f"_go_TracedGraph([{', '.join(given)}], {[True] * len(given)})" if plan.asks_vjp else "None"
         found = f"({', '.join(arguments)},), [{', '.join(given)}], _go_result, {kept}, None"
-        cut = [*given, *inputs] if plan.asks_vjp else inputs
+        found += ", _go_frame" if handed_over else ""
+        constants = [arguments[self.function.names.index(name)] for name in dict.fromkeys(self.function.constants)]
+        cut = [*constants, *handed_over, *(given if plan.asks_vjp else []), *inputs]
         return [
             *lines,
             f"if {' or '.join(unusual)}:",
@@ -124,6 +130,15 @@ class TracedPath:
             *self._flowing(cut),
             f"return _go_Function.apply(_go_result, {', '.join(cut)})",
         ]
+
+    def _called(self, call: str) -> list[str]:
+        """The forward, and what it hands over."""
+        names = self.function.residuals
+        if not names:
+            return [f"_go_result = {call}"]
+        found = [f"_go_r_{name} = _go_frame.get({name!r})" for name in names]
+        run = ["try:", f"    _go_result = {call}", "finally:", "    _go_close_frame()"]
+        return ["_go_frame = _go_open_frame()", *run, *found]
 
     def _unfit(self, arguments: Sequence[str], receiver: str) -> list[str]:
         """What makes a call one for the general path."""

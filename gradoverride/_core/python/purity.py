@@ -263,6 +263,7 @@ _HARMLESS_MODULES = frozenset(
         *("math", "torch", "torch.functional", "torch.linalg", "torch.special", "torch.fft", "torch._linalg_utils"),
         *("torch._C._fft", "torch._C._linalg", "torch._C._nn", "torch._C._special"),
         *("torch.nn", "torch.nn.functional", "torch.nn.grad", "torch.nn.modules.utils"),
+        *("gradoverride", "gradoverride._core.python.residuals"),
         *("torch.amp", "torch.amp.autocast_mode", "torch.autograd.grad_mode", "torch.compiler"),
     }
 )
