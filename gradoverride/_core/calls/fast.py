@@ -32,7 +32,7 @@ from gradoverride._core.private.transforms import (
 from gradoverride._core.python.by_class import standing
 from gradoverride._core.python.reach import SCALARS, Reach
 
-__all__ = ["FittingClasses", "Runs", "ShortPath", "guessed_places", "is_number", "is_plain", "of_module"]
+__all__ = ["FittingClasses", "Runs", "ShortPath", "guessed_places", "is_number", "is_plain", "of_module", "reach_of"]
 
 
 def is_plain(plan: Plan) -> bool:
@@ -84,6 +84,14 @@ def guessed_places(plan: Plan) -> list[int]:
     """Where tensors are expected: parameters without a default, or with one that is no scalar."""
     parameters = plan.forward.parameters or []
     return [index for index, p in enumerate(parameters) if p.default is p.empty or type(p.default) not in SCALARS]
+
+
+def reach_of(plan: Plan) -> Reach | None:
+    """What a forward can reach, and what the `backward` of its class calls."""
+    reach = plan.reach
+    if reach is None or plan.own_backward is None:
+        return reach
+    return Reach([*reach.names, *plan.own_backward.called], reach.attributes, reach.methods)
 
 
 class FittingClasses(dict[type, bool]):
@@ -163,10 +171,7 @@ class ShortPath:
         self.plan = plan
         self.layout = layout
         self.places = places
-        self.reach = plan.reach
-        if self.reach is not None and plan.own_backward is not None:
-            names = [*self.reach.names, *plan.own_backward.called]
-            self.reach = Reach(names, self.reach.attributes, self.reach.methods)
+        self.reach = reach_of(plan)
         self.function = ShortFunction(plan, layout, places, EAGER)
 
     def globals(self) -> dict[str, Any]:

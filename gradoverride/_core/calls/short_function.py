@@ -87,7 +87,8 @@ class ShortFunction:
             self._ask(name, source)
         if own is not None:
             self.saves += [f"p_{name}" for name in own.read if name in own.assigned]
-            self.constants += ["receiver"] if self.numbers else []
+            numbers = [f"n_{name}" for name in self.numbers]
+            self.constants += numbers if mode == TRACED else ["receiver"] if numbers else []
         # What comes before the tensors: the box, or the bare result and more.
         handed_over = [f"r_{name}" for name in self.residuals]
         self.more = [] if mode == EAGER else [*dict.fromkeys(self.constants), *handed_over, *self.aliases]
@@ -324,7 +325,9 @@ class ShortFunction:
             first = ["own"]
             lines += ["    own = _go_Self()", f"    own.{TARGETS} = targets = _go_Targets()"]
             lines += [f"    own.{name} = saved_p_{name}" for name in self.own.read if name in self.params]
-            lines += [f"    own.{name} = ctx.constants[-1].{name}" for name in self.numbers]
+            for index, name in enumerate(self.numbers, -len(self.numbers)):
+                number = f"ctx.constants[-1].{name}" if eager else f"ctx.constants[{index}]"
+                lines.append(f"    own.{name} = {number}")
         asked = f"answer = _go_rule({', '.join([*first, handed, *self.asks])})"
         if eager:
             noted = ["    except Exception as error:", "        _go_note(error)", "        raise"]

@@ -15,7 +15,7 @@ from torch import nn
 from gradoverride._core.autograd.ambient import TRACED, autocast_while_tracing
 from gradoverride._core.autograd.function import TOKEN, TracedCut
 from gradoverride._core.binding.layout import Layout
-from gradoverride._core.calls.fast import FittingClasses, is_number, of_module
+from gradoverride._core.calls.fast import FittingClasses, is_number, of_module, reach_of
 from gradoverride._core.calls.plan import Plan
 from gradoverride._core.calls.short_function import ShortFunction
 from gradoverride._core.graph.traced_graph import TracedGraph
@@ -45,12 +45,12 @@ class TracedPath:
         self.natural = frozenset[str]() if self.params else self.numbers - plan.may_answer
         # Other calls take the general path.
         writes = plan.forward_may_write and not plan.inplace_tells
-        self.exists = not (plan.class_form or writes or plan.attribute_names)
+        self.exists = not ((plan.class_form and plan.own_backward is None) or writes or plan.attribute_names)
         self.exists = self.exists and not (plan.asks_vjp and (plan.reach is None or self.params))
 
     def define(self, names: dict[str, Any]) -> None:
         """Put what the code refers to among the names of the wrapper, which has `_go_general` already."""
-        plan, fitting = self.plan, FittingClasses(self.plan)
+        plan, reach, fitting = self.plan, reach_of(self.plan), FittingClasses(self.plan)
 
         # One name for all that is known while tracing: of no instance, or it would be guarded by identity.
         @evaluated_while_tracing
@@ -65,7 +65,7 @@ class TracedPath:
                 return False
             if self.natural and plan.through_aliases:
                 return False
-            known = plan.reach is None or (plan.reach.holds() and (not plan.takes_receiver or fitting[receiver]))
+            known = reach is None or (reach.holds() and (not plan.takes_receiver or fitting[receiver]))
             usual = not (transformed_while_tracing() or forward_mode_around() or torch.compiler.is_exporting())
             return known and usual
 
@@ -77,6 +77,7 @@ class TracedPath:
             _go_TracedGraph=TracedGraph,
             _go_is_number=is_number,
             _go_no_grad=torch.no_grad,
+            _go_own_rule=plan.rule.fn,
             _go_Parameter=nn.Parameter,
             _go_Scalar=tuple(SCALARS),
             _go_TOKEN=TOKEN,
@@ -121,7 +122,9 @@ class TracedPath:
         kept = f"_go_TracedGraph([{', '.join(given)}], {[True] * len(given)})" if plan.asks_vjp else "None"
         found = f"({', '.join(arguments)},), [{', '.join(given)}], _go_result, {kept}, None"
         found += ", _go_frame" if handed_over else ""
-        constants = [arguments[self.function.names.index(name)] for name in dict.fromkeys(self.function.constants)]
+        known = dict(zip(self.function.names, arguments, strict=True))
+        known.update({f"n_{name}": f"{receiver}.{name}" for name in self.function.numbers})
+        constants = [known[name] for name in dict.fromkeys(self.function.constants)]
         cut = [*constants, *handed_over, *(given if plan.asks_vjp else []), *inputs]
         return [
             *lines,
@@ -167,6 +170,11 @@ class TracedPath:
             unfit.append(f"not {fits}")
         if plan.takes_receiver and plan.reach is not None:
             unfit += [f"{name!r} in {receiver}.__dict__" for name in plan.reach.methods]
+        if plan.class_form:  # a subclass may have another
+            unfit += [f"{receiver}.__class__.backward is not _go_own_rule", f"'backward' in {receiver}.__dict__"]
+            numbers = [f"{getattr_}({receiver}, {name!r}, _go_Tensor)" for name in self.function.numbers]
+            unfit += [f"not {isinstance_}({number}, _go_Scalar)" for number in numbers]
+            unfit.append(f"{receiver}._modules or _go_len({receiver}._parameters) != {len(self.params)}")
         if plan.inplace_tells:
             unfit.append(f"{receiver}.inplace is not False")
         return unfit
