@@ -1,4 +1,4 @@
-"""Compiled calls of modules whose parameters are left to autograd, and of rules with `vjp`, which take the short path.
+"""Compiled calls that take the short path (`traced.py`): what each kind of them has, and what sends a call elsewhere.
 
 The oracle is autograd's own derivative of the plain forward, with the rule applied by hand. Conformance, group compile.
 """
@@ -308,3 +308,185 @@ class Leaves(nn.Module):
         closely(getattr(module, name).grad, gradient(x.detach()))
         with torch.no_grad():
             closely(run(x), x.detach() * getattr(module, name).detach())
+
+
+def masked(x):
+    return go.save_for_backward(x.sin(), mask=x > 0)
+
+
+def floating(x):
+    return go.save_for_backward(x.sin(), slope=x.cos())
+
+
+def of_the_result(x):
+    y = x.sin()
+    return go.save_for_backward(y, value=y)
+
+
+def of_the_argument(x):
+    return go.save_for_backward(x.sin(), value=x)
+
+
+def in_a_branch(x, option=False):
+    return go.save_for_backward(x.sin(), slope=x.cos()) if option else x.sin()
+
+
+@go.custom_backward(lambda grad_output, mask: 7 * grad_output * mask)
+def relu_as_inner(x):
+    return go.save_for_backward(x.sin(), mask=x > 0)
+
+
+FUNCTIONS = {
+    "builtin": (go.straight_through(torch.round), lambda x: torch.ones_like(x)),
+    "builtin with a surrogate": (go.straight_through(torch.floor, surrogate=torch.sin), torch.cos),
+    "mask": (go.custom_backward(lambda grad_output, mask: grad_output * mask)(masked), lambda x: (x > 0).double()),
+    "floating": (
+        go.custom_backward(lambda grad_output, slope: 7 * grad_output * slope)(floating),
+        lambda x: 7 * x.cos(),
+    ),
+    "needs": (
+        go.custom_backward(lambda grad_output, needs: 7 * grad_output if needs["x"] else None)(lambda x: x.sin()),
+        lambda x: torch.full_like(x, 7),
+    ),
+    "option": (
+        go.custom_backward(lambda grad_output, factor, x: grad_output * factor * x)(lambda x, factor=3.0: x * factor),
+        lambda x: 3 * x,
+    ),
+    "options": (
+        go.custom_backward(lambda grad_output, second, vjp, first: vjp(grad_output) * second * first)(
+            lambda x, first=2.0, second=5: x.sin()
+        ),
+        lambda x: 10 * x.cos(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_function_on_the_short_path_has_the_gradient_of_its_rule(kind, monkeypatch):
+    function, slope = FUNCTIONS[kind]
+    x = noise(7)
+    monkeypatch.setattr(wrapper, "differentiate", refuse)
+    y = torch.compile(function, backend="aot_eager", fullgraph=True)(x)
+    closely(y.detach(), function(x).detach())
+    g = noise(7, grad=False)
+    y.backward(g)
+    closely(x.grad, g * slope(x.detach()))
+
+
+@pytest.mark.parametrize("forward", [of_the_result, of_the_argument])
+def test_tensor_that_is_handed_over_and_something_else_too_is_what_it_was(forward):
+    function = go.custom_backward(lambda grad_output, value: grad_output * value)(forward)
+    x = noise(7)
+    torch.compile(function, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    closely(x.grad, x.detach().sin() if forward is of_the_result else x.detach())
+
+
+def test_what_is_handed_over_in_one_branch_may_be_missing_in_the_other():
+    def rule(grad_output, slope=None):
+        return 7 * grad_output if slope is None else grad_output * slope
+
+    function = go.custom_backward(rule)(in_a_branch)
+    run = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for option in (False, True):
+        x = noise(7)
+        run(x, option).sum().backward()
+        closely(x.grad, x.detach().cos() if option else torch.full_like(x, 7))
+
+
+def test_what_an_inner_call_without_a_gradient_hands_over_is_not_the_outer_ones():
+    """Outside of a call of its own, what is handed over goes to the call around it."""
+
+    @go.custom_backward(lambda grad_output, mask=None: grad_output if mask is None else grad_output * 0)
+    def outer(x):
+        return x + relu_as_inner(torch.ones_like(x))
+
+    x = noise(7)
+    torch.compile(outer, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    closely(x.grad, torch.ones_like(x))
+
+
+def test_option_that_changes_from_call_to_call_is_that_of_the_call():
+    function = go.custom_backward(lambda grad_output, factor: grad_output * factor)(lambda x, factor: x * factor)
+    run = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for factor in (2, 3, 5, 2.5, 3.5):
+        x = noise(7)
+        run(x, factor).sum().backward()
+        closely(x.grad, torch.full_like(x, factor))
+
+
+@go.custom_backward
+class OfClass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(noise(4).detach())
+        self.factor, self.flag = 3.0, True
+
+    def forward(self, x):
+        return x * self.weight * self.factor
+
+    def backward(self, grad_output, x):
+        self.weight.grad = (grad_output * x * 11 * self.factor).sum(0)
+        return grad_output * self.weight * 7 if self.flag else grad_output
+
+
+class OtherBackward(OfClass):
+    def backward(self, grad_output, x):
+        self.weight.grad = grad_output.sum(0)
+        return 100 * grad_output
+
+
+@go.custom_backward
+class LeavesOut(OfClass):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(noise(4).detach())
+
+
+@go.custom_backward
+class InABranch(OfClass):
+    def backward(self, grad_output, x):
+        if self.flag:
+            self.weight.grad = None
+        return grad_output
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_class_with_a_backward_takes_the_short_path(flag, monkeypatch):
+    module, x = OfClass(), noise(3, 4)
+    module.flag = flag
+    monkeypatch.setattr(wrapper, "differentiate", refuse)
+    y = torch.compile(module, backend="aot_eager", fullgraph=True)(x)
+    g = noise(3, 4, grad=False)
+    y.backward(g)
+    closely(x.grad, g * module.weight.detach() * 7 if flag else g)
+    closely(module.weight.grad, (g * x.detach()).sum(0) * 33)
+
+
+def test_number_that_a_backward_reads_is_that_of_the_call():
+    module = OfClass()
+    run = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for factor in (2.0, 5.0):
+        module.factor, module.weight.grad, x = factor, None, noise(3, 4)
+        run(x).sum().backward()
+        closely(module.weight.grad, x.detach().sum(0) * 11 * factor)
+
+
+def test_backward_of_a_subclass_is_its_own():
+    module, x = OtherBackward(), noise(3, 4)
+    torch.compile(module, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    closely((x.grad, module.weight.grad), (torch.full_like(x, 100), torch.full_like(module.weight, 3)))
+
+
+@pytest.mark.parametrize(("cls", "name"), [(LeavesOut, "bias"), (InABranch, "weight")])
+def test_parameter_that_a_backward_leaves_out_is_told(cls, name):
+    module = cls()
+    module.flag = False
+    with pytest.raises(go.RuleResultError, match=rf"must assign self\.{name}\.grad"):
+        torch.compile(module, backend="aot_eager", fullgraph=True)(noise(3, 4)).sum().backward()
+
+
+def test_gradient_that_a_backward_stops_is_none():
+    module, x = InABranch(), noise(3, 4)
+    torch.compile(module, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    assert module.weight.grad is None
+    closely(x.grad, torch.ones_like(x))
