@@ -13,9 +13,15 @@ gc.set_threshold(200_000, 20, 100)
 
 
 def pytest_collection_modifyitems(items):
-    """Overrides come first: they look for what refers to a function, among all that compilers leave in the process."""
-    compiling = ("test_compile", "test_presets")
-    items.sort(key=lambda item: "overrides" not in item.path.parts or item.path.stem in compiling)
+    """What looks at all that there is comes first: later that is what compilers leave in the process."""
+    items.sort(key=lambda item: not _looks_at_all(item.path))
+
+
+def _looks_at_all(path):
+    """An override looks for what refers to a function; a soak counts objects."""
+    if path.stem in ("test_soak", "test_memory"):
+        return True
+    return "overrides" in path.parts and path.stem not in ("test_compile", "test_presets")
 
 
 @pytest.fixture(autouse=True)
