@@ -35,18 +35,23 @@ class TracedPath:
 
     def __init__(self, plan: Plan, layout: Layout, places: list[int]) -> None:
         self.plan = plan
+        self.layout = layout
         self.places = places
         self.function = ShortFunction(plan, layout, places, TRACED)
-        self.layout = layout
         self.params = {of_module(name): name for name in self.function.params}
         # What the module has under these names; parameters that the rule may answer for without asking are aliased.
         attributes = plan.reach.attributes if plan.reach is not None and plan.takes_receiver else frozenset[str]()
         self.numbers = attributes - {*self.params.values()} - ({"inplace"} if plan.inplace_tells else set())
         self.natural = frozenset[str]() if self.params else self.numbers - plan.may_answer
-        # Other calls take the general path.
+
+    @property
+    def exists(self) -> bool:
+        """Whether there are calls for it at all."""
+        plan = self.plan
         writes = plan.forward_may_write and not plan.inplace_tells
-        self.exists = not ((plan.class_form and plan.own_backward is None) or writes or plan.attribute_names)
-        self.exists = self.exists and not (plan.asks_vjp and (plan.reach is None or self.params))
+        needs_stand_in = plan.class_form and plan.own_backward is None
+        unknown_graph = plan.asks_vjp and (plan.reach is None or bool(self.params))
+        return not (writes or needs_stand_in or unknown_graph or plan.attribute_names)
 
     def define(self, names: dict[str, Any]) -> None:
         """Put what the code refers to among the names of the wrapper, which has `_go_general` already."""
@@ -89,64 +94,70 @@ class TracedPath:
 
     def body(self, arguments: Sequence[str], receiver: str, general: str) -> list[str]:
         """The code of a call, with these names for the arguments; `general` is that of one on the general path."""
-        plan = self.plan
         tensors = [arguments[place] for place in self.places]
-        inputs = [*tensors, *self.params]
-        general = f"    {general}"
-        # Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604).
-        twice = [f"{one} is {other}" for index, one in enumerate(inputs) for other in inputs[:index]]
-        lines = [f"if {' or '.join(self._unfit(arguments, receiver))}:", general]
-        lines += [f"if {' or '.join(twice)}:", general] if twice else []
-        if not (self.params or self.natural):
-            wanted = " or ".join(f"{name}.requires_grad" for name in tensors)
-            without = general if plan.hands_over else f"    return {self.function.called(arguments, receiver)}"
-            lines += [f"if not ({wanted}):", without]
         given = tensors if self.params else [f"_go_{name}_alias" for name in tensors]
-        if self.params:
-            lines += ["with _go_no_grad():", f"    _go_result = {self.function.called(arguments, receiver)}"]
-        else:
-            if plan.asks_vjp:
-                lines.append(f"{', '.join(given)}, = _go_traced_cut.apply(_go_TOKEN, {', '.join(tensors)})")
-            else:
-                lines += [f"{alias} = {name}.detach()" for alias, name in zip(given, tensors, strict=True)]
-            aliases = dict(zip(tensors, given, strict=True))
-            met = [aliases.get(name, name) for name in arguments]
-            lines += self._called(self.function.called(met, receiver))
-        unusual = ["not _go_is_tensor(_go_result)", "not _go_result.is_floating_point()"]
-        unusual += [] if plan.reach is not None else ["_go_result.requires_grad"]
-        unusual += [f"_go_result is {name}" for name in given]
         handed_over = [f"_go_r_{name}" for name in self.function.residuals]
+        graph = f"_go_TracedGraph([{', '.join(given)}], {[True] * len(given)})" if self.plan.asks_vjp else "None"
+        found = f"({', '.join(arguments)},), [{', '.join(given)}], _go_result, {graph}, None"
+        found += ", _go_frame" if handed_over else ""
+        aliases = given if self.plan.asks_vjp else []
+        inputs = [*self._constants(arguments, receiver), *handed_over, *aliases, *tensors, *self.params]
+        return [
+            *self._elsewhere(arguments, tensors, receiver, general),
+            *self._run(arguments, tensors, given, receiver),
+            f"if {' or '.join(self._unusual(given, handed_over))}:",
+            f"    return _go_traced_finish({receiver}, {found}, on_leaves={bool(self.params)})",
+            *self._flowing(inputs),
+            f"return _go_Function.apply(_go_result, {', '.join(inputs)})",
+        ]
+
+    def _elsewhere(self, arguments: Sequence[str], tensors: list[str], receiver: str, general: str) -> list[str]:
+        """The code of calls that are not for this path, or have no gradient."""
+        # Dynamo breaks its graph where a Function gets one tensor twice (pytorch issue 183604).
+        inputs = [*tensors, *self.params]
+        twice = [f"{one} is {other}" for index, one in enumerate(inputs) for other in inputs[:index]]
+        lines = [f"if {' or '.join(self._unfit(arguments, tensors, receiver))}:", f"    {general}"]
+        lines += [f"if {' or '.join(twice)}:", f"    {general}"] if twice else []
+        if self.params or self.natural:
+            return lines
+        wanted = " or ".join(f"{name}.requires_grad" for name in tensors)
+        without = general if self.plan.hands_over else f"return {self.function.called(arguments, receiver)}"
+        return [*lines, f"if not ({wanted}):", f"    {without}"]
+
+    def _run(self, arguments: Sequence[str], tensors: list[str], given: list[str], receiver: str) -> list[str]:
+        """The forward, and what it hands over."""
+        if self.params:
+            return ["with _go_no_grad():", f"    _go_result = {self.function.called(arguments, receiver)}"]
+        lines = [f"{alias} = {name}.detach()" for alias, name in zip(given, tensors, strict=True)]
+        if self.plan.asks_vjp:
+            lines = [f"{', '.join(given)}, = _go_traced_cut.apply(_go_TOKEN, {', '.join(tensors)})"]
+        aliases = dict(zip(tensors, given, strict=True))
+        run = f"_go_result = {self.function.called([aliases.get(name, name) for name in arguments], receiver)}"
+        names = self.function.residuals
+        if not names:
+            return [*lines, run]
+        framed = ["_go_frame = _go_open_frame()", "try:", f"    {run}", "finally:", "    _go_close_frame()"]
+        return [*lines, *framed, *(f"_go_r_{name} = _go_frame.get({name!r})" for name in names)]
+
+    def _unusual(self, given: list[str], handed_over: list[str]) -> list[str]:
+        """What makes a result, or what was handed over, one for the general path."""
+        unusual = ["not _go_is_tensor(_go_result)", "not _go_result.is_floating_point()"]
+        unusual += [] if self.plan.reach is not None else ["_go_result.requires_grad"]
+        unusual += [f"_go_result is {name}" for name in given]
         for index, value in enumerate(handed_over):
             unusual += [f"not _go_is_tensor({value})", f"{value}.requires_grad"]
             unusual += [f"{value} is {other}" for other in ("_go_result", *given, *handed_over[:index])]
-        kept = f"_go_TracedGraph([{', '.join(given)}], {[True] * len(given)})" if plan.asks_vjp else "None"
-        found = f"({', '.join(arguments)},), [{', '.join(given)}], _go_result, {kept}, None"
-        found += ", _go_frame" if handed_over else ""
+        return unusual
+
+    def _constants(self, arguments: Sequence[str], receiver: str) -> list[str]:
+        """Code for what the rule asks for and is no tensor."""
         known = dict(zip(self.function.names, arguments, strict=True))
         known.update({f"n_{name}": f"{receiver}.{name}" for name in self.function.numbers})
-        constants = [known[name] for name in dict.fromkeys(self.function.constants)]
-        cut = [*constants, *handed_over, *(given if plan.asks_vjp else []), *inputs]
-        return [
-            *lines,
-            f"if {' or '.join(unusual)}:",
-            f"    return _go_traced_finish({receiver}, {found}, on_leaves={bool(self.params)})",
-            *self._flowing(cut),
-            f"return _go_Function.apply(_go_result, {', '.join(cut)})",
-        ]
+        return [known[name] for name in dict.fromkeys(self.function.constants)]
 
-    def _called(self, call: str) -> list[str]:
-        """The forward, and what it hands over."""
-        names = self.function.residuals
-        if not names:
-            return [f"_go_result = {call}"]
-        found = [f"_go_r_{name} = _go_frame.get({name!r})" for name in names]
-        run = ["try:", f"    _go_result = {call}", "finally:", "    _go_close_frame()"]
-        return ["_go_frame = _go_open_frame()", *run, *found]
-
-    def _unfit(self, arguments: Sequence[str], receiver: str) -> list[str]:
+    def _unfit(self, arguments: Sequence[str], tensors: list[str], receiver: str) -> list[str]:
         """What makes a call one for the general path."""
         plan = self.plan
-        tensors = [arguments[place] for place in self.places]
         # torch's own code, traced with every Function, has these builtins guarded already.
         isinstance_, getattr_ = [f"_go_{name}" if name in arguments else name for name in ("isinstance", "getattr")]
         unfit = [f"not _go_traced_fits({receiver}.__class__)"]
