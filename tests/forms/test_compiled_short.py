@@ -267,6 +267,19 @@ def test_attribute_of_a_tensor_that_a_nested_function_reads_is_there(cls, compil
     closely(x.grad, torch.full_like(x, 7))
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("cls", [ReadsInNested, ReadsInMapped])
+def test_such_an_attribute_that_requires_grad_is_refused(cls, compiled):
+    module, x = cls(), noise(3)
+    x.step = noise(3)
+    run = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+    with (
+        go.override(module, {module: lambda grad_output: 7 * grad_output}),
+        pytest.raises(go.CapturedTensorError, match="would be lost"),
+    ):
+        run(x)
+
+
 NAMES = [
     "fn",
     "result",
@@ -436,13 +449,6 @@ class OtherBackward(OfClass):
 
 
 @go.custom_backward
-class LeavesOut(OfClass):
-    def __init__(self):
-        super().__init__()
-        self.bias = nn.Parameter(noise(4).detach())
-
-
-@go.custom_backward
 class InABranch(OfClass):
     def backward(self, grad_output, x):
         if self.flag:
@@ -477,10 +483,12 @@ def test_backward_of_a_subclass_is_its_own():
     closely((x.grad, module.weight.grad), (torch.full_like(x, 100), torch.full_like(module.weight, 3)))
 
 
-@pytest.mark.parametrize(("cls", "name"), [(LeavesOut, "bias"), (InABranch, "weight")])
+@pytest.mark.parametrize(("cls", "name"), [(OfClass, "bias"), (InABranch, "weight")])
 def test_parameter_that_a_backward_leaves_out_is_told(cls, name):
     module = cls()
     module.flag = False
+    if name == "bias":  # which the forward does not read either
+        module.bias = nn.Parameter(noise(4).detach())
     with pytest.raises(go.RuleResultError, match=rf"must assign self\.{name}\.grad"):
         torch.compile(module, backend="aot_eager", fullgraph=True)(noise(3, 4)).sum().backward()
 

@@ -103,7 +103,6 @@ class FittingClasses(dict[type, bool]):
             *(plan.reach.attributes if plan.reach is not None else ()),
             *(plan.own_backward.read if plan.own_backward is not None else ()),
         }
-        self.methods = plan.reach.methods if plan.reach is not None else {}
         self.others: weakref.WeakSet[type] = weakref.WeakSet()  # torch makes some for one module: see `by_class`
 
     def __missing__(self, cls: type) -> bool:
@@ -115,7 +114,6 @@ class FittingClasses(dict[type, bool]):
             and cls.__getattr__ is nn.Module.__getattr__
             and cls.__getattribute__ is nn.Module.__getattribute__
             and all(type(standing(cls, name)) in SCALARS for name in self.names)
-            and all(standing(cls, name) is method for name, method in self.methods.items())
         )
         if fits:
             self[cls] = True

@@ -118,7 +118,6 @@ def codes_of(fn: Any, cls: Any) -> Iterator[tuple[FunctionType, CodeType, bool]]
                 own = [one for name in code.co_names for one in named_in(code, cls, name)]
                 methods = [python_function(one.fget if isinstance(one, property) else one) for one in own]
                 waiting += [(method, True) for method in methods if method is not None and _is_own(method)]
-                waiting += [(method, True) for method in own_methods(function, cls).values()] if is_method else []
 
 
 def _is_own(function: FunctionType) -> bool:
