@@ -341,7 +341,7 @@ class ShortPath:
             f"not _go_is_number({receiver}, {name!r})"
             for name in sorted(self.reach.attributes - {*self.function.params})
         ]
-        unfit += [f"{name!r} in _go_state" for name in self.reach.methods]
+        unfit += [f"{name!r} in _go_state" for name in sorted(self.reach.methods)]
         if self.plan.class_form:
             unfit.append(f"_go_type({receiver}).backward is not _go_own_rule")  # a subclass may have another
             unfit.append("'backward' in _go_state")

@@ -135,7 +135,7 @@ class Plan:
     def _read_forward(self, owner: Any) -> None:
         """What the code of the forward tells, and that of the methods of its class that it calls on its `self`."""
         mentions = functools.partial(scan.mentions, self.fn, cls=owner)
-        self.own_methods = methods_called(self.fn, owner) if self.takes_receiver else {}
+        self.own_methods = methods_called(self.fn, owner) if self.takes_receiver else []
         self.reach = Reach.of(self.fn, method=self.takes_receiver, owner=owner)
         attributes = self.reach.attributes if self.reach is not None else frozenset[str]()
         self.forward_is_arithmetic = purity.is_arithmetic(self.fn, attributes)
@@ -255,7 +255,7 @@ class Plan:
 
     def as_read(self, receiver: Any) -> Plan:
         """The plan for a receiver: where it has other methods than were read, one that has read none."""
-        replaced = any([name in receiver.__dict__ for name in self.own_methods])
+        replaced = any([name.key in receiver.__dict__ for name in self.own_methods])
         if not replaced and self._has_those_read(type(receiver)):
             return self
         self._make_unread()
@@ -263,7 +263,7 @@ class Plan:
 
     @evaluated_while_tracing
     def _has_those_read(self, cls: Any) -> bool:
-        return all([standing(cls, name) is method for name, method in self.own_methods.items()])
+        return all([standing(cls, name.key) is name.value for name in self.own_methods])
 
     @evaluated_while_tracing
     def _make_unread(self) -> None:

@@ -180,7 +180,7 @@ class TracedPath:
                 fits = f"({isinstance_}({value}, _go_Parameter) or {fits})"
             unfit.append(f"not {fits}")
         if plan.takes_receiver and plan.reach is not None:
-            unfit += [f"{name!r} in {receiver}.__dict__" for name in plan.reach.methods]
+            unfit += [f"{name!r} in {receiver}.__dict__" for name in sorted(plan.reach.methods)]
         if plan.class_form:  # a subclass may have another
             unfit += [f"{receiver}.__class__.backward is not _go_own_rule", f"'backward' in {receiver}.__dict__"]
             numbers = [f"{getattr_}({receiver}, {name!r}, _go_Tensor)" for name in self.function.numbers]

@@ -47,7 +47,7 @@ class Reach:
     `attributes` are those of its `self` that it reads, `methods` those that it calls; it does nothing else with it.
     """
 
-    def __init__(self, names: list[Name], attributes: frozenset[str], methods: dict[str, FunctionType]) -> None:
+    def __init__(self, names: list[Name], attributes: frozenset[str], methods: frozenset[str]) -> None:
         self.names = names
         self.attributes = attributes
         self.methods = methods
@@ -59,17 +59,18 @@ class Reach:
         if function is None:  # a builtin
             known = isinstance(fn, BuiltinFunctionType) or type(fn).__name__ == "method_descriptor"
             known = known and _is_of_library(getattr(fn, "__module__", None) or "torch")
-            return cls([], frozenset(), {}) if known else None
+            return cls([], frozenset(), frozenset()) if known else None
         if fn is not function:  # a partial, a bound method, an object: they hold values of their own
             return None
-        methods = methods_called(function, owner) if method else {}
+        names = methods_called(function, owner) if method else []
+        methods = frozenset([name.key for name in names])
+        receivers = [function, *[name.value for name in names]] if method else []
         attributes = frozenset[str]()
-        for one in (function, *methods.values()) if method else ():
+        for one in receivers:
             read = attributes_of_first(one.__code__, methods)
             if read is None:
                 return None
             attributes |= read
-        names = [Name(*_place_of(owner, key), value) for key, value in methods.items()]
         own = {helper.__module__ for helper, _ in scan.reachable(fn, cls=owner)}
         for helper, code in scan.reachable(fn, cls=owner):
             if _depends_on_grad_mode(code) or (helper is not function and not _is_bare(helper)):
@@ -79,8 +80,7 @@ class Reach:
             if _hands_on_a_function(helper, code):
                 return None
             in_modules = [*scan.of_modules(helper, code)]
-            receives = method and code is helper.__code__ and (helper is function or helper in methods.values())
-            receiver = code.co_varnames[0] if receives else None
+            receiver = code.co_varnames[0] if helper in receivers and code is helper.__code__ else None
             if not all(_is_known_attribute(key, in_modules) for key in _attributes_but_of(receiver, code)):
                 return None
             others = _method_names(code, receiver, methods)
@@ -119,16 +119,18 @@ class Reach:
         return not code or not eval(code, known)
 
 
-def methods_called(fn: Any, owner: Any) -> dict[str, FunctionType]:
-    """By name, the methods of the class `owner` that this one calls, and that these call in turn."""
-    found: dict[str, FunctionType] = {}
+def methods_called(fn: Any, owner: Any) -> list[Name]:
+    """The methods of the class `owner` that this one calls on its `self`, and that these call in turn."""
+    found: dict[str, Name] = {}
     waiting = [scan.python_function(fn)] if owner is not None else []
     while waiting:
         function = waiting.pop()
-        new = {} if function is None else scan.own_methods(function, owner)
-        waiting += [method for name, method in new.items() if name not in found]
-        found.update(new)
-    return found
+        for key, method in scan.own_methods(function, owner).items() if function is not None else ():
+            if key not in found:
+                where = next(vars(base) for base in owner.__mro__ if key in vars(base))
+                found[key] = Name(where, key, method)
+                waiting.append(method)
+    return list(found.values())
 
 
 def calls_unseen(fn: Any) -> bool:
@@ -390,11 +392,6 @@ _TELLING = frozenset(
         *("__dict__", "__import__", "eval", "exec", "getattr", "globals", "locals", "super", "vars"),
     }
 )
-
-
-def _place_of(owner: type, name: str) -> tuple[Any, str]:
-    """Where a method stands."""
-    return next(vars(base) for base in owner.__mro__ if name in vars(base)), name
 
 
 def attributes_of_first(code: CodeType, own: Collection[str] = ()) -> frozenset[str] | None:
