@@ -137,8 +137,10 @@ def test_parameters_have_theirs_where_the_input_wants_none(name):
     module, plain, (x,) = built("own"), built("own"), arguments("own")
     with go.override(module, {module: RULES[name][0]}):
         torch.compile(module, backend="aot_eager", fullgraph=True)(x.detach()).sum().backward()
+        frozen = torch.compile(module.requires_grad_(False), backend="aot_eager", fullgraph=True)(x.detach())
     plain(x.detach()).sum().backward()
     closely(module.weight.grad, plain.weight.grad)
+    assert not frozen.requires_grad
 
 
 def test_weight_that_is_no_parameter_is_refused_as_in_eager_mode():

@@ -118,9 +118,9 @@ class TracedPath:
         twice = [f"{one} is {other}" for index, one in enumerate(inputs) for other in inputs[:index]]
         lines = [f"if {' or '.join(self._unfit(arguments, tensors, receiver))}:", f"    {general}"]
         lines += [f"if {' or '.join(twice)}:", f"    {general}"] if twice else []
-        if self.params or self.natural:
+        if self.params:
             return lines
-        wanted = " or ".join(f"{name}.requires_grad" for name in tensors)
+        wanted = " or ".join([*(f"{name}.requires_grad" for name in tensors), *self._leads()])
         without = general if self.plan.hands_over else f"return {self.function.called(arguments, receiver)}"
         return [*lines, f"if not ({wanted}):", f"    {without}"]
 
@@ -165,7 +165,7 @@ class TracedPath:
         unfit += [f"not {isinstance_}({name}, _go_Tensor)" for name in tensors]
         unfit += [f"not {name}.is_floating_point()" for name in tensors]
         unfit += [f"not {isinstance_}({name}, _go_Scalar)" for name in arguments if name not in tensors]
-        if plan.asks_vjp or self.natural:
+        if plan.asks_vjp:
             unfit += [f"not {name}.requires_grad" for name in tensors]
         elif plan.straight_through and len(tensors) > 1:  # for the first alone
             unfit.append(f"not {tensors[0]}.requires_grad")
@@ -190,10 +190,13 @@ class TracedPath:
             unfit.append(f"{receiver}.inplace is not False")
         return unfit
 
+    def _leads(self) -> list[str]:
+        """What is true where the result leads to a parameter that is left to autograd."""
+        values = [of_module(name) for name in sorted(self.natural)]
+        return [f"(_go_isinstance({value}, _go_Parameter) and {value}.requires_grad)" for value in values]
+
     def _flowing(self, inputs: Sequence[str]) -> list[str]:
-        """The code of a call whose result leads to parameters that are left to autograd."""
+        """The code of a call whose result does so."""
         if not self.natural:
             return []
-        values = [of_module(name) for name in sorted(self.natural)]
-        leads = [f"_go_isinstance({value}, _go_Parameter) and {value}.requires_grad" for value in values]
-        return [f"if {' or '.join(leads)}:", f"    return _go_Flowing.apply(_go_result, {', '.join(inputs)})"]
+        return [f"if {' or '.join(self._leads())}:", f"    return _go_Flowing.apply(_go_result, {', '.join(inputs)})"]
