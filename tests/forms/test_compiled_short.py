@@ -253,8 +253,10 @@ class ReadsInNested(nn.Module):
 
 
 class ReadsInMapped(nn.Module):
+    factor = 1.0
+
     def forward(self, x):
-        return sum(map(lambda t: t.step * t, [x]))  # noqa: C417  # that is what is tested
+        return sum(map(lambda t: t.step * t, [x])) * self.factor  # noqa: C417  # that is what is tested
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
