@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from gradoverride._core.autograd.ambient import TRACED, autocast_while_tracing
-from gradoverride._core.autograd.function import TOKEN, TracedCut
 from gradoverride._core.binding.layout import Layout
 from gradoverride._core.calls.fast import FittingClasses, is_number, of_module, reach_of
 from gradoverride._core.calls.plan import Plan
 from gradoverride._core.calls.short_function import ShortFunction
-from gradoverride._core.graph.traced_graph import TracedGraph
+from gradoverride._core.graph.traced_graph import TracedGraph, cut
 from gradoverride._core.private.dynamo import forward_mode_around, keep_own_frames_whole, transformed_while_tracing
 from gradoverride._core.private.marks import evaluated_while_tracing
 from gradoverride._core.python.reach import SCALARS
@@ -78,14 +77,13 @@ class TracedPath:
         names.update(
             _go_traced_finish=self.function.finish,
             _go_traced_fits=fits,
-            _go_traced_cut=TracedCut,
+            _go_cut=cut,
             _go_TracedGraph=TracedGraph,
             _go_is_number=is_number,
             _go_no_grad=torch.no_grad,
             _go_own_rule=plan.rule.fn,
             _go_Parameter=nn.Parameter,
             _go_Scalar=tuple(SCALARS),
-            _go_TOKEN=TOKEN,
         )
         names["_go_Function"] = self.function.make(names)
         if self.natural:
@@ -130,7 +128,7 @@ class TracedPath:
             return ["with _go_no_grad():", f"    _go_result = {self.function.called(arguments, receiver)}"]
         lines = [f"{alias} = {name}.detach()" for alias, name in zip(given, tensors, strict=True)]
         if self.plan.asks_vjp:
-            lines = [f"{', '.join(given)}, = _go_traced_cut.apply(_go_TOKEN, {', '.join(tensors)})"]
+            lines = [f"{', '.join(given)}, = _go_cut({', '.join(tensors)})"]
         aliases = dict(zip(tensors, given, strict=True))
         run = f"_go_result = {self.function.called([aliases.get(name, name) for name in arguments], receiver)}"
         names = self.function.residuals
@@ -182,7 +180,9 @@ class TracedPath:
         if plan.takes_receiver and plan.reach is not None:
             unfit += [f"{name!r} in {receiver}.__dict__" for name in sorted(plan.reach.methods)]
         if plan.class_form:  # a subclass may have another
-            unfit += [f"{receiver}.__class__.backward is not _go_own_rule", f"'backward' in {receiver}.__dict__"]
+            unfit.append(f"{receiver}.__class__.backward is not _go_own_rule")
+            # Dynamo guards what an instance lacks where that is looked up, and not where its dict is.
+            unfit.append(f"{receiver}.backward is None or 'backward' in {receiver}.__dict__")
             numbers = [f"{getattr_}({receiver}, {name!r}, _go_Tensor)" for name in self.function.numbers]
             unfit += [f"not {isinstance_}({number}, _go_Scalar)" for number in numbers]
             unfit.append(f"{receiver}._modules or _go_len({receiver}._parameters) != {len(self.params)}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gradoverride._core.calls.call import Call
     from gradoverride._core.calls.saver import Saver
 
-__all__ = ["TracedGraph", "distinct", "pull_short"]
+__all__ = ["TracedGraph", "cut", "distinct", "pull_short"]
 
 
 class TracedGraph:
@@ -39,8 +39,8 @@ class TracedGraph:
         """
         wanted = [tensor.requires_grad for tensor in tensors]
         given = distinct([tensor for tensor in tensors if tensor.requires_grad])
-        cut = iter(TracedCut.apply(TOKEN, *given) if given else ())  # type: ignore[no-untyped-call]
-        graph = cls([next(cut) if wants else tensor for tensor, wants in zip(tensors, wanted, strict=True)], wanted)
+        found = iter(cut(*given) if given else ())
+        graph = cls([next(found) if wants else tensor for tensor, wants in zip(tensors, wanted, strict=True)], wanted)
         if copies:
             graph.given = [alias.clone() for alias in graph.aliases]
         return graph
@@ -73,6 +73,12 @@ class TracedGraph:
             return [torch.zeros_like(aliases[index]) for index in which]
         found = iter(trace_gradients([result for result, _ in pairs], asked, [grad for _, grad in pairs]))
         return [next(found) if self.wanted[index] else torch.zeros_like(aliases[index]) for index in which]
+
+
+def cut(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Aliases that start a graph of their own."""
+    found: tuple[Tensor, ...] = TracedCut.apply(TOKEN, *tensors)  # type: ignore[no-untyped-call]
+    return found
 
 
 def pull_short(saved: Sequence[Tensor], grads: Sequence[Tensor], which: Sequence[int], last: bool) -> list[Tensor]:
