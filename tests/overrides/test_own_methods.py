@@ -281,3 +281,21 @@ def test_tensor_among_the_numbers_of_a_tuple_is_found():
     module = OfTuple()
     with go.override(module, {module: seven_times}), pytest.raises(go.CapturedTensorError, match="would be lost"):
         module(noise(3, 4))
+
+
+class WithoutParameters(nn.Module):
+    def forward(self, x):
+        return self.shifted(x)
+
+    def shifted(self, x):
+        return x + 1
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_method_on_an_instance_that_reaches_a_tensor_is_refused_without_parameters_too(compiled):
+    module, x = WithoutParameters(), noise(3, 4)
+    with go.override(module, {module: seven_times}):
+        closely(run(module, x, compiled=compiled).detach(), x.detach() + 1)
+        module.shifted = lambda x: x * OUTSIDE
+        with pytest.raises(go.CapturedTensorError, match="would be lost"):
+            run(module, x, compiled=compiled)
