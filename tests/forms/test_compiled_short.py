@@ -199,7 +199,7 @@ def test_vjp_of_a_result_that_does_not_depend_on_the_argument_is_zero():
     closely(x.grad, torch.full_like(x, 5))
 
 
-def test_vjp_of_the_argument_itself_as_the_result_and_of_one_argument_twice(monkeypatch):
+def test_vjp_of_the_argument_itself_as_the_result_and_of_one_argument_twice():
     same = go.custom_backward(lambda grad_output, vjp: vjp(grad_output) * 5)(lambda x: x)
     product = go.custom_backward(lambda grad_output, vjp: [3 * one for one in vjp(grad_output)])(lambda a, b: a * b)
     x = noise(3)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 import gradoverride as go
-from gradoverride._core.calls import fast
+from gradoverride._core.calls import wrapper
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -113,9 +113,9 @@ def run(module, x, *, compiled, first=lambda x: x):
     return (torch.compile(both, backend="aot_eager", fullgraph=True) if compiled else both)(x)
 
 
-def right(module, *, compiled, rule=seven_times, plain=None):
+def right(module, *, compiled, rule):
     """Fail unless the module has the values of the plain one, the gradient of the rule, and its parameters theirs."""
-    plain = copy.deepcopy(module) if plain is None else plain
+    plain = copy.deepcopy(module)
     x, like = noise(3, 4), noise(3, 4)
     like.data.copy_(x.detach())
     expected = plain(like * 1)
@@ -139,17 +139,20 @@ def test_values_and_gradients_are_those_of_the_forward(cls, rule, compiled):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("place", ["class", "instance"])
+@pytest.mark.parametrize("place", ["class", "replaced on the class", "instance"])
 def test_method_that_writes_into_the_argument_is_told_to_return_it(place, compiled):
-    module, x = (WritesIntoItsArgument() if place == "class" else HandsOn()).double(), noise(3, 4)
-    if place == "instance":
-        module.shifted = WritesIntoItsArgument.shifted.__get__(module)
+    class Replaced(HandsOn):
+        pass
 
-    with (
-        go.override(module, {module: seven_times}),
-        pytest.raises(go.ForwardResultError, match="writes into its argument 'x' in place and must return it"),
-    ):
-        run(module, x, compiled=compiled, first=lambda x: x * 1)
+    module, x = (WritesIntoItsArgument() if place == "class" else Replaced()).double(), noise(3, 4)
+    with go.override(module, {module: seven_times}):
+        if place == "instance":
+            module.shifted = WritesIntoItsArgument.shifted.__get__(module)
+        elif place == "replaced on the class":
+            module(x)
+            Replaced.shifted = WritesIntoItsArgument.shifted
+        with pytest.raises(go.ForwardResultError, match="writes into its argument 'x' in place and must return it"):
+            run(module, x, compiled=compiled, first=lambda x: x * 1)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -235,7 +238,7 @@ def test_convolution_by_a_rule_for_its_parameters_takes_the_short_path(padding, 
     def refuse(*_):
         raise AssertionError("the general path")
 
-    monkeypatch.setattr(fast, "differentiate", refuse)
+    monkeypatch.setattr(wrapper, "differentiate", refuse)
     with go.override(module, {module: convolution}):
         run(module, x, compiled=compiled).sum().backward()
     closely(x.grad, 7 * like.grad)
@@ -253,7 +256,7 @@ def test_convolution_by_a_rule_for_its_parameters_takes_the_short_path(padding, 
         (lambda: nn.ConvTranspose2d(4, 2, 2), (3, 4, 5, 5)),
         (lambda: nn.LayerNorm((4, 5)), (3, 4, 5)),
     ],
-    ids=["circular", "without a bias", "groups", "transposed", "layer norm"],
+    ids=["reflecting", "without a bias", "groups", "transposed", "layer norm"],
 )
 def test_convolutions_are_right_under_vjp(make, shape, compiled):
     module, x = make().double(), noise(*shape)
@@ -292,10 +295,22 @@ class WithoutParameters(nn.Module):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_method_on_an_instance_that_reaches_a_tensor_is_refused_without_parameters_too(compiled):
-    module, x = WithoutParameters(), noise(3, 4)
+@pytest.mark.parametrize("place", ["instance", "class", "base"])
+def test_method_that_is_replaced_by_one_that_reaches_a_tensor_is_refused_without_parameters_too(place, compiled):
+    class Base(WithoutParameters):
+        def shifted(self, x):
+            return x + 1
+
+    class Derived(Base):
+        pass
+
+    module, x = Derived(), noise(3, 4)
     with go.override(module, {module: seven_times}):
         closely(run(module, x, compiled=compiled).detach(), x.detach() + 1)
-        module.shifted = lambda x: x * OUTSIDE
+        if place == "instance":
+            module.shifted = lambda x: x * OUTSIDE
+        else:
+            {"class": Derived, "base": Base}[place].shifted = lambda self, x: x * OUTSIDE
+        torch.compiler.reset()  # of what a class has Dynamo does not see that it was replaced
         with pytest.raises(go.CapturedTensorError, match="would be lost"):
             run(module, x, compiled=compiled)

@@ -125,9 +125,11 @@ class FittingClasses(dict[type, bool]):
 def is_number(module: nn.Module, name: str) -> bool:
     """Whether this attribute of `module` is a number, or several, or a buffer, and so has no gradient."""
     value = getattr(module, name, module)
+    if type(value) in SCALARS:
+        return True
     if type(value) is tuple or type(value) is list:
         return all([type(part) in SCALARS for part in value])
-    return type(value) in SCALARS or (type(value) is Tensor and not value.requires_grad)
+    return type(value) is Tensor and not value.requires_grad
 
 
 class Runs(dict[tuple[type, ...], Callable[..., Any]]):

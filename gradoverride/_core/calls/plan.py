@@ -73,7 +73,7 @@ class NamesLeft(NamedTuple):
 class Plan:
     """A forward and its rule."""
 
-    _unread: Plan
+    _unread: Plan  # see `as_read`
 
     def __init__(self, forward: Forward, rule: Rule, *, class_form: bool = False, is_edit: bool = False) -> None:
         self.forward = forward

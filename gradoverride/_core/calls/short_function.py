@@ -93,7 +93,6 @@ class ShortFunction:
         handed_over = [f"r_{name}" for name in self.residuals]
         self.more = [] if mode == EAGER else [*dict.fromkeys(self.constants), *handed_over, *self.aliases]
         self.leading = len(self.more) + (1 if self.boxed else 0)
-        self.asks = [asked or f"needs={self._needs()}" for asked in self.asks]
         self.marked = plan.marked and mode == EAGER and bool(self.saves) and not plan.asks_vjp
         # Of these the rule gets aliases, which are no gradients as they stand: see `apart`. (A trace has no memory.)
         aliases = [name for name in self.saves if name == "result" or name.startswith("r_")]
@@ -113,7 +112,7 @@ class ShortFunction:
             self.asks.append(f"vjp=_go_ShortVjp(_go_path, {pull}, ({', '.join(self._kept)},), grad_output)")
             return
         if source == "reserved" and name == "needs":
-            self.asks.append("")  # once it is known what comes before the tensors
+            self.asks.append(f"needs={self._needs()}")
             return
         if name in self.residuals:
             value = f"r_{name}"
@@ -143,7 +142,7 @@ class ShortFunction:
         """Code that gives what `Call.needs` does."""
         wanted = ["False"] * len(self.names)
         for index, place in enumerate(self.places):
-            wanted[place] = f"ctx.needs_input_grad[{self.leading + index}]"
+            wanted[place] = f"ctx.needs_input_grad[{index - len(self.tensors)}]"  # they come last
         needs = dict.fromkeys(self.params, "True")
         groups = {name: " or ".join([wanted[place] for place in group]) for name, group in self.layout.groups.items()}
         needs.update({**dict(zip(self.layout.names, wanted, strict=True)), **groups})

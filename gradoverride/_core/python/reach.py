@@ -62,9 +62,10 @@ class Reach:
             return cls([], frozenset(), frozenset()) if known else None
         if fn is not function:  # a partial, a bound method, an object: they hold values of their own
             return None
-        names = methods_called(function, owner) if method else []
-        methods = frozenset([name.key for name in names])
-        receivers = [function, *[name.value for name in names]] if method else []
+        own_methods = methods_called(function, owner) if method else []
+        names = [*own_methods, *_in_front_of(own_methods, owner)]
+        methods = frozenset([name.key for name in own_methods])
+        receivers = [function, *[name.value for name in own_methods]] if method else []
         attributes = frozenset[str]()
         for one in receivers:
             read = attributes_of_first(one.__code__, methods)
@@ -131,6 +132,17 @@ def methods_called(fn: Any, owner: Any) -> list[Name]:
                 found[key] = Name(where, key, method)
                 waiting.append(method)
     return list(found.values())
+
+
+def _in_front_of(methods: list[Name], owner: Any) -> list[Name]:
+    """Where another of their names would come first: in the classes before those that they stand in."""
+    found: list[Name] = []
+    for method in methods:
+        for base in owner.__mro__:
+            if method.key in vars(base):
+                break
+            found.append(Name(vars(base), method.key, scan.NOTHING))
+    return found
 
 
 def calls_unseen(fn: Any) -> bool:
