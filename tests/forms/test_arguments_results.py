@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import sys
 import types
 import typing
 import weakref
@@ -15,6 +16,8 @@ from torch import nn
 
 import gradoverride as go
 from forms import elsewhere
+from gradoverride._core.calls import asking
+from gradoverride._core.python.bytecode import codes_in
 
 # Arguments
 
@@ -1598,6 +1601,30 @@ def test_forward_sees_whether_an_argument_requires_grad_where_a_function_beside_
     x = float64(1.0, 2.0)
     for _ in range(2):
         exactly(forward(x).detach(), x.detach() * 2)
+
+
+def package():
+    """As large as one: functions that name the next one each, and the last, which they call, and which asks."""
+    step = "def step_{0}(x, n=0):\n    return last(x) if n == 0 else step_{1}(x)"
+    steps = [step.format(index, index + 1) for index in range(1200)]
+    last = "def last(x):\n    return sum([x, x]) if x.requires_grad else x * 5"
+    written = types.ModuleType("package_of_functions")
+    exec("\n".join([*steps, last]), vars(written))
+    return written
+
+
+@pytest.mark.parametrize("run", COMPILED)
+def test_forward_that_leads_through_a_whole_package_is_not_looked_through_to_its_end(run, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(asking, "codes_in", lambda code: looked_at.append(code) or codes_in(code))
+    written = package()
+    monkeypatch.setitem(sys.modules, written.__name__, written)
+    forward = go.custom_backward(lambda grad_output: grad_output * 3)(written.step_0)
+    x = float64(1.0, 2.0)
+    y = COMPILED[run](lambda x: forward(x))(x)
+    assert 0 < len(looked_at) < 1000
+    exactly(y.detach(), x.detach() * 2)
+    exactly(torch.autograd.grad(y.sum(), x)[0], torch.full_like(x, 3))
 
 
 @pytest.mark.parametrize("run", COMPILED)

@@ -2,7 +2,8 @@
 
 Without `vjp` it runs on aliases that do not, and would take the other branch in silence. So the code of all that it may
 call is looked through, in whatever module that is: functions, methods of the objects it names, parts of its module.
-It rather finds too much than too little: then the aliases require grad, which costs time alone. Libraries are left out.
+It rather finds too much than too little, and gives up where that is too much to look through: then the aliases require
+grad, which costs time alone. Libraries are left out.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class _Search:
         self.behind: set[str] = set()  # those of them that it may look up by `super()`
         self.owners: list[Any] = []  # and where it may do so
         self.unassigned = False
+        self.functions = 0  # that were looked at
         for owner in owners:
             self.seen[id(owner)] = owner
             self._add_owner(owner)
@@ -73,6 +75,9 @@ class _Search:
         return False
 
     def _function_asks(self, function: FunctionType) -> bool:
+        self.functions += 1
+        if self.functions > _MANY:
+            return True
         home = function.__globals__.get("__name__")
         if home == OF_NO_MODULE:  # of ours: it asks itself, and calls another
             self.waiting.append(getattr(function, "__wrapped__", None))
@@ -103,7 +108,7 @@ class _Search:
                 modules = [one for _, _, one in scan.named(function, code) if isinstance(one, ModuleType)]
                 texts = [text for text in scan.constants(code) if isinstance(text, str)]
                 self.waiting += [vars(one)[text] for one in modules for text in texts if text in vars(one)]
-            for owner in self.owners:
+            for owner in self.owners if new else ():
                 self._look_up(owner, new)
         self.unassigned |= any(isinstance(scan.content(cell), CellType) for cell in function.__closure__ or ())
         return False
@@ -139,5 +144,6 @@ def _asks_in(code: CodeType) -> bool:
     return _NAME in code.co_names and any(use.way == "LOAD" and _NAME in use.attributes for use in uses(code))
 
 
+_MANY = 300  # functions: code that leads to more leads through whole packages, for a minute
 _NAME = "requires_grad"
 _BY_TEXT = frozenset({"attrgetter", "getattr", "hasattr"})

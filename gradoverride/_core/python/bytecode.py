@@ -65,7 +65,7 @@ _KINDS = {
 _OF_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "STORE_ATTR", "DELETE_ATTR")
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=2048)  # as many as one search for what a forward asks goes through, and more
 def uses(code: CodeType) -> list[Use]:
     """The names in `code`, in order."""
     found: list[Use] = []

@@ -76,20 +76,21 @@ def reachable(
     that of the methods besides that it calls on its `self`.
     """
     seen = set() if seen is None else seen
-    for part in getattr(fn, "rules", ()):  # a `chain` of them
-        yield from reachable(part, seen)
-    function = python_function(fn)
-    if function is None or function in seen:
-        return
-    seen.add(function)
-    for code in bytecode.codes_in(function.__code__):
-        yield function, code
-    for value in named_values(function):
-        helper = python_function(value) if isinstance(value, (FunctionType, functools.partial)) else None
-        if helper is not None and helper.__module__ == function.__module__:
-            yield from reachable(helper, seen)
-    for method in own_methods(function, cls).values():
-        yield from reachable(method, seen, cls)
+    waiting = [(fn, cls)]
+    while waiting:
+        one, owner = waiting.pop()
+        waiting += [(part, None) for part in getattr(one, "rules", ())]  # a `chain` of them
+        function = python_function(one)
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        for code in bytecode.codes_in(function.__code__):
+            yield function, code
+        for value in named_values(function):
+            helper = python_function(value) if isinstance(value, (FunctionType, functools.partial)) else None
+            if helper is not None and helper.__module__ == function.__module__:
+                waiting.append((helper, None))
+        waiting += [(method, owner) for method in own_methods(function, owner).values()]
 
 
 def own_methods(function: FunctionType, cls: Any) -> dict[str, FunctionType]:
