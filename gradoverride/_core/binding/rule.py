@@ -152,14 +152,15 @@ class RuleCode:
     """What the code of a rule tells: which gradient it may be handed, and which path its calls can take."""
 
     __slots__ = (
-        *("accumulates", "calls_vjp_once", "gives_alike", "is_algebra", "is_arithmetic", "names_by_name", "strings"),
-        "writes",
+        *("accumulates", "calls_vjp_once", "gives_alike", "gives_no_dict", "is_algebra", "is_arithmetic"),
+        *("names_by_name", "strings", "writes"),
     )
 
     def __init__(self, fn: Any) -> None:
         known = getattr(fn, "writes_nothing", False) or not purity.renormalizes(fn)
         self.writes = not (known and purity.writes_nothing(fn))  # it is handed a copy
         self.is_arithmetic = purity.is_arithmetic(fn)
+        self.gives_no_dict = self.is_arithmetic and not purity.builds_dict(fn)  # so it answers for arguments alone
         self.is_algebra = self.is_arithmetic or purity.is_algebra(fn)
         self.gives_alike = purity.gives_alike(fn)
         self.strings = scan.strings(fn)  # a rule may answer for parameters whose names are among them

@@ -286,11 +286,7 @@ class Backward:
         if overruled and self.traced:
             self.plan.refuse_answered(overruled[0])
         if self.eager and torch.is_grad_enabled() and any(call.wanted):
-            text = (
-                f"the second derivative of {self.plan.forward.who} with respect to its arguments, through parameters "
-                f"that the rule {self.plan.rule.who} leaves to autograd, needs the graph of the forward. "
-                "Ask for 'vjp' in the rule, which keeps it"
-            )
+            text = self.plan.second_derivative_is_unknown
             known = iter(tied([grad for grad in grads if grad is not None], call.outer, text))
             grads = [None if grad is None else next(known) for grad in grads]
         if not overruled:

@@ -17,7 +17,7 @@ from gradoverride._core.binding.layout import Layout
 from gradoverride._core.calls.forward_pass import differentiate
 from gradoverride._core.calls.plan import Plan
 from gradoverride._core.calls.short_function import ShortFunction, compiled
-from gradoverride._core.graph.kept_graph import KeptGraph, shares_versions
+from gradoverride._core.graph.kept_graph import KeptGraph, outer_of, shares_versions
 from gradoverride._core.private.engine import can_call_directly, fast_apply
 from gradoverride._core.private.tensors import shares_memory, version_of
 from gradoverride._core.private.transforms import (
@@ -173,12 +173,27 @@ class ShortPath:
         self.places = places
         self.reach = reach_of(plan)
         self.function = ShortFunction(plan, layout, places, EAGER)
+        self.flowing = self._leaving_parameters()
+
+    def _leaving_parameters(self) -> ShortFunction | None:
+        """The Function of calls whose rule leaves parameters of the module to autograd, if they can be short too."""
+        plan = self.plan
+        if plan.reach is None or plan.class_form or self.function.params or not self.function.direct:
+            return None
+        # On aliases it does what it does on the arguments; and the rule can answer for none of the parameters.
+        alike = not (plan.forward_may_write or plan.may_give_data or plan.uses_attributes)
+        alike = alike and plan.forward_asks_grad is False
+        left = plan.reach.attributes if alike and plan.takes_receiver and plan.rule_code.gives_no_dict else None
+        return ShortFunction(plan, self.layout, self.places, EAGER, left) if left else None
 
     def globals(self) -> dict[str, Any]:
         """The names that the code of a call refers to, with a new Function."""
         names = self.function.globals()
+        flowing = self.flowing
         return {
             **names,
+            "_go_flow": None if flowing is None else fast_apply(flowing.make({**names, **flowing.globals()})),
+            "_go_outer_of": outer_of,
             **(self.reach.conditions()[1] if self.reach is not None else {}),
             "_go_asks_grad": self.plan.asks_grad,
             "_go_apply": fast_apply(self.function.make({**names})),
@@ -336,6 +351,7 @@ class ShortPath:
         unfit = [f"{receiver}._modules", f"_go_len(_go_parameters) != {len(params)}"]
         if self.plan.reserved:  # a buffer may bear that name
             unfit.append(f"{receiver}._buffers")
+        left = self._leaving_body(arguments, receiver, general)
         for name in self.function.params:
             unfit.append(f"_go_type({of_module(name)} := _go_parameters.get({name!r})) is not _go_Parameter")
             unfit.append(f"not {of_module(name)}.requires_grad or {name!r} in _go_state")
@@ -354,6 +370,7 @@ class ShortPath:
             general,
             f"    _go_state = {receiver}.__dict__",
             f"    _go_parameters = {receiver}._parameters",
+            *left,
             f"    if {' or '.join(unfit)}:",
             general,
             *(f"    {_wants(name)} = {name}.requires_grad" for name in tensors),
@@ -365,6 +382,34 @@ class ShortPath:
         if self.function.direct:
             return lines + self._direct_body(arguments, receiver, params)
         return lines + self._kept_body(arguments, receiver)
+
+    def _leaving_body(self, arguments: Sequence[str], receiver: str, general: str) -> list[str]:
+        """The forward runs on aliases of the arguments and on the parameters themselves, to which its result leads."""
+        if self.flowing is None or self.reach is None:
+            return []
+        tensors = [arguments[place] for place in self.places]
+        unfit = [f"{receiver}._buffers"] if self.plan.reserved else []  # a buffer may bear that name
+        for name in sorted(self.reach.attributes):
+            is_parameter = f"_go_type(_go_parameters.get({name!r})) is _go_Parameter and {name!r} not in _go_state"
+            unfit.append(f"not ({is_parameter} or _go_is_number({receiver}, {name!r}))")
+        unfit += [f"{name!r} in _go_state" for name in sorted(self.reach.methods)]
+        unfit += [f"not {name}.requires_grad" for name in tensors]
+        known = dict(zip(self.function.names, arguments, strict=True))
+        constants = [known[name] for name in self.flowing.more[1:]]
+        aliases = ", ".join(map(_alias, tensors))
+        versions = ", ".join(f"_go_version_of({_alias(name)})" for name in tensors)
+        found = f"({', '.join(arguments)},), [{aliases}], _go_result, None, [{versions}]"
+        return [
+            "    if _go_parameters:",
+            f"        if {' or '.join(unfit)}:",
+            f"    {general}",
+            *(f"        {_alias(name)} = {name}.detach()" for name in tensors),
+            f"        _go_result = {self._call_on_aliases(arguments, receiver)}",
+            f"        if {' or '.join(self.flowing.unusual(list(map(_alias, tensors)), '_go_result'))}:",
+            f"            return _go_finish({receiver}, {found})",
+            f"        _go_outer = _go_outer_of(({', '.join(tensors)},))",
+            f"        return _go_flow({', '.join(['_go_result', '_go_outer', *constants, *tensors])})",
+        ]
 
     def _shared_attributes(self, tensors: Sequence[str]) -> list[str]:
         if not self.plan.uses_attributes:

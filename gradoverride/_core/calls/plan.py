@@ -154,7 +154,7 @@ class Plan:
         self.forward_asks_grad = asks_grad(self.fn)
         self._asking: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._asking_alike: dict[frozenset[weakref.ref[Any]], bool] = {}
-        self.may_give_data = mentions(*_GIVING_DATA, *_LAYING_OUT) or calls_unseen(self.fn)
+        self.may_give_data = mentions(*_GIVING_DATA, *_LAYING_OUT) or calls_unseen(self.fn, owner)
         # It may lay an argument out anew: that it does to an alias, for the argument's own layout is to be known after.
         self.may_lay_out = mentions(*_LAYING_OUT)
         # Whether the forward may run in its Function, as one by hand does: what it can reach besides has no gradient.
@@ -175,6 +175,15 @@ class Plan:
     def who(self) -> str:
         """How messages about the rule begin."""
         return f"rule {self.rule.who} of {self.forward.who}"
+
+    @property
+    def second_derivative_is_unknown(self) -> str:
+        """The text of the error for that of parameters which are left to autograd, whose graph begins at aliases."""
+        return (
+            f"the second derivative of {self.forward.who} with respect to its arguments, through parameters "
+            f"that the rule {self.rule.who} leaves to autograd, needs the graph of the forward. "
+            "Ask for 'vjp' in the rule, which keeps it"
+        )
 
     @functools.cached_property
     def mark(self) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gradoverride._core.autograd.ambient import EAGER, NO_AUTOCAST, TRACED
-from gradoverride._core.autograd.function import plain_function
+from gradoverride._core.autograd.function import fresh, plain_function, tied
 from gradoverride._core.binding.contract import Meta, apart, conform_output, read_answer, read_params
 from gradoverride._core.binding.layout import Layout
 from gradoverride._core.binding.own_backward import TARGETS, UNASSIGNED
@@ -50,7 +50,7 @@ class ShortFunction:
     Before the tensors it takes a `box`, a tuple of all else: the result of a forward that has run, or what that needs
     to run here. (Under Dynamo there is the bare result and what else the rule asks for, and with `vjp` the aliases that
     the forward ran on.) The gradient of the result also flows on to the parameters of these names, `flows_to`, which
-    are left to autograd.
+    are left to autograd: the result that leads to them is given bare, then what leads to the tensors.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ShortFunction:
         self.tensors = [self.names[place] for place in places] + [f"p_{name}" for name in self.params]
         self.others = [name for place, name in enumerate(self.names) if place not in places]
         # Whether the forward runs in this Function: what it can reach besides has no gradient to lose.
-        self.direct = mode == EAGER and plan.runs_inside
+        self.direct = mode == EAGER and plan.runs_inside and not flows_to
         self.boxed = list(self.others)
         if self.direct:
             self.boxed[:0] = ["receiver"] if plan.takes_receiver else []
@@ -91,7 +91,9 @@ class ShortFunction:
             self.constants += numbers if mode == TRACED else ["receiver"] if numbers else []
         # What comes before the tensors: the box, or the bare result and more.
         handed_over = [f"r_{name}" for name in self.residuals]
-        self.more = [] if mode == EAGER else [*dict.fromkeys(self.constants), *handed_over, *self.aliases]
+        self.bare = mode == TRACED or bool(flows_to)
+        self.more = [*dict.fromkeys(self.constants), *handed_over, *self.aliases] if self.bare else []
+        self.more[:0] = ["outer"] if flows_to and mode == EAGER else []
         self.leading = len(self.more) + (1 if self.boxed else 0)
         self.marked = plan.marked and mode == EAGER and bool(self.saves) and not plan.asks_vjp
         # Of these the rule gets aliases, which are no gradients as they stand: see `apart`. (A trace has no memory.)
@@ -157,6 +159,9 @@ class ShortFunction:
             "_go_check_straight_through": self.plan.check_straight_through,
             "_go_compiling": torch.compiler.is_dynamo_compiling,
             "_go_FLOATING": FLOATING,
+            "_go_flowing": self.flowing,
+            "_go_fresh": fresh,
+            "_go_is_grad_enabled": torch.is_grad_enabled,
             "_go_fn": self.plan.fn,
             "_go_getrefcount": sys.getrefcount,
             "_go_is_tensor": torch.is_tensor,
@@ -189,11 +194,13 @@ class ShortFunction:
     def forward_source(self) -> str:
         """The code of its forward."""
         traced = self.mode == TRACED
-        first = ["result" if traced else "box"] if self.boxed else []
+        first = ["result" if self.bare else "box"] if self.boxed else []
         lines = [f"def forward({', '.join(['ctx', *first, *self.more, *self.tensors])}):"]
         if traced:
             lines += ["    inner = result"] if self.plan.asks_vjp else []
             lines += ["    result = result.clone()", "    ctx.metas = None"]
+        elif self.bare:
+            lines += ["    result = _go_fresh(result)", "    ctx.outer = outer"]
         elif self.boxed:
             lines.append(f"    {', '.join(self.boxed)}, = box")
         if self.direct:
@@ -339,7 +346,12 @@ class ShortFunction:
 
     def _read_answer(self) -> list[str]:
         tensors = self.tensors
-        none = "grad_output, " + "None, " * (self.leading - 1) if self.flows_to else "None, " * self.leading
+        none = "None, " * self.leading
+        flowing = "grad_output"  # on to the result that was given
+        if self.flows_to:
+            if self.mode == EAGER:
+                flowing = "(_go_flowing(ctx, grad_output) if _go_is_grad_enabled() else grad_output)"
+            none = f"{flowing}, " + "None, " * (self.leading - 1)
         alike = "ctx.metas is None and " if self.noted else ""
         grads = [f"grad_{name}" for name in tensors]
         fits = " and ".join(
@@ -380,7 +392,7 @@ class ShortFunction:
         known = ", ".join(self._known(name) for name in tensors)
         targets = "None" if self.own is None else "targets"
         read = f"_go_check(ctx, answer, [{known}], [{', '.join(self.lent)}], {targets})"
-        return [*lines, f"    return {f'(grad_output, *{read}[1:])' if self.flows_to else read}"]
+        return [*lines, f"    return {f'({flowing}, *{read}[1:])' if self.flows_to else read}"]
 
     def _answers_in_order(self) -> bool:
         return not self.plan.straight_through and self.places == list(range(len(self.places)))
@@ -454,6 +466,10 @@ class ShortFunction:
         grads, named = read_answer(call, answer)
         params = read_params(call, named, assigned)
         return *[None] * self.leading, *apart([*grads, *(params[name] for name in self.params)], lent)
+
+    def flowing(self, ctx: Any, grad_output: Tensor) -> Tensor:
+        """What flows on to parameters left to autograd, where derivatives of their gradients may be asked for."""
+        return tied([grad_output], ctx.outer, self.plan.second_derivative_is_unknown)[0]
 
     def conform(self, value: Any, like: Tensor) -> Tensor:
         """`value` as a gradient of the result, or an error."""

@@ -27,6 +27,7 @@ from gradoverride._core.python.scan import (
 )
 
 __all__ = [
+    "builds_dict",
     "class_normalizes",
     "gives_alike",
     "is_algebra",
@@ -110,7 +111,13 @@ def gives_alike(fn: Any, *, free: bool = False) -> bool:
     )
 
 
-_BUILDS = ("BUILD_TUPLE", "BUILD_MAP", "BUILD_CONST_KEY_MAP")
+def builds_dict(fn: Any) -> bool:
+    """Whether an expression such as `is_arithmetic` tells is, or has in it, a dict."""
+    return isinstance(fn, FunctionType) and any(step.opname in _DICTS for step in instructions(fn.__code__))
+
+
+_DICTS = ("BUILD_MAP", "BUILD_CONST_KEY_MAP")
+_BUILDS = ("BUILD_TUPLE", *_DICTS)
 _ARITHMETIC = frozenset(
     {
         *("RESUME", "NOP", "PRECALL", "RETURN_VALUE", "RETURN_CONST"),
