@@ -251,13 +251,44 @@ def test_what_the_module_has_now_counts(change):
             exactly(torch.autograd.grad(y.sum(), module.weight)[0], x.detach() * module.scale)
 
 
-def test_a_tensor_that_is_put_into_an_attribute_later_is_refused():
+@pytest.mark.parametrize("name", ["scale", "weight"])
+def test_a_tensor_that_is_put_into_an_attribute_later_is_refused(name):
     module, x, captured = made(lambda self, x: x * self.weight * self.scale), noise(4), noise(4)
     with go.override(module, {module: seven_times}):
         module(x).sum().backward()
-        module.scale = captured
-        with pytest.raises(go.CapturedTensorError, match=r"reached 'self\.scale', which requires grad"):
+        module.__dict__[name] = captured
+        with pytest.raises(go.CapturedTensorError, match=rf"reached 'self\.{name}', which requires grad"):
             module(x)
+
+
+def test_a_buffer_comes_before_a_reserved_name():
+    module, x = made(lambda self, x: x * self.weight), noise(4)
+    module.register_buffer("input", noise(4).detach())
+    with go.override(module, {module: by_input}):
+        module(x).sum().backward()
+    exactly(x.grad, module.input)
+
+
+def test_an_argument_that_wants_no_gradient_leaves_the_parameters_theirs():
+    module, x = nn.Linear(4, 4).double(), noise(2, 4).detach()
+    with go.override(module, {module: seven_times}):
+        (grad,) = torch.autograd.grad(module(x).sum(), module.weight)
+    closely(grad, torch.ones(4, 2, dtype=x.dtype) @ x)
+
+
+def gives_data(self, x):
+    x.data = x.data * 2
+    return x * self.weight
+
+
+def test_data_that_a_forward_gives_its_argument_is_that_of_the_argument():
+    module, x = made(gives_data), noise(4)
+    before = x.detach().clone()
+    with go.override(module, {module: seven_times}):
+        grad_x, grad = torch.autograd.grad(module(x).sum(), [x, module.weight])
+    exactly(x.detach(), 2 * before)
+    exactly(grad, 2 * before)
+    exactly(grad_x, torch.full_like(x, 7.0))
 
 
 def test_a_wrong_answer_is_refused_by_the_name_of_the_argument(short_alone):

@@ -181,9 +181,8 @@ class ShortPath:
         if plan.reach is None or plan.class_form or self.function.params or not self.function.direct:
             return None
         # On aliases it does what it does on the arguments; and the rule can answer for none of the parameters.
-        alike = not (plan.forward_may_write or plan.may_give_data or plan.uses_attributes)
-        alike = alike and plan.forward_asks_grad is False
-        left = plan.reach.attributes if alike and plan.takes_receiver and plan.rule_code.gives_no_dict else None
+        fits = plan.takes_receiver and not plan.forward_may_write and plan.rule_code.gives_no_dict
+        left = plan.reach.attributes if fits else None
         return ShortFunction(plan, self.layout, self.places, EAGER, left) if left else None
 
     def globals(self) -> dict[str, Any]:

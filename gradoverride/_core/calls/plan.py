@@ -154,7 +154,7 @@ class Plan:
         self.forward_asks_grad = asks_grad(self.fn)
         self._asking: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._asking_alike: dict[frozenset[weakref.ref[Any]], bool] = {}
-        self.may_give_data = mentions(*_GIVING_DATA, *_LAYING_OUT) or calls_unseen(self.fn, owner)
+        self.may_give_data = mentions(*_GIVING_DATA, *_LAYING_OUT) or calls_unseen(self.fn)
         # It may lay an argument out anew: that it does to an alias, for the argument's own layout is to be known after.
         self.may_lay_out = mentions(*_LAYING_OUT)
         # Whether the forward may run in its Function, as one by hand does: what it can reach besides has no gradient.

@@ -145,19 +145,15 @@ def _in_front_of(methods: list[Name], owner: Any) -> list[Name]:
     return found
 
 
-def calls_unseen(fn: Any, owner: Any = None) -> bool:
-    """Whether `fn`, a method of the class `owner` perhaps, calls what `scan.codes_of` does not show: a method of an
-    object, but of its own class; what is no function, what it has computed or was given.
+def calls_unseen(fn: Any) -> bool:
+    """Whether `fn` calls what `scan.codes_of` does not show: a method of an object, what is no function, what it has
+    computed or was given.
     """
-    seen = list(scan.codes_of(fn, owner))
+    seen = list(scan.codes_of(fn, None))
     functions = {id(function) for function, _, _ in seen}
-    own = methods_called(fn, owner)
-    methods = frozenset([name.key for name in own])
-    receivers = [scan.python_function(fn), *[name.value for name in own]]
     for function, code, _ in seen:
         in_modules = [*scan.of_modules(function, code)]
-        receiver = code.co_varnames[0] if methods and function in receivers and code is function.__code__ else None
-        if not all(_is_known_method(name, in_modules) for name in _method_names(code, receiver, methods)):
+        if not all(_is_known_method(name, in_modules) for name in _method_names(code)):
             return True
         if calls_what_it_is_given(code) or not _BY_ANY_NAME.isdisjoint(code.co_names):
             return True
