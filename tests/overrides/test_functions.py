@@ -1520,6 +1520,30 @@ class TestMethods:
         closely(gradient(run(), x), plain)
         assert type(model) is Called
 
+    @pytest.mark.parametrize(
+        "decorator",
+        [
+            torch.enable_grad(),
+            torch.set_grad_enabled(True),
+            torch.autocast("cpu", enabled=False),
+            torch.compiler.disable,
+            torch.compile(backend="aot_eager", fullgraph=True),
+            torch.profiler.record_function("encode"),
+        ],
+        ids=["enable_grad", "set_grad_enabled", "autocast", "disable", "compile", "record_function"],
+    )
+    def test_that_torch_has_decorated_have_it_too(self, decorator, x):
+        class Decorated(nn.Module):
+            @decorator
+            def encode(self, x):
+                return F.relu(x) * 3
+
+        model = Decorated()
+        plain = gradient(model.encode, x)
+        with go.override(model, {F.relu: doubled}):
+            closely(gradient(model.encode, x), 2 * plain)
+        closely(gradient(model.encode, x), plain)
+
     def test_that_are_no_methods_of_the_module_are_as_ever(self, x):
         model = Codec()
         plain = gradient(F.relu, x)

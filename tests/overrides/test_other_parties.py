@@ -427,6 +427,24 @@ def test_override_after_one_that_a_forward_on_the_instance_passes_by_is_refused(
             go.override(module, {module: doubled})
 
 
+class OtherLinear(nn.Linear):
+    def forward(self, x):
+        return 5 * x
+
+
+def test_module_that_is_given_another_class_meanwhile_is_told_of(x):
+    module = nn.Linear(3, 3).double()
+    text = (
+        r"of the module Linear is passed by; somebody has given the module another class\. Do that before the override"
+    )
+    with pytest.warns(go.GradOverrideWarning, match=text), go.override(module, {module: doubled}):
+        gradient(module, x)
+        module.__class__ = OtherLinear
+        exactly(gradient(module, x), gradient(lambda x: 5 * x, x))
+    assert type(module) is OtherLinear
+    assert "_gradoverride" not in module.__dict__
+
+
 @EVERY_RULE
 @pytest.mark.parametrize("unwrapped", ["before", "meanwhile"])
 def test_module_whose_forward_was_replaced_and_put_back_can_be_overridden(x, rule, factors, unwrapped):

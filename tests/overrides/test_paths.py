@@ -78,6 +78,22 @@ SOURCE = {
         def by_another_name(name, x):
             return globals()[name](x)
 
+        class Meta(type):
+            def of_meta(cls, x):
+                return 3 * x
+
+        class Stepping(metaclass=Meta):
+            def step(self, x):
+                return 3 * x
+
+            __call__ = again = step
+
+        class SteppingMore(Stepping):
+            pass
+
+        def pieces(x):
+            yield x**3
+
         class Spiking(nn.Module):
             def forward(self, x):
                 return spike(x)
@@ -953,3 +969,41 @@ def test_nothing_is_warned_of_where_all_is_reached(users, x):
             gradient(users.uses, x)
         with go.override({"thirdparty.functions:Block.step": guided}):
             gradient(users.Block(), x)
+
+
+@pytest.mark.parametrize("name", ["Stepping", "SteppingMore"])
+def test_other_names_of_a_method_in_its_class_have_its_rule(functions, name, x):
+    cls = getattr(functions, name)
+    before = dict(vars(cls))
+    plain = gradient(cls().step, x)
+    with go.override({f"thirdparty.functions:{name}.step": doubled}):
+        for called in (cls().step, cls().again, cls()):
+            exactly(gradient(called, x), 2 * plain)
+        if cls is not functions.Stepping:
+            exactly(gradient(functions.Stepping(), x), plain)
+    assert dict(vars(cls)) == before
+    exactly(gradient(cls(), x), plain)
+
+
+def test_method_of_a_metaclass_is_refused_by_the_path_of_a_class(functions, x):
+    text = r"it must name what stands in the class; 'of_meta' stands in its metaclass, 'Meta' of thirdparty\.functions"
+    with pytest.raises(go.TargetError, match=text):
+        go.override({"thirdparty.functions:Stepping.of_meta": doubled})
+    plain = gradient(functions.Stepping.of_meta, x)
+    with go.override({"thirdparty.functions:Meta.of_meta": doubled}):
+        exactly(gradient(functions.Stepping.of_meta, x), 2 * plain)
+
+
+@pytest.mark.parametrize("where", ["process", "model"])
+def test_path_of_what_no_rule_can_be_for_leaves_nothing_behind(functions, where, x):
+    before, model = functions.pieces, nn.Sequential(nn.ReLU())
+    rules = {"thirdparty.functions:pieces": doubled, nn.ReLU: doubled}
+    plain = gradient(model, x)
+    with pytest.raises(go.DecorationError, match=r"'pieces' .* gives a generator, which runs later"):
+        go.override(rules) if where == "process" else go.override(model, rules)
+    assert functions.pieces is before
+    assert not [*go.explain()]
+    exactly(gradient(model, x), plain)
+    functions.pieces = functions.cube
+    with go.override({"thirdparty.functions:pieces": doubled}):
+        exactly(gradient(functions.pieces, x), 2 * gradient(functions.cube.__wrapped__, x))

@@ -604,7 +604,33 @@ class FromBuiltin(nn.Module):
     forward = torch.sigmoid
 
 
+class ByKind(nn.Module):
+    @functools.singledispatchmethod
+    def forward(self, x):
+        return 7 * x
+
+    @forward.register
+    def of_tensors(self, x: torch.Tensor):
+        return torch.sigmoid(x)
+
+
+class Decorator:  # itself where a class is asked for it
+    def __init__(self, function):
+        self.function = function
+
+    def __get__(self, module, cls):
+        return self if module is None else functools.partial(self.function, module)
+
+
+class Decorated(nn.Module):
+    @Decorator
+    def forward(self, x):
+        return torch.sigmoid(x)
+
+
 NO_METHODS = {
+    ByKind: "a singledispatchmethod",
+    Decorated: "an object of the class Decorator",
     Static: "a static method",
     OfClass: "a class method",
     FromProperty: "a property",

@@ -1195,3 +1195,27 @@ def test_handle_of_the_whole_process_is_not_copied(x):
         gradient(module, x)
         with pytest.raises(go.UnsupportedError, match=r"must be of a model.*of the whole process. Keep it outside of"):
             copy.deepcopy(module)
+
+
+class OnlyOne(nn.Module):
+    made = None
+
+    def __new__(cls):
+        if cls.made is None:
+            cls.made = super().__new__(cls)
+        return cls.made
+
+    def forward(self, x):
+        return 3 * x
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_the_one_module_of_a_class_that_is_its_own_copy_is_as_before(copied):
+    module, x = OnlyOne(), noise(3)
+    before = dict(module.__dict__)
+    with go.override(module, {module: doubled}):
+        assert copied(module) is module
+        exactly(torch.autograd.grad(module(x).sum(), x)[0], torch.full_like(x, 6.0))
+    exactly(torch.autograd.grad(module(x).sum(), x)[0], torch.full_like(x, 3.0))
+    assert type(module) is OnlyOne
+    assert module.__dict__ == before

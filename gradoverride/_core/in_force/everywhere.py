@@ -8,6 +8,7 @@ the state and how to ask it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import weakref
@@ -70,8 +71,9 @@ def no_method(cls: Any) -> str:
     if type(forward) is FunctionType:
         return ""
     kinds = {staticmethod: "a static method", classmethod: "a class method", property: "a property"}
+    kinds[functools.singledispatchmethod] = "a singledispatchmethod"
     kind = next((name for of, name in kinds.items() if isinstance(forward, of)), "")
-    if not kind and hasattr(type(forward), "__get__"):
+    if not kind and hasattr(type(forward), "__get__") and callable(cls.forward):
         return ""
     way_out = "Define it as a method"
     if isinstance(forward, (staticmethod, classmethod)) and "<locals>" not in owner.__qualname__:

@@ -14,18 +14,26 @@ from gradoverride._core.in_force import everywhere
 from gradoverride._core.in_force.layers import Layer
 from gradoverride._core.in_force.targets import class_of
 from gradoverride._core.overriding.overridden import has_another_forward, layers_of
+from gradoverride._core.python.by_class import BASE
 from gradoverride._core.python.scan import python_function, reads_only
 
 __all__ = ["only_read", "passed_by"]
 
 
 def passed_by(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> dict[Layer, str]:
-    """The rules of modules on which somebody has meanwhile put a forward that leads past them, and how they were."""
+    """The rules of modules that somebody has meanwhile given a forward, or a class, that leads past them, and how."""
     found: dict[Layer, str] = {}
     for layer in layers:
         module = modules.get(layer.path)
-        if module is not None and layer in layers_of(module) and _leads_past(module):
-            where = f" at '{layer.path}'" if layer.path else ""
+        if module is None or layer not in layers_of(module):
+            continue
+        where = f" at '{layer.path}'" if layer.path else ""
+        if not any(BASE in vars(cls) for cls in type(module).__mro__):
+            found[layer] = (
+                f"is passed by{where}; somebody has given the module another class. Do that before the override, or "
+                "derive that class from the one that it has"
+            )
+        elif _leads_past(module):
             found[layer] = (
                 f"is passed by{where}; somebody has put another forward on the instance, which does not call that "
                 "of its class. Replace it before the override, or have it call the forward that it replaces"

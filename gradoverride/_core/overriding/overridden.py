@@ -118,9 +118,11 @@ def functions_called(module: nn.Module) -> frozenset[str] | None:
     if has_another_forward(module):
         return frozenset()
     base = base_of(module)
+    if everywhere.no_method(base):
+        return frozenset()
     if written_methods(base):
         return None
-    if base.forward is nn.Module.forward or everywhere.no_method(base):
+    if base.forward is nn.Module.forward:
         return frozenset()
     return None if module._modules else may_call(base)
 

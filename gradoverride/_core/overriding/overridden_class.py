@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import threading
 from abc import ABC, ABCMeta
 from collections.abc import Callable
@@ -75,7 +76,8 @@ def _overridden(base: Any) -> Any:
             return
         if state.of_base is not None:
             base.__setstate__(self, state.of_base)
-        give(self, state)
+        if RECORD not in self.__dict__:  # or a class has given the one module there is for its copy
+            give(self, state)
 
     def __deepcopy__(self: Any, memo: Any) -> Any:
         copied = base.__deepcopy__(self, memo)
@@ -173,9 +175,13 @@ def written_methods(base: Any) -> tuple[str, ...]:
     return tuple(
         name
         for name, function in functions
-        if isinstance(function, FunctionType)
-        if not f"{function.__globals__.get('__name__')}.".startswith("torch.")
+        if isinstance(function, FunctionType) and not _is_of_torch(inspect.unwrap(function))
     )
+
+
+def _is_of_torch(function: Any) -> bool:
+    """Whether torch has written this. (What a decorator of torch gives, as `torch.no_grad()`, is torch's own too.)"""
+    return f"{getattr(function, '__globals__', {}).get('__name__')}.".startswith("torch.")
 
 
 class _Quiet:

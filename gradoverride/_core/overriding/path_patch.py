@@ -39,6 +39,7 @@ from gradoverride._core.in_force.layers import FunctionLayer, FunctionRule, Orde
 from gradoverride._core.in_force.targets import class_of, family
 from gradoverride._core.private.dynamo import fail
 from gradoverride._core.python import scan
+from gradoverride._core.python.by_class import standing
 from gradoverride._core.python.imports import resolve_path
 from gradoverride._core.python.paths import PENDING, parts_of, way_to_apply
 from gradoverride._core.python.residuals import save_for_backward
@@ -70,6 +71,12 @@ def check_path(path: str, value: Any, rule: Rule) -> None:
         )
     module_name, attribute = parts_of(path)
     parent, name, _ = resolve_path(sys.modules[module_name], attribute)
+    if isinstance(parent, type) and standing(parent, name) is None:
+        raise TargetError(
+            f"override of path '{path}': it must name what stands in the class; '{name}' stands in its metaclass, "
+            f"'{type(parent).__qualname__}' of {type(parent).__module__}, whose methods are called with the class. "
+            "Give the path of that method"
+        )
     if _is_of_autograd(parent) and name in _CALLED_BY_APPLY:
         raise TargetError(
             f"override of path '{path}': it must name what is called for a gradient; '{name}' of an autograd.Function "
@@ -134,16 +141,16 @@ class _Replacement:
         module_name, self.attribute = parts_of(path)
         self.path = path
         self.layers: tuple[tuple[FunctionLayer, bool], ...] = inherited.layers if inherited else ()
-        parent, name, standing = resolve_path(sys.modules[module_name], self.attribute)
+        parent, name, stands = resolve_path(sys.modules[module_name], self.attribute)
         self.parent = parent
-        self.original: Any = inherited.original if inherited else everywhere.without_inert(standing)
+        self.original: Any = inherited.original if inherited else everywhere.without_inert(stands)
         self.kind = _kind(self.original)
         self.function = _within(self.original)
         self.in_class = isinstance(parent, type)
         theirs = [self.original, *self._other_forms()]
-        self.places = [_Place(parent, name, name in vars(parent), self.original)]
-        self.places += [place for place in _named_so([*theirs, standing]) if place[:2] != (parent, name)]
-        if standing is self.original:
+        self.places = [_Place(parent, name, name in vars(parent), self.original), *self._aliases(name)]
+        self.places += [place for place in _named_so([*theirs, stands]) if place[:2] != (parent, name)]
+        if stands is self.original:
             self._warn_of_others(theirs)
         self.backward = _Backward(path, parent) if name == "apply" and _is_of_autograd(parent) else None
 
@@ -161,7 +168,7 @@ class _Replacement:
         functools.update_wrapper(stand_in, self.function, updated=())
         self.stand_in: Any = stand_in if self.kind is None else self.kind(stand_in)
         self.forms = [_Form(value, self._ours(value, stand_in)) for value in theirs]
-        ours = {id(standing): self.stand_in, **{id(form.theirs): form.ours for form in self.forms}}
+        ours = {id(stands): self.stand_in, **{id(form.theirs): form.ours for form in self.forms}}
         try:
             for place in self.places:
                 setattr(place.holder, place.name, ours[id(place.value)])
@@ -195,6 +202,14 @@ class _Replacement:
         plan.on_unrecorded = functools.partial(note_unrecorded, layer.key) if scoped else layer.tally.note_unrecorded
         step = (_in_models if scoped else _anywhere)(layer, make_wrapper(plan, beneath), beneath)
         return functools.update_wrapper(step, beneath, updated=())
+
+    def _aliases(self, name: str) -> list[_Place]:
+        """Where the same stands in its class under other names: `__call__ = step`."""
+        if not self.in_class:
+            return []
+        names = {other for cls in self.parent.__mro__ for other, value in vars(cls).items() if value is self.original}
+        names = {other for other in names - {name} if standing(self.parent, other) is self.original}
+        return [_Place(self.parent, other, other in vars(self.parent), self.original) for other in sorted(names)]
 
     def _other_forms(self) -> list[Any]:
         """Of one in a class: the function of a static method, and methods that were bound when they were looked up."""
@@ -403,15 +418,19 @@ def put_on_path(path: str, layer: FunctionLayer, *, scoped: bool) -> None:
     """Put a rule on the function that a path names: if `scoped`, where its key is active alone."""
     with _lock:
         module_name, attribute = parts_of(path)
-        parent, _, standing = resolve_path(sys.modules[module_name], attribute)
-        ours = [replacement for replacement in _replacements if replacement.stand_in is standing]
+        parent, _, stands = resolve_path(sys.modules[module_name], attribute)
+        ours = [replacement for replacement in _replacements if replacement.stand_in is stands]
         found = [replacement for replacement in ours if replacement.parent is parent or not replacement.in_class]
         if not found:
             found = [_Replacement(path, ours[0] if ours else None)]
             _replacements.extend(found)
         found += [replacement for replacement in _replacements if replacement.inherits(found[0])]
-        for replacement in found:
-            replacement.set((*replacement.layers, (layer, scoped)))
+        try:
+            for replacement in found:
+                replacement.set((*replacement.layers, (layer, scoped)))
+        except BaseException:  # a generator gives nothing that a rule could be for
+            take_off_path(layer)
+            raise
 
 
 def take_off_path(layer: FunctionLayer) -> None:
