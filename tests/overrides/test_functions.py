@@ -1841,3 +1841,26 @@ def test_an_operator_that_calls_no_function_with_a_rule_goes_on(compiled, x):
 
 def _scaled(score, *_):
     return score * 2
+
+
+class TestRecordedByFx:
+    """A graph of torch.fx has the rules for what it has recorded, once, in the context and after it."""
+
+    @pytest.mark.parametrize("where", ["process", "model"])
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    @pytest.mark.parametrize("several", [False, True], ids=["one rule", "two"])
+    def test_the_rule_is_applied_once(self, where, compiled, several, x):
+        model = Relu()
+        plain, factor = gradient(model, x), 6 if several else 2
+
+        def run(graph):
+            return torch.compile(graph, backend="aot_eager") if compiled else graph
+
+        first = go.override(model, {F.relu: doubled}) if where == "model" else go.override({F.relu: doubled})
+        second = go.override(model, {F.relu: tripled}) if several else contextlib.nullcontext()
+        with first, second:
+            closely(gradient(model, x), factor * plain)
+            graph = torch.fx.symbolic_trace(model)
+            closely(gradient(run(graph), x), factor * plain)
+        closely(gradient(run(graph), x), factor * plain)
+        closely(gradient(model, x), plain)

@@ -31,6 +31,7 @@ from gradoverride._core.autograd.ambient import here
 from gradoverride._core.binding.rule import passing
 from gradoverride._core.binding.signature import Forward
 from gradoverride._core.calls.plan import Plan
+from gradoverride._core.calls.tracers import recorded_as
 from gradoverride._core.calls.wrapper import make_refusal, make_wrapper
 from gradoverride._core.in_force import everywhere
 from gradoverride._core.in_force.layers import FunctionRule
@@ -196,14 +197,13 @@ def _run(function: Any, keys: tuple[FunctionRule, ...]) -> Callable[..., Any]:
     """What is called for `function` under these rules."""
     other_way = turned(function)
     bare = function if other_way is None else other_way[0]
-    outermost = bare
+    outermost, marks = bare, _marks_of(keys)
     for key in keys:
-        outermost = _under(key, outermost, function)
+        outermost = _under(key, outermost, function, marks)
     several = len(keys) > 1
     some = _step_by_step(bare, keys, function) if several else bare
     internal = keys[0].name in _USED_BY_THE_ENGINE
     of_operator = keys[0].name in OF_OPERATORS
-    marks = _marks_of(keys)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("out") is not None:  # which torch refuses where a gradient is wanted
@@ -240,12 +240,14 @@ def _step_by_step(bare: Any, keys: tuple[FunctionRule, ...], function: Any) -> C
     """The same where some of the rules are quiet: each step looks whether it is."""
     step = quieted(bare, keys)
     for key in keys:
-        step = functools.update_wrapper(_one_step(key, step, function), bare, updated=())
+        step = functools.update_wrapper(_one_step(key, step, function, _marks_of(keys)), bare, updated=())
     return step
 
 
-def _one_step(key: FunctionRule, beneath: Callable[..., Any], function: Any) -> Callable[..., Any]:
-    above = _under(key, beneath, function)
+def _one_step(
+    key: FunctionRule, beneath: Callable[..., Any], function: Any, marks: tuple[str, ...]
+) -> Callable[..., Any]:
+    above = _under(key, beneath, function, marks)
     mark = key.mark
     return lambda *args, **kwargs: (beneath if mark in here.quiet else above)(*args, **kwargs)
 
@@ -254,8 +256,10 @@ def _marks_of(keys: tuple[FunctionRule, ...]) -> tuple[str, ...]:
     return tuple([key.mark for key in keys])
 
 
-def _under(key: FunctionRule, forward: Callable[..., Any], function: Any) -> Callable[..., Any]:
-    """`forward`, which is the spelling `function` or stands for it, under the rule of `key`."""
+def _under(key: FunctionRule, forward: Callable[..., Any], function: Any, marks: tuple[str, ...]) -> Callable[..., Any]:
+    """`forward`, which is the spelling `function` or stands for it, under the rule of `key`; `marks`: of all that the
+    function has, which what it runs is not under once more.
+    """
     signature = signature_of(function, key.rule.asks)
     try:
         plan = Plan(Forward(forward, name=key.name, method=False, signature=signature), key.rule)
@@ -264,7 +268,19 @@ def _under(key: FunctionRule, forward: Callable[..., Any], function: Any) -> Cal
     plan.marked = True
     plan.on_trace = functools.partial(_traced, key)
     plan.on_unrecorded = functools.partial(note_unrecorded, key)
-    return make_wrapper(plan, forward)
+    wrapper = make_wrapper(plan, forward)
+    plan.recorded = recorded_as(key.name, functools.partial(_once, wrapper, marks))
+    return wrapper
+
+
+def _once(wrapper: Callable[..., Any], marks: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
+    """A call that torch.fx has recorded: no mode has made it, and one that is in force is to leave it at that."""
+    before = here.quiet
+    here.quiet = (*before, *marks)
+    try:
+        return wrapper(*args, **kwargs)
+    finally:
+        here.quiet = before
 
 
 def _traced(key: FunctionRule) -> None:
