@@ -286,3 +286,27 @@ class TestInTheWholeProcess:
 
 def _sigmoid_by_hand(x):
     return 1 / (1 + (-2 * x).exp())
+
+
+class Prepared(Part):
+    def __prepare_scriptable__(self):
+        return self
+
+
+@pytest.mark.parametrize("cls", [Part, nn.Sigmoid, Prepared])
+@pytest.mark.parametrize("inside", [False, True], ids=["itself", "within"])
+def test_a_module_whose_class_is_overridden_is_not_scripted(cls, inside):
+    def model():
+        return nn.Sequential(cls()) if inside else cls()
+
+    before = dict(vars(cls))
+    with go.override({cls: doubled}):
+        text = (
+            rf"a '{cls.__name__}', whose class is overridden, must run Python code for its rule 'doubled' .* script it"
+        )
+        with pytest.raises(go.UnsupportedError, match=text):
+            torch.jit.script(model())
+        model()(noise(5, 3)).sum().backward()
+    assert dict(vars(cls)) == before
+    x = noise(5, 3)
+    exactly(torch.jit.script(model())(x), model()(x))

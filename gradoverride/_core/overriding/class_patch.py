@@ -19,6 +19,7 @@ from torch.compiler import is_dynamo_compiling as compiling
 from torch.fx import GraphModule
 from torch.jit import ScriptModule
 
+from gradoverride._core.calls.tracers import refuse_script
 from gradoverride._core.in_force import everywhere
 from gradoverride._core.in_force.layers import ClassLayer
 from gradoverride._core.in_force.targets import Class, class_of, family
@@ -32,6 +33,7 @@ __all__ = ["check_classes", "put_on_class", "refresh", "take_off_class"]
 _lock = threading.RLock()
 _patches: dict[type, _Patch] = {}
 _watched: dict[type, tuple[Any, Any]] = {}  # by class, our `__init_subclass__` and the one that it had itself
+_unscripted: dict[type, tuple[Any, Any]] = {}  # the same of what torch.jit.script asks a module for
 
 
 class _Patch:
@@ -183,6 +185,10 @@ def refresh() -> None:
             _unwatch(cls)
         for cls in watched - _watched.keys():
             _watch(cls)
+        for cls in [cls for cls in _unscripted if cls not in targets]:
+            _let_script(cls)
+        for cls in targets - _unscripted.keys():
+            _refuse_to_script(cls)
         everywhere.refresh_records()
         everywhere.forget_compiled()
 
@@ -222,10 +228,29 @@ def _watch(cls: Any) -> None:
 
 
 def _unwatch(cls: Any) -> None:
-    ours, own = _watched.pop(cls)
-    if cls.__dict__.get("__init_subclass__") is not ours:
-        return  # somebody has put another one there, which may call ours
+    _put_back(cls, "__init_subclass__", *_watched.pop(cls))
+
+
+def _refuse_to_script(cls: Any) -> None:
+    """Have torch.jit.script be refused, which reads the code of the forward, and would find that of the original."""
+
+    def __prepare_scriptable__(self: Any) -> Any:
+        rule = everywhere.layers_on(class_of(self))[-1].rule
+        refuse_script(f"a '{class_of(self).__name__}', whose class is overridden,", rule.who, "script it without that")
+
+    _unscripted[cls] = __prepare_scriptable__, cls.__dict__.get("__prepare_scriptable__")
+    cls.__prepare_scriptable__ = __prepare_scriptable__
+
+
+def _let_script(cls: Any) -> None:
+    _put_back(cls, "__prepare_scriptable__", *_unscripted.pop(cls))
+
+
+def _put_back(cls: Any, name: str, ours: Any, own: Any) -> None:
+    """Leave a class with its own, or none; or with what somebody else has put there, which may call ours."""
+    if cls.__dict__.get(name) is not ours:
+        return
     if own is None:
-        del cls.__init_subclass__
+        delattr(cls, name)
     else:
-        cls.__init_subclass__ = own
+        setattr(cls, name, own)
