@@ -91,6 +91,12 @@ SOURCE = {
         class SteppingMore(Stepping):
             pass
 
+        class Slotted:
+            __slots__ = ("held",)
+
+        slotted = Slotted()
+        slotted.held = lambda x: 3 * x
+
         def pieces(x):
             yield x**3
 
@@ -992,6 +998,11 @@ def test_method_of_a_metaclass_is_refused_by_the_path_of_a_class(functions, x):
     plain = gradient(functions.Stepping.of_meta, x)
     with go.override({"thirdparty.functions:Meta.of_meta": doubled}):
         exactly(gradient(functions.Stepping.of_meta, x), 2 * plain)
+
+
+def test_what_an_object_without_a_dict_holds_is_refused(functions):
+    with pytest.raises(go.TargetError, match=r"'held' is that of a 'Slotted', which has none\. Give"):
+        go.override({"thirdparty.functions:slotted.held": doubled})
 
 
 @pytest.mark.parametrize("where", ["process", "model"])

@@ -567,6 +567,24 @@ def test_container_that_a_pattern_names_beside_modules_that_others_win_is_passed
         closely(gradient(model, x), 3 * plain)
 
 
+class Disguised(nn.Module):
+    @property
+    def __class__(self):
+        return nn.Linear
+
+    def forward(self, x):
+        return 3 * x
+
+
+def test_module_that_says_it_is_of_another_class_is_refused():
+    model = nn.Sequential(Disguised())
+    before = dict(model[0].__dict__)
+    with pytest.raises(go.UnsupportedError, match=r"override of '0', .* must say itself which class it is of"):
+        go.override(model, {"0": guided})
+    assert model[0].__dict__ == before
+    assert type(model) is nn.Sequential
+
+
 def test_container_without_a_forward_is_refused():
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ReLU()])})
     with pytest.raises(go.UnsupportedError, match=r"override of 'blocks', a 'ModuleList'.*it is a container only"):

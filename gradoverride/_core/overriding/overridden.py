@@ -24,7 +24,7 @@ from gradoverride._core.in_force.targets import class_of
 from gradoverride._core.overriding.chain import Subject, forward_of, links
 from gradoverride._core.overriding.overridden_class import base_of_class, overridden, written_methods
 from gradoverride._core.overriding.record import ModuleTally, Record
-from gradoverride._core.python.by_class import BASE, RECORD
+from gradoverride._core.python.by_class import BASE, RECORD, standing
 from gradoverride._core.torch_functions.callers import may_call
 from gradoverride.errors import RuleSignatureError, UnsupportedError
 
@@ -82,6 +82,8 @@ def _obstacle(module: nn.Module) -> str:
         )
     if not has_forward(module):
         return "have a 'forward' to be overridden; it is a container only"
+    if standing(type(module), "__class__") is not vars(object)["__class__"]:
+        return "say itself which class it is of, for another to be put in its place; its class has its own '__class__'"
     other = everywhere.no_method(base_of(module))
     return f"have a method 'forward' to be overridden; it has {other}" if other else ""
 

@@ -71,6 +71,12 @@ def check_path(path: str, value: Any, rule: Rule) -> None:
         )
     module_name, attribute = parts_of(path)
     parent, name, _ = resolve_path(sys.modules[module_name], attribute)
+    if not hasattr(parent, "__dict__"):
+        raise TargetError(
+            f"override of path '{path}': it must name what stands in a module, a class or an object with a "
+            f"'__dict__'; '{name}' is that of a '{type(parent).__qualname__}', which has none. Give the path of the "
+            "function that it holds"
+        )
     if isinstance(parent, type) and standing(parent, name) is None:
         raise TargetError(
             f"override of path '{path}': it must name what stands in the class; '{name}' stands in its metaclass, "
